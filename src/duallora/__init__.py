@@ -1,0 +1,80 @@
+"""Dual LoRA (arXiv 2512.03402): dW = alpha/sqrt(r1 r2) * ReLU(B A) . Sign(D C).
+
+``import duallora`` is cheap and registers the PEFT method: at once where PEFT is loaded already, else the moment
+it is. The public names below are imported on first use, so that the command line answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from duallora.core.equation import dual_delta
+    from duallora.core.gate import advance_gate, gate
+    from duallora.nn import DualLoraLinear
+    from duallora.ops import dual_linear
+    from duallora.tuner import DualLoraConfig, DualLoraModel, param_groups
+
+_HOME = {
+    "DualLoraConfig": "duallora.tuner",
+    "DualLoraLinear": "duallora.nn",
+    "DualLoraModel": "duallora.tuner",
+    "advance_gate": "duallora.core.gate",
+    "dual_delta": "duallora.core.equation",
+    "dual_linear": "duallora.ops",
+    "gate": "duallora.core.gate",
+    "param_groups": "duallora.tuner",
+}
+
+__all__ = [
+    "DualLoraConfig",
+    "DualLoraLinear",
+    "DualLoraModel",
+    "advance_gate",
+    "dual_delta",
+    "dual_linear",
+    "gate",
+    "param_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'duallora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+class _RegisterWithPeft(MetaPathFinder):
+    """Registers the method right after ``peft`` has been imported by somebody, then steps aside."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("peft")
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_then_register(module: Any) -> None:
+            execute(module)
+            importlib.import_module("duallora.tuner.register").register()
+
+        spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    importlib.import_module("duallora.tuner.register").register()
+else:
+    sys.meta_path.insert(0, _RegisterWithPeft())
