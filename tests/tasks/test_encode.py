@@ -1,0 +1,200 @@
+"""What the model reads and what the loss is on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duallora.errors import ConfigError, DataError
+from duallora.tasks import IGNORE, Collator, Example, encode, encode_prompt, encode_split, encode_texts
+
+EOS = "</s>"
+
+
+def trained_text(encoded, tokenizer) -> str:
+    return tokenizer.decode([label for label in encoded.labels if label != IGNORE])
+
+
+def test_loss_is_on_answer_and_end_only(tiny_tokenizer):
+    encoded = encode(Example(prompt="2+2=", answer=" four"), tiny_tokenizer, max_length=99)
+    assert tiny_tokenizer.decode(encoded.input_ids) == "2+2= four</s>"
+    assert trained_text(encoded, tiny_tokenizer) == " four</s>"
+    assert encoded.labels[:4] == [IGNORE] * 4
+    assert not encoded.truncated
+
+
+def test_train_on_all_leaves_out_only_what_nothing_predicts(tiny_tokenizer, tiny_bos_tokenizer):
+    example = Example(prompt="ab", answer="c")
+    plain = encode(example, tiny_tokenizer, max_length=9, train_on="all")
+    assert trained_text(plain, tiny_tokenizer) == "bc</s>"
+    with_bos = encode(example, tiny_bos_tokenizer, max_length=9, train_on="all")
+    assert trained_text(with_bos, tiny_bos_tokenizer) == "abc</s>"
+
+
+def test_bos_only_where_the_tokenizer_sets_one(tiny_tokenizer, tiny_bos_tokenizer):
+    example = Example(prompt="ab", answer="c")
+    assert tiny_tokenizer.decode(encode(example, tiny_tokenizer, max_length=9).input_ids) == "abc</s>"
+    ids = encode(example, tiny_bos_tokenizer, max_length=9).input_ids
+    assert tiny_bos_tokenizer.decode(ids) == "<s>abc</s>"
+    assert ids.count(tiny_bos_tokenizer.bos_token_id) == 1
+    assert encode_prompt(example, tiny_bos_tokenizer, max_length=9) == ids[:3]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "text", "trained"),
+    [
+        (11, "<s>promptans</s>", "ans</s>"),  # fits exactly: <s> + 6 + 3 + </s>
+        (10, "<s>romptans</s>", "ans</s>"),
+        (5, "<s>ans</s>", "ans</s>"),
+        (4, "<s>ans", "ans"),  # a cut answer does not teach the model to stop
+        (2, "<s>a", "a"),
+    ],
+)
+def test_prompt_is_cut_from_the_left_before_the_answer(tiny_bos_tokenizer, max_length, text, trained):
+    encoded = encode(Example(prompt="prompt", answer="ans"), tiny_bos_tokenizer, max_length=max_length)
+    assert tiny_bos_tokenizer.decode(encoded.input_ids) == text
+    assert trained_text(encoded, tiny_bos_tokenizer) == trained
+    assert encoded.truncated == (max_length < 11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(max_size=12), answer=st.text(max_size=12), max_length=st.integers(2, 40), bos=st.booleans())
+def test_encoding_never_exceeds_max_length_and_keeps_the_answer_first(
+    tiny_tokenizer, tiny_bos_tokenizer, prompt, answer, max_length, bos
+):
+    tokenizer = tiny_bos_tokenizer if bos else tiny_tokenizer
+    encoded = encode(Example(prompt=prompt, answer=answer), tokenizer, max_length=max_length)
+    assert len(encoded.input_ids) == len(encoded.labels) <= max_length
+    assert all(label in (IGNORE, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    kept = min(len(answer_ids), max_length - bos)
+    assert encoded.input_ids[len(encoded.input_ids) - kept :] == answer_ids[:kept]
+    untrainable = not bos and kept == len(encoded.input_ids)  # the very first token has nothing before it
+    assert sum(label != IGNORE for label in encoded.labels) == kept - untrainable
+
+
+CHAT = (
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+)
+
+
+def test_chat_trains_every_assistant_turn_up_to_its_end_mark(tiny_tokenizer):
+    encoded = encode(Example(messages=CHAT), tiny_tokenizer, max_length=999)
+    assert trained_text(encoded, tiny_tokenizer) == "Hello!<|im_end|>2<|im_end|>"
+    whole = tiny_tokenizer.apply_chat_template([dict(turn) for turn in CHAT], tokenize=False)
+    assert tiny_tokenizer.decode(encoded.input_ids) == whole
+
+
+def test_chat_prompt_for_generation_ends_where_the_assistant_begins(tiny_tokenizer):
+    for messages in (CHAT, CHAT[:-1]):
+        ids = encode_prompt(Example(messages=messages), tiny_tokenizer, max_length=999)
+        assert tiny_tokenizer.decode(ids).endswith("1+1?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_chat_whose_template_writes_no_end_mark_is_closed_once(make_tokenizer):
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    encoded = encode(Example(messages=CHAT), tokenizer, max_length=999)
+    assert trained_text(encoded, tokenizer) == "Hello!\n2\n</s>"
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
+    template = (
+        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"  # the count changes each turn
+    )
+    with pytest.raises(DataError, match=r"chat\.jsonl:7.*renders earlier turns differently"):
+        encode(Example(messages=CHAT, where="chat.jsonl:7"), make_tokenizer(chat_template=template), max_length=99)
+
+
+def test_chat_without_template_or_refused_by_it_names_the_row(make_tokenizer):
+    with pytest.raises(DataError, match=r"c\.jsonl:3.*need a chat template"):
+        encode(Example(messages=CHAT, where="c.jsonl:3"), make_tokenizer(chat_template=None), max_length=99)
+    strict = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"c\.jsonl:4.*roles: system user.*roles must alternate"):
+        encode(Example(messages=CHAT, where="c.jsonl:4"), strict, max_length=99)
+
+
+def test_split_counts_and_equals_row_by_row(tiny_bos_tokenizer):
+    examples = [
+        Example(prompt="a long prompt", answer="yes"),
+        Example(prompt="", answer=""),
+        Example(messages=CHAT[1:3]),
+        Example(prompt="é", answer="ü"),
+    ]
+    rows, counts = encode_split(examples, tiny_bos_tokenizer, "generate", max_length=12)
+    single = [encode(example, tiny_bos_tokenizer, max_length=12) for example in examples]
+    assert [row["input_ids"] for row in rows] == [encoded.input_ids for encoded in single]
+    assert [row["labels"] for row in rows] == [encoded.labels for encoded in single]
+    assert counts.rows == 4
+    assert counts.tokens == sum(len(encoded.input_ids) for encoded in single)
+    assert counts.trained_tokens == sum(label != IGNORE for encoded in single for label in encoded.labels)
+    assert counts.truncated == 2
+
+
+def test_rows_without_a_trained_token_are_named(tiny_tokenizer):
+    examples = [
+        Example(prompt="q", answer="a", where="t.jsonl:1"),
+        Example(messages=CHAT[:2], where="t.jsonl:2"),
+        Example(messages=CHAT[1:2], where="t.jsonl:9"),
+    ]
+    with pytest.raises(DataError, match=r"2 of 3 rows .*: t\.jsonl:2, t\.jsonl:9"):
+        encode_split(examples, tiny_tokenizer, "generate", max_length=99)
+
+
+def test_too_short_a_limit_and_a_tokenizer_without_end_are_config_errors(tiny_bos_tokenizer, make_tokenizer):
+    with pytest.raises(ConfigError, match="max_length is 1"):
+        encode(Example(answer="x"), tiny_bos_tokenizer, max_length=1)
+    endless = make_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(ConfigError, match="no end-of-text token"):
+        encode(Example(answer="x"), endless, max_length=9)
+
+
+def test_classification_rows_hold_a_label_and_count_truncation(tiny_bos_tokenizer):
+    pair = Example(texts=("abc", "defg"), label=2, where="x.csv:2")
+    row = encode_texts(pair, tiny_bos_tokenizer, max_length=99)
+    assert row["labels"] == 2
+    assert len(row["input_ids"]) == len(row["attention_mask"])
+    rows, counts = encode_split([pair, Example(texts=("ab",), label=0)], tiny_bos_tokenizer, "classify", max_length=5)
+    assert [len(row["input_ids"]) for row in rows] == [5, 3]
+    assert (counts.rows, counts.tokens, counts.trained_tokens, counts.truncated) == (2, 8, 0, 1)
+    with pytest.raises(DataError, match=r"1 of 1 rows have no label: x\.csv:3"):
+        encode_split([Example(texts=("a",), where="x.csv:3")], tiny_bos_tokenizer, "classify", max_length=5)
+
+
+def test_collator_pads_right_with_ignored_labels(tiny_tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = Collator(tiny_tokenizer)(rows)
+    pad = tiny_tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [8, IGNORE, IGNORE]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert Collator(tiny_tokenizer, pad_to_multiple_of=8)(rows)["input_ids"].shape == (2, 8)
+
+
+def test_collator_keeps_the_real_end_of_text_trained_where_it_is_also_the_padding(tiny_tokenizer):
+    rows, _ = encode_split(
+        [Example(prompt="abc", answer="d"), Example(prompt="a", answer="b")], tiny_tokenizer, "generate", max_length=9
+    )
+    labels = Collator(tiny_tokenizer)(rows)["labels"]
+    assert (labels == tiny_tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 1]
+
+
+def test_collator_left_side_and_scalar_labels(tiny_tokenizer):
+    rows = [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3], "labels": 0}]
+    batch = Collator(tiny_tokenizer, side="left")(rows)
+    assert batch["input_ids"].tolist() == [[1, 2], [tiny_tokenizer.pad_token_id, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    assert batch["labels"].dtype == torch.int64
+    targets = Collator(tiny_tokenizer)([{"input_ids": [1], "labels": 2.5}, {"input_ids": [1], "labels": 3}])["labels"]
+    assert targets.dtype == torch.float32
+    assert targets.tolist() == [2.5, 3.0]
