@@ -1,0 +1,734 @@
+"""The configuration of a training run: its schema, its defaults and the one function that reads it.
+
+A recipe has six sections (model, adapter, data, train, eval and the two top-level values seed and output). Values come
+from, later over earlier: the defaults below, a YAML file, ``--set key=value``, the command line's own flags.
+Nothing heavy is imported here: a mistake in a recipe is answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from duallora.errors import ConfigError
+
+MAX_FILE_BYTES = 1 << 20  # a recipe is a page long; a larger file is a mistake or an attack
+MAX_NODES = 10_000  # values a recipe may hold once its YAML aliases are expanded
+MAX_INT = 2**31 - 1
+
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]  # no control characters: names and paths
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+Rank = Annotated[int, Field(ge=1, le=65536)]
+Positive = Annotated[float, Field(gt=0)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def setting(default: Any, description: str) -> Any:
+    """A field with its one-line description; mutable defaults are copied for each recipe."""
+    if isinstance(default, (list, dict)):
+        return Field(default_factory=lambda: type(default)(default), description=description)
+    return Field(default=default, description=description)
+
+
+class Section(BaseModel):
+    """Frozen, strictly typed (an int passes for a float and nothing else converts), no unknown keys, no NaN or inf."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name: Text = setting("builtin:smollm2-135m", "Hub id, local folder, builtin:smollm2-135m or builtin:minilm-l6.")
+    dtype: Dtype = setting("auto", "Type of the base weights; auto keeps the checkpoint's own (float32 on CPU).")
+    revision: Text | None = setting(None, "Branch, tag or commit of a hub model; null is its main branch.")
+
+
+class AdapterSection(Section):
+    """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C)."""
+
+    r: Rank = setting(16, "Rank of both groups (paper: 16 for LLaMA, 8 for GLUE).")
+    r1: Rank | None = setting(None, "Rank of the magnitude group B A; null is r (paper: r1 = r2).")
+    r2: Rank | None = setting(None, "Rank of the direction group D C; null is r (paper: r1 = r2).")
+    alpha: Positive | None = setting(None, "Scale: dW is multiplied by alpha / sqrt(r1 r2); null is 2 r (as DoRA).")
+    duallora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "Dropout on the input of the dW path (paper's commonsense and GLUE runs: 0; E2E: 0.1)."
+    )
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = setting(
+        "all-linear", 'Modules to adapt: "all-linear", a list of name endings, or one regular expression (PEFT).'
+    )
+    exclude_modules: Text | Annotated[list[Text], Field(min_length=1)] | None = setting(
+        None, "Modules to leave out, written as target_modules (PEFT)."
+    )
+    modules_to_save: list[Text] | None = setting(
+        None, "Modules trained in full and saved with the adapter, such as a new head (PEFT)."
+    )
+    layers_to_transform: (
+        Annotated[int, Field(ge=0, le=MAX_INT)] | list[Annotated[int, Field(ge=0, le=MAX_INT)]] | None
+    ) = setting(None, "Layer numbers, counted from 0, to adapt; null is all of them (PEFT).")
+    rank_pattern: dict[Text, Rank] = setting({}, "Other ranks for modules by name or regular expression (PEFT).")
+    alpha_pattern: dict[Text, Positive] = setting({}, "Other alphas for modules by name or regular expression (PEFT).")
+    init_std: Positive = setting(0.02, "Standard deviation of A and B at the start (paper: Gaussian, no value).")
+    direction_init_std: Positive = setting(
+        0.02, "Standard deviation of C and D at the start; sets only how easily signs flip under Adam."
+    )
+    init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
+        None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
+    )
+    warmup: Literal["ramp", "residual", "none"] = setting(
+        "ramp", "How dW starts at 0: the gate climbs to 1 (ramp), dW(0) is subtracted (residual), or it does not."
+    )
+    warmup_steps: Annotated[int, Field(ge=0, le=MAX_INT)] | Literal["auto"] = setting(
+        "auto", "Optimizer steps until the gate is 1; auto is the learning rate's warm-up (paper: a warm-up)."
+    )
+    magnitude: Literal["relu", "abs", "sigmoid", "identity"] = setting(
+        "relu", "Function on B A (paper: relu; the others are its ablations)."
+    )
+    direction: Literal["ste", "xnor", "dorefa", "identity", "fixed"] = setting(
+        "ste", "Sign of D C and its gradient (paper: ste, Eq. 7; the others are its Tables 3 and 5)."
+    )
+    ste_clip: Literal["chain", "update", "none"] = setting(
+        "chain", "What the sign's gradient clips to [-1, 1]: chain is Eq. 7, update is Eq. 12."
+    )
+    forward: Literal["auto", "merged", "added"] = setting(
+        "auto", "One GEMM on W0 + dW (merged), or a second one for dW (added: dropout, quantised bases)."
+    )
+    backend: Literal["auto", "reference", "cpu", "triton"] = setting(
+        "auto", "Code that computes dW; auto chooses the fastest that fits, a name runs or fails."
+    )
+    bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
+
+    @model_validator(mode="after")
+    def _merged_has_no_dropout(self) -> AdapterSection:
+        if self.forward == "merged" and self.duallora_dropout > 0:
+            raise ValueError(
+                f'adapter.forward = "merged" cannot apply adapter.duallora_dropout = {self.duallora_dropout}: the merged '
+                'weight has one input for both paths. Use adapter.forward = "auto" or "added", or a dropout of 0'
+            )
+        return self
+
+
+class DataSection(Section):
+    """What to train on: your own file or hub data set (path), or one of the paper's tasks (task)."""
+
+    path: Text | None = setting(
+        None, "Your data: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or builtin:docstrings."
+    )
+    task: Text | None = setting(None, "A task with its own prompts, splits and metrics, such as e2e, boolq or sst2.")
+    data_dir: Text | None = setting(None, "Folder that holds the tasks' data; null is $DUALLORA_DATA, else the hub.")
+    eval_path: Text | None = setting(None, "Held-out data beside path; null splits eval_fraction off path.")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = setting(
+        0.05, "Share of path's rows held out where it brings no validation rows and eval_path is null."
+    )
+    format: Literal["prompt-completion", "messages", "alpaca", "classification"] | None = setting(
+        None, "Form of path's rows; null detects it from the column names."
+    )
+    bad_rows: Literal["error", "skip"] = setting(
+        "error", "What a malformed row does: stop, or be counted and left out."
+    )
+    max_length: Annotated[int, Field(ge=8, le=1 << 20)] = setting(
+        512, "Tokens per example, prompt and answer together; longer ones lose prompt tokens first."
+    )
+    train_on: Literal["answer", "all"] = setting("answer", "Tokens the loss is on: the answer only, or every token.")
+    limit: Count | None = setting(None, "Train on at most this many rows; null is all of them.")
+    eval_limit: Count | None = setting(None, "Evaluate on at most this many rows; null is all of them.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        _refuse_exclusive("data", self)
+        if self.path is None and self.task is None:
+            raise ValueError(
+                "neither data.path nor data.task is set: name a file or hub data set (--data mine.jsonl) or a task "
+                "(--task e2e)"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """The training loop; it runs on transformers' Trainer."""
+
+    epochs: Positive = setting(1.0, "Passes over the training rows; max_steps, where set, decides instead.")
+    max_steps: Count | None = setting(None, "Optimizer steps; null counts them from epochs.")
+    batch_size: Count = setting(8, "Examples per device in one forward pass (measured: fits 2 CPU cores).")
+    gradient_accumulation_steps: Count = setting(1, "Forward passes per optimizer step.")
+    learning_rate: Positive = setting(
+        4e-3, "Peak learning rate (measured on SmolLM2-135M; the paper tunes it per task and prints none)."
+    )
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ] = setting("linear", "Course of the learning rate after its warm-up (as DoRA's and HiRA's scripts).")
+    lr_warmup_steps: Annotated[int, Field(ge=0, le=MAX_INT)] | None = setting(
+        None, "Warm-up of the learning rate in optimizer steps; null uses lr_warmup_ratio (DoRA's scripts: 100)."
+    )
+    lr_warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = setting(
+        0.03, "Warm-up of the learning rate as a share of all steps; null where lr_warmup_steps is set."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = setting(
+        0.0, "AdamW's decoupled weight decay on the factors (HiRA: 0)."
+    )
+    max_grad_norm: Annotated[float, Field(ge=0)] = setting(1.0, "Gradients are scaled down to this norm; 0 is off.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward: less memory, slower.")
+    eval_steps: Count | None = setting(None, "Optimizer steps between evaluations of the loss; null is at the end.")
+    save_steps: Count = setting(100, "Optimizer steps between checkpoints.")
+    save_total_limit: Count | None = setting(2, "Checkpoints kept, the oldest go first; null keeps all.")
+    logging_steps: Count = setting(10, "Optimizer steps between lines of the log.")
+    report_to: list[Text] = setting(
+        ["tensorboard"], "Trackers, as transformers names them (tensorboard, trackio, wandb, mlflow); [] is none."
+    )
+    optimizer: Text = setting("adamw_torch", "Optimizer, as transformers' optim argument names it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_the_default_ratio(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("lr_warmup_steps") is not None:
+            return {"lr_warmup_ratio": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainSection:
+        _refuse_exclusive("train", self)
+        return self
+
+
+class EvalSection(Section):
+    """Evaluation after training, and the `eval` verb."""
+
+    batch_size: Count = setting(16, "Examples per device in one forward pass or generation.")
+    max_new_tokens: Count | None = setting(None, "Longest generated answer in tokens; null is the task's own.")
+    num_beams: Count | None = setting(None, "Beams of the generation (1 is greedy); null is the task's own.")
+    metrics: bool = setting(True, "After training, generate or classify and score; false evaluates the loss only.")
+
+
+class Recipe(Section):
+    """Everything that decides a training run."""
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    data: DataSection
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = setting(
+        0, "Seed of the data order, of dropout and (unless init_seed is set) of the factors."
+    )
+    output: Text | None = setting(None, "Run folder; null is runs/<date-time>-<model>-<data>.")
+
+
+# Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one
+# layer they are a contradiction.
+EXCLUDES: dict[str, tuple[str, ...]] = {
+    "data.path": ("data.task", "data.data_dir"),
+    "data.task": ("data.path", "data.eval_path", "data.format"),
+    "train.lr_warmup_steps": ("train.lr_warmup_ratio",),
+    "train.lr_warmup_ratio": ("train.lr_warmup_steps",),
+}
+
+
+def _refuse_exclusive(section: str, values: Section) -> None:
+    for key, others in EXCLUDES.items():
+        if not key.startswith(section + "."):
+            continue
+        for other in others:
+            mine, theirs = (getattr(values, name.partition(".")[2]) for name in (key, other))
+            if mine is not None and theirs is not None:
+                raise ValueError(f"{key} = {_show(mine)} and {other} = {_show(theirs)} exclude each other: keep one")
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Recipe.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+KEYS: tuple[str, ...] = tuple(
+    f"{name}.{leaf}" if leaf else name
+    for name in Recipe.model_fields
+    for leaf in (SECTIONS[name].model_fields if name in SECTIONS else [""])
+)
+
+# What PEFT, transformers and other trainers call the same thing.
+SYNONYMS = {
+    "rank": "adapter.r",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "dropout": "adapter.duallora_dropout",
+    "lora_dropout": "adapter.duallora_dropout",
+    "gate_steps": "adapter.warmup_steps",
+    "lr": "train.learning_rate",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "steps": "train.max_steps",
+    "per_device_train_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "grad_accum": "train.gradient_accumulation_steps",
+    "warmup_ratio": "train.lr_warmup_ratio",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "scheduler": "train.lr_scheduler",
+    "optim": "train.optimizer",
+    "model_name_or_path": "model.name",
+    "base_model": "model.name",
+    "torch_dtype": "model.dtype",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "dataset_path": "data.path",
+    "data_path": "data.path",
+    "train_file": "data.path",
+    "validation_file": "data.eval_path",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "output_dir": "output",
+    "random_seed": "seed",
+}
+
+
+def _candidates(leaf: str) -> list[str]:
+    """The dotted keys that end in this name."""
+    return [key for key in KEYS if key.rpartition(".")[2] == leaf]
+
+
+def nearest(key: str) -> list[str]:
+    """The known dotted keys a misspelt, misplaced or foreign key most likely means, best first; may be empty."""
+    section, _, leaf = key.rpartition(".")
+    leaf = leaf.replace("-", "_").lower()
+    if found := _candidates(leaf):
+        return found
+    if leaf in SYNONYMS:
+        return [SYNONYMS[leaf]]
+    if section in SECTIONS:
+        close = difflib.get_close_matches(leaf, SECTIONS[section].model_fields, n=1, cutoff=0.7)
+        if close:
+            return [f"{section}.{close[0]}"]
+    leaves = {name.rpartition(".")[2] for name in KEYS} | set(SYNONYMS)
+    for close_leaf in difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.7):
+        return _candidates(close_leaf) or [SYNONYMS[close_leaf]]
+    return difflib.get_close_matches(key, KEYS, n=1, cutoff=0.7)
+
+
+def _did_you_mean(key: str) -> str:
+    names = nearest(key)
+    if names:
+        return f"did you mean {' or '.join(names)}?"
+    section = key.partition(".")[0]
+    known = SECTIONS[section].model_fields if section in SECTIONS else Recipe.model_fields
+    return f"known here: {', '.join(known)}"
+
+
+def _show(value: Any) -> str:
+    text = (
+        json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool, list, dict, type(None))) else repr(value)
+    )
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@cache
+def allowed(key: str) -> str:
+    """The values one setting takes, in words: ``finite number > 0 or null``."""
+    section, _, leaf = key.rpartition(".")
+    owner: type[Section] = SECTIONS[section] if section else Recipe
+    schema = owner.model_json_schema()["properties"][leaf]
+    options = [words for option in schema.get("anyOf", [schema]) for words in _options(option)]
+    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
+
+
+def _options(schema: Mapping[str, Any]) -> list[str]:
+    if "const" in schema or "enum" in schema:
+        return [_show(value) for value in schema.get("enum", [schema.get("const")])]
+    kind = schema.get("type")
+    if kind == "boolean":
+        return ["true", "false"]
+    if kind == "array":
+        return [f"{'non-empty ' if schema.get('minItems') else ''}list of {_options(schema['items'])[0]}"]
+    if kind == "object":
+        values = schema.get("additionalProperties") or next(iter(schema["patternProperties"].values()))
+        return [f"mapping of names to {_options(values)[0]}"]
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is not None and high not in (None, MAX_INT):
+        bounds = f" from {low:g} to {high:g}" if isinstance(low, float) else f" from {low} to {high}"
+    else:
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+        bounds = " and".join(f" {sign} {schema[name]:g}" for name, sign in signs.items() if name in schema)
+    return [{"string": "text", "number": "finite number"}.get(str(kind), str(kind)) + bounds]
+
+
+class _Layer:
+    """Settings from one place: dotted key -> (value, where it stands), and what is wrong with the place itself."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, tuple[Any, str]] = {}
+        self.problems: list[str] = []
+
+
+def load_recipe(
+    path: Path | str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    task: str | None = None,
+    data_dir: str | Path | None = None,
+    eval_data: str | None = None,
+    output: str | Path | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """Read a recipe: YAML file (1.2: ``1e-4`` is a number), then ``overrides``, then the flags, later over earlier.
+
+    ``overrides`` are ``train.learning_rate=2e-4`` or, where only one section has the name, ``learning_rate=2e-4``; the
+    value is read as YAML. Flags that are None are not set. A flag or override that names a data source replaces the
+    file's data source.
+
+    Raises:
+        ConfigError: with every problem found, each naming its file and line (or flag), key, value and what is allowed.
+    """
+    file = _read_file(Path(path)) if path is not None else _Layer()
+    line = _read_overrides(overrides)
+    flags = {
+        "model.name": ("--model", model),
+        "data.path": ("--data", data),
+        "data.task": ("--task", task),
+        "data.data_dir": ("--data-dir", data_dir),
+        "data.eval_path": ("--eval-data", eval_data),
+        "output": ("--output", output),
+        "seed": ("--seed", seed),
+    }
+    for key, (flag, value) in flags.items():
+        if value is not None:
+            line.values[key] = (str(value) if isinstance(value, Path) else value, flag)
+
+    settings = dict(file.values)
+    for key, entry in line.values.items():
+        if entry[0] is not None:
+            for other in EXCLUDES.get(key, ()):
+                settings.pop(other, None)
+    settings.update(line.values)
+
+    problems = [*file.problems, *line.problems]
+    tree: dict[str, Any] = {"data": {}}
+    for key, (value, _) in settings.items():
+        section, _, leaf = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        sources = {key: source for key, (_, source) in settings.items()}
+        problems += _explain(error, settings, sources, incomplete=bool(problems))
+    if problems:
+        raise ConfigError(_listing(problems))
+    return recipe
+
+
+def _listing(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    shown = "\n".join(f"  {problem}" for problem in problems[:20])
+    rest = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+    return f"{len(problems)} problems in the configuration:\n{shown}{rest}"
+
+
+def _explain(
+    error: ValidationError, settings: Mapping[str, tuple[Any, str]], sources: Mapping[str, str], *, incomplete: bool
+) -> Iterator[str]:
+    """pydantic's findings, one line per key, in the words of this module."""
+    seen = set()
+    for item in error.errors(include_url=False):
+        loc = [str(part) for part in item["loc"]]
+        key = ".".join(loc[:2]) if loc and loc[0] in SECTIONS else "".join(loc[:1])
+        if key in seen:
+            continue  # the members of a union each report
+        seen.add(key)
+        if item["type"] == "value_error":
+            text = str(item["ctx"]["error"])
+            if incomplete and text.startswith("neither"):
+                continue  # the source may be behind a key that is already reported
+            places = dict.fromkeys(
+                sources[name] for name in KEYS if name in sources and re.search(rf"\b{name}\b", text)
+            )
+            yield f"{', '.join(places)}: {text}" if places else text
+            continue
+        value, source = settings[key]
+        yield f"{source}: {key}: {_show(value)} is not accepted; expected {allowed(key)}{_hint(value, allowed(key))}"
+
+
+def _hint(value: Any, expected: str) -> str:
+    kinds = {word for word in ("integer", "number") if word in expected}
+    if isinstance(value, str) and kinds and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
+        return " (remove the quotes)"
+    if isinstance(value, str) and expected == "true or false":
+        return " (YAML 1.2 has no yes, no, on or off)"
+    if isinstance(value, (int, float)) and "text" in expected:
+        return " (write it in quotes)"
+    return ""
+
+
+def _read_overrides(overrides: Iterable[str]) -> _Layer:
+    layer = _Layer()
+    for override in overrides:
+        where = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            layer.problems.append(f"{where}: expected KEY=VALUE, such as train.learning_rate=2e-4")
+            continue
+        field, entry = _resolve(key)
+        if field is None:
+            layer.problems.append(f"{where}: {entry}")
+            continue
+        try:
+            value = _plain(_compose(text), where, _Budget())
+        except ConfigError as error:
+            layer.problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+            continue
+        if entry:  # one entry of a mapping: adapter.rank_pattern.q_proj=8
+            held = layer.values.get(field, ({}, where))[0]
+            value = {**held, entry: value} if isinstance(held, dict) else {entry: value}
+        layer.values[field] = (value, where)
+    return layer
+
+
+def _resolve(key: str) -> tuple[str | None, str]:
+    """The dotted key meant, and the entry of its mapping if one is named; or (None, what is wrong)."""
+    if key in KEYS:
+        return key, ""
+    found = _candidates(key)
+    if len(found) == 1:
+        return found[0], ""
+    if found:
+        return None, f"{key} is ambiguous: write {' or '.join(found)}"
+    for pattern in ("adapter.rank_pattern", "adapter.alpha_pattern"):
+        for prefix in (pattern, pattern.partition(".")[2]):
+            if key.startswith(prefix + ".") and key != prefix + ".":
+                return pattern, key[len(prefix) + 1 :]
+    if key in SECTIONS:
+        return None, f"{key} is a section: set one of its keys, such as {key}.{next(iter(SECTIONS[key].model_fields))}"
+    return None, f"unknown key {key}; {_did_you_mean(key)}"
+
+
+def _read_file(path: Path) -> _Layer:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `duallora config show > {path}` writes one to start from") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{path}: larger than {MAX_FILE_BYTES} bytes; a recipe is a page of YAML. Is this a data file?"
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path}:{line}: not UTF-8 text (byte {error.start} is {content[error.start]:#04x})"
+        ) from None
+    layer = _Layer()
+    root = _compose(text, str(path))
+    if root is None or (_kind(root) == "null"):
+        return layer
+    budget = _Budget()
+    if root.id != "mapping":
+        raise ConfigError(f"{path}:{_line(root)}: expected a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for name, key_node, node in _entries(root, str(path), layer.problems):
+        where = f"{path}:{_line(key_node)}"
+        if name not in Recipe.model_fields:
+            layer.problems.append(f"{where}: unknown key {name}; {_did_you_mean(name)}")
+        elif name not in SECTIONS:
+            _take(layer, name, node, where, budget)
+        elif node.id == "mapping":
+            for leaf, leaf_node, value in _entries(node, str(path), layer.problems):
+                where = f"{path}:{_line(leaf_node)}"
+                key = f"{name}.{leaf}"
+                if key in KEYS:
+                    _take(layer, key, value, where, budget)
+                else:
+                    layer.problems.append(f"{where}: unknown key {key}; {_did_you_mean(key)}")
+        elif _kind(node) != "null":  # a heading with nothing under it is an empty section
+            layer.problems.append(
+                f"{where}: {name} is a section: expected a mapping with keys such as "
+                f"{name}.{next(iter(SECTIONS[name].model_fields))}"
+            )
+    return layer
+
+
+def _take(layer: _Layer, key: str, node: Any, where: str, budget: _Budget) -> None:
+    try:
+        layer.values[key] = (_plain(node, f"{where}: {key}", budget), where)
+    except ConfigError as error:
+        layer.problems.append(str(error))
+
+
+def _entries(mapping: Any, path: str, problems: list[str]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, key node, value node) of a YAML mapping; duplicate and non-text keys become problems."""
+    first: dict[str, int] = {}
+    for key_node, value in mapping.value:
+        where = f"{path}:{_line(key_node)}"
+        if key_node.id != "scalar" or _kind(key_node) == "merge":
+            what = "merge keys (<<)" if key_node.id == "scalar" else "keys that are not text"
+            problems.append(f"{where}: {what} are not accepted in a recipe")
+            continue
+        name = key_node.value
+        if name in first:
+            problems.append(f"{where}: {name[:80]} is set twice (first in line {first[name]}); keep one")
+            continue
+        first[name] = _line(key_node)
+        yield name, key_node, value
+
+
+def _line(node: Any) -> int:
+    return node.start_mark.line + 1
+
+
+def _kind(node: Any) -> str:
+    return str(node.tag).rpartition(":")[2]
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True)
+
+
+def _compose(text: str, where: str = "") -> Any:
+    """The YAML node tree (None for an empty text); nothing is constructed, so tags cannot run code."""
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        return _yaml().compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}: " if where and mark else ""
+        column = f" (column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{place}not valid YAML: {error.problem or error.context}{column}") from None
+    except YAMLError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{where + ': ' if where else ''}not valid YAML: {reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{where + ': ' if where else ''}not a recipe: nested too deeply") from None
+
+
+class _Budget:
+    """Counts expanded nodes, so that a page of aliases cannot unfold into gigabytes."""
+
+    def __init__(self) -> None:
+        self.left = MAX_NODES
+
+    def spend(self, where: str, depth: int) -> None:
+        self.left -= 1
+        if self.left < 0 or depth > 8:
+            raise ConfigError(f"{where}: too deep or more than {MAX_NODES} values once its aliases are expanded")
+
+
+def _plain(node: Any, where: str, budget: _Budget, depth: int = 0) -> Any:
+    """A node as str, int, float, bool, None, list or dict; any other tag is refused."""
+    budget.spend(where, depth)
+    if node is None:
+        return None
+    if node.id == "sequence" and _kind(node) == "seq":
+        return [_plain(item, where, budget, depth + 1) for item in node.value]
+    if node.id == "mapping" and _kind(node) == "map":
+        problems: list[str] = []
+        place = where.partition(":")[0]
+        result = {name: _plain(value, where, budget, depth + 1) for name, _, value in _entries(node, place, problems)}
+        if problems:
+            raise ConfigError(problems[0])
+        return result
+    kind = _kind(node)
+    if node.id == "scalar" and kind in ("str", "timestamp"):
+        return node.value
+    if node.id == "scalar" and kind in ("int", "float", "bool", "null"):
+        try:
+            return _yaml().constructor.construct_object(node)
+        except ValueError:
+            raise ConfigError(f"{where}: {_show(node.value)} cannot be read as {kind}") from None
+    raise ConfigError(f"{where}: the tag {node.tag} is not accepted; a recipe holds plain text, numbers and lists")
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file (draft 2020-12), for editors that complete and check YAML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The whole recipe as YAML, each value under its description and range; ``load_recipe`` reads the same recipe back."""
+    lines = []
+    for name, value in recipe:
+        if isinstance(value, Section):
+            lines += ["", *_comment((type(value).__doc__ or "").strip()), f"{name}:"]
+            for leaf, held in value:
+                lines += _field_lines(f"{name}.{leaf}", leaf, held, "  ")
+        else:
+            lines += ["", *_field_lines(name, name, value, "")]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _comment(text: str, indent: str = "") -> list[str]:
+    return [f"{indent}# {line.strip()}" for line in text.splitlines()]
+
+
+def _field_lines(key: str, leaf: str, value: Any, indent: str) -> list[str]:
+    section = key.rpartition(".")[0]
+    owner: type[Section] = SECTIONS[section] if section else Recipe
+    description = owner.model_fields[leaf].description
+    return [f"{indent}# {description} [{allowed(key)}]", f"{indent}{leaf}: {_scalar(value)}"]
+
+
+def _scalar(value: Any) -> str:
+    """A value in YAML's flow style. Text is plain where that reads back as the same text, else in double quotes."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_scalar(item) for item in value)}]"
+    if isinstance(value, dict):
+        # "? key : value" would be needed for keys beyond 1024 characters; module patterns are short
+        return f"{{{', '.join(f'{_quoted(name)}: {_scalar(item)}' for name, item in value.items())}}}"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*(:[A-Za-z0-9_./-]+)*", value) and value.lower() not in _NOT_TEXT:
+        return value
+    return _quoted(value)
+
+
+_NOT_TEXT = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # some in YAML 1.1 only: quoted for others
+
+
+def _quoted(text: str) -> str:
+    plain = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd]", _escape, plain)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\U{ord(match.group()):08x}"
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
+    values = recipe.model_dump(mode="json", exclude={"output"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def default_output(recipe: Recipe, now: datetime | None = None) -> str:
+    """``runs/<date-time>-<model>-<data>``: the run folder of a recipe whose ``output`` is None."""
+    source = recipe.data.task or recipe.data.path or ""
+    parts = [f"{now or datetime.now():%Y%m%d-%H%M%S}", _slug(recipe.model.name), _slug(source)]
+    return "runs/" + "-".join(part for part in parts if part)
+
+
+def _slug(name: str) -> str:
+    last = re.split(r"[/\\:]", name.rstrip("/\\"))[-1]
+    for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        last = last.removesuffix(suffix)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.")[:60]
