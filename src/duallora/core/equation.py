@@ -1,0 +1,188 @@
+"""The update of Dual LoRA (arXiv 2512.03402, Eq. 9) and its gradient, written once.
+
+    dW = s * ReLU(B A) . Sign(D C)            s = gate * alpha / sqrt(r1 r2)
+
+    A [r1, in]   B [out, r1]   magnitude group        P = B A  [out, in]      M = s * magnitude(P)
+    C [r2, in]   D [out, r2]   direction group        Q = D C  [out, in]      dW = M . direction(Q)
+
+Forward, merge, conversion, analysis and the kernels' tests all call :func:`dual_delta`; backends that do not keep
+the [out, in] tensors for autograd call :func:`dual_delta_backward`, the same formula differentiated by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Magnitude = Literal["relu", "abs", "sigmoid", "identity"]
+Direction = Literal["ste", "xnor", "dorefa", "identity", "fixed"]
+SteClip = Literal["chain", "update", "none"]
+
+MAGNITUDES: tuple[str, ...] = get_args(Magnitude)
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
+STE_CLIPS: tuple[str, ...] = get_args(SteClip)
+
+# value(P) and derivative(P); the derivatives at 0 are torch's own: ReLU'(0) = |.|'(0) = 0.
+_MAGNITUDE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (torch.relu, lambda P: (P > 0).to(P.dtype)),
+    "abs": (torch.abs, torch.sign),
+    "sigmoid": (torch.sigmoid, lambda P: torch.sigmoid(P) * (1 - torch.sigmoid(P))),
+    "identity": (lambda P: P, torch.ones_like),
+}
+
+
+def dual_scaling(alpha: float, r1: int, r2: int) -> float:
+    """alpha / sqrt(r1 r2), Eq. 9. Setting 3 of the paper (``direction="fixed"``) has no r2 and passes r1 twice."""
+    return alpha / math.sqrt(r1 * r2)
+
+
+def sign(Q: Tensor) -> Tensor:
+    """+1 where Q > 0, else -1 (Eq. 6): Sign(0) = -1, unlike ``torch.sign``."""
+    return torch.where(Q > 0, 1.0, -1.0).to(Q.dtype)
+
+
+def direction_scale(Q: Tensor, direction: str) -> Tensor | None:
+    """The constant in front of Sign(Q): mean |Q| per output row (XNOR-Net, Eq. 13), over all (DoReFa-Net, Eq. 14)."""
+    if direction == "xnor":
+        return Q.abs().mean(dim=1, keepdim=True)
+    if direction == "dorefa":
+        return Q.abs().mean()
+    return None
+
+
+def clip_direction_gradient(G: Tensor, M: Tensor, direction: str, ste_clip: str) -> Tensor:
+    """dL/dQ from G = dL/d(dW): the straight-through gradient of the direction group.
+
+    ``"chain"`` (Eq. 7) clips dL/dSign(Q) = G M; ``"update"`` (Eq. 12) clips G and multiplies by M after; ``"none"``
+    clips nothing. XNOR-Net and DoReFa-Net pass the gradient unclipped (Eq. 13, 14). ``clamp`` keeps NaN.
+    """
+    if direction == "ste" and ste_clip == "chain":
+        return (G * M).clamp(-1, 1)
+    if direction == "ste" and ste_clip == "update":
+        return G.clamp(-1, 1) * M
+    return G * M
+
+
+class _Directed(torch.autograd.Function):
+    """M . direction(Q) for the quantised directions, with the straight-through gradient for Q."""
+
+    @staticmethod
+    def forward(M: Tensor, Q: Tensor, direction: str, ste_clip: str) -> Tensor:
+        scale = direction_scale(Q, direction)
+        S = sign(Q) if scale is None else scale * sign(Q)
+        return M * S
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        M, Q, ctx.direction, ctx.ste_clip = inputs
+        ctx.save_for_backward(M, Q)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G):
+        M, Q = ctx.saved_tensors
+        dM = _Directed.forward(G, Q, ctx.direction, ctx.ste_clip)  # dW is linear in M
+        return dM, clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None
+
+
+def _compute_dtype(A: Tensor) -> torch.dtype:
+    """Half-precision products would flip signs near 0, so the update is computed in float32 at least."""
+    return torch.promote_types(A.dtype, torch.float32)
+
+
+def dual_delta(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    scaling: float | Tensor,
+    *,
+    magnitude: str = "relu",
+    direction: str = "ste",
+    ste_clip: str = "chain",
+    fixed_sign: Tensor | None = None,
+    initial: Sequence[Tensor] = (),
+) -> Tensor:
+    """dW = scaling * magnitude(B A) . direction(D C), Eq. 9. Differentiable in A, B, C, D.
+
+    Args:
+        A: [r1, in]. B: [out, r1]. The magnitude group.
+        C: [r2, in]. D: [out, r2]. The direction group; None for ``direction="fixed"``.
+        scaling: gate * alpha / sqrt(r1 r2); a float or a 0-dim tensor (so that a moving gate does not recompile).
+        magnitude: "relu" (the paper), "abs", "sigmoid" (its Table 6), "identity" (its Setting 1).
+        direction: "ste" (the paper), "xnor", "dorefa" (its Table 3), "identity" (Setting 2: the plain product),
+            "fixed" (Setting 3: the signs in ``fixed_sign``).
+        ste_clip: see :func:`clip_direction_gradient`.
+        fixed_sign: [out, in] of +-1, any dtype; for ``direction="fixed"`` only.
+        initial: (A, B, C, D) at the start; their dW is subtracted (``warmup="residual"``).
+
+    Returns:
+        dW [out, in], in the dtype of the factors but float32 at least.
+    """
+    dtype = _compute_dtype(A)
+    with torch.autocast(A.device.type, enabled=False):
+        M = scaling * _MAGNITUDE[magnitude][0](B.to(dtype) @ A.to(dtype))
+        if direction == "fixed":
+            assert fixed_sign is not None
+            dW = M * fixed_sign.to(dtype)
+        else:
+            assert C is not None and D is not None
+            Q = D.to(dtype) @ C.to(dtype)
+            dW = M * Q if direction == "identity" else _Directed.apply(M, Q, direction, ste_clip)
+        if initial:
+            A0, B0, C0, D0 = (*initial, None, None)[:4]
+            dW = dW - dual_delta(
+                A0, B0, C0, D0, scaling, magnitude=magnitude, direction=direction, fixed_sign=fixed_sign
+            )
+    return dW
+
+
+def dual_delta_backward(
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    scaling: float | Tensor,
+    *,
+    magnitude: str = "relu",
+    direction: str = "ste",
+    ste_clip: str = "chain",
+    fixed_sign: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dA, dB, dC, dD) from G = dL/d(dW) [out, in], by hand: Eq. 10 to 12.
+
+        dP = s G . direction(Q) . magnitude'(P)       dB = dP A^T     dA = B^T dP
+        dQ = clip(G . M)  (see clip_direction_gradient)    dD = dQ C^T     dC = D^T dQ
+
+    Computed and returned in the dtype :func:`dual_delta` computes in. Agrees with autograd of it to rounding.
+    """
+    dtype = _compute_dtype(A)
+    with torch.autocast(A.device.type, enabled=False):
+        G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
+        value, derivative = _MAGNITUDE[magnitude]
+        P = B @ A
+        if direction == "fixed":
+            assert fixed_sign is not None
+            dP = G * fixed_sign.to(dtype) * (scaling * derivative(P))
+            return B.T @ dP, dP @ A.T, None, None
+        assert C is not None and D is not None
+        C, D = C.to(dtype), D.to(dtype)
+        Q = D @ C
+        S = G * Q if direction == "identity" else _Directed.forward(G, Q, direction, ste_clip)
+        dP = S * (scaling * derivative(P))
+        dQ = clip_direction_gradient(G, scaling * value(P), direction, ste_clip)
+        return B.T @ dP, dP @ A.T, D.T @ dQ, dQ @ C.T
+
+
+def add_update(W: Tensor, *updates: Tensor) -> Tensor:
+    """W' = W0 + sum of the updates, summed in float32 at least and rounded once to the dtype of W."""
+    dtype = torch.promote_types(W.dtype, updates[0].dtype)
+    total = W.to(dtype)
+    for dW in updates:
+        total = total + dW
+    return total.to(W.dtype)

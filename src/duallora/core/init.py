@@ -1,0 +1,53 @@
+"""Initial values of the factors, reproducible from one stored integer.
+
+The paper draws all four from a Gaussian and leaves its width open; 0.02 gives rms(dW) of about a tenth of rms(W0)
+at r = 16, alpha = 32 (LOG.md). Sign is scale-free, so the width of C and D only sets how easily signs flip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def layer_seed(init_seed: int | None, module_name: str) -> int:
+    """Seed of one layer: from ``init_seed`` and the layer's name, or from torch's global generator if None."""
+    if init_seed is None:
+        return int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+    digest = hashlib.sha256(f"{init_seed}:{module_name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 2
+
+
+def draw_factors(
+    seed: int,
+    out_features: int,
+    in_features: int,
+    r1: int,
+    r2: int | None,
+    *,
+    init_std: float,
+    direction_init_std: float,
+    on_bf16_grid: bool = False,
+) -> list[Tensor]:
+    """[A, B, C, D] (only [A, B] if r2 is None), float32 on CPU, N(0, init_std^2) and N(0, direction_init_std^2).
+
+    ``on_bf16_grid`` rounds each value to bfloat16, so that the factors survive a cast to half precision unchanged
+    and dW(0) can be rebuilt bit for bit from the seed (``warmup="residual"``).
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shapes = [((r1, in_features), init_std), ((out_features, r1), init_std)]
+    if r2 is not None:
+        shapes += [((r2, in_features), direction_init_std), ((out_features, r2), direction_init_std)]
+    factors = [
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) * std for shape, std in shapes
+    ]
+    return [factor.bfloat16().float() for factor in factors] if on_bf16_grid else factors
+
+
+def draw_signs(seed: int, out_features: int, in_features: int) -> Tensor:
+    """[out, in] int8 of +-1 with equal chance: the frozen direction of the paper's Setting 3 (appendix B.1)."""
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
+    bits = torch.randint(0, 2, (out_features, in_features), generator=generator, dtype=torch.int8, device="cpu")
+    return bits * 2 - 1

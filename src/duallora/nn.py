@@ -1,0 +1,188 @@
+"""Dual LoRA for plain PyTorch modules, without PEFT.
+
+adapt(model, ["q_proj", "v_proj"], r=8, warmup_steps=100)   # freezes the model, replaces its linear layers
+...train the parameters that require grad with any torch optimizer; the gate opens by itself...
+torch.save(adapter_state_dict(model), "adapter.pt")
+merge(model)                                                # plain nn.Linear again
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
+from duallora.core.gate import Gate, ramp, track
+from duallora.core.init import draw_factors, layer_seed
+from duallora.errors import ConfigError, IntegrityError
+from duallora.ops import backend_module, build_weight, dual_linear
+
+
+class DualLoraLinear(nn.Module):
+    """y = x (W0 + dW)^T + b around an ``nn.Linear``: W0 [out, in] and b [out] frozen, the factors of dW trained.
+
+    The weight and bias are shared with ``base`` and keep its names, so a checkpoint of the base model still loads.
+    Factors are float32 whatever the dtype of W0.
+
+    Args:
+        base: the layer to adapt; frozen in place.
+        r: rank of both groups, >= 1. r1, r2: of the magnitude and the direction group; None = r.
+        alpha: numerator of the scaling alpha/sqrt(r1 r2), > 0 and finite; None = 2 r.
+        warmup_steps: optimizer steps until dW is fully on, >= 0; it starts at 0 (with 0 it starts fully on).
+        init_std, direction_init_std: standard deviation of A, B and of C, D at the start, > 0.
+        init_seed: seed of the initial values; None = torch's global generator.
+        magnitude, direction, ste_clip: as in :func:`duallora.dual_delta`; fixed signs exist in DualLoraConfig only.
+        backend: as in :func:`duallora.dual_linear`.
+
+    Raises:
+        ConfigError (a ValueError): a value out of range.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        r: int = 16,
+        r1: int | None = None,
+        r2: int | None = None,
+        alpha: float | None = None,
+        warmup_steps: int = 100,
+        init_std: float = 0.02,
+        direction_init_std: float = 0.02,
+        init_seed: int | None = None,
+        magnitude: str = "relu",
+        direction: str = "ste",
+        ste_clip: str = "chain",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        r1, r2 = (r if r1 is None else r1), (r if r2 is None else r2)
+        alpha = 2 * r if alpha is None else alpha
+        if min(r, r1, r2) < 1:
+            raise ConfigError(f"r={r}, r1={r1}, r2={r2}: expected ranks >= 1.")
+        if not (math.isfinite(alpha) and alpha > 0 and init_std > 0 and direction_init_std > 0 and warmup_steps >= 0):
+            raise ConfigError(
+                f"alpha={alpha}, init_std={init_std}, direction_init_std={direction_init_std}, warmup_steps="
+                f"{warmup_steps}: expected finite numbers > 0 (warmup_steps >= 0)."
+            )
+        for value, allowed in ((magnitude, MAGNITUDES), (direction, DIRECTIONS[:-1]), (ste_clip, STE_CLIPS)):
+            if value not in allowed:
+                raise ConfigError(f"{value!r} is unknown: choose one of {', '.join(allowed)}.")
+        backend_module(backend)  # raises on an unknown name now, not in the first forward
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
+        self.options = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
+        self.backend = backend
+        base.requires_grad_(False)
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        A, B, C, D = draw_factors(
+            layer_seed(init_seed, ""), self.out_features, self.in_features, r1, r2,
+            init_std=init_std, direction_init_std=direction_init_std,
+        )  # fmt: skip
+        self.duallora_A, self.duallora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+        self.duallora_C, self.duallora_D = nn.Parameter(C.to(device)), nn.Parameter(D.to(device))
+        self.register_buffer("duallora_step", torch.zeros((), dtype=torch.int64, device=device))
+        track(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        track(self)
+
+    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        scaling = self.scaling * ramp(self.duallora_step, self.warmup_steps)  # type: ignore[arg-type]
+        return self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D, scaling
+
+    def gates(self, active_only: bool = False) -> Iterator[Gate]:
+        """The layer's one gate (see :mod:`duallora.core.gate`)."""
+        factors = [self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D]
+        yield Gate(self.duallora_step, self.warmup_steps, factors, False)  # type: ignore[arg-type]
+
+    def get_delta_weight(self) -> Tensor:
+        """dW [out, in] at the present gate, float32."""
+        with torch.no_grad():
+            return dual_delta(*self._arguments(), **self.options)
+
+    def merged(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with W0 + dW, whose output has the very bits of this layer's."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        weight = build_weight(self.weight, *self._arguments(), **self.options, backend=self.backend)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] for x [..., in]."""
+        return dual_linear(x, self.weight, self.bias, *self._arguments(), **self.options, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, r1={self.r1}, r2={self.r2}"
+
+
+def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **options: Any) -> nn.Module:
+    """Freeze ``model`` and replace its linear layers by :class:`DualLoraLinear`, in place; returns ``model``.
+
+    Args:
+        target_modules: last parts of the names of the ``nn.Linear`` layers to adapt; None = every one of them.
+        options: as for :class:`DualLoraLinear`; with ``init_seed`` each layer gets a stream of its own.
+
+    Raises:
+        ConfigError: a name matches no linear layer.
+    """
+    targets = None if target_modules is None else set(target_modules)
+    found: dict[str, nn.Linear] = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and (targets is None or any(f".{name}".endswith(f".{t}") for t in targets))
+    }
+    missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in found)]
+    if missing or not found:
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is nn.Linear})
+        raise ConfigError(
+            f"target_modules={missing or targets} match no nn.Linear; this model has: {', '.join(linear)}."
+        )
+    model.requires_grad_(False)
+    init_seed = options.pop("init_seed", None)
+    for name, linear_layer in found.items():
+        seed = None if init_seed is None else layer_seed(init_seed, name)
+        model.set_submodule(name, DualLoraLinear(linear_layer, init_seed=seed, **options))
+    return model
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The factors and gate counters of ``model``, by full name: what to save."""
+    return {name: tensor for name, tensor in model.state_dict().items() if ".duallora_" in f".{name}"}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Load what :func:`adapter_state_dict` gave into a model adapted with the same options; returns ``model``.
+
+    Raises:
+        IntegrityError: a tensor is missing, unexpected or of another shape.
+    """
+    own = adapter_state_dict(model)
+    missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    wrong = [name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape]
+    if missing or unexpected or wrong:
+        raise IntegrityError(
+            f"the adapter does not fit this model: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} "
+            f"unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}. Adapt the model with the options "
+            "it was trained with."
+        )
+    model.load_state_dict(dict(state_dict), strict=False)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``."""
+    if isinstance(model, DualLoraLinear):
+        return model.merged()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DualLoraLinear):
+            model.set_submodule(name, module.merged())
+    return model

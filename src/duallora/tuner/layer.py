@@ -1,0 +1,327 @@
+"""The adapter layer: a linear layer whose weight is W0 plus one update dW per active adapter.
+
+merged form   y = x (W0 + dW)^T + b           one product; the bits of the merged model
+added form    y = base_layer(x) + dropout(x) dW^T     any base layer; equal up to rounding
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from duallora.core.equation import add_update, dual_delta, dual_scaling
+from duallora.core.gate import Gate, closed_gate_message, ramp, track
+from duallora.core.init import draw_factors, draw_signs, layer_seed
+from duallora.errors import ConfigError
+from duallora.ops import build_weight, dual_linear
+from duallora.ops.reference import apply_weight
+from duallora.tuner.config import DualLoraConfig
+
+DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
+
+
+def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
+    for adapter in layer.duallora_seed.keys():  # noqa: SIM118 (BufferDict is no dict)
+        layer.rebuild_from_seed(adapter)
+
+
+class DualLoraLayer(BaseTunerLayer):
+    """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
+
+    ``duallora_A`` [r1, in], ``duallora_B`` [out, r1], ``duallora_C`` [r2, in], ``duallora_D`` [out, r2] are trained
+    (no C and D with ``direction="fixed"``). ``duallora_step`` counts optimizer steps; ``duallora_seed`` is the seed of
+    what is rebuilt rather than saved: the initial factors (``warmup="residual"``) or the signs (``"fixed"``), held
+    in ``duallora_initial``.
+    """
+
+    adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D")
+    other_param_names = (
+        "duallora_config", "r1", "r2", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
+        "duallora_initial",
+    )  # fmt: skip
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.duallora_config: dict[str, DualLoraConfig] = {}
+        self.r1: dict[str, int] = {}
+        self.r2: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.duallora_dropout = nn.ModuleDict({})
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        self.duallora_step = BufferDict({}, persistent=True)
+        self.duallora_seed = BufferDict({}, persistent=True)
+        self.duallora_initial = nn.ModuleDict({})
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._base_weight_before_merge: Tensor | None = None
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_load_state_dict_post_hook(_rebuild_after_load)  # type: ignore[attr-defined]
+        track(self)  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        track(self)  # type: ignore[arg-type]  (a copied or unpickled layer counts steps too)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, *, config: DualLoraConfig, r1: int, r2: int, alpha: float, module_name: str
+    ) -> None:
+        """Add (or replace) one adapter; ``module_name`` picks the layer's own stream of ``config.init_seed``."""
+        limit = min(self.in_features, self.out_features)
+        if max(r1, r2) > limit:
+            warnings.warn(
+                f"{module_name}: rank {max(r1, r2)} is above min(in, out) = {limit} of this layer; a larger rank adds "
+                "parameters but no freedom. Lower r, or set rank_pattern for this layer.",
+                stacklevel=2,
+            )
+        fixed = config.direction == "fixed"
+        self.duallora_config[adapter_name] = config
+        self.r1[adapter_name], self.r2[adapter_name] = r1, (r1 if fixed else r2)
+        self.scaling[adapter_name] = dual_scaling(alpha, r1, self.r2[adapter_name])
+        dropout = config.duallora_dropout
+        self.duallora_dropout[adapter_name] = nn.Dropout(p=dropout) if dropout > 0 else nn.Identity()
+        self.duallora_step[adapter_name] = torch.zeros((), dtype=torch.int64)
+        seed = layer_seed(config.init_seed, module_name)
+        factors = self._draw(adapter_name, seed)
+        for name, factor in zip(self.adapter_layer_names, factors, strict=False):
+            getattr(self, name)[adapter_name] = nn.Parameter(factor)
+        if not fixed and self.in_features * self.out_features <= DEAD_CHECK_ELEMENTS and config.magnitude == "relu":
+            A, B = factors[:2]
+            if not (B @ A > 0).any():
+                warnings.warn(
+                    f"{module_name} [{self.out_features} x {self.in_features}]: ReLU(B A) is zero everywhere at the "
+                    "start, so this layer cannot learn. Use a larger r1, or another init_seed.",
+                    stacklevel=2,
+                )
+        if fixed or config.warmup == "residual":
+            self.duallora_seed[adapter_name] = torch.tensor(seed, dtype=torch.int64)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.rebuild_from_seed(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+    def _draw(self, adapter_name: str, seed: int) -> list[Tensor]:
+        config = self.duallora_config[adapter_name]
+        return draw_factors(
+            seed, self.out_features, self.in_features, self.r1[adapter_name],
+            None if config.direction == "fixed" else self.r2[adapter_name],
+            init_std=config.init_std, direction_init_std=config.direction_init_std,
+            on_bf16_grid=config.warmup == "residual",
+        )  # fmt: skip
+
+    def rebuild_from_seed(self, adapter_name: str) -> None:
+        """Redraw what ``duallora_seed`` stands for. Called after the adapter is made and after weights are loaded."""
+        if adapter_name not in self.duallora_seed or self.duallora_seed[adapter_name].device.type == "meta":
+            return
+        seed = int(self.duallora_seed[adapter_name])
+        if self.duallora_config[adapter_name].direction == "fixed":
+            tensors = {"sign": draw_signs(seed, self.out_features, self.in_features)}
+        else:
+            tensors = dict(zip("ABCD", self._draw(adapter_name, seed), strict=True))
+        device = self.duallora_A[adapter_name].device  # type: ignore[attr-defined]
+        held = BufferDict({name: tensor.to(device) for name, tensor in tensors.items()}, persistent=False)
+        self.duallora_initial[adapter_name] = held
+
+    # -- the update ----------------------------------------------------------------------------------------------
+
+    def gates(self, active_only: bool = False) -> Iterator[Gate]:
+        """The gate of each adapter (see :mod:`duallora.core.gate`); frozen while merged."""
+        for adapter in self.duallora_A:  # type: ignore[attr-defined]
+            if active_only and adapter not in self.active_adapters:
+                continue
+            yield Gate(
+                self.duallora_step[adapter],
+                self._warmup_steps(adapter),
+                [p for p in self._factors(adapter) if p is not None],
+                adapter in self.merged_adapters,
+            )
+
+    def _factors(self, adapter: str) -> list[nn.Parameter | None]:
+        """[A, B, C, D]; C and D are None with fixed signs."""
+        return [d[adapter] if adapter in d else None for d in (getattr(self, n) for n in self.adapter_layer_names)]
+
+    def _warmup_steps(self, adapter: str) -> int:
+        """Length of the ramp in optimizer steps; 0 if the gate is open from the start."""
+        config = self.duallora_config[adapter]
+        return config.warmup_steps if config.warmup == "ramp" and config.init_weights else 0
+
+    def _gated_scaling(self, adapter: str) -> float | Tensor:
+        steps = self._warmup_steps(adapter)
+        if steps == 0:
+            return self.scaling[adapter]
+        return self.scaling[adapter] * ramp(self.duallora_step[adapter], steps)
+
+    def _options(self, adapter: str) -> dict[str, Any]:
+        """The keyword arguments of :func:`dual_delta` for this adapter."""
+        config = self.duallora_config[adapter]
+        options: dict[str, Any] = {
+            "magnitude": config.magnitude,
+            "direction": config.direction,
+            "ste_clip": config.ste_clip,
+        }
+        if config.direction == "fixed":
+            options["fixed_sign"] = self.duallora_initial[adapter]["sign"]
+        elif config.warmup == "residual" and config.init_weights:
+            options["initial"] = [self.duallora_initial[adapter][name] for name in "ABCD"]
+        return options
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of ``adapter`` at its present gate, in the layout of the base weight; float32 at least."""
+        with torch.no_grad():
+            dW = dual_delta(*self._factors(adapter), self._gated_scaling(adapter), **self._options(adapter))  # type: ignore[arg-type]
+        return dW.T if self.fan_in_fan_out else dW
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """dW is additive, so PEFT can approximate it by a LoRA; it is of full rank, so only approximately."""
+        return True
+
+
+class Linear(DualLoraLayer, nn.Module):
+    """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        DualLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
+
+    def _merged_weight(self, W: Tensor, adapters: list[str]) -> Tensor:
+        """W0 + the sum of the adapters' updates: what the merged forward multiplies by and what merging writes."""
+        if len(adapters) == 1:
+            (adapter,) = adapters
+            return build_weight(
+                W, *self._factors(adapter), self._gated_scaling(adapter), **self._options(adapter),  # type: ignore[arg-type]
+                fan_in_fan_out=self.fan_in_fan_out, backend=self.duallora_config[adapter].backend,
+            )  # fmt: skip
+        return self._sum_weight(W, adapters)
+
+    def _sum_weight(self, W: Tensor, adapters: list[str]) -> Tensor:
+        updates = [
+            dual_delta(*self._factors(a), self._gated_scaling(a), **self._options(a)) for a in adapters  # type: ignore[arg-type]
+        ]  # fmt: skip
+        return add_update(W, *(dW.T if self.fan_in_fan_out else dW for dW in updates))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write W0 + dW into the base layer. A copy of W0 is kept on the CPU, so that unmerge is exact.
+
+        Args:
+            safe_merge: refuse, leaving the base weight untouched, if anything is NaN or infinite.
+            adapter_names: which adapters; None = the active ones.
+
+        Raises:
+            ValueError: safe_merge found a value that is not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.duallora_A]  # type: ignore[attr-defined]
+        if not names:
+            return
+        for adapter in names:
+            message = closed_gate_message(int(self.duallora_step[adapter]), self._warmup_steps(adapter))
+            if message:
+                warnings.warn(f"Merging a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
+        weight = self.get_base_layer().weight
+        before = self._base_weight_before_merge
+        if before is None:
+            before = weight.detach().to("cpu", copy=True)
+        merged = self._merged_weight(before.to(weight.device), [*self.merged_adapters, *names])
+        if safe_merge:
+            for adapter in names:
+                # Sign hides a NaN in C or D, so the factors are checked as well as the result.
+                tensors = [merged, *(f for f in self._factors(adapter) if f is not None)]
+                if not all(torch.isfinite(t).all() for t in tensors):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        self._base_weight_before_merge = before
+        weight.data.copy_(merged)
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit, whatever happened to the gate or the factors since."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self._base_weight_before_merge is not None
+        self.get_base_layer().weight.data.copy_(self._base_weight_before_merge)
+        self._base_weight_before_merge = None
+        self.merged_adapters = []
+
+    def _runs_merged(self, adapters: list[str]) -> bool:
+        """Whether the base weight is plain and resident and nothing needs a dW path of its own."""
+        base = self.base_layer
+        plain = (
+            type(base) in (nn.Linear, Conv1D)
+            and type(base.weight) in (nn.Parameter, Tensor)
+            and base.weight.is_floating_point()
+            and base.weight.device.type != "meta"
+            and not hasattr(base.weight, "ds_id")  # a DeepSpeed ZeRO-3 shard
+            and not hasattr(base, "_hf_hook")  # accelerate's offloading
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+        )
+        for adapter in adapters:
+            form = self.duallora_config[adapter].forward
+            if form == "merged" and not plain:
+                raise ConfigError(
+                    f"forward='merged' needs a plain resident weight, but the base layer is {type(base).__name__} "
+                    f"with a {type(getattr(base, 'weight', None)).__name__}: set forward to 'auto' or 'added'."
+                )
+            drops = self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout)
+            if form == "added" or not plain or drops:
+                return False
+        return True
+
+    def _added(self, x: Tensor, adapter: str) -> Tensor:
+        """dropout(x) dW^T, in the dtype of x."""
+        return dual_linear(
+            self.duallora_dropout[adapter](x), None, None, *self._factors(adapter), self._gated_scaling(adapter),  # type: ignore[arg-type]
+            **self._options(adapter), backend=self.duallora_config[adapter].backend,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
+        if self.disable_adapters or adapter_names is not None:
+            if self.merged:
+                self.unmerge()
+            y = self.base_layer(x, *args, **kwargs)
+            return y if adapter_names is None else self._add_by_row(x, y, adapter_names)
+        adapters = [a for a in self.active_adapters if a in self.duallora_A]  # type: ignore[attr-defined]
+        if self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if not args and not kwargs and self._runs_merged(adapters):
+            base = self.base_layer
+            if len(adapters) > 1:
+                return apply_weight(x, self._sum_weight(base.weight, adapters), base.bias, self.fan_in_fan_out)
+            (adapter,) = adapters
+            return dual_linear(
+                x, base.weight, base.bias, *self._factors(adapter), self._gated_scaling(adapter),  # type: ignore[arg-type]
+                **self._options(adapter), fan_in_fan_out=self.fan_in_fan_out,
+                backend=self.duallora_config[adapter].backend,
+            )  # fmt: skip
+        y = self.base_layer(x, *args, **kwargs)
+        dtype = y.dtype
+        for adapter in adapters:
+            y = y + self._added(x, adapter)
+        return y.to(dtype)
+
+    def _add_by_row(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(f"adapter_names names {len(adapter_names)} rows, but the batch has {len(x)}: one per row.")
+        y = y.clone()
+        for adapter in set(adapter_names).intersection(self.duallora_A):  # type: ignore[attr-defined]
+            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+            y[rows] += self._added(x[rows], adapter).to(y.dtype)
+        return y
+
+    def __repr__(self) -> str:
+        return "duallora." + super().__repr__()
