@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from duallora.errors import ConfigError
 
-MAX_FILE_BYTES = 1 << 20  # a recipe is a page long; a larger file is a mistake or an attack
+MAX_FILE_BYTES = 1 << 16  # a recipe is a page long; a larger file is a mistake, and the YAML reader is slow
+MAX_BRACKETS = 100  # open at once; the YAML reader's time grows with the square of them
 MAX_NODES = 10_000  # values a recipe may hold once its YAML aliases are expanded
 MAX_INT = 2**31 - 1
 
@@ -75,7 +76,9 @@ class AdapterSection(Section):
     layers_to_transform: (
         Annotated[int, Field(ge=0, le=MAX_INT)] | list[Annotated[int, Field(ge=0, le=MAX_INT)]] | None
     ) = setting(None, "Layer numbers, counted from 0, to adapt; null is all of them (PEFT).")
-    rank_pattern: dict[Text, Rank] = setting({}, "Other ranks for modules by name or regular expression (PEFT).")
+    rank_pattern: dict[Text, Rank | Annotated[list[Rank], Field(min_length=2, max_length=2)]] = setting(
+        {}, "Other ranks, r or [r1, r2], for modules by name or regular expression (PEFT)."
+    )
     alpha_pattern: dict[Text, Positive] = setting({}, "Other alphas for modules by name or regular expression (PEFT).")
     init_std: Positive = setting(0.02, "Standard deviation of A and B at the start (paper: Gaussian, no value).")
     direction_init_std: Positive = setting(
@@ -102,17 +105,24 @@ class AdapterSection(Section):
     forward: Literal["auto", "merged", "added"] = setting(
         "auto", "One GEMM on W0 + dW (merged), or a second one for dW (added: dropout, quantised bases)."
     )
-    backend: Literal["auto", "reference", "cpu", "triton"] = setting(
-        "auto", "Code that computes dW; auto chooses the fastest that fits, a name runs or fails."
+    backend: Literal["auto", "reference", "recompute"] = setting(
+        "auto", "Code that computes the layer: recompute keeps only x and the factors for the backward; auto chooses."
     )
     bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
 
     @model_validator(mode="after")
-    def _merged_has_no_dropout(self) -> AdapterSection:
+    def _options_agree(self) -> AdapterSection:
         if self.forward == "merged" and self.duallora_dropout > 0:
             raise ValueError(
                 f'adapter.forward = "merged" cannot apply adapter.duallora_dropout = {self.duallora_dropout}: the merged '
                 'weight has one input for both paths. Use adapter.forward = "auto" or "added", or a dropout of 0'
+            )
+        if self.warmup == "residual" and self.direction == "fixed":
+            raise ValueError('adapter.warmup = "residual" is not defined for adapter.direction = "fixed": use "ramp"')
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"adapter.layers_to_transform needs adapter.target_modules as a list of names, such as [q_proj, v_proj]; "
+                f"it is {_show(self.target_modules)}"
             )
         return self
 
@@ -310,6 +320,8 @@ def nearest(key: str) -> list[str]:
         return found
     if leaf in SYNONYMS:
         return [SYNONYMS[leaf]]
+    if not section and (close := difflib.get_close_matches(leaf, Recipe.model_fields, n=1, cutoff=0.7)):
+        return close
     if section in SECTIONS:
         close = difflib.get_close_matches(leaf, SECTIONS[section].model_fields, n=1, cutoff=0.7)
         if close:
@@ -341,7 +353,10 @@ def allowed(key: str) -> str:
     """The values one setting takes, in words: ``finite number > 0 or null``."""
     section, _, leaf = key.rpartition(".")
     owner: type[Section] = SECTIONS[section] if section else Recipe
-    schema = owner.model_json_schema()["properties"][leaf]
+    return _words(owner.model_json_schema()["properties"][leaf])
+
+
+def _words(schema: Mapping[str, Any]) -> str:
     options = [words for option in schema.get("anyOf", [schema]) for words in _options(option)]
     return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
 
@@ -353,10 +368,12 @@ def _options(schema: Mapping[str, Any]) -> list[str]:
     if kind == "boolean":
         return ["true", "false"]
     if kind == "array":
-        return [f"{'non-empty ' if schema.get('minItems') else ''}list of {_options(schema['items'])[0]}"]
+        size = {(None, None): "", (1, None): "non-empty "}.get((schema.get("minItems"), schema.get("maxItems")))
+        size = f"{schema['minItems']}-item " if size is None else size
+        return [f"{size}list of {_words(schema['items'])}"]
     if kind == "object":
         values = schema.get("additionalProperties") or next(iter(schema["patternProperties"].values()))
-        return [f"mapping of names to {_options(values)[0]}"]
+        return [f"mapping of names to {_words(values)}"]
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high not in (None, MAX_INT):
         bounds = f" from {low:g} to {high:g}" if isinstance(low, float) else f" from {low} to {high}"
@@ -396,7 +413,7 @@ def load_recipe(
         ConfigError: with every problem found, each naming its file and line (or flag), key, value and what is allowed.
     """
     file = _read_file(Path(path)) if path is not None else _Layer()
-    line = _read_overrides(overrides)
+    line = _read_overrides(overrides, file)
     flags = {
         "model.name": ("--model", model),
         "data.path": ("--data", data),
@@ -426,7 +443,8 @@ def load_recipe(
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         sources = {key: source for key, (_, source) in settings.items()}
-        problems += _explain(error, settings, sources, incomplete=bool(problems))
+        incomplete = any("data." in problem for problem in problems)
+        problems += _explain(error, settings, sources, incomplete=incomplete)
     if problems:
         raise ConfigError(_listing(problems))
     return recipe
@@ -475,7 +493,7 @@ def _hint(value: Any, expected: str) -> str:
     return ""
 
 
-def _read_overrides(overrides: Iterable[str]) -> _Layer:
+def _read_overrides(overrides: Iterable[str], file: _Layer) -> _Layer:
     layer = _Layer()
     for override in overrides:
         where = f"--set {override if len(override) <= 80 else override[:77] + '...'}"
@@ -494,7 +512,7 @@ def _read_overrides(overrides: Iterable[str]) -> _Layer:
             layer.problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
             continue
         if entry:  # one entry of a mapping: adapter.rank_pattern.q_proj=8
-            held = layer.values.get(field, ({}, where))[0]
+            held = (layer.values.get(field) or file.values.get(field) or ({}, where))[0]
             value = {**held, entry: value} if isinstance(held, dict) else {entry: value}
         layer.values[field] = (value, where)
     return layer
@@ -608,6 +626,11 @@ def _compose(text: str, where: str = "") -> Any:
     """The YAML node tree (None for an empty text); nothing is constructed, so tags cannot run code."""
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    opened = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        opened += 1 if bracket in "[{" else -1
+        if opened > MAX_BRACKETS:
+            raise ConfigError(f"{where + ': ' if where else ''}not a recipe: nested too deeply")
     try:
         return _yaml().compose(text)
     except MarkedYAMLError as error:
