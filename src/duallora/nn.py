@@ -75,7 +75,7 @@ class DualLoraLinear(nn.Module):
         backend_module(backend)  # raises on an unknown name now, not in the first forward
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
-        self.options = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
+        self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
         self.backend = backend
         base.requires_grad_(False)
         self.weight, self.bias = base.weight, base.bias

@@ -118,7 +118,7 @@ def dual_delta(
             "fixed" (Setting 3: the signs in ``fixed_sign``).
         ste_clip: see :func:`clip_direction_gradient`.
         fixed_sign: [out, in] of +-1, any dtype; for ``direction="fixed"`` only.
-        initial: (A, B, C, D) at the start; their dW is subtracted (``warmup="residual"``).
+        initial: (A, B, C, D) at the start, whose dW is subtracted (``warmup="residual"``; not with fixed signs).
 
     Returns:
         dW [out, in], in the dtype of the factors but float32 at least.
@@ -130,14 +130,13 @@ def dual_delta(
             assert fixed_sign is not None
             dW = M * fixed_sign.to(dtype)
         else:
-            assert C is not None and D is not None
+            assert C is not None
+            assert D is not None
             Q = D.to(dtype) @ C.to(dtype)
             dW = M * Q if direction == "identity" else _Directed.apply(M, Q, direction, ste_clip)
         if initial:
-            A0, B0, C0, D0 = (*initial, None, None)[:4]
-            dW = dW - dual_delta(
-                A0, B0, C0, D0, scaling, magnitude=magnitude, direction=direction, fixed_sign=fixed_sign
-            )
+            A0, B0, C0, D0 = initial
+            dW = dW - dual_delta(A0, B0, C0, D0, scaling, magnitude=magnitude, direction=direction)
     return dW
 
 
@@ -170,7 +169,8 @@ def dual_delta_backward(
             assert fixed_sign is not None
             dP = G * fixed_sign.to(dtype) * (scaling * derivative(P))
             return B.T @ dP, dP @ A.T, None, None
-        assert C is not None and D is not None
+        assert C is not None
+        assert D is not None
         C, D = C.to(dtype), D.to(dtype)
         Q = D @ C
         S = G * Q if direction == "identity" else _Directed.forward(G, Q, direction, ste_clip)

@@ -64,16 +64,18 @@ class DualLoraLayer(BaseTunerLayer):
         self._base_weight_before_merge: Tensor | None = None
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         base = self.get_base_layer()
+        self.in_features: int
+        self.out_features: int
         if isinstance(base, Conv1D):
             self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
-        self.register_load_state_dict_post_hook(_rebuild_after_load)  # type: ignore[attr-defined]
-        track(self)  # type: ignore[arg-type]
+        self.register_load_state_dict_post_hook(_rebuild_after_load)
+        track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        track(self)  # type: ignore[arg-type]  (a copied or unpickled layer counts steps too)
+        super().__setstate__(state)
+        track(self)  # a copied or unpickled layer counts steps too
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,7 @@ class DualLoraLayer(BaseTunerLayer):
             tensors = {"sign": draw_signs(seed, self.out_features, self.in_features)}
         else:
             tensors = dict(zip("ABCD", self._draw(adapter_name, seed), strict=True))
-        device = self.duallora_A[adapter_name].device  # type: ignore[attr-defined]
+        device = self.duallora_A[adapter_name].device
         held = BufferDict({name: tensor.to(device) for name, tensor in tensors.items()}, persistent=False)
         self.duallora_initial[adapter_name] = held
 
@@ -139,7 +141,7 @@ class DualLoraLayer(BaseTunerLayer):
 
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """The gate of each adapter (see :mod:`duallora.core.gate`); frozen while merged."""
-        for adapter in self.duallora_A:  # type: ignore[attr-defined]
+        for adapter in self.duallora_A:
             if active_only and adapter not in self.active_adapters:
                 continue
             yield Gate(
@@ -151,18 +153,19 @@ class DualLoraLayer(BaseTunerLayer):
 
     def _factors(self, adapter: str) -> list[nn.Parameter | None]:
         """[A, B, C, D]; C and D are None with fixed signs."""
-        return [d[adapter] if adapter in d else None for d in (getattr(self, n) for n in self.adapter_layer_names)]
+        return [getattr(self, name).get(adapter) for name in self.adapter_layer_names]
 
     def _warmup_steps(self, adapter: str) -> int:
         """Length of the ramp in optimizer steps; 0 if the gate is open from the start."""
         config = self.duallora_config[adapter]
         return config.warmup_steps if config.warmup == "ramp" and config.init_weights else 0
 
-    def _gated_scaling(self, adapter: str) -> float | Tensor:
-        steps = self._warmup_steps(adapter)
-        if steps == 0:
-            return self.scaling[adapter]
-        return self.scaling[adapter] * ramp(self.duallora_step[adapter], steps)
+    def _arguments(self, adapter: str) -> tuple[Any, ...]:
+        """(A, B, C, D, gate * scaling): the positional arguments of :func:`dual_delta`."""
+        scaling: float | Tensor = self.scaling[adapter]
+        if steps := self._warmup_steps(adapter):
+            scaling = scaling * ramp(self.duallora_step[adapter], steps)
+        return *self._factors(adapter), scaling
 
     def _options(self, adapter: str) -> dict[str, Any]:
         """The keyword arguments of :func:`dual_delta` for this adapter."""
@@ -181,7 +184,7 @@ class DualLoraLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of ``adapter`` at its present gate, in the layout of the base weight; float32 at least."""
         with torch.no_grad():
-            dW = dual_delta(*self._factors(adapter), self._gated_scaling(adapter), **self._options(adapter))  # type: ignore[arg-type]
+            dW = dual_delta(*self._arguments(adapter), **self._options(adapter))
         return dW.T if self.fan_in_fan_out else dW
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -203,14 +206,14 @@ class Linear(DualLoraLayer, nn.Module):
         if len(adapters) == 1:
             (adapter,) = adapters
             return build_weight(
-                W, *self._factors(adapter), self._gated_scaling(adapter), **self._options(adapter),  # type: ignore[arg-type]
+                W, *self._arguments(adapter), **self._options(adapter),
                 fan_in_fan_out=self.fan_in_fan_out, backend=self.duallora_config[adapter].backend,
             )  # fmt: skip
         return self._sum_weight(W, adapters)
 
     def _sum_weight(self, W: Tensor, adapters: list[str]) -> Tensor:
         updates = [
-            dual_delta(*self._factors(a), self._gated_scaling(a), **self._options(a)) for a in adapters  # type: ignore[arg-type]
+            dual_delta(*self._arguments(a), **self._options(a)) for a in adapters
         ]  # fmt: skip
         return add_update(W, *(dW.T if self.fan_in_fan_out else dW for dW in updates))
 
@@ -224,7 +227,7 @@ class Linear(DualLoraLayer, nn.Module):
         Raises:
             ValueError: safe_merge found a value that is not finite.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.duallora_A]  # type: ignore[attr-defined]
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.duallora_A]
         if not names:
             return
         for adapter in names:
@@ -284,8 +287,7 @@ class Linear(DualLoraLayer, nn.Module):
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """dropout(x) dW^T, in the dtype of x."""
         return dual_linear(
-            self.duallora_dropout[adapter](x), None, None, *self._factors(adapter), self._gated_scaling(adapter),  # type: ignore[arg-type]
-            **self._options(adapter), backend=self.duallora_config[adapter].backend,
+            self.duallora_dropout[adapter](x), None, None, *self._arguments(adapter), **self._options(adapter), backend=self.duallora_config[adapter].backend,
         )  # fmt: skip
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
@@ -295,7 +297,7 @@ class Linear(DualLoraLayer, nn.Module):
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
             return y if adapter_names is None else self._add_by_row(x, y, adapter_names)
-        adapters = [a for a in self.active_adapters if a in self.duallora_A]  # type: ignore[attr-defined]
+        adapters = [a for a in self.active_adapters if a in self.duallora_A]
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         if not args and not kwargs and self._runs_merged(adapters):
@@ -304,8 +306,7 @@ class Linear(DualLoraLayer, nn.Module):
                 return apply_weight(x, self._sum_weight(base.weight, adapters), base.bias, self.fan_in_fan_out)
             (adapter,) = adapters
             return dual_linear(
-                x, base.weight, base.bias, *self._factors(adapter), self._gated_scaling(adapter),  # type: ignore[arg-type]
-                **self._options(adapter), fan_in_fan_out=self.fan_in_fan_out,
+                x, base.weight, base.bias, *self._arguments(adapter), **self._options(adapter), fan_in_fan_out=self.fan_in_fan_out,
                 backend=self.duallora_config[adapter].backend,
             )  # fmt: skip
         y = self.base_layer(x, *args, **kwargs)
@@ -318,7 +319,7 @@ class Linear(DualLoraLayer, nn.Module):
         if len(adapter_names) != len(x):
             raise ValueError(f"adapter_names names {len(adapter_names)} rows, but the batch has {len(x)}: one per row.")
         y = y.clone()
-        for adapter in set(adapter_names).intersection(self.duallora_A):  # type: ignore[attr-defined]
+        for adapter in set(adapter_names).intersection(self.duallora_A):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
             y[rows] += self._added(x[rows], adapter).to(y.dtype)
         return y

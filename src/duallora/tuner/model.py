@@ -110,7 +110,8 @@ def param_groups(model: nn.Module, lr: float, direction_lr_ratio: float = 1.0) -
     """
     if not lr > 0 or not direction_lr_ratio > 0:
         raise ConfigError(f"lr={lr!r}, direction_lr_ratio={direction_lr_ratio!r}: expected numbers > 0.")
-    direction, rest = [], []
+    direction: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (direction if "duallora_C" in name or "duallora_D" in name else rest).append(parameter)
