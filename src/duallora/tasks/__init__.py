@@ -2,6 +2,7 @@
 
 from duallora.tasks.encode import IGNORE, Collator, Counts, Encoded, encode, encode_prompt, encode_split, encode_texts
 from duallora.tasks.example import Example
+from duallora.tasks.files import load_data
 from duallora.tasks.task import LazySplits, Task
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "encode_prompt",
     "encode_split",
     "encode_texts",
+    "load_data",
 ]

@@ -154,7 +154,7 @@ def weights_fingerprint(model: Any) -> str:
 
     def digest(weight: torch.Tensor) -> bytes:
         plain = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return hashlib.sha256(memoryview(plain.numpy())).digest()
+        return hashlib.sha256(plain.numpy().data).digest()
 
     total = hashlib.sha256()
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # hashlib lets go of the interpreter
@@ -299,7 +299,7 @@ def _convert(gguf: Path, folder: Path, source: dict[str, Any]) -> None:
     """
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.to(dtype=torch.bfloat16)
     # save_pretrained refuses a model it takes for quantised; the values are plain numbers by now.
     del model.config.quantization_config

@@ -1,0 +1,213 @@
+"""Two data sets that lie on every machine with Python: the standard library's own functions and their docstrings.
+
+``builtin:docstrings``: module and signature -> the first sentence of the docstring (generation).
+``builtin:packages``:   signature and first sentence -> the package the function belongs to (classification).
+
+The source files of the running interpreter are parsed, never imported. Splits are drawn by hashes of names, so they
+are the same on every machine with the same Python; another Python has other functions, hence another fingerprint.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import hashlib
+import platform
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from duallora.errors import ConfigError, DataError
+from duallora.tasks import metrics
+from duallora.tasks.example import Example
+from duallora.tasks.task import LazySplits, Task
+
+NAMES = ("builtin:docstrings", "builtin:packages")
+
+# Folders whose functions are tests, vendored copies, demonstrations, or gone in a later Python.
+_SKIPPED = {
+    "test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_bundled", "_vendor", "turtledemo",
+    "lib2to3", "distutils", "pydoc_data", "lib-dynload",
+}  # fmt: skip
+
+# The packages with the most functions in every Python from 3.10 on; a fixed list, so that class ids never move.
+PACKAGES = (
+    "asyncio", "email", "http", "idlelib", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml",
+)  # fmt: skip
+_MOST_PER_PACKAGE = 200  # the largest package has several times more and would make guessing it pay
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A documented function or method of the standard library."""
+
+    module: str
+    line: int
+    owner: str  # the class, or ""
+    signature: str  # "def name(args) -> result:"
+    sentence: str  # of the docstring, the first
+
+
+def load(name: str) -> Task:
+    """The task behind ``builtin:docstrings`` or ``builtin:packages``; ConfigError for another name."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown data {name!r}; nearest: {near}. Built in are {', '.join(NAMES)}")
+    source = f"standard library of Python {platform.python_version()} ({sysconfig.get_path('stdlib')})"
+    if name == "builtin:docstrings":
+        return Task(
+            name=name,
+            kind="generate",
+            splits=LazySplits(
+                {split: functools.partial(_docstrings, split) for split in ("train", "validation", "test")}
+            ),
+            format="prompt-completion",
+            metrics=docstring_metrics,
+            main_metric="bleu",
+            generation={"max_new_tokens": 40, "num_beams": 1, "do_sample": False},
+            source=source,
+        )
+    return Task(
+        name=name,
+        kind="classify",
+        splits=LazySplits({split: functools.partial(_packages, split) for split in ("train", "validation", "test")}),
+        format="classification",
+        labels=PACKAGES,
+        metrics=metrics.classification,
+        main_metric="accuracy",
+        source=source,
+    )
+
+
+def docstring_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """BLEU and exact match of the first line of each answer, and the share of answers that are just one line."""
+    lines = [first_line(text) for text in predictions]
+    one_line = [bool(line) and text.strip() == line for text, line in zip(predictions, lines, strict=True)]
+    return {**metrics.generation(lines, examples), "one_line": metrics.percent(one_line)}
+
+
+def first_line(text: str) -> str:
+    """The answer up to its first line break or closing quotes."""
+    return text.strip().split("\n", 1)[0].split('"""', 1)[0].strip()
+
+
+@functools.lru_cache(maxsize=1)
+def functions() -> tuple[Function, ...]:
+    """Every documented function and method with a clean first sentence, by module and line; each text once."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: list[Function] = []
+    seen: set[tuple[str, str]] = set()
+    for module, path in _modules(root):
+        try:
+            with warnings.catch_warnings():  # invalid escapes in old modules
+                warnings.simplefilter("ignore")
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):  # lib files written to be broken, or unreadable: not our business
+            continue
+        for function in _documented(tree, module):
+            # Overrides repeat signature and docstring; a copy in another split would be a question with its answer.
+            key = (function.signature, function.sentence)
+            if key not in seen:
+                seen.add(key)
+                found.append(function)
+    if not found:
+        raise DataError(f"no readable Python source under {root}; builtin data need a Python with its library's source")
+    return tuple(found)
+
+
+def _modules(root: Path) -> Iterator[tuple[str, Path]]:
+    paths = []
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not _SKIPPED.intersection(parts) and not parts[0].startswith("config-"):
+            paths.append((".".join(parts).removesuffix(".__init__"), path))
+    return iter(sorted(paths))
+
+
+def _documented(tree: ast.Module, module: str) -> Iterator[Function]:
+    stack: list[tuple[ast.stmt, str]] = [(node, "") for node in reversed(tree.body)]
+    while stack:
+        node, owner = stack.pop()
+        if isinstance(node, ast.ClassDef):
+            stack += [(child, node.name) for child in reversed(node.body)]
+        elif isinstance(node, ast.If | ast.Try):  # definitions that depend on the platform
+            stack += [(child, owner) for child in reversed([*node.body, *node.orelse])]
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            sentence = first_sentence(ast.get_docstring(node) or "")
+            if sentence and (signature := _signature(node)):
+                yield Function(module, node.lineno, owner, signature, sentence)
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    prefix = "async def" if isinstance(node, ast.AsyncFunctionDef) else "def"
+    signature = f"{prefix} {node.name}({ast.unparse(node.args)}){result}:"
+    return signature if len(signature) <= 160 and signature.isascii() else ""
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence, closed with a full stop, or '' where there is no clean one.
+
+    Clean: plain ASCII prose of 3 to 30 words in the first paragraph, no code, no field lists, no signature in words.
+    """
+    paragraph = " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
+    sentence = re.split(r"(?<=[a-z0-9)\]'\"`][.!])\s+(?=[A-Z(])", paragraph, maxsplit=1)[0].strip()
+    if not sentence.isascii() or not sentence.isprintable() or not 3 <= len(sentence.split()) <= 30:
+        return ""
+    if len(sentence) > 160 or not re.match(r"[A-Z][a-z]+\b(?!\()", sentence) or sentence[-1] in ":,;-([{":
+        return ""
+    if re.search(r">>>|:param|:return|@param|->|::|\bXXX\b|\bTODO\b|\"\"\"|\s[-*=]{2,}\s|\s\*\s", sentence):
+        return ""
+    return sentence if sentence[-1] in ".!?" else sentence + "."
+
+
+def _docstrings(split: str) -> tuple[Example, ...]:
+    return tuple(_docstring_example(function) for function in functions() if _split_of(function.module) == split)
+
+
+def _docstring_example(function: Function) -> Example:
+    # Reads as a file about to go on with the docstring's text, which every model of code has seen often.
+    indent = "    " if function.owner else ""
+    head = f"class {function.owner}:\n" if function.owner else ""
+    prompt = f'# Module {function.module}\n{head}{indent}{function.signature}\n{indent}    """'
+    where = f"{function.module}:{function.line}"
+    return Example(prompt=prompt, answer=function.sentence, references=(function.sentence,), where=where)
+
+
+def _packages(split: str) -> tuple[Example, ...]:
+    by_package: dict[str, list[tuple[int, Example]]] = {name: [] for name in PACKAGES}
+    taken: set[tuple[str, str]] = set()
+    for function in functions():
+        package = function.module.split(".")[0]
+        text = f"{function.signature.removesuffix(':')}: {function.sentence}"
+        key = (function.signature.split("(")[0], function.sentence)
+        if package not in by_package or package in text.lower() or key in taken:
+            continue
+        taken.add(key)
+        # Drawn by what the row says, so that one function under two classes never stands in two splits.
+        draw = _hash("|".join(key))
+        where = f"{function.module}:{function.line}"
+        by_package[package].append((draw, Example(texts=(text,), label=PACKAGES.index(package), where=where)))
+    rows = [row for found in by_package.values() for row in sorted(found, key=_draw)[:_MOST_PER_PACKAGE]]
+    return tuple(example for draw, example in sorted(rows, key=_draw) if _split_name(draw) == split)
+
+
+def _draw(row: tuple[int, Example]) -> int:
+    return row[0]
+
+
+def _split_of(module: str) -> str:
+    return _split_name(_hash(module))
+
+
+def _split_name(draw: int) -> str:
+    share = draw // 100 % 100
+    return "test" if share < 10 else "validation" if share < 18 else "train"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
