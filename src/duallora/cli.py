@@ -1,0 +1,582 @@
+"""The command line: verbs only. Each reads its options, calls one function elsewhere and shows what came back.
+
+Exit codes: 0 done, 1 a fault in the program, 2 configuration or usage, 3 data, 4 integrity, 5 non-finite, 6 locked, 7 disk,
+8 memory, 130 and 143 interrupted by SIGINT and SIGTERM. With ``--json`` the only line on stdout is a JSON object, also on
+failure. Torch and its kin are imported inside the verbs: help and errors in options must not wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.markup import escape
+
+import duallora
+from duallora import console
+
+if TYPE_CHECKING:
+    from duallora.tasks import Example, Task
+    from duallora.train.evaluate import EvalResult
+    from duallora.train.recipe import Recipe
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TrainOn = Literal["answer", "all"]
+
+OUTPUT = "Output"
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the only line on stdout.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of a failure (or set DUALLORA_DEBUG=1).", rich_help_panel=OUTPUT),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="Recipe; `duallora config show` writes one.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; may be repeated."),
+]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="Hub id, local folder, or builtin:smollm2-135m.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="Your .jsonl, .csv, .parquet file, a hub id, or builtin:docstrings."),
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", metavar="TASK", help="A task of the paper: e2e, boolq, arc_easy, sst2, ...")
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder with the tasks' data (or DUALLORA_DATA).")
+]
+EvalData = Annotated[str | None, typer.Option("--eval-data", metavar="DATA", help="Held-out data for --data.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=8, metavar="N", help="Tokens per example.")]
+Lenient = Annotated[
+    bool, typer.Option("--lenient", help="Accept another base model than the one the adapter was trained on.")
+]
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+app = typer.Typer(
+    name="duallora",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings=CONTEXT,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at training data before using it.")
+config_app = typer.Typer(no_args_is_help=True, help="The settings of a run: their schema and resolved values.")
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.results.print(f"duallora {duallora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _duallora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune transformers models with Dual LoRA (arXiv 2512.03402).
+
+    Start with [bold]duallora demo[/], then [bold]duallora train --data mine.jsonl[/].
+    """
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A small classifier: under 90 seconds.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the run.")] = Path(
+        "runs/demo"
+    ),
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Train, evaluate and merge a real model on this machine's own Python library; offline, minutes on two cores.
+
+    [dim]Example:[/]  duallora demo --quick
+    """
+    from duallora.train.demo import demo as run_demo
+
+    return run_demo(quick=quick, output=output, console=console.results)
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    eval_data: EvalData = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Run folder; runs/<date-time>-<model>-<data> if not given."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of data order and factors.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="auto: continue from the run folder's newest whole checkpoint; PATH: from this run or checkpoint.",
+        ),
+    ] = "never",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and model, print the plan, train nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Fine-tune a model: on your own file (--data), a hub data set (--data org/name) or a task of the paper (--task).
+
+    [dim]Examples:[/]
+      duallora train --data mine.jsonl -o runs/mine
+      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=2e-3 --set r=8
+      duallora train -c recipe.yaml --resume auto
+    """
+    from duallora.train.recipe import load_recipe
+
+    recipe = load_recipe(
+        config,
+        overrides or (),
+        model=model,
+        data=data,
+        task=task,
+        data_dir=data_dir,
+        eval_data=eval_data,
+        output=output,
+        seed=seed,
+    )
+    from duallora.train import run
+
+    if dry_run:
+        return _plan(recipe)
+    return run.train(recipe, resume=resume, console=console.results)
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER|MODEL", help="Run, adapter or model folder, hub id, or builtin: name.")
+    ],
+    task: TaskName = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", metavar="NAME", help="train, validation or test; test if there is one, else validation."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows at a time.")] = 16,
+    max_length: MaxLength = 512,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    lenient: Lenient = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write metrics and predictions as JSON.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Score an adapter or a model on a task or on your own file; a run folder alone is scored on its own data.
+
+    [dim]Examples:[/]
+      duallora eval runs/mine
+      duallora eval runs/arc --task arc_easy --limit 200 -o results.json
+      duallora eval builtin:smollm2-135m --data mine.jsonl
+    """
+    import time
+
+    from duallora.train import evaluate as evaluation
+    from duallora.train import record
+
+    started = time.time()
+    chosen = _task(task, data, data_dir, run=Path(source))
+    split = split or ("test" if "test" in chosen.splits else "validation")
+    examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
+    model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
+    chosen = _with_labels_of(model, chosen, split, examples)
+    result = evaluation.evaluate(
+        model,
+        tokenizer,
+        chosen,
+        split=split,
+        batch_size=batch_size,
+        max_length=max_length,
+        console=console.results,
+    )
+    _show_scores(source, chosen, split, result)
+    payload = {
+        "source": source,
+        "task": chosen.name,
+        "data": chosen.source,
+        "split": split,
+        "n": len(result.examples),
+        "main_metric": chosen.main_metric,
+        "metrics": result.metrics,
+        "predictions": result.predictions,
+    }
+    if output is not None:
+        settings = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit}
+        more = {key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "predictions")}
+        fingerprints = {split: chosen.fingerprint(split)}
+        record.write_json(
+            output,
+            record.result("eval", settings, result.metrics, seeds=(), started=started, data=fingerprints, **more),
+        )
+        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
+        payload["output"] = str(output)
+    return payload
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the merged model.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the merged weights; auto as trained.")] = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Fold an adapter into its base model: a standalone model for any transformers program, checked after writing.
+
+    [dim]Example:[/]  duallora merge runs/mine -o merged/mine
+    """
+    from duallora.train.merge import merge as run_merge
+
+    return run_merge(adapter, output, dtype=dtype, console=console.results)
+
+
+@data_app.command("preview")
+def data_preview(
+    name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to show.")] = 3,
+    split: Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")] = "train",
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
+    ] = "builtin:smollm2-135m",
+    max_length: MaxLength = 512,
+    train_on: Annotated[TrainOn, typer.Option("--train-on", help="Where the loss is.")] = "answer",
+    data_dir: DataDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Show rows as the model sees them: trained tokens in colour, ignored tokens dim, special tokens spelt out.
+
+    [dim]Example:[/]  duallora data preview mine.jsonl --model builtin:smollm2-135m
+    """
+    from duallora.tasks.preview import preview
+    from duallora.train.models import load_tokenizer
+
+    task = _named(name, data_dir)
+    shown = preview(task, load_tokenizer(model), split=split, rows=rows, max_length=max_length, train_on=train_on)
+    console.results.print(shown)
+    return {"source": task.source, "format": task.format, "kind": task.kind, "split": split}
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
+    ] = "builtin:smollm2-135m",
+    max_length: MaxLength = 512,
+    data_dir: DataDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Read every row, name the bad ones by line, and count tokens: exit code 3 where training would stop.
+
+    [dim]Example:[/]  duallora data check mine.csv
+    """
+    from rich.table import Table
+
+    from duallora.tasks import encode_split
+    from duallora.train.models import load_tokenizer
+
+    task = _named(name, data_dir)
+    tokenizer = load_tokenizer(model)
+    table = Table("split", title=f"{task.source}: {task.format}", title_justify="left")
+    for heading in ("rows", "tokens", "trained", "shortest", "median", "longest", f"over {max_length}"):
+        table.add_column(heading, justify="right")
+    splits: dict[str, Any] = {}
+    for split, examples in task.splits.items():
+        encoded, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+        lengths = sorted(len(row["input_ids"]) for row in encoded)
+        facts = {
+            "rows": counts.rows,
+            "tokens": counts.tokens,
+            "trained_tokens": counts.trained_tokens,
+            "shortest": lengths[0],
+            "median": lengths[len(lengths) // 2],
+            "longest": lengths[-1],
+            "truncated": counts.truncated,
+        }
+        splits[split] = facts
+        table.add_row(split, *(f"{value:,}" for value in facts.values()))
+    console.results.print(table)
+    if task.labels:
+        console.results.print(f"classes: {escape(', '.join(task.labels))}", soft_wrap=True)
+    return {"source": task.source, "format": task.format, "kind": task.kind, "labels": task.labels, "splits": splits}
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+    """Check this machine: versions, method, devices, memory, disk, built-in models, data; with the fix for each gap.
+
+    [dim]Example:[/]  duallora doctor
+    """
+    from rich.table import Column, Table
+
+    from duallora import doctor as examination
+
+    checks = examination.checks()
+    table = Table.grid("", "", Column(overflow="fold"), padding=(0, 2))
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
+    for check in checks:
+        table.add_row(marks[check.status], check.name, escape(check.found))
+        if check.fix:
+            table.add_row("", "", f"[bold]{escape(check.fix)}[/]")
+    console.results.print(table)
+    usable = examination.usable(checks)
+    console.results.print("ready" if usable else "[red]not usable yet: see the lines marked missing[/]")
+    return {"usable": usable, "checks": [check._asdict() for check in checks], "exit_code": 0 if usable else 2}
+
+
+@config_app.command("schema")
+def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+    """Print the JSON schema of a recipe, for editors that complete and check YAML.
+
+    [dim]Example:[/]  duallora config schema > recipe.schema.json
+    """
+    from json import dumps
+
+    from duallora.train.recipe import recipe_schema
+
+    schema = recipe_schema()
+    console.print_text(dumps(schema, indent=2))
+    return {"schema": schema}
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskName = None,
+    overrides: Overrides = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Print the resolved recipe as YAML: every setting with its meaning, range and value.
+
+    [dim]Example:[/]  duallora config show --data mine.jsonl --set r=8 > recipe.yaml
+    """
+    from duallora.train.recipe import fingerprint, load_recipe, recipe_yaml
+
+    sources = {"data.path", "data.task", "path", "task"}
+    named = data is not None or task is not None or any(item.split("=")[0] in sources for item in overrides or ())
+    if config is None and not named:
+        data = "builtin:docstrings"
+        console.notes.print("[dim]no data named: shown with --data builtin:docstrings[/]")
+    recipe = load_recipe(config, overrides or (), model=model, data=data, task=task)
+    console.print_text(recipe_yaml(recipe))
+    return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
+
+
+def _named(name: str, data_dir: Path | None) -> Task:
+    """The task of that name, else the data at that path or hub id."""
+    from duallora.tasks import TASKS, load_data, load_task
+
+    return load_task(name, data_dir=data_dir) if name in TASKS else load_data(name)
+
+
+def _task(task: str | None, data: str | None, data_dir: Path | None, *, run: Path) -> Task:
+    """What to evaluate on: the task, every row of the data, or what the run was trained on."""
+    from duallora.errors import ConfigError
+    from duallora.tasks import load_data, load_task
+
+    if task is not None and data is not None:
+        raise ConfigError(f"--task {task} and --data {data} exclude each other: keep one")
+    if task is not None:
+        return load_task(task, data_dir=data_dir)
+    if data is not None:
+        return load_data(data, eval_data=None if data.startswith("builtin:") else data)
+    recipe = next((path for path in (run / "recipe.yaml", run.parent / "recipe.yaml") if path.is_file()), None)
+    if recipe is None:
+        raise ConfigError(f"nothing to evaluate {run} on: name a task (--task e2e) or data (--data mine.jsonl)")
+    from duallora.train.recipe import load_recipe
+    from duallora.train.run import load
+
+    return load(load_recipe(recipe, data_dir=data_dir), console.results)
+
+
+def _with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Example]) -> Task:
+    """The task reduced to these examples, its classes numbered as the model numbers them.
+
+    A file that lacks one of the classes numbers the others differently than the file the model was trained on.
+    """
+    from dataclasses import replace
+
+    from duallora.errors import ConfigError
+
+    names = {str(name): int(index) for index, name in model.config.id2label.items()}
+    if task.kind == "classify" and tuple(names) != task.labels:
+        unknown = [label for label in task.labels if label not in names]
+        if unknown:
+            raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")
+        examples = [replace(example, label=names[task.labels[int(example.label or 0)]]) for example in examples]
+    return replace(task, splits={split: examples}, labels=tuple(names) if task.kind == "classify" else ())
+
+
+def _show_scores(source: str, task: Task, split: str, result: EvalResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("figure", title=f"{escape(source)} on {escape(task.name)}, {split}", title_justify="left")
+    table.add_column("value", justify="right")
+    table.add_column("n", justify="right")
+    for name, value in result.metrics.items():
+        style = "bold" if name == task.main_metric else ""
+        table.add_row(name, f"{value:,.4g}", f"{len(result.examples):,}", style=style)
+    console.results.print(table)
+    for prediction, example in list(zip(result.predictions, result.examples, strict=True))[:3]:
+        asked = example.prompt or " | ".join(example.texts) or example.messages[0]["content"]
+        wanted = example.references[0] if example.references else example.label
+        if task.kind == "classify":
+            prediction, wanted = task.labels[prediction], task.labels[int(wanted or 0)]
+        for label, text in (("given", asked), ("predicted", prediction), ("expected", wanted)):
+            line = " ".join(str(text).split())
+            line = line if len(line) <= 160 else "..." + line[-157:]
+            console.results.print(Text.assemble((f"{label:<10}", "bold cyan"), line))
+        console.results.print()
+
+
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
+    import math
+
+    from duallora.tasks import encode_split
+    from duallora.train import run
+    from duallora.train.evaluate import select
+    from duallora.train.models import load_model
+    from duallora.train.progress import quiet_libraries, say
+    from duallora.train.recipe import default_output
+
+    options = recipe.train
+    task = run.load(recipe, console.results)
+    with quiet_libraries():
+        labels = len(task.labels) or None
+        model, tokenizer = load_model(
+            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision
+        )
+        _, counts = encode_split(
+            select(task, "train", recipe.data.limit),
+            tokenizer,
+            task.kind,
+            max_length=recipe.data.max_length,
+            train_on=recipe.data.train_on,
+        )
+        per_epoch = math.ceil(math.ceil(counts.rows / options.batch_size) / options.gradient_accumulation_steps)
+        steps = options.max_steps or math.ceil(options.epochs * per_epoch)
+        warmup = options.lr_warmup_steps
+        if warmup is None:
+            warmup = math.ceil((options.lr_warmup_ratio or 0) * steps)
+        trainable, total = run.adapt(model, recipe, task.kind, warmup).get_nb_trainable_parameters()
+    folder = recipe.output or default_output(recipe)
+    out = console.results
+    say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")
+    say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
+    say(out, "steps", f"{steps:,}, of which {warmup:,} warm up the learning rate")
+    say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
+    return {
+        "folder": folder,
+        "rows": counts.rows,
+        "tokens": counts.tokens,
+        "trained_tokens": counts.trained_tokens,
+        "truncated": counts.truncated,
+        "steps": steps,
+        "warmup_steps": warmup,
+        "trainable_parameters": trainable,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The ``duallora`` program; leaves with the exit codes above."""
+    if "_DUALLORA_COMPLETE" in os.environ:
+        app(prog_name="duallora")  # the shell asks for completions
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line, says what came of it, and returns its exit code.
+
+    The command is invoked without typer's own ``main``, which would fold every interrupt into exit code 130.
+    """
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    as_json = "--json" in options
+    console.use_json(as_json)
+    try:
+        with _sigterm_raises():
+            payload = _invoke(arguments)
+        code = payload.pop("exit_code", 0)
+        if as_json and payload:
+            console.print_json({"status": "done" if code == 0 else "error", "exit_code": code, **payload})
+        return code
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing is wrong, and Python must not complain while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if isinstance(error, typer.Exit):  # --help and --version have done their work
+            return error.exit_code
+        code = console.exit_code_for(error)
+        message, hint = console.explain(error, arguments)
+        if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        if message:
+            console.print_error(message, hint)
+        if as_json:
+            status = "interrupted" if code in (130, 143) else "error"
+            console.print_json({"status": status, "exit_code": code, "error": message})
+        return code
+
+
+def _invoke(arguments: list[str]) -> dict[str, Any]:
+    command: Any = typer.main.get_command(app)
+    with command.make_context("duallora", arguments) as context:
+        return command.invoke(context) or {}
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C does, so that locks are let go and half-written files removed."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

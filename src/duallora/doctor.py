@@ -1,0 +1,175 @@
+"""Is this machine ready: packages, method, devices, memory, disk, built-in models, data; and the fix for what is not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+GIGABYTE = 1e9
+ROOM = 2 * GIGABYTE  # a small model, its cache and a few checkpoints
+
+
+class Check(NamedTuple):
+    """``missing`` makes duallora unusable, ``note`` only a part of it; ``fix`` is a command or setting."""
+
+    name: str
+    status: Literal["ok", "note", "missing"]
+    found: str
+    fix: str = ""
+
+
+def checks() -> list[Check]:
+    """Every check, in the order to read them; a check that fails to run is reported as missing."""
+    found: list[Check] = []
+    for part in (_python, _packages, _method, _devices, _memory, _disk, _models, _data):
+        found += _guarded(part)
+    return found
+
+
+def usable(found: list[Check]) -> bool:
+    return all(check.status != "missing" for check in found)
+
+
+def _guarded(part: Callable[[], Iterator[Check]]) -> list[Check]:
+    try:
+        return list(part())
+    except Exception as error:  # a broken installation can raise anything at import, and that is the finding
+        reason = (str(error).splitlines() or [""])[0]
+        name = part.__name__.removeprefix("_")
+        return [Check(name, "missing", f"{type(error).__name__}: {reason}", "pip install --force-reinstall duallora")]
+
+
+def _python() -> Iterator[Check]:
+    version = platform.python_version()
+    wanted = metadata.metadata("duallora").get("Requires-Python") or ">=3.10"
+    from packaging.specifiers import SpecifierSet
+
+    fits = SpecifierSet(wanted).contains(version, prereleases=True)
+    where = f"{version}, {platform.system()} {platform.machine()}, {sys.executable}"
+    yield Check("python", "ok" if fits else "missing", where, "" if fits else f"use a Python {wanted}")
+
+
+def _packages() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    yield Check("duallora", "ok", metadata.version("duallora"))
+    for line in metadata.requires("duallora") or ():
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Check(requirement.name, "missing", "not installed", f'pip install "{wanted}"')
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            yield Check(requirement.name, "ok", version)
+        else:
+            yield Check(requirement.name, "missing", f"{version}, needs {wanted}", f'pip install -U "{wanted}"')
+
+
+def _method() -> Iterator[Check]:
+    import peft
+
+    import duallora
+
+    known = duallora.DualLoraConfig in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values()
+    if known:
+        yield Check("method", "ok", "DUALLORA is registered with PEFT")
+    else:
+        fix = 'pip install --force-reinstall --no-deps duallora; put "import duallora" before PeftModel.from_pretrained'
+        yield Check("method", "missing", f"PEFT {peft.__version__} does not know DUALLORA", fix)
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    found = f"{threads} threads on {cores} cores"
+    if threads > cores:
+        yield Check("cpu", "note", found, f"export OMP_NUM_THREADS={cores}")
+    else:
+        yield Check("cpu", "ok", found)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            yield Check(f"cuda:{index}", "ok", f"{device.name}, {device.total_memory / GIGABYTE:.0f} GB")
+    elif torch.backends.mps.is_available():
+        yield Check("mps", "ok", "Apple GPU")
+    else:
+        yield Check("gpu", "ok", "none; everything runs on the CPU")
+
+
+def _memory() -> Iterator[Check]:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if free < ROOM:
+        fix = "close other programs; lower train.batch_size and data.max_length"
+        yield Check("memory", "note", f"{free / GIGABYTE:.1f} GB free", fix)
+    else:
+        yield Check("memory", "ok", f"{free / GIGABYTE:.1f} GB free")
+
+
+def _disk() -> Iterator[Check]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from duallora.train.models import cache_dir
+
+    for name, folder, setting in (
+        ("run folder", Path.cwd(), "-o on another disk"),
+        ("model cache", cache_dir(), "DUALLORA_CACHE"),
+        ("hub cache", Path(HF_HUB_CACHE), "HF_HOME"),
+    ):
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        found = f"{folder}: {free / GIGABYTE:.1f} GB free"
+        if not os.access(there, os.W_OK):
+            yield Check(name, "note", f"{folder}: not writable", f"use {setting}")
+        elif free < ROOM:
+            yield Check(name, "note", found, f"free some, or use {setting}")
+        else:
+            yield Check(name, "ok", found)
+
+
+def _models() -> Iterator[Check]:
+    from duallora.errors import ConfigError
+    from duallora.train import models
+
+    for name in models.BUILTIN:
+        try:
+            path = models._package_path(name)
+        except ConfigError as error:
+            message, _, fix = str(error).rpartition(": ")
+            yield Check(name, "note", message, fix)
+        else:
+            yield Check(name, "ok", str(path))
+
+
+def _data() -> Iterator[Check]:
+    folder = os.environ.get("DUALLORA_DATA")
+    if folder and not Path(folder).is_dir():
+        yield Check("task data", "note", f"DUALLORA_DATA={folder} is no folder", "set it to the folder with the data")
+    elif folder:
+        yield Check("task data", "ok", f"DUALLORA_DATA={folder}")
+    else:
+        yield Check("task data", "ok", "from the hub; --data-dir or DUALLORA_DATA names a local folder")
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    from duallora.tasks.hub import reachable
+
+    local = "local folders, built-in and cached models only"
+    if HF_HUB_OFFLINE:
+        yield Check("hub", "ok", f"switched off by HF_HUB_OFFLINE: {local}")
+    elif reachable():
+        yield Check("hub", "ok", "reachable")
+    else:
+        yield Check("hub", "note", f"not reachable: {local}", "export HF_HUB_OFFLINE=1 saves the waiting")
