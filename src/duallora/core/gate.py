@@ -38,6 +38,7 @@ MISSES_BEFORE_WARNING = 10  # optimizer steps that left a layer's gradients unus
 
 _tracked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _misses: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_last_seen: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int]] = weakref.WeakKeyDictionary()
 _hook = None
 
 
@@ -75,11 +76,12 @@ def _after_optimizer_step(optimizer: Optimizer, args, kwargs) -> None:
                 # A sharded factor can be empty on this rank; its peers step all the same.
                 if not any(p.grad is not None or p.numel() == 0 for p in trained):
                     continue
+                fresh = _has_fresh_gradient(layer, trained)
                 # With one optimizer per group the first trained factor's owner counts, so each step counts once.
                 if id(trained[0]) in owned:
                     gate.step.add_(1 if found_inf is None else (found_inf == 0).to(gate.step).reshape(()))
                     _misses.pop(layer, None)
-                elif not owned.intersection(map(id, trained)):
+                elif fresh and not owned.intersection(map(id, trained)):
                     _misses[layer] = _misses.get(layer, 0) + 1
                     stuck += _misses[layer] == MISSES_BEFORE_WARNING
     if stuck:
@@ -89,6 +91,16 @@ def _after_optimizer_step(optimizer: Optimizer, args, kwargs) -> None:
             "nothing. Put the factors into your optimizer, or call duallora.advance_gate(model) after each step.",
             stacklevel=2,
         )
+
+
+def _has_fresh_gradient(layer: nn.Module, trained: list[nn.Parameter]) -> bool:
+    """Whether a backward has run through ``layer`` since it was last asked: a finished model keeps its old gradients."""
+    gradient = next((p.grad for p in trained if p.grad is not None), None)
+    if gradient is None:
+        return False
+    before = _last_seen.get(layer)
+    _last_seen[layer] = (weakref.ref(gradient), gradient._version)
+    return before is None or before[0]() is not gradient or before[1] != gradient._version
 
 
 def _gates_of(model: nn.Module, active_only: bool) -> list[Gate]:

@@ -126,14 +126,14 @@ class DualLoraLayer(BaseTunerLayer):
 
     def rebuild_from_seed(self, adapter_name: str) -> None:
         """Redraw what ``duallora_seed`` stands for. Called after the adapter is made and after weights are loaded."""
-        if adapter_name not in self.duallora_seed or self.duallora_seed[adapter_name].device.type == "meta":
+        device = self.duallora_A[adapter_name].device
+        if adapter_name not in self.duallora_seed or device.type == "meta":
             return
         seed = int(self.duallora_seed[adapter_name])
         if self.duallora_config[adapter_name].direction == "fixed":
             tensors = {"sign": draw_signs(seed, self.out_features, self.in_features)}
         else:
             tensors = dict(zip("ABCD", self._draw(adapter_name, seed), strict=True))
-        device = self.duallora_A[adapter_name].device
         held = BufferDict({name: tensor.to(device) for name, tensor in tensors.items()}, persistent=False)
         self.duallora_initial[adapter_name] = held
 

@@ -1,0 +1,43 @@
+"""Initial values: reproducible from one integer, of the stated width, one stream per layer."""
+
+from __future__ import annotations
+
+import torch
+
+from duallora.core.init import draw_factors, draw_signs, layer_seed
+
+
+def test_shapes_widths_and_seeds():
+    A, B, C, D = draw_factors(7, 400, 300, 5, 3, init_std=0.02, direction_init_std=0.5)
+    assert [f.shape for f in (A, B, C, D)] == [(5, 300), (400, 5), (3, 300), (400, 3)]
+    # The standard error of a standard deviation is std / sqrt(2 n): five of them.
+    for factor, std in ((A, 0.02), (B, 0.02), (C, 0.5), (D, 0.5)):
+        assert abs(float(factor.std()) / std - 1) < 5 / (2 * factor.numel()) ** 0.5
+    again = draw_factors(7, 400, 300, 5, 3, init_std=0.02, direction_init_std=0.5)
+    assert all(torch.equal(f, g) for f, g in zip((A, B, C, D), again, strict=True))
+    assert not torch.equal(A, draw_factors(8, 400, 300, 5, 3, init_std=0.02, direction_init_std=0.5)[0])
+
+
+def test_fixed_signs_need_no_direction_group():
+    assert len(draw_factors(7, 4, 3, 2, None, init_std=0.02, direction_init_std=0.02)) == 2
+    signs = draw_signs(7, 200, 300)
+    assert signs.dtype == torch.int8
+    assert set(signs.unique().tolist()) == {-1, 1}
+    assert abs(float(signs.float().mean())) < 5 / 60000**0.5
+    assert torch.equal(signs, draw_signs(7, 200, 300))
+
+
+def test_bf16_grid_survives_half_precision():
+    """What residual warm-up needs: a round trip through bfloat16 changes no bit."""
+    for factor in draw_factors(7, 40, 30, 5, 3, init_std=0.02, direction_init_std=0.02, on_bf16_grid=True):
+        assert torch.equal(factor.bfloat16().float(), factor)
+
+
+def test_layer_seeds_differ_by_name_and_follow_the_generator():
+    assert layer_seed(1, "a.q_proj") == layer_seed(1, "a.q_proj")
+    assert len({layer_seed(1, "a.q_proj"), layer_seed(1, "a.v_proj"), layer_seed(2, "a.q_proj")}) == 3
+    torch.manual_seed(5)
+    first = layer_seed(None, "x")
+    torch.manual_seed(5)
+    assert layer_seed(None, "x") == first
+    assert layer_seed(None, "x") != first

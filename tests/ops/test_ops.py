@@ -1,0 +1,225 @@
+"""dual_linear's backends against the float64 oracle, and the promises of the lean one."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
+from duallora.ops import BACKENDS, build_weight, dual_linear, recompute
+from duallora.ops.reference import apply_weight
+
+OUT, IN, R1, R2, N = 63, 100, 5, 3, 12
+
+
+def make(dtype=torch.float32, out=OUT, inn=IN, n=N, fixed=False, fan_in_fan_out=False):
+    """x, W, b, [A, B, C, D], fixed_sign: odd sizes, r1 != r2, in != out, leaves that require grad (W does not)."""
+    torch.manual_seed(3)
+    x = torch.randn(n, inn, dtype=dtype).requires_grad_()
+    W = torch.randn(out, inn).to(dtype) / 10
+    if fan_in_fan_out:
+        W = W.T.contiguous()
+    b = torch.randn(out, dtype=dtype).requires_grad_()
+    factors: list = [torch.randn(s) / 2 for s in ((R1, inn), (out, R1), (R2, inn), (out, R2))]
+    signs = None
+    if fixed:
+        factors[2:] = [None, None]
+        signs = torch.randint(0, 2, (out, inn), dtype=torch.int8) * 2 - 1
+    return x, W, b, [None if f is None else f.requires_grad_() for f in factors], signs
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    got = got.detach()
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("magnitude", "direction", "ste_clip"),
+    [(m, d, c) for m, d, c in itertools.product(MAGNITUDES, DIRECTIONS, STE_CLIPS) if m == "relu" or c == "chain"],
+)
+def test_agrees_with_the_oracle(backend, magnitude, direction, ste_clip, monkeypatch):
+    """Relative error of y and of every gradient <= 2e-6 in float32, with row blocks that do not divide the rows."""
+    monkeypatch.setattr(recompute, "BLOCK_ELEMENTS", 10 * 23)
+    x, W, b, factors, signs = make(out=13, inn=23, fixed=direction == "fixed")
+    dY = torch.randn(N, 13)
+    options = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip, "fixed_sign": signs}
+    y = dual_linear(x, W, b, *factors, 0.3, **options, backend=backend)
+    want_y, want = oracle.dual_linear(
+        x.detach(), W, b.detach(), [f if f is None else f.detach() for f in factors], 0.3, dY, **options
+    )
+    leaves = [x, b, *(f for f in factors if f is not None)]
+    got = torch.autograd.grad(y, leaves, dY)
+    assert relative(y, want_y) <= 2e-6
+    for g, w in zip(got, (w for w in want if w is not None), strict=True):
+        assert relative(g, w) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_base_with_float32_factors(backend):
+    """W' rounds to bf16 once; the gradients stay within bf16's 2^-8, and factors keep float32 gradients."""
+    x, W, b, factors, _ = make(torch.bfloat16)
+    dY = torch.randn(N, OUT).bfloat16()
+    y = dual_linear(x, W, b, *factors, 0.3, backend=backend)
+    want_y, want = oracle.dual_linear(x.detach(), W, b.detach(), [f.detach() for f in factors], 0.3, dY)
+    got = torch.autograd.grad(y, [x, b, *factors], dY)
+    assert y.dtype == torch.bfloat16
+    assert [g.dtype for g in got[2:]] == [torch.float32] * 4
+    for g, w in zip([y, *got], [want_y, *want], strict=True):
+        assert relative(g, w) <= 4e-3
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(4, 3, IN), (1, IN), (IN,)])
+def test_forward_has_the_bits_of_the_merged_weight(backend, dtype, fan_in_fan_out, shape):
+    """Multiplying by build_weight's W' as the base layer would gives the very same bits, blocks or not."""
+    _, W, b, factors, _ = make(dtype, fan_in_fan_out=fan_in_fan_out)
+    x = torch.randn(shape).to(dtype)
+    options = {"fan_in_fan_out": fan_in_fan_out, "backend": backend}
+    y = dual_linear(x, W, b, *factors, 0.3, **options)
+    merged = build_weight(W, *factors, 0.3, **options)
+    assert merged.dtype == dtype
+    assert merged.shape == W.shape
+    assert not torch.equal(merged, W)
+    assert torch.equal(y, apply_weight(x, merged, b, fan_in_fan_out))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_and_missing_parts_agree(backend):
+    """Conv1D's [in, out] gives what Linear's [out, in] gives; no W means dW alone; no bias means b = 0."""
+    x, W, b, factors, _ = make()
+    y = dual_linear(x, W, b, *factors, 0.3, backend=backend)
+    y_conv = dual_linear(x, W.T.contiguous(), b, *factors, 0.3, fan_in_fan_out=True, backend=backend)
+    torch.testing.assert_close(y_conv, y, rtol=1e-5, atol=1e-5)
+    without_base = dual_linear(x, None, None, *factors, 0.3, backend=backend)
+    torch.testing.assert_close(without_base + x @ W.T + b, y, rtol=1e-5, atol=1e-5)
+    for out in (y_conv, without_base):
+        assert all(g is not None for g in torch.autograd.grad(out.sum(), factors, retain_graph=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trainable_base_weight_gets_its_gradient(backend):
+    x, W, b, factors, _ = make()
+    W.requires_grad_()
+    (dW,) = torch.autograd.grad(dual_linear(x, W, b, *factors, 0.3, backend=backend).square().sum() / 2, [W])
+    y = dual_linear(x, W, b, *factors, 0.3, backend=backend)
+    torch.testing.assert_close(dW, y.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_residual_start_is_exact_in_both_backends():
+    """With the factors at their start, dW(t) - dW(0) is zero to the bit, so y is the base layer's."""
+    x, W, b, factors, _ = make()
+    initial = [f.detach().clone() for f in factors]
+    for backend in BACKENDS:
+        y = dual_linear(x, W, b, *factors, 0.3, initial=initial, backend=backend)
+        assert torch.equal(y, apply_weight(x, W, b, False))
+        moved = dual_linear(x, W, b, *(f * 1.5 for f in factors), 0.3, initial=initial, backend=backend)
+        want, gradients = oracle.dual_linear(
+            x.detach(), W, b.detach(), [f.detach() * 1.5 for f in factors], 0.3, torch.ones(N, OUT), initial=initial
+        )
+        assert relative(moved, want) <= 2e-6
+        got = torch.autograd.grad(moved, factors, torch.ones(N, OUT))
+        for g, w in zip(got, gradients[2:], strict=True):
+            assert relative(g, 1.5 * w) <= 2e-6
+
+
+def saved_shapes(backend: str) -> list[torch.Size]:
+    shapes: list[torch.Size] = []
+    x, W, b, factors, _ = make()
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.data_ptr() != W.data_ptr():
+            shapes.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        dual_linear(x, W, b, *factors, 0.3, backend=backend)
+    return shapes
+
+
+def test_recompute_saves_no_weight_sized_tensor():
+    """x, the factors and scalars only; plain autograd keeps several [out, in] tensors (so the count can fail)."""
+    lean = saved_shapes("recompute")
+    assert (OUT, IN) not in lean
+    assert (IN, OUT) not in lean
+    assert sum(s.numel() for s in lean) <= N * IN + (R1 + R2) * (OUT + IN) + 1
+    assert saved_shapes("reference").count((OUT, IN)) >= 3
+
+
+def test_registered_operator_passes_opcheck():
+    x, W, b, factors, _ = make()
+    arguments = (x, W, b, *factors, torch.tensor(0.3), "relu", "ste", "chain", None, [], False)
+    torch.library.opcheck(torch.ops.duallora.dual_linear.default, arguments)
+    backward = (torch.randn(N, OUT), x.detach(), W, *(f.detach() for f in factors), torch.tensor(0.3), "relu", "ste",
+                "chain", None, [], False, True, False, True)  # fmt: skip
+    torch.library.opcheck(torch.ops.duallora.dual_linear_backward.default, backward)
+
+
+def test_compiles_in_one_graph_and_does_not_recompile_when_the_gate_moves():
+    """The gate is a tensor: a second value of it must reuse the graph, and the result must follow it."""
+    x, W, b, factors, _ = make()
+    torch._dynamo.reset()
+
+    def layer(x, gate):
+        return dual_linear(x, W, b, *factors, 2.0 * gate).square().sum()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for step in (0.0, 0.3):
+        gate = torch.tensor(step)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            loss = compiled(x, gate)
+        want = layer(x, gate)
+        assert torch.equal(loss, want)
+        for g, w in zip(
+            torch.autograd.grad(loss, [x, *factors]), torch.autograd.grad(want, [x, *factors]), strict=True
+        ):
+            torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_the_product_and_nothing_inside(backend):
+    """y is bf16 as F.linear's would be, but BA and DC are computed in float32: signs must not flip."""
+    x, W, b, factors, _ = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = dual_linear(x, W, b, *factors, 0.3, backend=backend)
+        merged = build_weight(W, *factors, 0.3, backend=backend)
+        assert torch.equal(y, torch.nn.functional.linear(x, merged, b))
+    assert y.dtype == torch.bfloat16
+    assert merged.dtype == torch.float32
+    assert torch.equal(merged, build_weight(W, *factors, 0.3, backend=backend))
+    gradients = torch.autograd.grad(y.float().sum(), [x, b, *factors])
+    assert all(g.dtype == torch.float32 for g in gradients)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reference = dual_linear(x, W, b, *factors, 0.3, backend="reference")
+    for g, w in zip(gradients, torch.autograd.grad(reference.float().sum(), [x, b, *factors]), strict=True):
+        assert relative(g, w) <= 1e-2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(use_reentrant):
+    x, W, b, factors, _ = make()
+    plain = torch.autograd.grad(dual_linear(x, W, b, *factors, 0.3).square().sum(), factors)
+    loss = checkpoint(lambda t: dual_linear(t, W, b, *factors, 0.3), x, use_reentrant=use_reentrant).square().sum()
+    loss.backward()
+    assert all(torch.equal(f.grad, g) for f, g in zip(factors, plain, strict=True))
+
+
+def test_bad_requests_name_the_remedy():
+    x, W, b, factors, _ = make()
+    with pytest.raises(ValueError, match="'cuda9'.*choose one of auto, reference, recompute"):
+        dual_linear(x, W, b, *factors, 0.3, backend="cuda9")
+    with pytest.raises(ValueError, match=r"x is torch\.bfloat16 but the base weight is torch\.float32: cast x"):
+        dual_linear(x.bfloat16(), W, b, *factors, 0.3)
+
+
+def test_inference_mode():
+    x, W, b, factors, _ = make()
+    with torch.inference_mode():
+        y = dual_linear(x, W, b, *factors, 0.3)
+    assert torch.equal(y, dual_linear(x, W, b, *factors, 0.3))

@@ -1,0 +1,103 @@
+"""Dual LoRA by hand: float64 Python loops over single entries, sharing nothing with the package."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _magnitude(name: str, p: float) -> tuple[float, float]:
+    """(value, derivative)."""
+    if name == "relu":
+        return (p, 1.0) if p > 0 else (0.0, 0.0)
+    if name == "abs":
+        return abs(p), (p > 0) - (p < 0)
+    if name == "sigmoid":
+        v = 1 / (1 + math.exp(-p))
+        return v, v * (1 - v)
+    return p, 1.0
+
+
+def _matmul(X: list[list[float]], Y: list[list[float]]) -> list[list[float]]:
+    return [[sum(X[i][l] * Y[l][j] for l in range(len(Y))) for j in range(len(Y[0]))] for i in range(len(X))]
+
+
+def _clip(v: float) -> float:
+    return max(-1.0, min(1.0, v))
+
+
+def _transpose(X: list[list[float]]) -> list[list[float]]:
+    return [list(row) for row in zip(*X, strict=True)]
+
+
+def delta(A, B, C, D, s, *, magnitude="relu", direction="ste", fixed_sign=None) -> list[list[float]]:
+    """dW [out, in] entry by entry."""
+    P = _matmul(B, A)
+    Q = None if direction == "fixed" else _matmul(D, C)
+    return [
+        [s * _magnitude(magnitude, P[i][j])[0] * _direction(Q, i, j, direction, fixed_sign) for j in range(len(P[0]))]
+        for i in range(len(P))
+    ]
+
+
+def _direction(Q, i: int, j: int, direction: str, fixed_sign) -> float:
+    if direction == "fixed":
+        return float(fixed_sign[i][j])
+    q = Q[i][j]
+    if direction == "identity":
+        return q
+    up_or_down = 1.0 if q > 0 else -1.0
+    if direction == "xnor":
+        return up_or_down * sum(abs(v) for v in Q[i]) / len(Q[i])
+    if direction == "dorefa":
+        return up_or_down * sum(abs(v) for row in Q for v in row) / (len(Q) * len(Q[0]))
+    return up_or_down
+
+
+def delta_gradients(G, A, B, C, D, s, *, magnitude="relu", direction="ste", ste_clip="chain", fixed_sign=None):
+    """(dA, dB, dC, dD) from G = dL/d(dW); dC and dD are None with fixed signs."""
+    P = _matmul(B, A)
+    Q = None if direction == "fixed" else _matmul(D, C)
+    out, inn = len(P), len(P[0])
+    dP = [[0.0] * inn for _ in range(out)]
+    dQ = [[0.0] * inn for _ in range(out)]
+    for i in range(out):
+        for j in range(inn):
+            value, slope = _magnitude(magnitude, P[i][j])
+            dP[i][j] = G[i][j] * s * slope * _direction(Q, i, j, direction, fixed_sign)
+            if direction == "ste" and ste_clip == "chain":
+                dQ[i][j] = _clip(G[i][j] * s * value)
+            elif direction == "ste" and ste_clip == "update":
+                dQ[i][j] = _clip(G[i][j]) * s * value
+            else:
+                dQ[i][j] = G[i][j] * s * value
+    dA, dB = _matmul(_transpose(B), dP), _matmul(dP, _transpose(A))
+    if direction == "fixed":
+        return dA, dB, None, None
+    return dA, dB, _matmul(_transpose(D), dQ), _matmul(dQ, _transpose(C))
+
+
+def dual_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, factors: list[Tensor | None], s: float, dY: Tensor, *, initial=(), **options
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(y, [dx, db, dA, dB, dC, dD]) in float64 for x [n, in], W [out, in], dY [n, out]."""
+    lists = [None if f is None else f.double().tolist() for f in factors]
+    fixed = options.get("fixed_sign")
+    options = {**options, "fixed_sign": None if fixed is None else fixed.tolist()}
+    without_clip = {k: v for k, v in options.items() if k != "ste_clip"}
+    dW = delta(*lists, s, **without_clip)
+    if initial:
+        start = delta(*[f.double().tolist() for f in initial], s, **without_clip)
+        dW = [[p - q for p, q in zip(row, row0, strict=True)] for row, row0 in zip(dW, start, strict=True)]
+    weight = [[w + d for w, d in zip(r, rd, strict=True)] for r, rd in zip(W.double().tolist(), dW, strict=True)]
+    X, Y = x.double().tolist(), dY.double().tolist()
+    y = _matmul(X, _transpose(weight))
+    if b is not None:
+        y = [[v + c for v, c in zip(row, b.double().tolist(), strict=True)] for row in y]
+    G = _matmul(_transpose(Y), X)
+    gradients = [_matmul(Y, weight), [sum(column) for column in zip(*Y, strict=True)]]
+    gradients += delta_gradients(G, *lists, s, **options)
+    as_tensor = [None if g is None else torch.tensor(g, dtype=torch.float64) for g in gradients]
+    return torch.tensor(y, dtype=torch.float64), as_tensor

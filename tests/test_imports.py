@@ -1,0 +1,72 @@
+"""The arrows of the design: who may import whom. An arrow that points back turns red here."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "duallora"
+
+MAY_IMPORT = {
+    "errors": set(),
+    "console": {"errors"},
+    "core": {"core"},
+    "ops": {"ops", "core"},
+    "nn": {"ops", "core", "errors"},
+    "tuner": {"tuner", "ops", "core", "errors"},
+    "tasks": {"tasks", "errors"},
+    "train": {"train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "cli": {"train", "tasks", "tuner", "errors", "console", "__root__"},
+}
+
+
+def part(module: str) -> str:
+    """ "duallora.core.gate" -> "core"; "duallora" itself -> "__root__"."""
+    return module.split(".")[1] if "." in module else "__root__"
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            is_root = node.module == "duallora"
+            found |= {f"duallora.{alias.name}" for alias in node.names} if is_root else {node.module}
+    known = {"errors", "console", "core", "ops", "nn", "tuner", "tasks", "train", "cli"}
+    return {part(m) if part(m) in known else "__root__" for m in found if m == "duallora" or m.startswith("duallora.")}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_arrows_point_one_way(path):
+    owner = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if owner == "__init__":  # the lazy table of public names
+        return
+    assert imports(path) <= MAY_IMPORT[owner], f"{path} imports {imports(path) - MAY_IMPORT[owner]}"
+
+
+def loaded_after(code: str, *modules: str) -> list[str]:
+    script = f"import sys\n{code}\nprint(*[m for m in {modules!r} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_import_is_cheap_and_peft_stays_optional():
+    """`import duallora` loads nothing; the method alone needs torch, never PEFT or transformers."""
+    assert loaded_after("import duallora", "torch", "peft", "transformers") == []
+    code = "from duallora import DualLoraLinear, dual_delta, dual_linear, gate, advance_gate"
+    assert loaded_after(code, "torch", "peft", "transformers") == ["torch"]
+
+
+def test_public_names_exist():
+    import duallora
+
+    for name in duallora.__all__:
+        assert getattr(duallora, name) is not None
+        assert name in dir(duallora)
+    with pytest.raises(AttributeError, match="no attribute 'dual_dleta'"):
+        _ = duallora.dual_dleta

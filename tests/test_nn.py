@@ -1,0 +1,90 @@
+"""DualLoraLinear without PEFT: adapt, train, save, load, merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import duallora
+from duallora.errors import IntegrityError
+from duallora.nn import DualLoraLinear, adapt, adapter_state_dict, load_adapter_state_dict, merge
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(63, 100), nn.Tanh(), nn.Linear(100, 7, bias=False))
+
+
+def train(net: nn.Module, n: int = 6) -> None:
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-2)
+    torch.manual_seed(1)
+    x, y = torch.randn(32, 63), torch.randn(32, 7)
+    for _ in range(n):
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def test_adapt_train_save_load_merge():
+    """The whole story: no-op at the start, base frozen, loss falls, reload and merge give the same bits."""
+    x = torch.randn(5, 63)
+    base = network()
+    start = base(x)
+    weights = [p.clone() for p in base.parameters()]
+    net = adapt(base, r=4, r2=3, alpha=10, warmup_steps=8)
+    assert torch.equal(net(x), start)
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == (4 + 3) * (163 + 107)
+    train(net)
+    y = net(x)
+    assert duallora.gate(net) == 0.75
+    assert not torch.equal(y, start)
+    assert all(torch.equal(net.state_dict()[name], w) for name, w in zip(network().state_dict(), weights, strict=True))
+
+    fresh = load_adapter_state_dict(adapt(network(), r=4, r2=3, alpha=10, warmup_steps=8), adapter_state_dict(net))
+    assert torch.equal(fresh(x), y)
+    merged = merge(fresh)
+    assert [type(m) for m in merged] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert torch.equal(merged(x), y)
+    assert merged.state_dict().keys() == network().state_dict().keys()
+
+
+def test_targets_by_name_and_names_that_match_nothing():
+    net = adapt(network(), ["2"], r=2)
+    assert isinstance(net[2], DualLoraLinear)
+    assert type(net[0]) is nn.Linear
+    with pytest.raises(ValueError, match=r"\['q_proj'\] match no nn.Linear; this model has: 0, 2"):
+        adapt(network(), ["2", "q_proj"])
+
+
+def test_init_seed_gives_each_layer_its_own_values():
+    nets = [adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), init_seed=3, r=2) for _ in range(2)]
+    assert torch.equal(nets[0][0].duallora_A, nets[1][0].duallora_A)
+    assert not torch.equal(nets[0][0].duallora_A, nets[0][1].duallora_A)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r=0"),
+        ({"r1": -2}, "r1=-2"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"alpha": 0}, "alpha=0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"magnitude": "relv"}, "'relv' is unknown: choose one of relu"),
+        ({"direction": "fixed"}, "'fixed' is unknown"),
+        ({"backend": "cpv"}, "backend='cpv'"),
+    ],
+)
+def test_bad_options_name_the_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        DualLoraLinear(nn.Linear(3, 4), **options)
+
+
+def test_an_adapter_of_another_rank_is_refused():
+    state = adapter_state_dict(adapt(network(), r=4))
+    with pytest.raises(IntegrityError, match="8 of another shape"):
+        load_adapter_state_dict(adapt(network(), r=5), state)
+    with pytest.raises(IntegrityError, match="1 tensors missing"):
+        load_adapter_state_dict(adapt(network(), r=4), dict(list(state.items())[1:]))

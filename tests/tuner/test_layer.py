@@ -1,0 +1,335 @@
+"""The adapter layer as PEFT users see it: no-op start, merged bits, exact unmerge, several adapters."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+from torch import nn
+
+import duallora
+from duallora import DualLoraConfig
+from duallora.tuner import Linear
+
+AWKWARD = {"r1": 4, "r2": 3, "alpha": 10, "target_modules": "all-linear", "warmup_steps": 4}
+
+
+def train(model: nn.Module, ids: torch.Tensor, steps: int = 3, lr: float = 1e-2) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def adapted(base: nn.Module, **options) -> peft.PeftModel:
+    torch.manual_seed(7)
+    return peft.get_peft_model(base, DualLoraConfig(**{**AWKWARD, **options}))
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
+
+
+@pytest.fixture(autouse=True)
+def _gate_warnings_are_expected():
+    """Most of these adapters are merged and saved in mid-ramp on purpose; test_model.py checks the warnings."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*whose gate is not open")
+        yield
+
+
+@pytest.mark.parametrize("warmup", ["ramp", "residual"])
+def test_start_is_the_base_model_to_the_bit(llama, ids, warmup):
+    base = llama()
+    want = base(ids).logits
+    model = adapted(base, warmup=warmup)
+    assert torch.equal(model(ids).logits, want)
+    assert model.get_nb_trainable_parameters()[0] == sum(
+        7 * (m.in_features + m.out_features) for m in model.modules() if isinstance(m, Linear)
+    )
+
+
+@pytest.mark.parametrize("forward", ["merged", "added"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_layer_agrees_with_the_oracle_in_mid_ramp(request, ids, architecture, forward):
+    """Linear and Conv1D, biases, r1 != r2, gate 3/4: y and dx of one layer against slow float64 loops."""
+    base = request.getfixturevalue(architecture)()
+    model = adapted(base, forward=forward, target_modules=["q_proj"] if architecture == "llama" else ["c_attn"])
+    train(model, ids)
+    layer = next(m for m in model.modules() if isinstance(m, Linear))
+    assert layer.duallora_step["default"] == 3
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    y = layer(x)
+    dY = torch.randn_like(y)
+    W = layer.get_base_layer().weight.detach()
+    W = W.T if architecture == "gpt2" else W
+    factors = [getattr(layer, f"duallora_{name}")["default"].detach() for name in "ABCD"]
+    scaling = 0.75 * 10 / 12**0.5
+    want, gradients = oracle.dual_linear(x.detach(), W, layer.bias.detach(), factors, scaling, dY)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    leaves = [x, *(getattr(layer, f"duallora_{name}")["default"] for name in "ABCD")]
+    for got, g in zip(torch.autograd.grad(y, leaves, dY), [gradients[0], *gradients[2:]], strict=True):
+        torch.testing.assert_close(got.double(), g, rtol=1e-4, atol=1e-4)
+
+
+VARIANTS = [
+    {},
+    {"warmup": "residual"},
+    {"warmup": "none"},
+    {"direction": "fixed"},
+    {"direction": "xnor"},
+    {"direction": "dorefa"},
+    {"direction": "identity"},
+    {"magnitude": "sigmoid"},
+    {"backend": "reference"},
+    {"rank_pattern": {"q_proj": [2, 5]}, "alpha_pattern": {"v_proj": 3}},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_output_has_the_bits_of_the_unmerged(llama, ids, dtype, options):
+    """After training, in mid-ramp; unmerge then restores the base weight bit for bit."""
+    model = adapted(llama(dtype), **options)
+    train(model, ids)
+    before = base_weights(model)
+    want = model(ids).logits
+    model.merge_adapter(safe_merge=True)
+    assert any(not torch.equal(w, before[n]) for n, w in base_weights(model).items())
+    assert torch.equal(model(ids).logits, want)
+    model.unmerge_adapter()
+    assert all(torch.equal(w, before[n]) for n, w in base_weights(model).items())
+    assert torch.equal(model(ids).logits, want)
+    assert torch.equal(model.merge_and_unload()(ids).logits, want)
+
+
+def test_merged_bits_hold_for_conv1d_and_under_autocast(gpt2, llama, ids):
+    for build in (gpt2, llama):
+        model = adapted(build(), target_modules=["c_attn", "c_proj", "c_fc"] if build is gpt2 else "all-linear")
+        train(model, ids)
+        want = model(ids).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            want_autocast = model(ids).logits
+        model.merge_adapter()
+        assert torch.equal(model(ids).logits, want)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(ids).logits, want_autocast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_is_exact_when_gate_and_factors_moved_in_between(llama, ids, dtype):
+    """Subtracting dW again would leave the base off: the gate opened, the adapter was retrained, another loaded."""
+    model = adapted(llama(dtype))
+    train(model, ids)
+    before = base_weights(model)
+    for disturb in (
+        lambda: duallora.advance_gate(model, 1),
+        lambda: [p.data.add_(0.1) for n, p in model.named_parameters() if "duallora_" in n],
+        lambda: [m.duallora_step["default"].fill_(99) for m in model.modules() if isinstance(m, Linear)],
+        lambda: model.disable_adapter_layers() or model.enable_adapter_layers(),
+    ):
+        model.merge_adapter()
+        disturb()
+        model.unmerge_adapter()
+        assert all(torch.equal(w, before[n]) for n, w in base_weights(model).items())
+
+
+def test_gate_is_frozen_while_merged(llama, ids):
+    model = adapted(llama())
+    train(model, ids, steps=1)
+    model.merge_adapter()
+    duallora.advance_gate(model)
+    assert duallora.gate(model) == 0.25
+
+
+def test_disabling_gives_the_base_and_unmerges(llama, ids):
+    base = llama()
+    want = base(ids).logits
+    model = adapted(base)
+    train(model, ids)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, want)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, want)
+    assert not torch.equal(model(ids).logits, want)
+
+
+def test_safe_merge_refuses_nan_and_leaves_the_base(llama, ids):
+    """A NaN in C or D is invisible in dW (its sign is -1), so the factors are checked too."""
+    for name in "ABCD":
+        model = adapted(llama())
+        train(model, ids, steps=1)
+        before = base_weights(model)
+        for n, p in model.named_parameters():
+            if f"duallora_{name}" in n:
+                p.data.view(-1)[0] = float("nan")
+        with pytest.raises(
+            ValueError, match="NaNs detected in the merged weights. The adapter default seems to be bro"
+        ):
+            model.merge_adapter(safe_merge=True)
+        assert all(torch.equal(w, before[n]) for n, w in base_weights(model).items())
+
+
+def test_two_adapters(llama, ids):
+    """Switching, both at once (dW adds), each counting its own steps, deleting one."""
+    model = adapted(llama())
+    train(model, ids)
+    first = model(ids).logits
+    torch.manual_seed(8)
+    model.add_adapter("other", DualLoraConfig(**{**AWKWARD, "r1": 2, "warmup_steps": 2}))
+    assert torch.equal(model(ids).logits, first)
+    model.set_adapter("other")
+    train(model, ids, steps=2)
+    other = model(ids).logits
+    assert not torch.equal(other, first)
+    layer = next(m for m in model.modules() if isinstance(m, Linear))
+    assert (int(layer.duallora_step["default"]), int(layer.duallora_step["other"])) == (3, 2)
+
+    model.base_model.set_adapter(["default", "other"])
+    both = model(ids).logits
+    x = torch.randn(2, layer.in_features)
+    summed = layer.base_layer(x) + x @ (layer.get_delta_weight("default") + layer.get_delta_weight("other")).T
+    torch.testing.assert_close(layer(x), summed, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    assert torch.equal(model(ids).logits, both)
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    assert torch.equal(model(ids).logits, first)
+    model.delete_adapter("other")
+    assert torch.equal(model(ids).logits, first)
+    assert "other" not in layer.duallora_A
+
+
+def test_one_adapter_per_row(llama, ids):
+    """adapter_names gives each row what its own adapter would; PEFT alone would ignore it silently."""
+    model = adapted(llama())
+    train(model, ids)
+    model.add_adapter("other", DualLoraConfig(**AWKWARD))
+    model.set_adapter("other")
+    train(model, ids, steps=4)
+    model.eval()
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(ids).logits
+    with model.disable_adapter():
+        alone["__base__"] = model(ids).logits
+    names = ["other", "__base__", "default"]
+    mixed = model(ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+        model(ids, adapter_names=["nobody", "default", "other"])
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(ids, adapter_names=names)
+
+
+def test_added_form_equals_merged_form_up_to_rounding(llama, ids):
+    merged, added = adapted(llama(), forward="merged"), adapted(llama(), forward="added")
+    for model in (merged, added):
+        train(model, ids)
+    torch.testing.assert_close(merged(ids).logits, added(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_acts_on_the_update_alone_and_only_in_training(llama, ids):
+    """Gate at 0: dropout must not touch the base path. Then eval mode runs the merged form again."""
+    base = llama()
+    want = base(ids).logits
+    model = adapted(base, duallora_dropout=0.5).train()
+    torch.testing.assert_close(model(ids).logits, want)
+    train(model, ids)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    want = model(ids).logits
+    model.merge_adapter()
+    assert torch.equal(model(ids).logits, want)
+
+
+def test_forward_takes_the_added_path_where_the_base_is_not_plain(llama):
+    """A hook on the base layer must run; forward="merged" says why it cannot."""
+    for forward, fits in (("auto", True), ("merged", False)):
+        model = adapted(llama(), forward=forward, target_modules=["q_proj"])
+        layer = next(m for m in model.modules() if isinstance(m, Linear))
+        seen = []
+        layer.base_layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        x = torch.randn(2, layer.in_features)
+        if fits:
+            layer(x)
+            assert seen == [1]
+        else:
+            with pytest.raises(ValueError, match="forward='merged' needs a plain resident weight"):
+                layer(x)
+
+
+def test_bf16_base_keeps_float32_factors(llama, ids):
+    model = adapted(llama(torch.bfloat16))
+    factors = [p for n, p in model.named_parameters() if "duallora_" in n]
+    assert {p.dtype for p in factors} == {torch.float32}
+    train(model, ids)
+    assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_mixed_methods_in_one_model(llama, ids):
+    """LoRA and Dual LoRA beside each other: loralib-style filters on "lora_" match both, PEFT's must not."""
+    model = peft.get_peft_model(llama(), DualLoraConfig(**{**AWKWARD, "target_modules": ["q_proj"]}))
+    train(model, ids)
+    want = model(ids).logits
+    merged = model.merge_and_unload()
+    lora = peft.get_peft_model(merged, peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    assert torch.equal(lora(ids).logits, want)
+    assert not any("duallora" in n for n, _ in lora.named_parameters())
+
+
+def test_dead_layer_and_excess_rank_are_named():
+    """A 1x2 layer starts dead for some seeds (a property of the method): the seed found here must be reported."""
+    dead = None
+    for seed in itertools.count():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config = DualLoraConfig(r=1, target_modules=["0"], init_seed=seed)
+            peft.get_peft_model(nn.Sequential(nn.Linear(2, 1)), config)
+        if any("ReLU(B A) is zero everywhere" in str(w.message) for w in caught):
+            dead = seed
+            break
+        assert seed < 50
+    assert dead is not None
+    with pytest.warns(UserWarning, match=r"0: rank 5 is above min\(in, out\) = 3"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), DualLoraConfig(r=5, target_modules=["0"]))
+
+
+def test_frames_from_layer_to_the_operator_stay_three(llama):
+    """Depth is a cost: layer.forward -> dual_linear -> backend."""
+    import traceback
+
+    model = adapted(llama(), target_modules=["q_proj"], backend="reference")
+    layer = next(m for m in model.modules() if isinstance(m, Linear))
+    frames: list[str] = []
+
+    class Spy(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.linear:
+                frames.extend(
+                    f.name for f in traceback.extract_stack() if "duallora" in f.filename and "/src/" in f.filename
+                )
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        layer(torch.randn(2, layer.in_features))
+    assert len(frames) <= 4, frames
+    assert frames[:3] == ["forward", "dual_linear", "dual_linear"]
+
+
+def test_deepcopy_is_independent(llama, ids):
+    model = adapted(llama())
+    clone = copy.deepcopy(model)
+    train(clone, ids)
+    assert duallora.gate(model) == 0
+    assert duallora.gate(clone) == 0.75

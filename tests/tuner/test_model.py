@@ -1,0 +1,230 @@
+"""The PEFT contract: targeting, saving, loading, Trainer, checkpointing, compile."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import duallora
+from duallora import DualLoraConfig
+from duallora.tuner import Linear, param_groups
+
+AWKWARD = {"r1": 4, "r2": 3, "alpha": 10, "target_modules": "all-linear", "warmup_steps": 4, "task_type": "CAUSAL_LM"}
+
+
+def train(model: nn.Module, ids: torch.Tensor, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def adapted(base: nn.Module, **options) -> peft.PeftModel:
+    torch.manual_seed(7)
+    return peft.get_peft_model(base, DualLoraConfig(**{**AWKWARD, **options}))
+
+
+def layers(model: nn.Module) -> dict[str, Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+
+
+VARIANTS = [{}, {"warmup": "residual"}, {"direction": "fixed"}, {"bias": "duallora_only"}, {"init_weights": False}]
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options, low_cpu_mem_usage):
+    """The gate travels with the weights; what is rebuilt from a seed comes back, whatever the generator's state."""
+    model = adapted(llama(), **options)
+    train(model, ids)
+    want = model(ids).logits
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*whose gate is not open")
+        model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("initial" in name for name in tensors)
+    torch.manual_seed(999)
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(again(ids).logits, want)
+    if options == {}:
+        assert duallora.gate(again) == 0.75
+        trainable = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+        train(trainable, ids, steps=1)
+        assert {int(m.duallora_step["default"]) for m in layers(trainable).values()} == {4}
+
+
+def test_auto_classes_and_transformers_own_adapter_calls(llama, ids, tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), warmup_steps=2)
+    train(model, ids)
+    want = model(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(auto(ids).logits, want)
+
+    plain = llama()
+    plain.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(plain(ids).logits, want)
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(direct(ids).logits, want)
+    added = llama()
+    added.add_adapter(DualLoraConfig(**{**AWKWARD, "init_weights": False}), adapter_name="new")
+    assert not torch.equal(added(ids).logits, llama()(ids).logits)
+    added.disable_adapters()
+    assert torch.equal(added(ids).logits, llama()(ids).logits)
+
+
+def test_merged_model_is_a_plain_model(llama, ids, tmp_path):
+    model = adapted(llama(), warmup_steps=2)
+    train(model, ids)
+    want = model(ids).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert not any("duallora" in json.dumps(json.loads(p.read_text())) for p in tmp_path.glob("*.json"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
+
+
+def test_targeting(llama):
+    """rank_pattern, alpha_pattern, layers_to_transform, exclude_modules and all-linear as in PEFT's LoRA."""
+    patterns = {"rank_pattern": {"k_proj": 2, "v_proj": [1, 5]}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
+    model = adapted(llama(), target_modules=["q_proj", "k_proj", "v_proj"], **patterns)
+    for name, layer in layers(model).items():
+        want = {"q": (4, 3), "k": (2, 2), "v": (1, 5)}[name[-6]]
+        assert (layer.r1["default"], layer.r2["default"]) == want
+        assert layer.duallora_A["default"].shape == (want[0], 36)
+        assert layer.duallora_D["default"].shape == (layer.out_features, want[1])
+        alpha = 3 if name.endswith("layers.1.self_attn.q_proj") else 10
+        assert layer.scaling["default"] == pytest.approx(alpha / (want[0] * want[1]) ** 0.5)
+    one = adapted(llama(), target_modules=["q_proj"], layers_to_transform=[1])
+    assert [n[-26:] for n in layers(one)] == ["model.layers.1.self_attn.q_proj"[-26:]]
+    every = adapted(llama(), exclude_modules=["down_proj"])
+    assert {n.rpartition(".")[2] for n in layers(every)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    }  # fmt: skip
+    default = adapted(llama(), target_modules=None)
+    assert {n.rpartition(".")[2] for n in layers(default)} == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="not found in the base model"):
+        adapted(llama(), target_modules=["query"])
+    with pytest.raises(ValueError, match="'model.embed_tokens' is a Embedding; Dual LoRA adapts torch.nn.Linear"):
+        adapted(llama(), target_modules=["embed_tokens"])
+
+
+def test_modules_to_save(llama, ids, tmp_path):
+    model = adapted(llama(), modules_to_save=["lm_head"], warmup_steps=2)
+    train(model, ids)
+    want = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert any("lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert torch.equal(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
+
+
+def rows(ids: torch.Tensor) -> list[dict]:
+    return [{"input_ids": row, "labels": row} for row in ids.repeat(8, 1)]
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_trainer_opens_the_gate_by_itself(llama, ids, tmp_path, checkpointing):
+    """No line of user code: 24 rows, batch 2, accumulation 4 = 3 optimizer steps of 12 micro-batches."""
+    model = adapted(llama(), warmup_steps=6)
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1, report_to=[],
+        gradient_checkpointing=checkpointing is not None, gradient_checkpointing_kwargs=checkpointing,
+        save_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=1e-2,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows(ids)).train()
+    assert {int(m.duallora_step["default"]) for m in layers(model).values()} == {3}
+    assert duallora.gate(model) == 0.5
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(llama, ids):
+    def gradients(**kwargs) -> list[torch.Tensor]:
+        model = adapted(llama(), warmup_steps=0).train()
+        if kwargs:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for n, p in model.named_parameters() if "duallora_" in n]
+
+    plain = gradients()
+    assert all(g is not None and g.any() for g in plain)
+    for use_reentrant in (True, False):
+        for g, w in zip(gradients(use_reentrant=use_reentrant), plain, strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def test_compiles_without_recompiling_as_the_gate_moves(llama, ids):
+    model = adapted(llama(num_hidden_layers=1))
+    layer = next(iter(layers(model).values()))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, layer.in_features)
+    for _ in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            y = compiled(x)
+        assert torch.equal(y, layer(x))
+        duallora.advance_gate(model)
+    assert not torch.equal(layer(x), y)
+
+
+def test_saving_and_merging_with_a_closed_gate_say_so(llama, ids, tmp_path):
+    model = adapted(llama())
+    with pytest.warns(UserWarning, match="gate is at 0 .*no effect.*advance_gate"):
+        model.save_pretrained(tmp_path)
+    train(model, ids, steps=2)
+    with pytest.warns(UserWarning, match=r"gate is at 0.50 \(step 2 of 4\)"):
+        model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"Merging .* gate is at 0.50"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    train(model, ids, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+        model.merge_adapter()
+
+
+def test_init_seed_reproduces_the_adapter(llama):
+    def values() -> torch.Tensor:
+        return torch.cat([p.flatten() for n, p in adapted(llama(), init_seed=3).named_parameters() if "duallora_" in n])
+
+    first = values()
+    torch.rand(5)
+    assert torch.equal(values(), first)
+
+
+def test_fan_in_fan_out_is_corrected_with_a_word(llama, gpt2, ids):
+    with pytest.warns(UserWarning, match="fan_in_fan_out=True has no effect"):
+        adapted(llama(), target_modules=["q_proj"], fan_in_fan_out=True)
+    model = adapted(gpt2(), target_modules=["c_attn"])
+    assert next(iter(layers(model).values())).duallora_A["default"].shape == (4, 36)
+
+
+def test_param_groups(llama):
+    model = adapted(llama())
+    groups = param_groups(model, lr=1e-3, direction_lr_ratio=4.0)
+    assert [g["lr"] for g in groups] == [1e-3, 4e-3]
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all("duallora_C" in names[id(p)] or "duallora_D" in names[id(p)] for p in groups[1]["params"])
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="direction_lr_ratio=0"):
+        param_groups(model, lr=1e-3, direction_lr_ratio=0)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        param_groups(nn.Linear(2, 2).requires_grad_(False), lr=1e-3)
+
+
+def test_peft_converts_to_lora(llama, ids):
+    """dW is additive, so PEFT's own conversion accepts it (approximately: dW is of full rank)."""
+    conversion = pytest.importorskip("peft.tuners.lora.conversion")
+    model = adapted(llama(), warmup_steps=1)
+    train(model, ids)
+    config, state = conversion.convert_to_lora(model, rank=12, adapter_name="default")
+    assert len(state) == 2 * len(layers(model))
+    assert config.r == 12
