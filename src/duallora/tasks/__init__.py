@@ -1,12 +1,21 @@
 """Data: examples, tasks with their protocols and metrics, and the encoding into tokens."""
 
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from duallora.errors import ConfigError
+from duallora.tasks import commonsense, e2e, glue
 from duallora.tasks.encode import IGNORE, Collator, Counts, Encoded, encode, encode_prompt, encode_split, encode_texts
 from duallora.tasks.example import Example
 from duallora.tasks.files import load_data
+from duallora.tasks.local import data_folder
 from duallora.tasks.task import LazySplits, Task
 
 __all__ = [
     "IGNORE",
+    "TASKS",
     "Collator",
     "Counts",
     "Encoded",
@@ -18,4 +27,24 @@ __all__ = [
     "encode_split",
     "encode_texts",
     "load_data",
+    "load_task",
 ]
+
+TASKS: tuple[str, ...] = ("e2e", *commonsense.PROTOCOLS, *glue.PROTOCOLS)
+
+
+def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
+    """One of ``TASKS`` with its protocol, read on first use of a split.
+
+    data_dir: folder of the data sets (default: DUALLORA_DATA). Where one is set only it is read, and a missing file is
+        a DataError; where none is, the data come from the hub.
+
+    Raises ConfigError for an unknown name.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown task {name!r}; nearest: {near}. Expected one of {', '.join(TASKS)}")
+    folder = data_folder(data_dir)
+    if name == "e2e":
+        return e2e.load(name, folder)
+    return (commonsense if name in commonsense.PROTOCOLS else glue).load(name, folder)

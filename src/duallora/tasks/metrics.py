@@ -79,7 +79,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], *, low
     most = max(len(own) for own in references)
     # sacrebleu wants one list per reference number; None marks "no such reference".
     streams: list[Any] = [[own[index] if index < len(own) else None for own in references] for index in range(most)]
-    return sacrebleu.corpus_bleu(list(predictions), streams, lowercase=lowercase, tokenize="13a").score
+    return sacrebleu.corpus_bleu(list(predictions), streams, lowercase=lowercase, tokenize="13a", force=True).score
 
 
 def percent(hits: Sequence[bool]) -> float:

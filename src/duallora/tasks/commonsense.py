@@ -1,0 +1,215 @@
+"""The eight commonsense tasks of the paper's Table 1, in HiRA's form (arXiv 2512.03402 takes its settings from HiRA).
+
+One prompt for all, an answer "the correct answer is X", beam search over 16 tokens, and X read off the generated text
+by the first match, case-sensitive; where nothing matches the answer counts as wrong. That rate is reported next to the
+accuracy, because a model that has lost the form of the answers scores 0 while knowing them.
+
+Differences from HiRA, on purpose: the end-of-text token is trained (HiRA's answers have none and are padded to 16
+tokens), the beginning-of-text token is set in training as in generation, and 120 training rows of each task, drawn
+with seed 42, are its validation split (LLM-Adapters' number, taken there from the mixture of all eight).
+
+Local files: ``commonsense/NAME/{train,test}.json`` as LLM-Adapters ships them, lists of {instruction, input, output,
+answer}. Without a data folder the original data sets are taken from the hub and put into the same words.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duallora.errors import DataError
+from duallora.tasks import metrics
+from duallora.tasks.example import Example
+from duallora.tasks.files import Faults, load_hub, read_rows
+from duallora.tasks.local import find_file
+from duallora.tasks.task import LazySplits, Task
+
+# Two spaces before the blank line, as in HiRA's training and evaluation alike.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+VALIDATION_ROWS = 120
+_VALIDATION_SEED = 42
+
+Render = Callable[[Mapping[str, Any]], tuple[str, str]]  # a hub row -> instruction, gold answer
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One of the eight: folder, answer words, hub data set and how its rows read."""
+
+    folder: str
+    word: str  # the answers are word1, word2, ...; "" for true and false
+    most: int  # of answer words
+    hub: tuple[str, str | None, str | None]  # name, configuration, revision
+    hub_test: str  # the split LLM-Adapters tests on
+    render: Render
+    train_files: tuple[str, ...] = ("train.json",)
+    test_files: tuple[str, ...] = ("test.json",)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return tuple(f"{self.word}{number}" for number in range(1, self.most + 1)) if self.word else ("true", "false")
+
+
+def _boolq(row: Mapping[str, Any]) -> tuple[str, str]:
+    instruction = (
+        f"Please answer the following question with true or false, question: {row['question']}?\n\n"
+        "Answer format: true/false"
+    )
+    return instruction, "true" if row["answer"] else "false"
+
+
+def _piqa(row: Mapping[str, Any]) -> tuple[str, str]:
+    instruction = (
+        f"Please choose the correct solution to the question: {row['goal']}\n\nSolution1: {row['sol1']}\n\n"
+        f"Solution2: {row['sol2']}\n\nAnswer format: solution1/solution2"
+    )
+    return instruction, f"solution{int(row['label']) + 1}"
+
+
+def _choices(question: str, options: Sequence[str], word: str, head: str = "answer to the question") -> str:
+    listed = " ".join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
+    named = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
+    return f"Please choose the correct {head}: {question}\n\n{listed}\n\nAnswer format: {named}"
+
+
+def _siqa(row: Mapping[str, Any]) -> tuple[str, str]:
+    options = (row["answerA"], row["answerB"], row["answerC"])
+    return _choices(f"{row['context']} {row['question']}", options, "answer"), f"answer{int(row['label'])}"
+
+
+def _hellaswag(row: Mapping[str, Any]) -> tuple[str, str]:
+    question = f"{row['activity_label']}: {row['ctx']}"
+    text = _choices(question, row["endings"], "ending", "ending to complete the given sentence")
+    return text, f"ending{int(row['label']) + 1}"
+
+
+def _winogrande(row: Mapping[str, Any]) -> tuple[str, str]:
+    instruction = (
+        "Please choose the correct answer to fill in the blank to complete the given sentence: "
+        f"{row['sentence']}\n\nOption1: {row['option1']} Option2: {row['option2']} Answer format: option1/option2"
+    )
+    return instruction, f"option{row['answer']}"
+
+
+def _arc(row: Mapping[str, Any]) -> tuple[str, str]:
+    gold = row["choices"]["label"].index(row["answerKey"]) + 1  # the keys are A, B, ... or 1, 2, ...
+    question = row["question"] if "question" in row else row["question_stem"]
+    return _choices(question, row["choices"]["text"], "answer"), f"answer{gold}"
+
+
+_PARQUET = "refs/convert/parquet"  # the hub's own conversion of data sets that come as loading scripts
+
+PROTOCOLS: dict[str, Protocol] = {
+    "arc_easy": Protocol("ARC-Easy", "answer", 5, ("allenai/ai2_arc", "ARC-Easy", None), "test", _arc),
+    "arc_challenge": Protocol("ARC-Challenge", "answer", 5, ("allenai/ai2_arc", "ARC-Challenge", None), "test", _arc),
+    "boolq": Protocol("boolq", "", 2, ("google/boolq", None, None), "validation", _boolq),
+    "piqa": Protocol("piqa", "solution", 2, ("ybisk/piqa", None, _PARQUET), "validation", _piqa),
+    "social_i_qa": Protocol("social_i_qa", "answer", 5, ("allenai/social_i_qa", None, _PARQUET), "validation", _siqa),
+    "hellaswag": Protocol(
+        "hellaswag", "ending", 4, ("Rowan/hellaswag", None, None), "validation", _hellaswag,
+        test_files=("test.json", "test_rebuilt.json"),
+    ),
+    "winogrande": Protocol(
+        "winogrande", "option", 2, ("allenai/winogrande", "winogrande_xl", None), "validation", _winogrande,
+        train_files=("train.json", "train_xl.json", "train_l.json"),
+    ),
+    "openbookqa": Protocol("openbookqa", "answer", 5, ("allenai/openbookqa", "main", None), "test", _arc),
+}  # fmt: skip
+
+
+def load(name: str, folder: Path | None) -> Task:
+    """One of the eight tasks, from ``folder`` or, where it is None, from the hub."""
+    protocol = PROTOCOLS[name]
+    extract = functools.partial(first_match, answers=protocol.answers)
+    read = functools.partial(_read, name, protocol, folder)
+    splits = LazySplits(
+        {
+            "train": lambda: _without_validation(read("train")),
+            "validation": lambda: _validation(read("train")),
+            "test": lambda: read("test"),
+        }
+    )
+    hub = ":".join(part for part in protocol.hub[:2] if part)
+    return Task(
+        name=name,
+        kind="generate",
+        splits=splits,
+        format="commonsense (HiRA prompt, first-match answer)",
+        metrics=functools.partial(choice_metrics, extract=extract),
+        main_metric="accuracy",
+        generation={"max_new_tokens": 16, "num_beams": 4, "do_sample": False},
+        extract=extract,
+        source=f"{folder} ({protocol.folder})" if folder else f"hub {hub}",
+    )
+
+
+def first_match(text: str, answers: Sequence[str]) -> str:
+    """The first of ``answers`` in the text, case-sensitive; '' where none occurs."""
+    found = re.search("|".join(answers), text)
+    return found.group() if found else ""
+
+
+def choice_metrics(
+    predictions: Sequence[str], examples: Sequence[Example], extract: Callable[[str], str]
+) -> dict[str, float]:
+    """Accuracy and the share of predictions without any answer word; whole texts and extracted answers both do."""
+    answers = [extract(text) for text in predictions]
+    return {
+        "accuracy": metrics.accuracy(answers, [example.references[0] for example in examples]),
+        "parse_failure_rate": metrics.percent([not answer for answer in answers]),
+    }
+
+
+def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tuple[Example, ...]:
+    if folder is None:
+        table = load_hub(*protocol.hub)["train" if split == "train" else protocol.hub_test]
+        label = f"{protocol.hub[0]}:{split}"
+        rows = [(f"{label}:{number}", *protocol.render(row)) for number, row in enumerate(table, 1)]
+        return tuple(_example(instruction, f"the correct answer is {gold}", gold, at) for at, instruction, gold in rows)
+    files = protocol.train_files if split == "train" else protocol.test_files
+    places = (f"commonsense/{protocol.folder}", protocol.folder)
+    path = find_file(folder, places, files, f"the {split} file of {name}")
+    faults = Faults(str(path), "error")
+    examples = []
+    for where, row, raw in read_rows(path, faults):
+        missing = [field for field in ("instruction", "output", "answer") if not isinstance(row.get(field), str)]
+        if missing:
+            faults.add(where, "missing field, or no text", raw, column=missing[0])
+        elif row["answer"] not in protocol.answers:
+            faults.add(where, f"unknown answer, expected one of {', '.join(protocol.answers)}", raw, column="answer")
+        else:
+            instruction = row["instruction"] if not row.get("input") else f"{row['instruction']}\n{row['input']}"
+            examples.append(_example(instruction, row["output"], row["answer"], where))
+    faults.close(len(examples))
+    return tuple(examples)
+
+
+def _example(instruction: str, output: str, gold: str, where: str) -> Example:
+    return Example(
+        prompt=PROMPT.format_map({"instruction": instruction}), answer=output, references=(gold,), where=where
+    )
+
+
+def _held(rows: Sequence[Example]) -> set[int]:
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} training row; expected at least 2, one of them for validation")
+    count = max(1, min(VALIDATION_ROWS, len(rows) // 4))
+    return set(random.Random(_VALIDATION_SEED).sample(range(len(rows)), count))
+
+
+def _without_validation(rows: Sequence[Example]) -> tuple[Example, ...]:
+    held = _held(rows)
+    return tuple(row for index, row in enumerate(rows) if index not in held)
+
+
+def _validation(rows: Sequence[Example]) -> tuple[Example, ...]:
+    held = _held(rows)
+    return tuple(row for index, row in enumerate(rows) if index in held)

@@ -1,0 +1,130 @@
+"""The E2E NLG challenge (arXiv 1706.09254) with the paper's protocol: a meaning representation -> a sentence.
+
+The paper follows LoRA's GPT-2 recipe, where the token between meaning and sentence is GPT-2's <|endoftext|>, its
+beginning and end of text at once. LLaMA-type models give those two different tokens, and a beginning inside a text
+means something else to them; so the separator here is a line break, which every tokenizer has. The sentence ends with
+the end-of-text token, as LoRA's does. The n-gram block of 4 covers generated tokens in LoRA's own decoder but the
+prompt, too, in transformers' ``no_repeat_ngram_size``.
+
+Validation and test hold one example for each meaning with all its references (547 and 630 meanings); training holds
+one for each sentence. Figures: BLEU (sacrebleu, 13a, lower case: equal to the official one), NIST, ROUGE-L and CIDEr;
+METEOR needs the official scorer's Java program and is left out.
+
+Local files: ``e2e_nlg/{train,valid,test}.txt`` as microsoft/LoRA ships them, lines ``name : X | area : Y||sentence``,
+which are tokenised ("city centre ."). Without a data folder: tuetschek/e2e_nlg on the hub, whose sentences are not;
+figures of the two differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from duallora.tasks import metrics, nlg
+from duallora.tasks.example import Example
+from duallora.tasks.files import Faults, load_hub
+from duallora.tasks.local import find_file
+from duallora.tasks.task import LazySplits, Task
+
+SEPARATOR = "\n"
+
+_HUB = ("tuetschek/e2e_nlg", None, "refs/convert/parquet")
+_FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
+# The hub's attribute names as LoRA's files write them.
+_ATTRIBUTES = {
+    "eatType": "Type",
+    "priceRange": "price",
+    "customer rating": "customer rating",
+    "familyFriendly": "family friendly",
+}
+
+
+def load(name: str, folder: Path | None) -> Task:
+    """E2E from ``folder`` or, where it is None, from the hub."""
+    return Task(
+        name=name,
+        kind="generate",
+        splits=LazySplits({split: functools.partial(_read, folder, split) for split in _FILES}),
+        format="E2E (meaning representation, line break, sentence)",
+        metrics=e2e_metrics,
+        main_metric="bleu",
+        # LoRA's README, step 2 (its text length 64, beam 10, length penalty 0.8).
+        generation={
+            "max_new_tokens": 64,
+            "num_beams": 10,
+            "length_penalty": 0.8,
+            "no_repeat_ngram_size": 4,
+            "do_sample": False,
+        },
+        extract=first_line,
+        source=f"{folder} (e2e_nlg)" if folder else f"hub {_HUB[0]}",
+    )
+
+
+def e2e_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """BLEU and ROUGE-L in percent, NIST and CIDEr on their own scales, over all references of each meaning."""
+    references = [example.references for example in examples]
+    return {
+        "bleu": metrics.bleu(predictions, references, lowercase=True),
+        "nist": nlg.nist(predictions, references),
+        "rouge_l": nlg.rouge_l(predictions, references),
+        "cider": nlg.cider(predictions, references),
+    }
+
+
+def first_line(text: str) -> str:
+    """The generated sentence: up to the first line break."""
+    return text.strip().split("\n", 1)[0].strip()
+
+
+def _read(folder: Path | None, split: str) -> tuple[Example, ...]:
+    pairs = _hub_pairs(split) if folder is None else _file_pairs(folder, split)
+    if split == "train":
+        return tuple(
+            Example(prompt=meaning + SEPARATOR, answer=text, references=(text,), where=where)
+            for where, meaning, text in pairs
+        )
+    grouped: dict[str, list[tuple[str, str]]] = {}
+    for where, meaning, text in pairs:
+        grouped.setdefault(meaning, []).append((where, text))
+    return tuple(
+        Example(
+            prompt=meaning + SEPARATOR,
+            answer=found[0][1],
+            references=tuple(text for _, text in found),
+            where=found[0][0],
+        )
+        for meaning, found in grouped.items()
+    )
+
+
+def _file_pairs(folder: Path, split: str) -> list[tuple[str, str, str]]:
+    path = find_file(folder, ("e2e_nlg", "."), (_FILES[split],), f"the {split} file of e2e")
+    faults = Faults(str(path), "error")
+    pairs = []
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            meaning, separator, text = line.strip().partition("||")
+            if meaning.strip() and text.strip():
+                pairs.append((f"{path}:{number}", meaning.strip(), text.strip()))
+            elif line.strip():
+                what = "the sentence or the meaning is empty" if separator else "no || between meaning and sentence"
+                faults.add(f"{path}:{number}", what, line)
+    faults.close(len(pairs))
+    return pairs
+
+
+def _hub_pairs(split: str) -> list[tuple[str, str, str]]:
+    table = load_hub(*_HUB)[split]
+    return [
+        (f"{_HUB[0]}:{split}:{number}", meaning_of(row["meaning_representation"]), row["human_reference"].strip())
+        for number, row in enumerate(table, 1)
+    ]
+
+
+def meaning_of(representation: str) -> str:
+    """``name[X], eatType[Y]`` as ``name : X | Type : Y``, the form of LoRA's files."""
+    pairs = re.findall(r"([^,\[\]]+)\[([^\]]*)\]", representation)
+    return " | ".join(f"{_ATTRIBUTES.get(key.strip(), key.strip())} : {value.strip()}" for key, value in pairs)

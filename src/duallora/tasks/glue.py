@@ -1,0 +1,181 @@
+"""The eight GLUE tasks of the paper's Table 2, each with its own figure.
+
+GLUE's test labels are withheld, so "test" is the development set too, as in the paper and in LoRA's code: pick nothing
+on it that "validation" did not pick already. MNLI's "validation" is the matched development set; its "test" holds the
+matched and the mismatched one, scored together and apart.
+
+Local files: ``glue/NAME/{train,dev}.tsv`` as GLUE ships them (MNLI: dev_matched.tsv and dev_mismatched.tsv; CoLA
+without header). Without a data folder: nyu-mll/glue on the hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duallora.errors import DataError
+from duallora.tasks import metrics
+from duallora.tasks.example import Example
+from duallora.tasks.files import Faults, load_hub
+from duallora.tasks.local import find_file
+from duallora.tasks.task import LazySplits, Metrics, Task
+
+logger = logging.getLogger(__name__)
+
+
+def _accuracy(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
+    return {"accuracy": metrics.accuracy(predictions, [example.label for example in examples])}
+
+
+def _accuracy_f1(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
+    return {
+        **_accuracy(predictions, examples),
+        "f1": metrics.f1(predictions, [example.label for example in examples]),
+    }
+
+
+def _matthews(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
+    gold = [int(example.label or 0) for example in examples]
+    return {"matthews": metrics.matthews(predictions, gold), **_accuracy(predictions, examples)}
+
+
+def _mnli(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
+    figures = _accuracy(predictions, examples)
+    for name, mismatched in (("accuracy_matched", False), ("accuracy_mismatched", True)):
+        own = [index for index, example in enumerate(examples) if ("mismatched" in example.where) == mismatched]
+        if own and len(own) < len(examples):
+            figures |= {name: _accuracy([predictions[i] for i in own], [examples[i] for i in own])["accuracy"]}
+    return figures
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One task: its folder, where texts and label stand in the file and on the hub, its classes and its score."""
+
+    folder: str
+    columns: tuple[str, ...]  # of the texts
+    label: str
+    labels: tuple[str, ...]  # as the file writes them, in the order of the class ids; () for targets
+    names: tuple[str, ...]  # for people
+    metrics: Metrics
+    main_metric: str
+    hub_columns: tuple[str, ...]
+    header: tuple[str, ...] = ()  # of a file without one
+    dev: tuple[str, ...] = ("dev.tsv",)
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_MNLI = ("entailment", "neutral", "contradiction")
+_PAIR = ("sentence1", "sentence2")
+
+PROTOCOLS: dict[str, Protocol] = {
+    "cola": Protocol(
+        "CoLA", ("sentence",), "label", ("0", "1"), ("unacceptable", "acceptable"), _matthews, "matthews",
+        ("sentence",), header=("source", "label", "note", "sentence"),
+    ),
+    "sst2": Protocol(
+        "SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), _accuracy, "accuracy", ("sentence",)
+    ),
+    "rte": Protocol("RTE", _PAIR, "label", _ENTAILMENT, _ENTAILMENT, _accuracy, "accuracy", _PAIR),
+    "stsb": Protocol("STS-B", _PAIR, "score", (), (), metrics.regression, "pearson", _PAIR),
+    "qnli": Protocol(
+        "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ENTAILMENT, _accuracy, "accuracy",
+        ("question", "sentence"),
+    ),
+    "mrpc": Protocol(
+        "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("not_equivalent", "equivalent"), _accuracy_f1,
+        "accuracy", _PAIR,
+    ),
+    "qqp": Protocol(
+        "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("not_duplicate", "duplicate"), _accuracy_f1,
+        "accuracy", ("question1", "question2"),
+    ),
+    "mnli": Protocol(
+        "MNLI", _PAIR, "gold_label", _MNLI, _MNLI, _mnli, "accuracy", ("premise", "hypothesis"),
+        dev=("dev_matched.tsv", "dev_mismatched.tsv"),
+    ),
+}  # fmt: skip
+
+
+def load(name: str, folder: Path | None) -> Task:
+    """One of the eight tasks, from ``folder`` or, where it is None, from the hub."""
+    protocol = PROTOCOLS[name]
+    read: Callable[[str], tuple[Example, ...]] = functools.partial(_read, name, protocol, folder)
+    splits = {
+        "train": lambda: read("train.tsv"),
+        "validation": lambda: read(protocol.dev[0]),
+        "test": lambda: tuple(example for file in protocol.dev for example in read(file)),
+    }
+    origin = f"{folder} ({protocol.folder})" if folder else f"hub nyu-mll/glue:{name}"
+    return Task(
+        name=name,
+        kind="classify" if protocol.labels else "regress",
+        splits=LazySplits(splits),
+        format="GLUE",
+        labels=protocol.names,
+        metrics=protocol.metrics,
+        main_metric=protocol.main_metric,
+        source=f"{origin}; GLUE withholds its test labels, so test is the development set",
+    )
+
+
+def _read(name: str, protocol: Protocol, folder: Path | None, file: str) -> tuple[Example, ...]:
+    if folder is None:
+        return _read_hub(name, protocol, file)
+    places = (f"glue/{protocol.folder}", protocol.folder)
+    path = find_file(folder, places, (file,), f"{file} of {name}")
+    # GLUE's own QQP file holds a few broken lines, which every reader leaves out.
+    faults = Faults(str(path), "skip")
+    ids = {label: index for index, label in enumerate(protocol.labels)}
+    examples = []
+    for where, row, raw in _read_tsv(path, protocol, faults):
+        value = row[protocol.label]
+        try:
+            label = ids[value] if ids else float(value)
+        except (KeyError, ValueError):
+            faults.add(where, f"unknown label {value!r}", raw, column=protocol.label)
+            continue
+        examples.append(Example(texts=tuple(row[column] for column in protocol.columns), label=label, where=where))
+    if faults.count > 0.001 * len(examples):
+        raise DataError(f"{faults.count} of {faults.count + len(examples)} rows are bad:\n" + "\n".join(faults.kept))
+    if note := faults.close(len(examples)):
+        logger.warning("%s", note)
+    return tuple(examples)
+
+
+def _read_tsv(path: Path, protocol: Protocol, faults: Faults) -> Iterator[tuple[str, Mapping[str, str], str]]:
+    """Rows without any quoting: GLUE's texts hold unbalanced quotation marks."""
+    header = list(protocol.header)
+    with path.open(encoding="utf-8-sig", newline="\n", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.rstrip("\r\n").split("\t")
+            where = f"{path}:{number}"
+            if not header:
+                header = fields
+                absent = [column for column in (*protocol.columns, protocol.label) if column not in header]
+                if absent:
+                    raise DataError(f"{where}: no column {absent[0]!r}; the file has {', '.join(header)}")
+                width = max(header.index(column) for column in (*protocol.columns, protocol.label))
+                continue
+            width = len(header) - 1 if protocol.header else width
+            if len(fields) <= width:
+                faults.add(where, f"expected {len(header)} fields, got {len(fields)}", line)
+                continue
+            yield where, dict(zip(header, fields, strict=False)), line
+
+
+def _read_hub(name: str, protocol: Protocol, file: str) -> tuple[Example, ...]:
+    split = {"train.tsv": "train", "dev.tsv": "validation"}.get(file) or file.replace("dev", "validation")[:-4]
+    rows: Sequence[Mapping[str, Any]] = load_hub("nyu-mll/glue", name)[split]
+    return tuple(
+        Example(
+            texts=tuple(row[column] for column in protocol.hub_columns),
+            label=row["label"],
+            where=f"nyu-mll/glue:{name}:{split}:{number}",
+        )
+        for number, row in enumerate(rows, 1)
+    )
