@@ -1,0 +1,475 @@
+"""How good a model is on a task: the loss on its answers, and the task's own figures on what it generates or predicts.
+
+Also the one place that loads an adapter for use, and refuses one that is damaged or belongs to another base model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from duallora.errors import ConfigError, DataError, IntegrityError
+from duallora.tasks import IGNORE, Collator, Example, Task, encode_prompt, encode_split
+from duallora.train.checkpoint import compare_files
+from duallora.train.models import load_model, weights_fingerprint
+from duallora.train.progress import Bar, quiet_libraries
+from duallora.train.record import read_json
+from duallora.tuner.register import register
+
+Kind = Literal["generate", "classify", "regress"]
+
+WEIGHTS = "adapter_model.safetensors"
+SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """``metrics`` holds the task's figures and ``loss`` (``perplexity`` too where the task generates); predictions
+    (texts, class ids or floats) and examples are in the order of the split."""
+
+    metrics: dict[str, float]
+    predictions: list[Any]
+    examples: list[Example]
+
+
+def evaluate(
+    model: Any,
+    tokenizer,
+    task: Task,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 16,
+    generation: Mapping[str, Any] | None = None,
+    max_length: int = 512,
+    console: Console | None = None,
+) -> EvalResult:
+    """Scores ``model`` on the first ``limit`` examples of a split.
+
+    ``generation`` overrides the task's own arguments for transformers' ``generate``. The loss is the mean over trained
+    tokens (nats per token) for tasks that generate, over rows otherwise.
+
+    Raises:
+        ConfigError: the task has no such split.
+        DataError: the split is empty, or a row has no answer or label to score against.
+    """
+    examples = select(task, split, limit)
+    rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    with inference(model):
+        if task.kind == "generate":
+            loss = answer_loss(model, tokenizer, rows, batch_size=batch_size, console=console)
+            settings = {**task.generation, **(generation or {})}
+            texts = generate(
+                model, tokenizer, examples, batch_size=batch_size, max_length=max_length, console=console, **settings
+            )
+            predictions: list[Any] = [task.extract(text) if task.extract else text.strip() for text in texts]
+            losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        else:
+            logits = classify(model, tokenizer, rows, batch_size=batch_size, console=console)
+            losses = {"loss": _row_loss(logits, rows, task.kind)}
+            predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
+    return EvalResult({**task.metrics(predictions, examples), **losses}, predictions, examples)
+
+
+def loss_on(
+    model: Any,
+    tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    kind: Kind,
+    *,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> float:
+    """The loss alone, over rows of `encode_split`: per trained token (generate) or per row."""
+    with inference(model):
+        if kind == "generate":
+            return answer_loss(model, tokenizer, rows, batch_size=batch_size, console=console)
+        return _row_loss(classify(model, tokenizer, rows, batch_size=batch_size, console=console), rows, kind)
+
+
+def select(task: Task, split: str, limit: int | None = None) -> list[Example]:
+    """The first ``limit`` examples of a split; ConfigError where there is no such split, DataError where it is empty."""
+    if split not in task.splits:
+        raise ConfigError(f"{task.name} has no split {split!r}; it has {', '.join(task.splits) or 'none'}")
+    examples = list(task.splits[split][:limit])
+    if not examples:
+        raise DataError(f"the {split} split of {task.source or task.name} is empty: there is nothing to evaluate")
+    return examples
+
+
+def answer_loss(
+    model: Any,
+    tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> float:
+    """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
+    collate = Collator(tokenizer)
+    total, tokens = 0.0, 0
+    with torch.no_grad(), _bar(console, "loss", len(rows)) as advance:
+        for chosen in _by_length([len(row["input_ids"]) for row in rows], batch_size):
+            batch = _on_device(collate([rows[index] for index in chosen]), model)
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1]
+            trained = labels != IGNORE
+            # Only the trained positions are widened to float32: [trained, vocabulary], not [batch, length, vocabulary].
+            total += F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()
+            tokens += int(trained.sum())
+            advance(len(chosen))
+    return total / tokens
+
+
+def generate(
+    model: Any,
+    tokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    max_length: int = 512,
+    console: Console | None = None,
+    **settings: Any,
+) -> list[str]:
+    """The text the model adds to each prompt, in the order of ``examples``; greedy unless ``settings`` say otherwise."""
+    prompts = [{"input_ids": encode_prompt(example, tokenizer, max_length=max_length)} for example in examples]
+    collate = Collator(tokenizer, side="left")
+    settings = {"max_new_tokens": 64, "do_sample": False, "num_beams": 1, **settings}
+    if settings.get("stop_strings"):
+        settings["tokenizer"] = tokenizer
+    texts = [""] * len(prompts)
+    # A decoding step multiplies few rows, so building W' anew in each would cost more than the step itself.
+    with torch.no_grad(), folded(model), _bar(console, "generate", len(prompts)) as advance:
+        for chosen in _by_length([len(prompt["input_ids"]) for prompt in prompts], batch_size):
+            batch = _on_device(collate([prompts[index] for index in chosen]), model)
+            output = model.generate(
+                **batch,
+                use_cache=True,
+                pad_token_id=collate.fill["input_ids"],
+                eos_token_id=_end_tokens(model, tokenizer),
+                **settings,
+            )
+            answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for index, answer in zip(chosen, answers, strict=True):
+                texts[index] = answer
+            advance(len(chosen))
+    return texts
+
+
+def classify(
+    model: Any,
+    tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 16,
+    console: Console | None = None,
+) -> torch.Tensor:
+    """Logits [rows, labels] in float32 on the CPU, in the order of ``rows``."""
+    collate = Collator(tokenizer)
+    logits: list[torch.Tensor | None] = [None] * len(rows)
+    with torch.no_grad(), _bar(console, "classify", len(rows)) as advance:
+        for chosen in _by_length([len(row["input_ids"]) for row in rows], batch_size):
+            batch = _on_device(collate([rows[index] for index in chosen]), model)
+            batch.pop("labels", None)
+            for index, row in zip(chosen, model(**batch).logits.float().cpu(), strict=True):
+                logits[index] = row
+            advance(len(chosen))
+    return torch.stack([row for row in logits if row is not None])
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode inside, the former mode after; libraries keep their advice to themselves."""
+    training = model.training
+    model.eval()
+    try:
+        with quiet_libraries():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def folded(model: Any) -> Iterator[None]:
+    """Inside, W' = W0 + dW stands in the weights where that changes no bit of the output; unfolded bit for bit after.
+
+    Only Dual LoRA layers whose forward is the merged one qualify; everything else is left as it is.
+    """
+    if not isinstance(model, PeftModel) or not _folds_exactly(model):
+        yield
+        return
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
+def load_adapter(
+    source: str | Path,
+    kind: Kind,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    strict: bool = True,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) from a run folder, an adapter folder, a merged model's folder, a hub id or ``builtin:``.
+
+    ``dtype="auto"`` is the type the adapter was trained on. ``strict=False`` accepts another base model than the one
+    recorded; missing, unexpected or damaged weights are never accepted.
+
+    Raises:
+        ConfigError: nothing of the kind is there, or it was trained for another kind of task.
+        IntegrityError: a file is missing, damaged, not safetensors, or belongs to another base model.
+    """
+    with quiet_libraries():
+        folder = find(source)
+        if folder is None:
+            model, tokenizer = load_model(str(source), kind, dtype=dtype)
+        elif not (folder / "adapter_config.json").is_file():
+            sidecar = read_sidecar(folder)
+            labels = len(sidecar.get("labels", ())) or None
+            model, tokenizer = load_model(str(folder), kind, dtype=dtype, num_labels=labels)
+        else:
+            model, tokenizer = _load_adapter(folder, kind, dtype, strict)
+    return model.to(default_device()).eval(), tokenizer
+
+
+def find(source: str | Path) -> Path | None:
+    """The folder that holds the adapter or merged model; None where ``source`` is a built-in or full hub model."""
+    if str(source).startswith("builtin:"):
+        return None
+    path = Path(source)
+    if path.is_dir():
+        for folder in (path, path / "adapter"):
+            if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+                return folder
+        if (path / "run.json").is_file():
+            status = read_json(path / "run.json").get("status")
+            raise ConfigError(
+                f"{path} is a run folder without a finished adapter (status: {status}); "
+                f"finish it with: duallora train -c {path / 'recipe.yaml'} --resume auto"
+            )
+        raise ConfigError(f"{path} holds neither adapter_config.json nor config.json: expected a run, adapter or model")
+    if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
+        raise ConfigError(
+            f"{source}: no such folder; expected a run, an adapter, a merged model or a hub id (org/name)"
+        )
+    return _from_hub(str(source))
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """``duallora.json`` of an adapter or merged model; empty where a tool other than this one wrote the folder."""
+    path = folder / SIDECAR
+    if not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(
+            f"{path} is damaged ({error}); restore it, or delete it to load without its checks"
+        ) from None
+
+
+def default_device() -> torch.device:
+    """The accelerator torch sees, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def head_modules(model: Any) -> list[str]:
+    """Top-level modules with weights outside the pretrained trunk: a classifier, a score, DeBERTa's pooler."""
+    trunk = getattr(model, "base_model_prefix", "")
+    return [
+        name for name, child in model.named_children() if name != trunk and next(child.parameters(), None) is not None
+    ]
+
+
+def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool) -> tuple[Any, Any]:
+    register()
+    sidecar = read_sidecar(folder)
+    shapes = _check_files(folder, sidecar)
+    config = read_config(folder)
+    wanted = {"generate": "CAUSAL_LM"}.get(kind, "SEQ_CLS")
+    if config.task_type not in (None, wanted):
+        raise ConfigError(f"{folder} was trained for {config.task_type}, this task needs {wanted} ({kind})")
+    base = sidecar.get("base", {})
+    name = config.base_model_name_or_path or base.get("name")
+    if not name:
+        raise ConfigError(f"{folder / 'adapter_config.json'} names no base model: set base_model_name_or_path")
+    num_labels = None
+    if kind != "generate":
+        num_labels = len(sidecar.get("labels", ())) or _labels_of_head(shapes, kind)
+    model, tokenizer = load_model(
+        name, kind, dtype=base.get("dtype", dtype), num_labels=num_labels, revision=config.revision
+    )
+    if sidecar.get("labels"):
+        set_labels(model, sidecar["labels"])
+    expected = base.get("fingerprint")
+    if strict and expected:
+        found = weights_fingerprint(model)
+        if found != expected:
+            raise IntegrityError(
+                f"{folder} was trained on a base model with the weights {expected[:16]}..., but {name} has "
+                f"{found[:16]}...; load it on the model it was trained on, or pass strict=False to try it on this one"
+            )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()
+        raise IntegrityError(f"{folder / WEIGHTS} does not fit {name}: {' '.join(reason)[:300]}") from error
+    _check_tensors(folder, shapes, adapted)
+    if dtype != "auto":
+        adapted = adapted.to(getattr(torch, dtype))
+    return adapted, _own_tokenizer(folder) or tokenizer
+
+
+def set_labels(model: Any, labels: Sequence[str]) -> None:
+    """Names the classes in the model's own config, so that a pipeline prints them."""
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors by name, after the recorded sizes and hashes have been compared."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        pickled = folder / "adapter_model.bin"
+        if pickled.is_file():
+            raise IntegrityError(
+                f"{pickled} is a pickle, which can run code when it is read; only {WEIGHTS} is accepted. "
+                "Ask for the adapter in safetensors form, or convert it on a machine you can afford to lose"
+            )
+        raise IntegrityError(f"{weights} is missing: the adapter has no weights")
+    reason = compare_files(folder, sidecar.get("files", {})) if sidecar.get("files") else None
+    if reason:
+        raise IntegrityError(f"{folder}: {reason}; take a fresh copy of the adapter")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(f"{weights} is not a whole safetensors file ({error}); take a fresh copy of it") from None
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """``adapter_config.json``; IntegrityError where it is unreadable or of a kind PEFT does not know."""
+    path = folder / "adapter_config.json"
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise IntegrityError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
+
+
+def _check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PeftModel) -> None:
+    wanted = {
+        name: tuple(tensor.shape)
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for what, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise IntegrityError(
+            f"{folder / WEIGHTS} does not hold the tensors of its configuration: {', '.join(parts)}; "
+            "it belongs to another base model or configuration, or was cut"
+        )
+    wrong = [name for name, shape in wanted.items() if shapes[name] != shape]
+    if wrong:
+        raise IntegrityError(
+            f"{folder / WEIGHTS}: {wrong[0]} is {list(shapes[wrong[0]])}, expected {list(wanted[wrong[0]])}"
+        )
+
+
+def _labels_of_head(shapes: Mapping[str, tuple[int, ...]], kind: Kind) -> int | None:
+    """Classes of a head saved by a tool that wrote no sidecar: the rows of its last weight matrix."""
+    heads = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.rpartition(".")[0].split(".")[-1] in ("classifier", "score", "out_proj")
+    ]
+    return heads[-1][0] if heads else (1 if kind == "regress" else None)
+
+
+def _own_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved with the adapter, if any: it may hold tokens or a template the base's lacks."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _from_hub(repository: str) -> Path | None:
+    """The local copy of a hub adapter (configuration, safetensors, tokenizer); None where the hub holds a full model."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(repository, "adapter_config.json")
+    except LocalEntryNotFoundError:
+        return None  # offline and no adapter in the cache: a full model may be
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{repository}: no such folder, and the hub cannot give it: {reason}") from None
+    return Path(snapshot_download(repository, allow_patterns=["*.json", WEIGHTS, "*.txt", "*.model"]))
+
+
+def _folds_exactly(model: PeftModel) -> bool:
+    from duallora.tuner import DualLoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, DualLoraLayer)]
+    return bool(layers) and all(
+        layer._runs_merged([name for name in layer.active_adapters if name in layer.duallora_A]) for layer in layers
+    )
+
+
+def _row_loss(logits: torch.Tensor, rows: Sequence[Mapping[str, Any]], kind: Kind) -> float:
+    labels = torch.tensor([row["labels"] for row in rows])
+    if kind == "classify":
+        return F.cross_entropy(logits.double(), labels).item()
+    return F.mse_loss(logits.double().squeeze(-1), labels.double()).item()
+
+
+def _end_tokens(model: Any, tokenizer) -> list[int]:
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+
+
+def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches of like length, longest first: little padding, and too little memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@contextmanager
+def _bar(console: Console | None, label: str, total: int) -> Iterator[Any]:
+    if console is None:
+        yield lambda count: None
+        return
+    with Bar(console, label, total, unit="row") as bar:
+        yield lambda count: bar.update(bar.done + count)

@@ -1,0 +1,167 @@
+"""An adapter folded into its base model: a folder any transformers program loads, checked after it is written."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
+from duallora.train import evaluate, record
+from duallora.train.progress import quiet_libraries, say, size
+
+# Texts of several lengths and kinds; what they say does not matter, only that both models read the same tokens.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    'def parse(text: str, *, strict: bool = True) -> dict:\n    """',
+    "Question: which planet is closest to the sun?\nAnswer:",
+    "name : The Vaults | Type : pub | price : more than £30 | near : Café Adriatic ||",
+    "1, 1, 2, 3, 5, 8, 13,",
+)
+# Above this share of the logits' own size, the two are different models and not one model rounded twice.
+TOLERANCE = 0.05
+
+
+def merge(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Writes ``adapter`` and its base as one model into ``output`` and returns ``{"output", "max_logit_difference", ...}``.
+
+    The folder is built beside its place, reloaded from the disk by plain transformers, compared with the unmerged
+    adapter on probe prompts, and only then renamed. In the adapter's own dtype the largest difference is 0.0 exactly
+    where the adapter's forward is the merged one; ``dtype`` rounds the merged weights and the difference with them.
+
+    Raises:
+        ConfigError: ``output`` is taken, or ``adapter`` is no adapter.
+        IntegrityError: the adapter is damaged or belongs to another base, or the reloaded model differs from it.
+        NonFiniteError: a merged weight is NaN or infinite.
+    """
+    console = console or Console()
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
+    kind = adapter_kind(adapter)
+    with quiet_libraries(), _beside(output) as folder:
+        model, tokenizer = evaluate.load_adapter(adapter, kind)
+        _align(model)
+        say(console, "adapter", f"{adapter} on {model.peft_config['default'].base_model_name_or_path}")
+        before = probe(model, tokenizer)
+        try:
+            merged = cast(PeftModel, model).merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise NonFiniteError(f"{adapter} cannot be merged: {error}") from error
+        if dtype != "auto":
+            merged = merged.to(getattr(torch, dtype))
+        merged.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        # Otherwise the checks of the next step would see the weights in memory, not those on the disk.
+        device, saved_dtype = merged.device, merged.dtype
+        del model, merged
+        difference, relative = _compare(folder, kind, saved_dtype, device, tokenizer, before)
+        source = evaluate.find(adapter)
+        sidecar = evaluate.read_sidecar(source) if source else {}
+        facts = {
+            "merged_from": {key: sidecar[key] for key in ("method", "task", "kind", "steps", "base") if key in sidecar},
+            "kind": kind,
+            "labels": sidecar.get("labels", []),
+            "dtype": str(saved_dtype).removeprefix("torch."),
+            "max_logit_difference": difference,
+        }
+        record.write_json(folder / evaluate.SIDECAR, {**facts, **record.environment()})
+        record.follow_umask(folder)
+        total = sum(path.stat().st_size for path in folder.iterdir())
+    equal = "[green]identical[/]" if difference == 0 else f"{relative:.1e} of the logits' size"
+    say(
+        console,
+        "check",
+        f"reloaded from disk: largest logit difference to the adapter [bold]{difference:g}[/] ({equal})",
+    )
+    say(console, "merged", f"[bold]{output}[/] ({size(total)}, {facts['dtype']}), loads with plain transformers")
+    return {"output": str(output), "max_logit_difference": difference, "dtype": facts["dtype"], "kind": kind}
+
+
+def adapter_kind(adapter: str | Path) -> evaluate.Kind:
+    """What the adapter was trained for, from its own files; ConfigError where it is no adapter."""
+    folder = evaluate.find(adapter)
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to merge")
+    kind = evaluate.read_sidecar(folder).get("kind")
+    if kind in ("generate", "classify", "regress"):
+        return kind
+    task_type = evaluate.read_config(folder).task_type
+    return "classify" if task_type == "SEQ_CLS" else "generate"
+
+
+def probe(model: torch.nn.Module, tokenizer) -> list[torch.Tensor]:
+    """Logits of `PROBES`, each text on its own: [length, vocabulary] or [classes], on the CPU."""
+    device = next(model.parameters()).device
+    with evaluate.inference(model), torch.no_grad():
+        return [
+            model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(device)).logits[0].cpu()
+            for text in PROBES
+        ]
+
+
+def _compare(
+    folder: Path, kind: evaluate.Kind, dtype: torch.dtype, device: torch.device, tokenizer, before: list[torch.Tensor]
+) -> tuple[float, float]:
+    """Largest absolute logit difference of the model on the disk, and its share of the logits' largest size."""
+    factory: Any = AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification
+    try:
+        model = factory.from_pretrained(str(folder), dtype=dtype).to(device)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise IntegrityError(f"the merged model cannot be read back: {error}; nothing was kept") from error
+    _align(model)
+    after = probe(model, tokenizer)
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(after, before, strict=True))
+    scale = max(float(b.double().abs().max()) for b in before)
+    relative = difference / max(scale, 1e-30)
+    if not math.isfinite(difference) or relative > TOLERANCE:
+        raise IntegrityError(
+            f"the merged model's logits differ from the adapter's by up to {difference:g} ({relative:.0%} of their size); "
+            f"at most {TOLERANCE:.0%} was expected, so nothing was kept. Merge in the dtype it was trained in"
+        )
+    return difference, relative
+
+
+def _align(model: torch.nn.Module) -> None:
+    """Moves the weights to memory of torch's own alignment.
+
+    Weights mapped from a file lie at any address, and matrix-vector kernels round differently there: two models with
+    the same weights would differ in the last bit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A folder next to ``output`` that becomes ``output`` if all goes well and vanishes if not."""
+    beside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        for path in beside.iterdir():
+            record.flush(path)
+        if output.exists():
+            output.rmdir()
+        beside.rename(output)
+        record.fsync_folder(output.parent)
+    except OSError as error:
+        raise DiskError(f"{error.filename or output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""Progress a person can see, in a terminal and in a log file, and quiet libraries around it."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+# Where there is no terminal to redraw, a line appears this often (seconds).
+LINE_EVERY = 15.0
+LABEL_WIDTH = 9
+
+
+def say(console: Console, label: str, message: str) -> None:
+    """One finished step: a short label and what came of it; ``message`` may hold rich markup."""
+    if console.is_terminal:
+        line = Table.grid()
+        line.add_column(width=LABEL_WIDTH, style="bold cyan")
+        line.add_column(overflow="fold")
+        line.add_row(label, message)
+        console.print(line, highlight=False)
+    else:
+        console.print(f"{label:<{LABEL_WIDTH}}{message}", highlight=False, soft_wrap=True)
+
+
+class Bar:
+    """A bar with counts, the time left and named figures; plain lines where the output is not a terminal."""
+
+    def __init__(self, console: Console, label: str, total: int, *, done: int = 0, unit: str = "step"):
+        self.console, self.label, self.total, self.unit = console, label, total, unit
+        self.done = self.first = done
+        self.figures = ""
+        self.started = self.spoken = time.monotonic()
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("[bold cyan]{task.description}[/]"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TextColumn("[dim]{task.fields[left]}[/]"),
+                TextColumn("{task.fields[figures]}"),
+                SpinnerColumn("dots", style="dim"),
+                console=console,
+                transient=True,
+            )
+            self.task = self.progress.add_task(
+                f"{label:<{LABEL_WIDTH - 1}}", total=total, completed=done, left="", figures=""
+            )
+
+    def __enter__(self) -> Bar:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def update(self, done: int, **figures: str) -> None:
+        """Sets how many of ``total`` are done; ``figures`` (name -> text) stay shown until they are set again."""
+        self.done = done
+        if figures:
+            self.figures = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self.progress:
+            shown = Text(self.figures, overflow="ellipsis", no_wrap=True)
+            self.progress.update(self.task, completed=done, left=self._left(), figures=shown)
+        elif time.monotonic() - self.spoken >= LINE_EVERY:
+            self.spoken = time.monotonic()
+            line = f"{done:,}/{self.total:,} {self.unit}s  {self._left()}  {self.figures}"
+            say(self.console, self.label, line.rstrip())
+
+    def _left(self) -> str:
+        elapsed = time.monotonic() - self.started
+        if self.done >= self.total:
+            return f"{clock(elapsed)}"
+        if self.done <= self.first:
+            return "--:-- left"
+        rate = elapsed / (self.done - self.first)
+        return f"{clock(rate * (self.total - self.done))} left"
+
+
+def clock(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def amount(count: int) -> str:
+    """A number of parameters: ``134.5 M``."""
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.1f} k"
+
+
+def size(count: float) -> str:
+    """A file size in decimal units: ``19.6 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silences the load reports, bars and advice of the libraries below, which name things the user never chose.
+
+    What matters among them is checked and said here, as an error or on the console.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in ("accelerate", "peft", "datasets")]
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    levels = [logger.level for logger in loggers]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for module in ("transformers", "peft", "torch", "accelerate", "datasets"):
+                warnings.filterwarnings("ignore", module=rf"{module}\b.*")
+            yield
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        if before[1]:
+            transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

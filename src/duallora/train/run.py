@@ -1,0 +1,826 @@
+"""One training run: transformers' Trainer around a Dual LoRA adapter, in a folder that tells the whole story.
+
+recipe.yaml  the resolved recipe; run.json  versions, code, fingerprints, status; log.jsonl, tb/  the curves
+checkpoints/  sealed checkpoints (`checkpoint`); adapter/  the result; metrics.json  its figures
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from rich.console import Console
+from rich.markup import escape
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+import duallora
+from duallora.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    IntegrityError,
+    LockedError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
+from duallora.tasks import Collator, Task, encode_split, load_data, load_task
+from duallora.train import checkpoint, evaluate, record
+from duallora.train.models import load_model, weights_fingerprint
+from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, size
+from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml
+from duallora.tuner.register import register
+
+MATTERS = ("run.json", "recipe.yaml", "log.jsonl", "metrics.json", "adapter", "checkpoints", "tb")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and did, in a state it can be resumed from; ``exit_code`` is 130 or 143."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+def train(recipe: Recipe, *, resume: str = "never", console: Console | None = None) -> dict[str, Any]:
+    """Trains ``recipe`` into its run folder and returns ``{"status", "folder", "adapter", "steps", "metrics", ...}``.
+
+    ``resume``: "never" starts a new run; "auto" continues the folder's run from its newest whole checkpoint, or starts
+    one; a path names a checkpoint (or a run folder). A resumed run ends bit for bit where the uninterrupted one does.
+
+    Raises:
+        ConfigError: the folder holds another run, or what is resumed was started with other settings.
+        DataError, IntegrityError, LockedError, DiskError, OutOfMemoryError: see `duallora.errors`.
+        NonFiniteError: a loss, gradient or weight became NaN or infinite; nothing of that step was saved.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a run is one process. For several devices put DualLoraConfig into "
+            "your own Trainer script and start that with `accelerate launch`"
+        )
+    console = console or Console()
+    folder, source = _folder_and_source(recipe, resume)
+    recipe = recipe.model_copy(update={"output": str(folder)})
+    with _plain_errors(recipe, folder), _locked(folder), Stopping() as stopping, quiet_libraries():
+        return _Run(recipe, folder, source, stopping, console).go()
+
+
+class _Run:
+    """The state the steps of one run share."""
+
+    def __init__(self, recipe: Recipe, folder: Path, source: str | Path, stopping: Stopping, console: Console):
+        self.recipe, self.folder, self.source = recipe, folder, source
+        self.stopping, self.console = stopping, console
+        self.checkpoints = folder / "checkpoints"
+        self.began = False  # whether a training step may have been taken
+        self.facts: dict[str, Any] = {}
+
+    def go(self) -> dict[str, Any]:
+        previous = self._previous()
+        if previous and previous.get("status") == "done":
+            say(self.console, "done", f"this run is finished already: [bold]{_shown(self.folder)}[/]")
+            return previous["result"]
+        try:
+            return self._train(previous)
+        except BaseException as error:
+            self._record_failure(error, previous)
+            raise
+
+    def _train(self, previous: dict[str, Any] | None) -> dict[str, Any]:
+        recipe, console = self.recipe, self.console
+        started = time.time()
+        say(console, "run", f"[bold]{_shown(self.folder)}[/]" + (" (resumed)" if previous else ""))
+
+        task = load(recipe, console)
+        set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
+        model, tokenizer = self._load_model(task)
+        rows, held_out = self._encode(task, tokenizer)
+        base = weights_fingerprint(model)
+        fingerprints: dict[str, Any] = {
+            "recipe": fingerprint(recipe),
+            "data": {split: task.fingerprint(split) for split in ("train", "validation") if split in task.splits},
+            "base": base,
+        }
+        start = self._resume_from(previous, fingerprints)
+
+        per_epoch = math.ceil(math.ceil(len(rows) / recipe.train.batch_size) / recipe.train.gradient_accumulation_steps)
+        steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
+        lr_warmup = recipe.train.lr_warmup_steps
+        if lr_warmup is None:
+            lr_warmup = math.ceil((recipe.train.lr_warmup_ratio or 0) * steps)
+        dtype = str(model.dtype).removeprefix("torch.")
+        adapted = adapt(model, recipe, task.kind, lr_warmup)
+        self._announce_adapter(adapted, steps)
+
+        self.facts = {
+            "status": "running",
+            "pid": os.getpid(),
+            **record.environment(),
+            "started": (previous or {}).get("started", record.now()),
+            "resumed": [*(previous or {}).get("resumed", ()), *([record.now()] if previous else ())],
+            "seed": recipe.seed,
+            "recipe": recipe.model_dump(mode="json"),
+            "fingerprints": fingerprints,
+            "model": {"name": recipe.model.name, "revision": recipe.model.revision, "dtype": dtype},
+            "parameters": dict(zip(("trainable", "total"), adapted.get_nb_trainable_parameters(), strict=True)),
+            "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
+            "steps": steps,
+            "loss_before": (previous or {}).get("loss_before"),
+        }
+        record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
+        record.write_json(self.folder / "run.json", self.facts)
+
+        adapted.to(evaluate.default_device())
+        if held_out and self.facts["loss_before"] is None:
+            self.facts["loss_before"] = self._loss(adapted, tokenizer, held_out, task, "before")
+            record.write_json(self.folder / "run.json", self.facts)
+
+        trained = self._fit(adapted, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
+        adapter = self._save(adapted, tokenizer, task, steps, dtype)
+        metrics = {**trained, **self._figures(adapted, tokenizer, task, held_out)}
+        result = {
+            "status": "done",
+            "folder": str(self.folder),
+            "adapter": str(adapter),
+            "steps": steps,
+            "metrics": metrics,
+            "trainable_parameters": self.facts["parameters"]["trainable"],
+            "seconds": round(time.time() - started, 1),
+        }
+        record.write_json(
+            self.folder / "metrics.json",
+            record.result(
+                "train",
+                self.facts["recipe"],
+                metrics,
+                seeds=[recipe.seed],
+                started=started,
+                data=fingerprints["data"],
+                base=base,
+            ),
+        )
+        record.write_json(
+            self.folder / "run.json", {**self.facts, "status": "done", "finished": record.now(), "result": result}
+        )
+        return result
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def _load_model(self, task: Task) -> tuple[torch.nn.Module, Any]:
+        recipe = self.recipe
+        labels = {"classify": len(task.labels) or None, "regress": 1}.get(task.kind)
+        model, tokenizer = load_model(
+            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision
+        )
+        if task.labels:
+            evaluate.set_labels(model, task.labels)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        device, dtype = evaluate.default_device(), str(model.dtype).removeprefix("torch.")
+        where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else record.device_name()
+        say(
+            self.console,
+            "model",
+            f"{escape(recipe.model.name)}: {type(model).__name__}, {amount(count)} parameters, {dtype}, {where}",
+        )
+        return model, tokenizer
+
+    def _encode(self, task: Task, tokenizer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        data = self.recipe.data
+        examples = evaluate.select(task, "train", data.limit)
+        rows, counts = encode_split(examples, tokenizer, task.kind, max_length=data.max_length, train_on=data.train_on)
+        held_out: list[dict[str, Any]] = []
+        if "validation" in task.splits and len(task.splits["validation"]):
+            validation = evaluate.select(task, "validation", data.eval_limit)
+            held_out, _ = encode_split(validation, tokenizer, task.kind, max_length=data.max_length)
+        message = f"{counts.tokens:,} tokens in {counts.rows:,} rows"
+        if task.kind == "generate":
+            message += f", {counts.trained_tokens:,} trained ({counts.trained_tokens / counts.tokens:.0%})"
+        if counts.truncated:
+            message += f", [yellow]{counts.truncated:,} rows cut to {data.max_length} tokens[/]"
+        say(self.console, "tokens", message)
+        return rows, held_out
+
+    def _announce_adapter(self, model: PeftModel, steps: int) -> None:
+        config = cast(duallora.DualLoraConfig, model.peft_config["default"])
+        trainable, total = model.get_nb_trainable_parameters()
+        layers = len([module for module in model.modules() if hasattr(module, "duallora_A")])
+        ranks = (
+            f"r {config.r}"
+            if not (config.r1 or config.r2)
+            else f"r1 {config.r1 or config.r}, r2 {config.r2 or config.r}"
+        )
+        opening = {"ramp": f"gate opens over {config.warmup_steps} of {steps} steps"}.get(
+            config.warmup, f"warm-up: {config.warmup}"
+        )
+        say(
+            self.console,
+            "adapter",
+            f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers: {amount(trainable)} trainable "
+            f"parameters ({trainable / total:.2%}); {opening}",
+        )
+        need, free = 12 * trainable, shutil.disk_usage(self.folder).free  # float32 factors and AdamW's two moments
+        if free < 3 * need:
+            say(
+                self.console,
+                "disk",
+                f"[yellow]{size(free)} free at {_shown(self.folder)}, and a checkpoint takes {size(need)}: "
+                "free some, or lower train.save_total_limit[/]",
+            )
+
+    def _fit(self, model, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
+        """Trains to ``steps`` from ``start`` (a checkpoint or None); the figures of the training itself."""
+        recipe = self.recipe
+        log = JsonLines(self.folder / "log.jsonl")
+        log.drop_after(_step_of(start) if start else 0)
+        if start is not None and _step_of(start) >= steps:
+            # Trainer would take one more step here if the last one was not the last of its epoch.
+            set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+            return log.summary()
+        callbacks: list[TrainerCallback] = [
+            self.stopping,
+            checkpoint.SealCheckpoints(self.checkpoints, recipe.train.save_total_limit, fingerprints),
+            log,
+        ]
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(recipe, self.checkpoints, steps, lr_warmup),
+            train_dataset=rows,
+            data_collator=Collator(tokenizer),
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        if "tensorboard" in recipe.train.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations import TensorBoardCallback
+
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(self.folder / "tb"))))
+        if task.kind != "generate":
+            # The heads average over the batch and ignore the row count Trainer hands them; told so, it divides by
+            # the accumulation steps itself. Left alone it would sum the micro-batches' means.
+            trainer.model_accepts_loss_kwargs = False
+        if recipe.train.eval_steps and held_out:
+            loss = partial(evaluate.loss_on, model, tokenizer, held_out, task.kind, batch_size=recipe.eval.batch_size)
+            trainer.add_callback(LossDuringTraining(trainer, loss, recipe.train.eval_steps))
+        show = ShowTraining(self.console, trainer)
+        trainer.add_callback(FiniteGradients(trainer))
+        trainer.add_callback(show)
+        self.began = True
+        try:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        finally:
+            show.close()
+            self.stopping.training = False
+        if self.stopping.number is not None:
+            raise Interrupted(self.stopping.number, f"stopped after step {trainer.state.global_step} of {steps}")
+        checkpoint.require_finite(model, f"step {steps}")
+        figures = log.summary()
+        say(
+            self.console,
+            "trained",
+            f"{steps:,} steps in {clock(figures.get('train_seconds', 0))}, "
+            f"last loss {figures.get('train_loss', math.nan):.3f}, gate {duallora.gate(model):.2f}",
+        )
+        return figures
+
+    def _save(self, model: PeftModel, tokenizer, task: Task, steps: int, dtype: str) -> Path:
+        target, beside = self.folder / "adapter", self.folder / ".adapter.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(str(beside), save_embedding_layers=False)
+        tokenizer.save_pretrained(str(beside))
+        (beside / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
+        record.follow_umask(beside)
+        files = {path.name: checkpoint.file_record(path) for path in sorted(beside.iterdir())}
+        record.write_json(
+            beside / evaluate.SIDECAR,
+            {
+                "method": "DUALLORA",
+                "kind": task.kind,
+                "task": task.name,
+                "labels": list(task.labels),
+                "steps": steps,
+                "gate": duallora.gate(model),
+                "base": {**self.facts["model"], "dtype": dtype, "fingerprint": self.facts["fingerprints"]["base"]},
+                "data": self.facts["fingerprints"]["data"],
+                "recipe": self.facts["fingerprints"]["recipe"],
+                **{key: self.facts[key] for key in ("commit", "dirty", "versions")},
+                "files": files,
+            },
+        )
+        for name in files:
+            record.flush(beside / name)
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+        record.fsync_folder(self.folder)
+        say(self.console, "saved", f"[bold]{_shown(target)}[/] ({size(files[evaluate.WEIGHTS]['size'])})")
+        return target
+
+    def _figures(self, model, tokenizer, task: Task, held_out) -> dict[str, Any]:
+        """The held-out figures after training, with the loss before beside the loss after."""
+        if not held_out:
+            say(self.console, "after", "no validation rows: nothing to compare with")
+            return {}
+        recipe = self.recipe
+        if not recipe.eval.metrics:
+            after = self._loss(model, tokenizer, held_out, task, "after")
+            return {"loss_before": self.facts["loss_before"], "loss": after}
+        chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
+        result = evaluate.evaluate(
+            model,
+            tokenizer,
+            task,
+            split="validation",
+            limit=recipe.data.eval_limit,
+            batch_size=recipe.eval.batch_size,
+            generation={name: value for name, value in chosen.items() if value is not None},
+            max_length=recipe.data.max_length,
+            console=self.console,
+        )
+        self._say_loss("after", result.metrics["loss"], task)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
+        say(self.console, "scores", f"{figures} ({len(result.examples):,} validation rows)")
+        return {"loss_before": self.facts["loss_before"], **result.metrics}
+
+    def _loss(self, model, tokenizer, held_out, task: Task, label: str) -> float:
+        loss = evaluate.loss_on(
+            model, tokenizer, held_out, task.kind, batch_size=self.recipe.eval.batch_size, console=self.console
+        )
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss on the {len(held_out):,} validation rows is {loss} {label} training: the model itself gives "
+                "NaN or infinite values. Load it with model.dtype=float32, or check its weights"
+            )
+        self._say_loss(label, loss, task)
+        return loss
+
+    def _say_loss(self, label: str, loss: float, task: Task) -> None:
+        unit = "answer loss" if task.kind == "generate" else "loss"
+        was = self.facts.get("loss_before")
+        compared = f" (was {was:.4f})" if label == "after" and was is not None else ""
+        say(self.console, label, f"validation {unit} [bold]{loss:.4f}[/]{compared}")
+
+    # -- the folder ---------------------------------------------------------------------------------------------------
+
+    def _previous(self) -> dict[str, Any] | None:
+        """The facts of the run this one continues, or None for a new one; ConfigError where the folder is taken."""
+        path = self.folder / "run.json"
+        resumable = bool(checkpoint.checkpoints(self.checkpoints)) or (self.folder / "adapter").exists()
+        if self.source == "never":
+            if path.is_file() and resumable:
+                raise ConfigError(
+                    f"{self.folder} holds another run; continue it with --resume auto, or choose another folder with -o"
+                )
+            strangers = [entry.name for entry in self.folder.iterdir() if entry.name not in (*MATTERS, ".lock")]
+            if strangers:
+                raise ConfigError(
+                    f"{self.folder} is not empty (it holds {strangers[0]}) and is no run; choose another folder with -o"
+                )
+            return None
+        if not path.is_file():
+            if isinstance(self.source, Path):
+                raise ConfigError(f"{self.folder} holds no run to resume (run.json is missing)")
+            return None
+        try:
+            previous = record.read_json(path)
+            before = previous["recipe"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path} is damaged; restore it, or start a new run in another folder with -o") from None
+        checkpoint.refuse_drift(before, self.recipe.model_dump(mode="json"))
+        return previous
+
+    def _resume_from(self, previous: dict[str, Any] | None, fingerprints: dict[str, Any]) -> Path | None:
+        if previous is None:
+            return None
+        ours = {"data": fingerprints["data"], "base model weights": fingerprints["base"]}
+        before = {"data": previous["fingerprints"]["data"], "base model weights": previous["fingerprints"]["base"]}
+        checkpoint.refuse_drift(before, ours)
+        found: Path | None
+        passed_over: list[str] = []
+        if isinstance(self.source, Path):
+            reason = checkpoint.verify(self.source)
+            if reason:
+                raise IntegrityError(f"{self.source}: {reason}; use --resume auto to take the newest whole one")
+            found = self.source
+        else:
+            found, passed_over = checkpoint.require_resumable(self.checkpoints)
+        for reason in passed_over:
+            say(self.console, "skipped", f"[yellow]{escape(reason)}[/]")
+        say(self.console, "resume", f"from {found.name}" if found else "no checkpoint yet: from the first step")
+        return found
+
+    def _record_failure(self, error: BaseException, previous: dict[str, Any] | None) -> None:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if self.began:
+            for _, path in checkpoint.checkpoints(self.checkpoints):
+                if not (path / checkpoint.MANIFEST).is_file():
+                    shutil.rmtree(path, ignore_errors=True)
+        if self.facts:
+            outcome = {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
+            with suppress(OSError):
+                record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
+        if stopped and (self.began or previous):
+            command = f"duallora train -c {_shown(self.folder / 'recipe.yaml')} --resume auto"
+            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{command}[/]")
+
+
+# -- what the run is made of ------------------------------------------------------------------------------------------
+
+LOSSES = ("loss", "perplexity")
+
+
+def load(recipe: Recipe, console: Console) -> Task:
+    """The recipe's task or data, announced on the console."""
+    data = recipe.data
+    if data.task is not None:
+        task = load_task(data.task, data_dir=data.data_dir)
+    else:
+        task = load_data(
+            str(data.path),
+            eval_data=data.eval_path,
+            eval_fraction=data.eval_fraction,
+            seed=recipe.seed,
+            format=data.format,
+            bad_rows=data.bad_rows,
+        )
+    if "train" not in task.splits:
+        raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
+    counts = ", ".join(
+        f"{len(task.splits[split]):,} {split}" for split in ("train", "validation") if split in task.splits
+    )
+    limit = f" (the first {data.limit:,} used)" if data.limit and data.limit < len(task.splits["train"]) else ""
+    say(console, "data", f"{escape(task.source or task.name)}: {escape(task.format)}, {counts} rows{limit}")
+    return task
+
+
+def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> PeftModel:
+    """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full."""
+    fields = recipe.adapter.model_dump()
+    if fields["warmup_steps"] == "auto":
+        fields["warmup_steps"] = max(1, lr_warmup)
+    if kind != "generate":
+        heads = evaluate.head_modules(model)
+        # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
+        own = {*(fields["modules_to_save"] or ()), *heads} - {"classifier", "score"}
+        fields["modules_to_save"] = sorted(own) or None
+        if fields["exclude_modules"] is None and fields["target_modules"] == "all-linear":
+            fields["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
+    register()
+    task_type = "CAUSAL_LM" if kind == "generate" else "SEQ_CLS"
+    config = duallora.DualLoraConfig(**fields, task_type=task_type, revision=recipe.model.revision)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"adapter.target_modules={recipe.adapter.target_modules!r}: {error}") from error
+    # The name the user gave, not the local folder it resolved to: the adapter may be loaded on another machine.
+    adapted.peft_config["default"].base_model_name_or_path = recipe.model.name
+    return adapted
+
+
+def _arguments(recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int) -> TrainingArguments:
+    options = recipe.train
+    try:
+        return TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=steps,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type=options.lr_scheduler,
+            warmup_steps=lr_warmup,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
+            optim=options.optimizer,
+            gradient_checkpointing=options.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            logging_steps=options.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=options.save_steps,
+            save_total_limit=None,
+            report_to=[name for name in options.report_to if name != "tensorboard"],
+            run_name=checkpoints.parent.name,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_num_workers=0,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            push_to_hub=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"transformers does not accept these settings: {error}") from error
+
+
+class _Trainer(Trainer):
+    """Counts real tokens, stops at the first non-finite loss, and saves nothing but the adapter."""
+
+    model: PeftModel
+    lr_scheduler: Any
+    tokens = 0
+    step_loss = 0.0
+    logged = (0, 0.0)  # tokens and time at the last line of the log
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss += float(loss)
+        if not math.isfinite(self.step_loss):
+            raise self.non_finite("loss", self.step_loss)
+        return loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            tokens, moment = self.logged
+            self.logged = (self.tokens, time.monotonic())
+            seconds = self.logged[1] - moment
+            speed = (self.tokens - tokens) / max(seconds, 1e-9)
+            logs = {**logs, "gate": duallora.gate(self.model), "tokens_per_second": speed, "seconds": seconds}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        # PEFT's own default asks the hub whether the vocabulary grew.
+        self.model.save_pretrained(str(output_dir or self.args.output_dir), save_embedding_layers=False)
+
+    def non_finite(self, what: str, value: float) -> NonFiniteError:
+        """The error for a NaN or infinite ``what`` in the step under way, which is also logged."""
+        step = self.state.global_step + 1
+        self.log({what: value, "stopped_in_step": step})
+        return NonFiniteError(
+            f"the {what.replace('_', ' ')} is {value} in step {step}; the step was not applied and nothing of it was "
+            f"saved. Lower train.learning_rate (it is {self.args.learning_rate:g}), look at the rows, or use "
+            "model.dtype=float32; earlier checkpoints are intact"
+        )
+
+
+class FiniteGradients(TrainerCallback):
+    """Looks at every gradient before it is applied: an infinite one would only show in the loss a step later."""
+
+    def __init__(self, trainer: _Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise self.trainer.non_finite("grad_norm", norm)
+
+
+class LossDuringTraining(TrainerCallback):
+    """The validation loss every ``every`` steps, into the log; draws no random number, so training is unchanged."""
+
+    def __init__(self, trainer: _Trainer, loss: Callable[[], float], every: int):
+        self.trainer, self.loss, self.every = trainer, loss, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            wanted = control.should_log
+            self.trainer.log({"eval_loss": self.loss()})
+            control.should_log = wanted  # logging clears it, and this step's own line may be due
+
+
+class JsonLines(TrainerCallback):
+    """``log.jsonl``: one object per logging step, flushed at once. NaN is written as NaN."""
+
+    MARKS = ("loss", "eval_loss", "stopped_in_step")  # what tells a line of the course from Trainer's closing summary
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def drop_after(self, step: int) -> None:
+        """Forgets lines past ``step``: the steps they tell of are about to be taken again."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        if self.path.exists():
+            record.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        lines = []
+        if self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a kill can cut the last line short
+                    lines.append(json.loads(text))
+        return lines
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not any(mark in logs for mark in self.MARKS):
+            return
+        line = {"step": state.global_step, **logs, "time": record.now()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """The last loss, and the time and speed of the training steps."""
+        steps = [line for line in self.read() if "gate" in line]
+        if not steps:
+            return {}
+        seconds = sum(line["seconds"] for line in steps)
+        tokens = sum(line["tokens_per_second"] * line["seconds"] for line in steps)
+        return {
+            "train_loss": steps[-1]["loss"],
+            "train_seconds": round(seconds, 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        }
+
+
+class ShowTraining(TrainerCallback):
+    """The bar: steps, time left, loss (smoothed over about ten steps), learning rate, gate, real tokens per second."""
+
+    def __init__(self, console: Console, trainer: _Trainer):
+        self.console, self.trainer = console, trainer
+        self.bar: Bar | None = None
+        self.loss: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+        self.trainer.logged = (0, self.began)
+        self.bar = Bar(self.console, "train", state.max_steps, done=state.global_step).__enter__()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps belong in the log, whatever logging_steps is
+        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
+        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        speed = self.trainer.tokens / max(time.monotonic() - self.began, 1e-9)
+        if self.bar is not None:
+            self.bar.update(
+                state.global_step,
+                loss=f"{self.loss:.3f}",
+                lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
+                gate=f"{duallora.gate(model):.2f}",
+                **{"tok/s": f"{speed:,.0f}"},
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.__exit__()
+            self.bar = None
+
+
+class Stopping(TrainerCallback):
+    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop. A second one leaves at once.
+
+    Outside of training there is nothing to finish, so `Interrupted` is raised on the spot.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.training = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
+            self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.training and self.number is None:
+            self.number = number
+            return
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.number is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+
+# -- the folder and its lock ------------------------------------------------------------------------------------------
+
+
+def _folder_and_source(recipe: Recipe, resume: str) -> tuple[Path, str | Path]:
+    """The run folder, and where to resume from: "never", "auto" or the path of a checkpoint."""
+    if resume == "never":
+        return Path(recipe.output or default_output(recipe)), resume
+    if resume == "auto":
+        if recipe.output is None:
+            raise ConfigError("--resume auto needs the run's folder: give -o FOLDER, or -c FOLDER/recipe.yaml")
+        return Path(recipe.output), resume
+    path = Path(resume)
+    source: str | Path = "auto"
+    if (path / "run.json").is_file():
+        folder = path
+    elif path.is_dir() and path.name.startswith("checkpoint-"):
+        source = path.resolve()
+        folder = source.parent.parent
+    else:
+        raise ConfigError(f"--resume {resume}: expected never, auto, a run folder or one of its checkpoint folders")
+    if recipe.output is not None and Path(recipe.output).resolve() != folder.resolve():
+        raise ConfigError(f"--resume {resume} belongs to the run in {folder}, but the output is {recipe.output}")
+    return folder, source
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds ``folder`` for this process; the system lets go of the lock when the process ends, however it ends."""
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        with path.open("a+", encoding="utf-8") as file:
+            if not _try_lock(file):
+                file.seek(0)
+                raise LockedError(
+                    f"{folder} is in use by another run ({file.read().strip() or 'holder unknown'}); "
+                    "wait for it, stop it, or choose another folder with -o"
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {record.now()}\n")
+            file.flush()
+            yield
+    finally:
+        if created and [entry.name for entry in folder.iterdir()] == [".lock"]:
+            path.unlink()  # nothing came of it: a bad file or a mistyped model leaves no folder behind
+            folder.rmdir()
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        file.seek(1 << 20)  # Windows locks bytes against reading too; the holder's line lies before this one
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
+WRITER_WORDS = ("iostream error", "PytorchStreamWriter", "No space left", "os error 28", "File too large")
+
+
+@contextmanager
+def _plain_errors(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Failures of the machine as `DiskError` and `OutOfMemoryError`, with what to do about them."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DiskError(f"{error.filename or folder} cannot be written: {error.strerror}; {_free(folder)}") from error
+    except (MemoryError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
+            options = recipe.train
+            raise OutOfMemoryError(
+                f"out of memory with train.batch_size={options.batch_size} and data.max_length="
+                f"{recipe.data.max_length} ({text.splitlines()[0] if text else 'no memory left'}). Halve the batch size "
+                f"and set train.gradient_accumulation_steps={2 * options.gradient_accumulation_steps} (the same run), "
+                "shorten data.max_length, or set train.gradient_checkpointing=true"
+            ) from error
+        if any(word in text for word in WRITER_WORDS):
+            raise DiskError(f"{folder} cannot be written: {text.splitlines()[0]}; {_free(folder)}") from error
+        raise
+
+
+def _free(folder: Path) -> str:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"{size(shutil.disk_usage(existing).free)} are free there. Free some space, or choose another folder with -o"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _shown(path: Path) -> str:
+    """The path as a person would type it here: relative where it lies below the working folder."""
+    path = path.absolute()
+    return escape(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

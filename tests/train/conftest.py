@@ -1,0 +1,81 @@
+"""Runs small enough to repeat: a tiny random model, rows written here, a dozen steps with everything switched on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory) -> Path:
+    """Prompt-completion rows of uneven length."""
+    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", count=26)
+
+
+def write_sums(path: Path, count: int, seed: int = 0) -> Path:
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        a, b = draw.randrange(500), draw.randrange(10 ** draw.randrange(1, 5))
+        lines.append(json.dumps({"prompt": f"{a} plus {b} is", "completion": f" {a + b}"}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def moods(tmp_path_factory) -> Path:
+    """Classification rows: two classes told apart by one word."""
+    draw = random.Random(1)
+    lines = []
+    for number in range(24):
+        good = number % 3 > 0
+        noise = " ".join("abcdefgh"[draw.randrange(8)] for _ in range(draw.randrange(1, 9)))
+        lines.append(json.dumps({"text": f"{'fine' if good else 'poor'} {noise}", "label": "good" if good else "bad"}))
+    path = tmp_path_factory.mktemp("data") / "moods.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
+    """A recipe for 10 steps with dropout, accumulation, a ramp of 6 steps and a checkpoint every 2; settings override."""
+    from duallora.train.recipe import load_recipe
+
+    def make(*settings: str, kind: str = "generate", output: Path | None = None, data: Path | None = None):
+        model, own = (tiny_causal_folder, sums) if kind == "generate" else (tiny_encoder_folder, moods)
+        defaults = {
+            "adapter.r": 4,
+            "adapter.r1": 3,
+            "adapter.alpha": 10,
+            "adapter.duallora_dropout": 0.1,
+            "adapter.warmup_steps": 6,
+            "data.eval_fraction": 0.2,
+            "data.max_length": 64,
+            "train.max_steps": 10,
+            "train.batch_size": 2,
+            "train.gradient_accumulation_steps": 2,
+            "train.learning_rate": 1e-2,
+            "train.save_steps": 2,
+            "train.logging_steps": 3,
+            "train.report_to": "[]",
+            "eval.metrics": "false",
+        }
+        base = [f"{key}={value}" for key, value in defaults.items()]
+        return load_recipe(
+            None, [*base, *settings], model=str(model), data=str(data or own), output=output or tmp_path / "run"
+        )
+
+    return make
+
+
+@pytest.fixture
+def console():
+    """A console whose text the test can read: ``console.file.getvalue()``."""
+    import io
+
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=200)

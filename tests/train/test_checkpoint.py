@@ -1,0 +1,166 @@
+"""A checkpoint is whole or it is not one."""
+
+import os
+
+import pytest
+import torch
+
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError
+from duallora.train import checkpoint, record
+
+FILES = ("adapter_config.json", *checkpoint.REQUIRED)
+
+
+def make(folder, step, files=FILES):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in files:
+        (path / name).write_bytes(f"{name} at {step}".encode() * 50)
+    (path / checkpoint.NEVER_READ).write_bytes(b"pickle")
+    checkpoint.commit(path, step=step, fingerprints={"recipe": "r", "data": {"train": "d"}, "base": "b"})
+    return path
+
+
+def missing(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bit_flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = (missing, empty, half, bit_flip)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*FILES, checkpoint.MANIFEST])
+def test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_taken(tmp_path, name, damage):
+    good, newest = make(tmp_path, 9), make(tmp_path, 10)
+    assert checkpoint.newest_verified(tmp_path) == (newest, [])
+    damage(newest / name)
+    found, reasons = checkpoint.newest_verified(tmp_path)
+    assert found == good
+    assert len(reasons) == 1
+    assert name in reasons[0]
+    assert "checkpoint-10" in reasons[0]
+
+
+def test_none_left_is_an_error_that_deletes_nothing(tmp_path):
+    for step in (1, 2):
+        bit_flip(make(tmp_path, step) / "optimizer.pt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(IntegrityError, match=r"(?s)checkpoint-2: optimizer.pt.*checkpoint-1: optimizer.pt"):
+        checkpoint.require_resumable(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_checkpoint_at_all_is_no_error(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert checkpoint.require_resumable(tmp_path) == (None, [])
+    assert checkpoint.require_resumable(tmp_path / "absent") == (None, [])
+
+
+def test_steps_are_compared_as_numbers(tmp_path):
+    make(tmp_path, 9)
+    newest = make(tmp_path, 100)
+    assert checkpoint.newest_verified(tmp_path)[0] == newest
+
+
+def test_a_checkpoint_saved_without_optimizer_is_not_resumed(tmp_path):
+    path = make(tmp_path, 3, [name for name in FILES if name != "optimizer.pt"])
+    assert "optimizer.pt was not saved" in checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "other/adapter_model.safetensors"])
+def test_a_weights_file_slipped_in_later_is_refused(tmp_path, name):
+    """Trainer loads files and subfolders by name, listed or not; a pickle among them would be read first."""
+    path = make(tmp_path, 3)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_bytes(b"x")
+    assert "added" in checkpoint.verify(path)
+
+
+def test_a_manifest_cannot_reach_out_of_its_folder(tmp_path):
+    path = make(tmp_path, 3)
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    manifest = record.read_json(path / checkpoint.MANIFEST)
+    del manifest["digest"]
+    manifest["files"]["../secret"] = checkpoint.file_record(secret)
+    record.write_json(path / checkpoint.MANIFEST, {**manifest, "digest": checkpoint._digest(manifest)})
+    assert "../secret" in checkpoint.verify(path)
+    weights = path / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    assert "plain file" in checkpoint.verify(path)
+
+
+def test_the_manifest_covers_its_own_step_and_fingerprints(tmp_path):
+    path = make(tmp_path, 3)
+    manifest = record.read_json(path / checkpoint.MANIFEST)
+    record.write_json(path / checkpoint.MANIFEST, {**manifest, "step": 4})
+    assert "damaged" in checkpoint.verify(path)
+
+
+def test_the_pickle_trainer_leaves_is_gone_and_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = make(tmp_path, 3)
+    finally:
+        os.umask(before)
+    assert not (path / checkpoint.NEVER_READ).exists()
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
+
+
+def test_only_whole_checkpoints_count_as_kept(tmp_path):
+    """Rotation by number alone would delete the last good checkpoint behind two broken ones."""
+    for step in (2, 4, 6, 8, 10):
+        make(tmp_path, step)
+    bit_flip(tmp_path / "checkpoint-10" / "optimizer.pt")
+    missing(tmp_path / "checkpoint-8" / checkpoint.MANIFEST)
+    checkpoint.rotate(tmp_path, 2)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [10, 8, 6, 4]
+    checkpoint.rotate(tmp_path, None)
+    assert len(checkpoint.checkpoints(tmp_path)) == 4
+
+
+def test_drift_lists_what_matters_and_nothing_else():
+    before = {"adapter": {"r": 4, "rank_pattern": {}}, "train": {"learning_rate": 1e-2, "save_steps": 5}, "seed": 0}
+    before |= {"data": {"path": "a"}, "output": "x", "eval": {"metrics": True}}
+    after = {
+        "adapter": {"r": 8, "rank_pattern": {"q": 2}},
+        "train": {"learning_rate": 1e-2, "save_steps": 9},
+        "seed": 1,
+    }
+    after |= {"data": {"path": "b"}, "output": "y", "eval": {"metrics": False}}
+    changed = checkpoint.drift(before, after)
+    assert [line.partition(":")[0] for line in changed] == [
+        "adapter.r", "adapter.rank_pattern", "adapter.rank_pattern.q", "data.path", "seed",
+    ]  # fmt: skip
+    assert "adapter.r: 4 -> 8" in changed
+    with pytest.raises(ConfigError, match=r"adapter.r: 4 -> 8"):
+        checkpoint.refuse_drift(before, after)
+    checkpoint.refuse_drift(before, {**before, "output": "z"})
+
+
+def test_a_non_finite_weight_is_named_and_frozen_ones_do_not_matter():
+    model = torch.nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    with torch.no_grad():
+        model.weight[0, 1] = torch.nan
+    checkpoint.require_finite(model, "step 3")
+    with torch.no_grad():
+        model.bias[1] = -torch.inf
+    with pytest.raises(NonFiniteError, match="bias.*step 3"):
+        checkpoint.require_finite(model, "step 3")

@@ -1,0 +1,426 @@
+"""A run can be stopped, damaged and continued, and ends where it would have ended; what is wrong stops it, loudly."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoint import bit_flip, empty, half, missing
+
+import duallora
+from duallora.errors import (
+    ConfigError,
+    DataError,
+    DiskError,
+    IntegrityError,
+    LockedError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
+from duallora.train import checkpoint, record, run
+from duallora.train.recipe import load_recipe
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def weights(folder):
+    return load_file(Path(folder) / "adapter" / WEIGHTS)
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in ("step", "loss", "grad_norm", "gate") if key in line} for line in lines]
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """``at(step, micro_batch, action)`` runs ``action(trainer)`` before that micro-batch (both counted from 1)."""
+
+    def plant(step, micro_batch, action):
+        plain = run._Trainer.training_step
+        seen = {"micro": 0}
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            seen["micro"] = seen["micro"] + 1 if seen.get("step") == self.state.global_step else 1
+            seen["step"] = self.state.global_step
+            if (self.state.global_step + 1, seen["micro"]) == (step, micro_batch):
+                action(self)
+            return plain(self, model, inputs, num_items_in_batch)
+
+        monkeypatch.setattr(run._Trainer, "training_step", training_step)
+
+    return plant
+
+
+def kill_with(number):
+    return lambda trainer: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, request):
+    """The uninterrupted run the others are compared with; built by the first test that asks for it."""
+    return {}
+
+
+@pytest.fixture
+def reference(straight, make_recipe, console, tmp_path_factory):
+    if not straight:
+        folder = tmp_path_factory.mktemp("straight") / "run"
+        straight["result"] = run.train(make_recipe("train.save_steps=100", output=folder), console=console)
+        straight["weights"], straight["log"] = weights(folder), log(folder)
+        straight["folder"] = folder
+    return straight
+
+
+@pytest.mark.parametrize(
+    ("step", "micro_batch", "number"), [(1, 1, signal.SIGINT), (4, 2, signal.SIGTERM), (10, 1, signal.SIGTERM)]
+)
+def test_a_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(
+    make_recipe, console, reference, at, monkeypatch, step, micro_batch, number
+):
+    """Dropout on, accumulation 2, stopped while the gate opens: factors, counters and the log must all come back."""
+    recipe = make_recipe("train.save_steps=100")
+    with monkeypatch.context() as patch:
+        at_step = at
+        at_step(step, micro_batch, kill_with(number))
+        with pytest.raises(run.Interrupted) as caught:
+            run.train(recipe, console=console)
+        patch.undo()
+    monkeypatch.undo()
+    assert caught.value.exit_code == 128 + number
+    folder = Path(recipe.output)
+    assert [found for found, _ in checkpoint.checkpoints(folder / "checkpoints")] == [step]
+    assert record.read_json(folder / "run.json")["status"] == "interrupted"
+    assert "--resume auto" in console.file.getvalue()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    result = run.train(recipe, resume="auto", console=console)
+    assert equal(weights(folder), reference["weights"])
+    # Lines of the log are averages since the line before, so only those after the stop's own can be compared.
+    assert log(folder)[-1]["gate"] == reference["log"][-1]["gate"] == 1.0
+    assert result["metrics"]["loss"] == reference["result"]["metrics"]["loss"]
+    assert result["metrics"]["loss_before"] == reference["result"]["metrics"]["loss_before"]
+    counters = {int(value) for name, value in weights(folder).items() if name.endswith("duallora_step")}
+    assert counters == {10}
+
+
+def test_training_learns_and_its_folder_tells_the_whole_story(make_recipe, console):
+    recipe = make_recipe(
+        "train.report_to=[tensorboard]", "eval.metrics=true", "train.eval_steps=5", "train.save_steps=4"
+    )
+    result = run.train(recipe, console=console)
+    folder = Path(recipe.output)
+    assert result["metrics"]["loss"] < result["metrics"]["loss_before"]
+    assert {"bleu", "perplexity", "tokens_per_second", "train_loss"} <= set(result["metrics"])
+    assert load_recipe(folder / "recipe.yaml") == recipe
+    facts = record.read_json(folder / "run.json")
+    assert facts["status"] == "done"
+    assert facts["result"] == result
+    assert {"commit", "versions", "fingerprints", "parameters", "seed", "started", "finished"} <= set(facts)
+    assert set(facts["fingerprints"]["data"]) == {"train", "validation"}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if "loss" in line}
+    assert list(steps) == [1, 3, 6, 9, 10]
+    assert {"loss", "learning_rate", "grad_norm", "gate", "tokens_per_second", "seconds", "time"} <= set(steps[3])
+    assert [steps[step]["gate"] for step in (1, 3, 6)] == pytest.approx([1 / 6, 3 / 6, 1])
+    assert [line["step"] for line in lines if "eval_loss" in line] == [5, 10]
+    assert list((folder / "tb").glob("events*"))
+    assert [step for step, _ in checkpoint.checkpoints(folder / "checkpoints")] == [10, 8]
+    sidecar = record.read_json(folder / "adapter" / "duallora.json")
+    assert sidecar["gate"] == 1.0
+    assert checkpoint.compare_files(folder / "adapter", sidecar["files"]) is None
+    assert record.read_json(folder / "metrics.json")["metrics"] == result["metrics"]
+    config = record.read_json(folder / "adapter" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == recipe.model.name
+    assert not list(folder.rglob("training_args.bin"))
+    assert {path.stat().st_mode & 0o777 for path in (folder / "adapter").iterdir()} == {0o644}
+
+
+def test_measuring_on_the_way_changes_nothing(make_recipe, console, reference):
+    recipe = make_recipe("train.eval_steps=1", "train.save_steps=3", "train.logging_steps=1")
+    run.train(recipe, console=console)
+    assert equal(weights(recipe.output), reference["weights"])
+
+
+@pytest.mark.parametrize("damage", [missing, empty, half, bit_flip])
+@pytest.mark.parametrize("name", [WEIGHTS, "optimizer.pt"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    make_recipe, console, reference, interrupted, tmp_path, name, damage
+):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    damage(folder / "checkpoints" / "checkpoint-6" / name)
+    recipe = make_recipe(output=folder)
+    run.train(recipe, resume="auto", console=console)
+    said = console.file.getvalue()
+    assert f"checkpoint-6: {name}" in said
+    assert "from checkpoint-4" in said
+    assert equal(weights(folder), reference["weights"])
+
+
+@pytest.fixture(scope="module")
+def stopped_once():
+    return {}
+
+
+@pytest.fixture
+def interrupted(stopped_once, make_recipe, console, at, monkeypatch, tmp_path_factory):
+    """A run stopped after step 6, with checkpoints 4 and 6."""
+    if not stopped_once:
+        folder = tmp_path_factory.mktemp("interrupted") / "run"
+        at(6, 1, kill_with(signal.SIGTERM))
+        with pytest.raises(run.Interrupted):
+            run.train(make_recipe(output=folder), console=console)
+        monkeypatch.undo()
+        stopped_once["folder"] = folder
+    return stopped_once["folder"]
+
+
+def test_nothing_whole_left_stops_with_nothing_deleted(make_recipe, console, interrupted, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    for _, path in checkpoint.checkpoints(folder / "checkpoints"):
+        half(path / "scheduler.pt")
+    before = sorted(folder.rglob("checkpoint-*/*"))
+    with pytest.raises(IntegrityError, match=r"(?s)checkpoint-6: scheduler.pt.*checkpoint-4: scheduler.pt"):
+        run.train(make_recipe(output=folder), resume="auto", console=console)
+    assert sorted(folder.rglob("checkpoint-*/*")) == before
+
+
+def test_other_settings_are_refused_by_name_and_free_ones_accepted(
+    make_recipe, console, interrupted, tmp_path, reference
+):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    changed = make_recipe("train.learning_rate=2e-2", "adapter.r=5", "seed=7", "train.batch_size=3", output=folder)
+    with pytest.raises(ConfigError) as caught:
+        run.train(changed, resume="auto", console=console)
+    for line in ("train.learning_rate: 0.01 -> 0.02", "adapter.r: 4 -> 5", "seed: 0 -> 7", "train.batch_size: 2 -> 3"):
+        assert line in str(caught.value)
+    free = make_recipe("train.save_steps=7", "train.logging_steps=1", "eval.metrics=true", output=folder)
+    run.train(free, resume="auto", console=console)
+    assert equal(weights(folder), reference["weights"])
+
+
+def test_other_rows_under_the_same_name_are_refused(make_recipe, console, at, monkeypatch, tmp_path, sums):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(sums.read_text())
+    at(3, 1, kill_with(signal.SIGINT))
+    recipe = make_recipe(data=data)
+    with pytest.raises(run.Interrupted):
+        run.train(recipe, console=console)
+    monkeypatch.undo()
+    data.write_text(sums.read_text().replace("plus", "minus", 1))
+    with pytest.raises(ConfigError, match=r"data\.train: "):
+        run.train(recipe, resume="auto", console=console)
+
+
+def test_a_resume_names_its_checkpoint(make_recipe, console, interrupted, tmp_path, reference):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    older = folder / "checkpoints" / "checkpoint-4"
+    run.train(make_recipe(output=folder), resume=str(older), console=console)
+    assert "from checkpoint-4" in console.file.getvalue()
+    assert equal(weights(folder), reference["weights"])
+    with pytest.raises(ConfigError, match="checkpoint folders"):
+        run.train(make_recipe(output=folder), resume=str(tmp_path), console=console)
+
+
+def nan_loss(trainer):
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * torch.nan
+
+
+def infinite_gradient(trainer):
+    """The loss stays finite: only the gradient tells."""
+    parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    parameter.register_hook(lambda gradient: gradient + torch.inf)
+
+
+@pytest.mark.parametrize(("fault", "what"), [(nan_loss, "loss is nan"), (infinite_gradient, "grad norm is (inf|nan)")])
+def test_a_non_finite_step_stops_the_run_and_saves_nothing_of_it(make_recipe, console, at, fault, what):
+    at(5, 1, fault)
+    recipe = make_recipe()
+    with pytest.raises(NonFiniteError, match=rf"{what} in step 5"):
+        run.train(recipe, console=console)
+    folder = Path(recipe.output)
+    assert not (folder / "adapter").exists()
+    assert [step for step, _ in checkpoint.checkpoints(folder / "checkpoints")] == [4, 2]
+    for file in folder.rglob(WEIGHTS):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
+    last = (folder / "log.jsonl").read_text().splitlines()[-1]
+    assert "NaN" in last or "Infinity" in last
+    assert json.loads(last)["stopped_in_step"] == 5
+    assert record.read_json(folder / "run.json")["status"] == "failed"
+
+
+def test_weights_that_went_bad_are_never_sealed(make_recipe, console, at):
+    """Between a good gradient and the save lies the optimizer; a NaN from there shows in the weights alone."""
+
+    def poison(trainer):
+        def after(optimizer, args, kwargs):
+            optimizer.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+        trainer.optimizer.optimizer.register_step_post_hook(after)
+
+    at(4, 1, poison)
+    recipe = make_recipe()
+    with pytest.raises(NonFiniteError, match="holds NaN or infinite values at step 4"):
+        run.train(recipe, console=console)
+    assert [step for step, _ in checkpoint.checkpoints(Path(recipe.output) / "checkpoints")] == [2]
+
+
+def hold(folder, ready, release):
+    with run._locked(Path(folder)):
+        ready.set()
+        release.wait()
+        os._exit(9)  # dies without letting go
+
+
+def test_two_runs_cannot_share_a_folder_and_a_dead_holder_is_replaced(make_recipe, console):
+    recipe = make_recipe("train.max_steps=1")
+    fork = multiprocessing.get_context("fork")
+    ready, release = fork.Event(), fork.Event()
+    other = fork.Process(target=hold, args=(recipe.output, ready, release))
+    other.start()
+    assert ready.wait(20)
+    try:
+        with pytest.raises(LockedError, match=rf"process {other.pid} on .+ since 2"):
+            run.train(recipe, console=console)
+    finally:
+        release.set()
+        other.join()
+    assert run.train(recipe, console=console)["status"] == "done"
+
+
+def test_a_folder_that_holds_a_run_or_something_else_is_left_alone(make_recipe, console, reference, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds another run.*--resume auto.*-o"):
+        run.train(make_recipe("train.save_steps=100", output=reference["folder"]), console=console)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        run.train(make_recipe(output=tmp_path / "home"), console=console)
+    assert os.listdir(tmp_path / "home") == ["thesis.tex"] or ".lock" in os.listdir(tmp_path / "home")
+
+
+def test_resuming_a_finished_run_returns_its_result(make_recipe, console, reference):
+    again = run.train(make_recipe("train.save_steps=100", output=reference["folder"]), resume="auto", console=console)
+    assert again == reference["result"]
+
+
+def test_resume_auto_without_a_run_starts_one(make_recipe, console):
+    recipe = make_recipe("train.max_steps=1")
+    assert run.train(recipe, resume="auto", console=console)["steps"] == 1
+    with pytest.raises(ConfigError, match="needs the run's folder"):
+        run.train(recipe.model_copy(update={"output": None}), resume="auto", console=console)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (("data.eval_path=absent.jsonl",), DataError),
+        (("adapter.target_modules=[absent]",), ConfigError),
+        ((), IntegrityError),
+    ],
+)
+def test_a_failure_before_the_first_step_leaves_no_folder(make_recipe, console, tmp_path, settings, error):
+    recipe = make_recipe(*settings)
+    if error is IntegrityError:
+        recipe = _with_model(recipe, broken_copy(recipe.model.name, tmp_path))
+    with pytest.raises(error):
+        run.train(recipe, console=console)
+    assert not Path(recipe.output).exists()
+
+
+def broken_copy(model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    half(folder / "model.safetensors")
+    return folder
+
+
+def test_rows_cut_to_length_are_counted_on_the_screen(make_recipe, console):
+    run.train(make_recipe("data.max_length=14", "train.max_steps=1"), console=console)
+    assert "rows cut to 14 tokens" in console.file.getvalue()
+
+
+def test_a_full_disk_and_too_little_memory_are_said_in_words(make_recipe, console, at, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    at(3, 1, full)
+    recipe = make_recipe()
+    with pytest.raises(DiskError, match=r"No space left.*free there"):
+        run.train(recipe, console=console)
+    monkeypatch.undo()
+
+    def too_large(trainer):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+    at(3, 1, too_large)
+    with pytest.raises(OutOfMemoryError, match=r"train\.batch_size=2.*gradient_accumulation_steps=4"):
+        run.train(make_recipe(output=Path(recipe.output).with_name("other")), console=console)
+
+
+def test_several_processes_are_refused_before_anything_is_touched(make_recipe, console, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = make_recipe()
+    with pytest.raises(ConfigError, match="accelerate launch"):
+        run.train(recipe, console=console)
+    assert not Path(recipe.output).exists()
+
+
+def test_a_classifier_trains_its_head_and_accumulation_does_not_change_the_gradient(make_recipe, console, tmp_path):
+    """transformers' BERT averages over the micro-batch, and Trainer does not divide: two would make steps twice as long."""
+    plain = ("train.max_steps=4", "adapter.duallora_dropout=0", "train.max_grad_norm=0", "train.optimizer=sgd")
+    whole = make_recipe(
+        *plain, "train.batch_size=4", "train.gradient_accumulation_steps=1", kind="classify", output=tmp_path / "a"
+    )
+    parts = make_recipe(*plain, kind="classify", output=tmp_path / "b")
+    # The encoder's own dropout would be drawn for other shapes.
+    off = 0.0
+    for recipe in (whole, parts):
+        run.train(_without_model_dropout(recipe, tmp_path, off), console=console)
+    first, second = weights(whole.output), weights(parts.output)
+    assert any("classifier" in name for name in first)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
+
+
+def _without_model_dropout(recipe, tmp_path, rate):
+    folder = tmp_path / "encoder"
+    if not folder.exists():
+        shutil.copytree(recipe.model.name, folder)
+        config = record.read_json(folder / "config.json")
+        record.write_json(
+            folder / "config.json", {**config, "hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
+        )
+    return _with_model(recipe, folder)
+
+
+def _with_model(recipe, folder):
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(folder)})})
+
+
+def test_a_bfloat16_base_keeps_float32_factors(make_recipe, console):
+    recipe = make_recipe("model.dtype=bfloat16", "train.max_steps=2")
+    run.train(recipe, console=console)
+    stored = weights(recipe.output)
+    assert {tensor.dtype for name, tensor in stored.items() if name.endswith(tuple("ABCD"))} == {torch.float32}
+    assert record.read_json(Path(recipe.output) / "adapter" / "duallora.json")["base"]["dtype"] == "bfloat16"
+
+
+def test_auto_warm_up_is_the_learning_rates(make_recipe, console):
+    recipe = make_recipe("adapter.warmup_steps=auto", "train.lr_warmup_ratio=0.25", "train.max_steps=2")
+    run.train(recipe, console=console)
+    config = record.read_json(Path(recipe.output) / "adapter" / "adapter_config.json")
+    assert config["warmup_steps"] == 1
+    assert duallora.DualLoraConfig(r=4).warmup_steps != 1
