@@ -39,9 +39,9 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]], *, ord
             for gold in golds:
                 own = Counter(_ngrams(gold, n))
                 most |= own
-                counts[n] += own
+                counts[n].update(own)  # "+=" would copy the whole count each time
             hits[n] += Counter(_ngrams(guess, n)) & most
-            produced[n] += max(0, len(guess) - n + 1)
+            produced[n] += len(guess) - n + 1  # below 0 for a text shorter than n, as in the scorer
         counts[0][()] += sum(map(len, golds))
         reference_length += sum(map(len, golds)) / len(golds)
     gain = 0.0
@@ -111,9 +111,9 @@ def cider(
     return total / len(predictions) if predictions else 0.0
 
 
-# Letters and digits with inner hyphens, dots and so on as the Penn Treebank keeps them together; else one symbol.
+# Letters and digits with inner hyphens, dots and so on stay together, as in the Penn Treebank; else one symbol.
 _PIECE = re.compile(
-    r"\d+(?:[.,:/-]\d+)*(?:st|nd|rd|th|s)?(?![^\W_])|[^\W_]+(?:[-/.&_][^\W_]+)*(?:'[^\W_]+)*|'[^\W_]+|\S"
+    r"[^\W_]+(?:[-/.&_][^\W_]+|(?<=\d)[,:](?=\d)[^\W_]+)*(?:'[^\W_]+)*|'(?:s|t|re|ve|ll|d|m)(?![^\W_])|\S"
 )
 _CLITIC = re.compile(r"(?<=.)(n't|'(?:s|re|ve|ll|d|m))$")
 _PUNCTUATION = frozenset({"'", "`", "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", ";", "-", '"', "…"})

@@ -1,0 +1,188 @@
+"""What the model will see: rows with their trained and ignored tokens in colour, and the counts of the split."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from duallora.errors import DataError
+from duallora.tasks.encode import IGNORE, TrainOn, encode, encode_split, encode_texts
+from duallora.tasks.example import Example
+from duallora.tasks.task import Task
+
+TRAINED = "bold green"
+IGNORED = "dim"  # and not grey, to be read on any background
+# Every other trained token is underlined, so that the borders between them show.
+_ALTERNATING = {True: (TRAINED, f"{TRAINED} underline"), False: (IGNORED, IGNORED)}
+
+_COUNTED_ROWS = 2000  # enough for the shares; a large split would take a minute
+_LONGEST_RUN = {False: 140, True: 400}  # tokens of one kind shown before the middle is left out: ignored, trained
+
+
+def preview(
+    task: Task,
+    tokenizer: Any,
+    *,
+    split: str = "train",
+    rows: int = 3,
+    max_length: int = 512,
+    train_on: TrainOn = "answer",
+) -> RenderableType:
+    """A renderable for ``rich.print``: the first ``rows`` rows of a split as tokens, a legend, and counts.
+
+    Rows without a trained token are shown, too; the counts then carry the error that training would raise.
+    """
+    examples = task.splits[split]
+    show = _generation_row if task.kind == "generate" else _classification_row
+    panels = [
+        Panel(
+            body,
+            title=Text(f"{split} row {number}", style="bold"),
+            title_align="left",
+            subtitle=note,
+            subtitle_align="right",
+            border_style="dim",
+        )
+        for number, example in enumerate(examples[:rows], 1)
+        for body, note in [show(task, example, tokenizer, max_length, train_on)]
+    ]
+    return Group(*panels, _legend(task), _counts(task, examples, tokenizer, max_length, train_on))
+
+
+def _generation_row(
+    task: Task, example: Example, tokenizer: Any, max_length: int, train_on: TrainOn
+) -> tuple[RenderableType, Text]:
+    encoded = encode(example, tokenizer, max_length=max_length, train_on=train_on)
+    flags = [label != IGNORE for label in encoded.labels]
+    note = Text(f"{len(flags)} tokens, ")
+    note.append(f"{sum(flags)} trained", style=TRAINED if any(flags) else "bold red")
+    if encoded.truncated:
+        note.append(f", cut to {max_length}", style="yellow")
+    note.append(f"  {example.where}", style="dim")
+    body = Text()
+    pieces = _pieces(encoded.input_ids, tokenizer)
+    special = set(tokenizer.all_special_ids)
+    tokens = list(zip(encoded.input_ids, pieces, flags, strict=True))
+    for trained, run in itertools.groupby(tokens, key=lambda token: token[2]):
+        _append_run(body, list(run), trained, special)
+    body.rstrip()  # a line break at the end is shown by its sign
+    return body, note
+
+
+def _append_run(body: Text, run: Sequence[tuple[int, str, bool]], trained: bool, special: set[int]) -> None:
+    styles = _ALTERNATING[trained]
+    longest = _LONGEST_RUN[trained]
+    keep = longest // 2
+    for index, (token, piece, _) in enumerate(run):
+        if len(run) > longest and keep <= index < len(run) - keep:
+            if index == keep:
+                left_out = len(run) - 2 * keep
+                body.append(f" ... {left_out} more {'trained' if trained else 'ignored'} tokens ... ", style="cyan")
+            continue
+        edge = index in (0, len(run) - 1)
+        if token in special:
+            _append_special(body, piece, styles[0])
+        else:
+            body.append(_visible(piece, edge), style=styles[index % 2])
+
+
+def _append_special(body: Text, piece: str, style: str) -> None:
+    name = piece.strip() or piece  # word-piece decoders set a space before [SEP]
+    body.append(piece[: piece.index(name)]).append(name, style=f"{style} reverse")
+
+
+def _classification_row(
+    task: Task, example: Example, tokenizer: Any, max_length: int, train_on: TrainOn
+) -> tuple[RenderableType, Text]:
+    row = encode_texts(example, tokenizer, max_length=max_length)
+    ids = row["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    body = Text()
+    for token, piece in zip(ids, _pieces(ids, tokenizer), strict=True):
+        if token in special:
+            _append_special(body, piece, IGNORED)
+        else:
+            body.append(_visible(piece, False))
+    label: object = "none"
+    if example.label is not None:
+        label = task.labels[int(example.label)] if task.labels else example.label
+    body.append("\n").append(f"{'label' if task.labels else 'target'}: {label}", style=TRAINED)
+    return body, Text(f"{len(ids)} tokens  {example.where}", style="dim")
+
+
+def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text each token adds. Half a character (byte-level tokens) adds nothing until its last byte is there."""
+    pieces: list[str] = []
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            pieces.append("")
+        elif text.startswith(before):
+            pieces.append(text[len(before) :])
+            before = text
+        else:  # a decoder that changes earlier text (word pieces do, around punctuation)
+            pieces.append(tokenizer.convert_ids_to_tokens(int(ids[end - 1])))
+            before = text
+    return pieces
+
+
+def _visible(piece: str, edge: bool) -> str:
+    """Line breaks and tabs as signs; spaces as dots where they are easily overlooked: at the edges of a run."""
+    text = piece.replace("\r", "␍").replace("\t", "⇥").replace("\n", "↵\n")
+    return text.replace(" ", "·") if edge else text
+
+
+def _legend(task: Task) -> Text:
+    legend = Text()
+    if task.kind == "generate":
+        legend.append("trained", style=TRAINED).append(" (the loss is on it)   ", style="dim")
+        legend.append("ignored", style=IGNORED).append("   ")
+    else:
+        legend.append("label" if task.labels else "target", style=TRAINED).append("   ")
+    legend.append("special token", style="reverse dim").append(
+        "   ↵ line break  ⇥ tab  · space at an edge", style="dim"
+    )
+    return legend
+
+
+def _counts(task: Task, examples: Sequence[Example], tokenizer: Any, max_length: int, train_on: TrainOn):
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("data", f"{task.name}: {task.format}")
+    table.add_row("from", task.source)
+    sizes = ", ".join(f"{name} {size}" for name, size in _sizes(task))
+    table.add_row("rows", sizes)
+    counted = examples[:_COUNTED_ROWS]
+    try:
+        _, counts = encode_split(counted, tokenizer, task.kind, max_length=max_length, train_on=train_on)
+    except DataError as error:
+        table.add_row("fault", Text(str(error), style="bold red"))
+        return table
+    scope = f" (first {len(counted):,} rows)" if len(counted) < len(examples) else ""
+    mean = counts.tokens / max(1, counts.rows)
+    table.add_row("tokens", f"{counts.tokens:,}, {mean:.1f} a row{scope}")
+    if task.kind == "generate":
+        share = 100 * counts.trained_tokens / max(1, counts.tokens)
+        table.add_row("trained", Text(f"{counts.trained_tokens:,} tokens, {share:.1f} %{scope}", style=TRAINED))
+    style = "yellow" if counts.truncated else ""
+    table.add_row("cut", Text(f"{counts.truncated:,} rows longer than max_length {max_length}{scope}", style=style))
+    return table
+
+
+def _sizes(task: Task) -> list[tuple[str, str]]:
+    sizes = []
+    for name in task.splits:
+        try:
+            sizes.append((name, f"{len(task.splits[name]):,}"))
+        except DataError:  # a split whose file is absent is no fault of the split on show
+            sizes.append((name, "absent"))
+    return sizes
