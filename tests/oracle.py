@@ -21,7 +21,7 @@ def _magnitude(name: str, p: float) -> tuple[float, float]:
 
 
 def _matmul(X: list[list[float]], Y: list[list[float]]) -> list[list[float]]:
-    return [[sum(X[i][l] * Y[l][j] for l in range(len(Y))) for j in range(len(Y[0]))] for i in range(len(X))]
+    return [[sum(X[i][m] * Y[m][j] for m in range(len(Y))) for j in range(len(Y[0]))] for i in range(len(X))]
 
 
 def _clip(v: float) -> float:

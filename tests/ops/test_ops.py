@@ -212,7 +212,7 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
 
 def test_bad_requests_name_the_remedy():
     x, W, b, factors, _ = make()
-    with pytest.raises(ValueError, match="'cuda9'.*choose one of auto, reference, recompute"):
+    with pytest.raises(ValueError, match=r"'cuda9'.*choose one of auto, reference, recompute"):
         dual_linear(x, W, b, *factors, 0.3, backend="cuda9")
     with pytest.raises(ValueError, match=r"x is torch\.bfloat16 but the base weight is torch\.float32: cast x"):
         dual_linear(x.bfloat16(), W, b, *factors, 0.3)

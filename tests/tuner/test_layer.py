@@ -172,7 +172,7 @@ def test_safe_merge_refuses_nan_and_leaves_the_base(llama, ids):
             if f"duallora_{name}" in n:
                 p.data.view(-1)[0] = float("nan")
         with pytest.raises(
-            ValueError, match="NaNs detected in the merged weights. The adapter default seems to be bro"
+            ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be bro"
         ):
             model.merge_adapter(safe_merge=True)
         assert all(torch.equal(w, before[n]) for n, w in base_weights(model).items())
@@ -226,7 +226,7 @@ def test_one_adapter_per_row(llama, ids):
     mixed = model(ids, adapter_names=names).logits
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*nobody"):
         model(ids, adapter_names=["nobody", "default", "other"])
     with pytest.raises(ValueError, match="training mode"):
         model.train()(ids, adapter_names=names)

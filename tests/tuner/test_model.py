@@ -113,7 +113,7 @@ def test_targeting(llama):
     assert {n.rpartition(".")[2] for n in layers(default)} == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match="not found in the base model"):
         adapted(llama(), target_modules=["query"])
-    with pytest.raises(ValueError, match="'model.embed_tokens' is a Embedding; Dual LoRA adapts torch.nn.Linear"):
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens' is a Embedding; Dual LoRA adapts torch\.nn\.Linear"):
         adapted(llama(), target_modules=["embed_tokens"])
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from duallora.core.equation import add_update, dual_delta, dual_delta_backward
 from duallora.ops.reference import apply_weight
 
-BLOCK_ELEMENTS = 1 << 17  # elements of [out, in] a CPU block holds: 512 kB in float32, half of a common L2 (LOG.md)
+BLOCK_ELEMENTS = (
+    1 << 17
+)  # elements of [out, in] in a CPU block, 512 kB in float32: the fastest of 2^15 to 2^22 (LOG.md)
 
 
 def _row_blocks(out_features: int, in_features: int, device: torch.device, direction: str) -> Iterator[slice]:
@@ -36,26 +38,32 @@ def _cut(factors: Sequence[Tensor], rows: slice) -> list[Tensor]:
     return [factor[rows] if i % 2 else factor for i, factor in enumerate(factors)]
 
 
-def build_weight(W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out) -> Tensor:
-    out_features, in_features = B.shape[0], A.shape[1]
-    if W is None:
-        weight = torch.empty(
-            out_features, in_features, dtype=torch.promote_types(A.dtype, torch.float32), device=A.device
-        )
-    else:
+def _empty_weight(W: Tensor | None, A: Tensor, B: Tensor, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
+    """(W' to fill, the same seen as [out, in]); float32 at least where there is no W."""
+    if W is not None:
         weight = torch.empty_like(W)
-    by_rows = weight.T if fan_in_fan_out and W is not None else weight
-    for rows in _row_blocks(out_features, in_features, A.device, direction):
+        return weight, weight.T if fan_in_fan_out else weight
+    by_rows = A.new_empty(B.shape[0], A.shape[1], dtype=torch.promote_types(A.dtype, torch.float32))
+    return by_rows.T if fan_in_fan_out else by_rows, by_rows
+
+
+def _write(by_rows: Tensor, W: Tensor | None, rows: slice, dW: Tensor, fan_in_fan_out: bool) -> None:
+    if W is None:
+        by_rows[rows] = dW
+    else:
+        by_rows[rows] = add_update(W[:, rows].T if fan_in_fan_out else W[rows], dW)
+
+
+def build_weight(W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out) -> Tensor:
+    weight, by_rows = _empty_weight(W, A, B, fan_in_fan_out)
+    for rows in _row_blocks(B.shape[0], A.shape[1], A.device, direction):
         dW = dual_delta(
             A, B[rows], C, None if D is None else D[rows], scaling,
             magnitude=magnitude, direction=direction, ste_clip=ste_clip,
             fixed_sign=None if fixed_sign is None else fixed_sign[rows], initial=_cut(initial, rows),
         )  # fmt: skip
-        if W is None:
-            by_rows[rows] = dW
-        else:
-            by_rows[rows] = add_update(W[:, rows].T if fan_in_fan_out else W[rows], dW)
-    return weight.T if fan_in_fan_out and W is None else weight
+        _write(by_rows, W, rows, dW, fan_in_fan_out)
+    return weight
 
 
 @torch.library.custom_op("duallora::dual_linear", mutates_args=())
@@ -109,42 +117,55 @@ def _backward(
     need_factors: bool,
 ) -> list[Tensor]:
     """[dx, dW, dA, dB, dC, dD]; what is not needed, or does not exist, is an empty tensor."""
-    none = [x.new_empty(0) for _ in range(6)]
+    result = [x.new_empty(0) for _ in range(6)]
     with torch.autocast(x.device.type, enabled=False):
         dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
+        weight = None
+        if need_dW or need_factors:
+            G = dY2.T @ x2  # [out, in], in the caller's dtype; read once below, never kept
+            if need_dW and W is not None:
+                result[1] = (G.T if fan_in_fan_out else G).to(W.dtype).clone(memory_format=torch.contiguous_format)
+            if need_factors:
+                weight, *result[2:] = _weight_and_factor_gradients(
+                    G, W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
+                )
         if need_dx:
-            weight = build_weight(
-                W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
-            ).to(dY.dtype)
-            none[0] = (dY2 @ (weight.T if fan_in_fan_out else weight)).view(x.shape)
-        if not (need_dW or need_factors):
-            return none
-        G = dY2.T @ x2  # [out, in], in the caller's dtype; read once below, never kept
-        if need_dW and W is not None:
-            none[1] = (G.T if fan_in_fan_out else G).to(W.dtype).clone(memory_format=torch.contiguous_format)
-        if need_factors:
-            none[2:] = _factor_gradients(G, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign)
-    return none
+            if weight is None:
+                weight = build_weight(
+                    W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
+                )
+            weight = weight.to(dY.dtype)
+            result[0] = (dY2 @ (weight.T if fan_in_fan_out else weight)).view(x.shape)
+    return result
 
 
-def _factor_gradients(G, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign) -> list[Tensor]:
+def _weight_and_factor_gradients(
+    G, W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
+) -> list[Tensor]:
+    """[W', dA, dB, dC, dD], in one pass over G [out, in] and W."""
     dtype = torch.promote_types(A.dtype, torch.float32)
+    weight, by_rows = _empty_weight(W, A, B, fan_in_fan_out)
     dA, dB = torch.zeros_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
-    dC, dD = (G.new_empty(0), G.new_empty(0)) if C is None else (
-        torch.zeros_like(C, dtype=dtype), torch.empty_like(D, dtype=dtype)
-    )  # fmt: skip
+    dC, dD = A.new_empty(0), A.new_empty(0)
+    if C is not None and D is not None:
+        dC, dD = torch.zeros_like(C, dtype=dtype), torch.empty_like(D, dtype=dtype)
     for rows in _row_blocks(B.shape[0], A.shape[1], A.device, direction):
-        gA, gB, gC, gD = dual_delta_backward(
+        dW, gA, gB, gC, gD = dual_delta_backward(
             G[rows], A, B[rows], C, None if D is None else D[rows], scaling,
             magnitude=magnitude, direction=direction, ste_clip=ste_clip,
             fixed_sign=None if fixed_sign is None else fixed_sign[rows],
         )  # fmt: skip
+        if initial:
+            A0, B0, C0, D0 = _cut(initial, rows)
+            dW -= dual_delta(A0, B0, C0, D0, scaling, magnitude=magnitude, direction=direction)
+        _write(by_rows, W, rows, dW, fan_in_fan_out)
         dA += gA
         dB[rows] = gB
-        if gC is not None and gD is not None:
+        if gC is not None:
             dC += gC
             dD[rows] = gD
-    return [dA.to(A.dtype), dB.to(B.dtype), dC if C is None else dC.to(C.dtype), dD if D is None else dD.to(D.dtype)]
+    factors = zip((dA, dB, dC, dD), (A, B, C, D), strict=True)
+    return [weight, *(g if factor is None else g.to(factor.dtype) for g, factor in factors)]
 
 
 @_backward.register_fake
