@@ -71,6 +71,26 @@ def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def _trained_folders():
+    return {}
+
+
+@pytest.fixture
+def trained(_trained_folders, make_recipe, console, tmp_path_factory):
+    """``trained(kind)`` is the run folder of 8 steps, made once a session; copy it before damaging it."""
+    from duallora.train import run
+
+    def folder(kind: str = "generate") -> Path:
+        if kind not in _trained_folders:
+            output = tmp_path_factory.mktemp(kind) / "run"
+            run.train(make_recipe("train.max_steps=8", kind=kind, output=output), console=console)
+            _trained_folders[kind] = output
+        return _trained_folders[kind]
+
+    return folder
+
+
 @pytest.fixture
 def console():
     """A console whose text the test can read: ``console.file.getvalue()``."""

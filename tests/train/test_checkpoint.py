@@ -162,5 +162,5 @@ def test_a_non_finite_weight_is_named_and_frozen_ones_do_not_matter():
     checkpoint.require_finite(model, "step 3")
     with torch.no_grad():
         model.bias[1] = -torch.inf
-    with pytest.raises(NonFiniteError, match="bias.*step 3"):
+    with pytest.raises(NonFiniteError, match=r"bias.*step 3"):
         checkpoint.require_finite(model, "step 3")

@@ -740,9 +740,9 @@ def _folder_and_source(recipe: Recipe, resume: str) -> tuple[Path, str | Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds ``folder`` for this process; the system lets go of the lock when the process ends, however it ends."""
-    created = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
+    created, fresh = not folder.exists(), not path.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("a+", encoding="utf-8") as file:
             if not _try_lock(file):
@@ -756,9 +756,11 @@ def _locked(folder: Path) -> Iterator[None]:
             file.flush()
             yield
     finally:
-        if created and [entry.name for entry in folder.iterdir()] == [".lock"]:
-            path.unlink()  # nothing came of it: a bad file or a mistyped model leaves no folder behind
-            folder.rmdir()
+        # A bad file or a mistyped model leaves nothing behind.
+        if fresh and not (folder / "run.json").exists():
+            path.unlink(missing_ok=True)
+            if created and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -1,0 +1,319 @@
+"""Scores are what a slow loop by hand gives; an adapter is loaded whole, on its own base, or not at all."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_checkpoint import bit_flip, half
+
+from duallora.errors import ConfigError, DataError, IntegrityError
+from duallora.tasks import Example, Task, encode, load_data
+from duallora.train import checkpoint, evaluate, record, run
+from duallora.train.models import load_model
+
+SHORT = {"max_new_tokens": 1}
+
+
+@pytest.fixture
+def task(sums):
+    return load_data(str(sums), eval_fraction=0.5)
+
+
+def loss_by_hand(model, tokenizer, examples):
+    """Row by row, token by token, in float64, no padding."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            row = encode(example, tokenizer, max_length=64)
+            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+            for position, label in enumerate(row.labels[1:]):
+                if label != -100:
+                    scores = logits[position]
+                    total += math.log(sum(math.exp(score) for score in scores.tolist())) - scores[label].item()
+                    count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, task, batch_size):
+    """Trainer's own figure is a mean of batch means, in which a token of a short answer weighs more."""
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    result = evaluate.evaluate(
+        model, tokenizer, task, split="validation", batch_size=batch_size, max_length=64, generation=SHORT
+    )
+    expected = loss_by_hand(model, tokenizer, task.splits["validation"])
+    assert result.metrics["loss"] == pytest.approx(expected, rel=1e-6)
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+
+
+def test_the_loss_is_that_of_transformers_weighted_by_tokens(trained, task):
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    total, count = 0.0, 0
+    for example in task.splits["validation"]:
+        row = encode(example, tokenizer, max_length=64)
+        trained_tokens = sum(label != -100 for label in row.labels)
+        with torch.no_grad():
+            output = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels]))
+        total, count = total + output.loss.item() * trained_tokens, count + trained_tokens
+    result = evaluate.evaluate(model, tokenizer, task, split="validation", max_length=64, generation=SHORT)
+    assert result.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_batched_generation_equals_one_by_one_and_keeps_the_order(trained, task):
+    """Sorting by length and padding on the left must not show."""
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    examples = list(task.splits["validation"])
+    assert len({len(example.prompt) for example in examples}) > 2
+    together = evaluate.generate(model, tokenizer, examples, batch_size=5, max_new_tokens=7)
+    alone = [evaluate.generate(model, tokenizer, [example], max_new_tokens=7)[0] for example in examples]
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_generation_folds_the_update_in_and_leaves_no_trace(trained, task):
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    examples = list(task.splits["validation"])[:4]
+    with evaluate.folded(model):
+        inside = model.state_dict()
+        changed = [name for name in before if not torch.equal(before[name], inside[name])]
+        assert changed
+        assert all(name.endswith("base_layer.weight") for name in changed)
+        folded_logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert torch.equal(folded_logits, model(input_ids=torch.tensor([[5, 6, 7]])).logits)
+    evaluate.generate(model, tokenizer, examples, max_new_tokens=3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_evaluation_gives_back_the_training_mode(trained, task):
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model.train()
+    evaluate.evaluate(model, tokenizer, task, split="validation", limit=2, max_length=64)
+    assert model.training
+
+
+def test_a_plain_lora_is_evaluated_unfolded(tiny_causal_folder):
+    """Unfolding a LoRA subtracts, which does not give the base weight back bit for bit."""
+    model, _ = load_model(str(tiny_causal_folder), "generate")
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with evaluate.folded(model):
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_answer_compared_is_the_extracted_one(trained, task):
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    seen = {}
+
+    def metrics(predictions, examples):
+        seen["predictions"], seen["examples"] = predictions, examples
+        return {"share": 100.0}
+
+    examples = [Example(prompt="1 plus 1 is", answer=" 2", references=("2",))] * 2
+    odd = Task(
+        name="odd", kind="generate", splits={"test": examples}, format="", metrics=metrics, main_metric="share",
+        generation={"max_new_tokens": 2}, extract=lambda text: f"<{len(text)}>",
+    )  # fmt: skip
+    result = evaluate.evaluate(model, tokenizer, odd)
+    assert result.predictions == seen["predictions"]
+    assert all(prediction.startswith("<") for prediction in result.predictions)
+    assert result.metrics["share"] == 100.0
+    assert result.examples == examples == seen["examples"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_classes_come_back_in_order_with_the_mean_loss_over_rows(trained, moods, batch_size):
+    model, tokenizer = evaluate.load_adapter(trained("classify"), "classify")
+    task = load_data(str(moods), eval_fraction=0.5)
+    result = evaluate.evaluate(model, tokenizer, task, split="validation", batch_size=batch_size)
+    losses, classes = [], []
+    for example in task.splits["validation"]:
+        with torch.no_grad():
+            logits = model(**tokenizer(*example.texts, return_tensors="pt")).logits[0].double()
+        losses.append(torch.logsumexp(logits, 0).item() - logits[example.label].item())
+        classes.append(int(logits.argmax()))
+    assert result.predictions == classes
+    assert result.metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_a_regression_gives_floats_and_the_squared_error(tiny_encoder_folder):
+    torch.manual_seed(0)
+    model, tokenizer = load_model(str(tiny_encoder_folder), "regress")
+    examples = [Example(texts=("a b", "c"), label=1.5), Example(texts=("d",), label=-2)]
+    task = Task(
+        name="r", kind="regress", splits={"test": examples}, format="", main_metric="n",
+        metrics=lambda predictions, examples: {"n": float(len(predictions))},
+    )  # fmt: skip
+    result = evaluate.evaluate(model, tokenizer, task, batch_size=1)
+    with torch.no_grad():
+        outputs = [model(**tokenizer(*example.texts, return_tensors="pt")).logits.item() for example in examples]
+    assert result.predictions == pytest.approx(outputs, rel=1e-5)
+    assert result.metrics["loss"] == pytest.approx(((outputs[0] - 1.5) ** 2 + (outputs[1] + 2) ** 2) / 2, rel=1e-5)
+
+
+def test_an_absent_or_empty_split_is_named(trained, task):
+    with pytest.raises(ConfigError, match="no split 'dev'; it has train, validation"):
+        evaluate.select(task, "dev")
+    with pytest.raises(DataError, match="empty"):
+        evaluate.select(task, "validation", 0)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["generate", "classify"])
+def test_a_loaded_adapter_gives_the_logits_it_was_saved_with(make_recipe, console, monkeypatch, kind, tmp_path):
+    held = {}
+    save = run._Run._save
+
+    def keep(self, model, tokenizer, *rest):
+        model.eval()
+        held["inputs"] = tokenizer("12 plus 3 is fine", return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            held["logits"] = model(**held["inputs"]).logits
+        return save(self, model, tokenizer, *rest)
+
+    monkeypatch.setattr(run._Run, "_save", keep)
+    recipe = make_recipe("train.max_steps=4", kind=kind)
+    run.train(recipe, console=console)
+    for source in (recipe.output, Path(recipe.output) / "adapter"):
+        model, _ = evaluate.load_adapter(source, kind)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**held["inputs"]).logits, held["logits"], rtol=0, atol=1e-6)
+    assert not model.training
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy to damage."""
+    return Path(shutil.copytree(trained() / "adapter", tmp_path / "adapter"))
+
+
+def test_another_base_is_refused_with_both_fingerprints(adapter, tiny_causal_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_causal_folder, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = record.read_json(adapter / "adapter_config.json")
+    record.write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": str(other)})
+    without_record(adapter, "adapter_config.json")
+    recorded = record.read_json(adapter / "duallora.json")["base"]["fingerprint"]
+    with pytest.raises(IntegrityError) as caught:
+        evaluate.load_adapter(adapter, "generate")
+    assert recorded[:16] in str(caught.value)
+    assert str(other) in str(caught.value)
+    evaluate.load_adapter(adapter, "generate", strict=False)
+
+
+def without_record(adapter, name):
+    """Takes a file out of the recorded hashes, so that the checks behind them are reached."""
+    sidecar = record.read_json(adapter / "duallora.json")
+    del sidecar["files"][name]
+    record.write_json(adapter / "duallora.json", sidecar)
+
+
+@pytest.mark.parametrize("damage", [half, bit_flip])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_damaged_weights_are_refused_with_the_files_name(adapter, damage, recorded):
+    """Without the record only the format's own checks are left, and a flipped bit passes them."""
+    damage(adapter / "adapter_model.safetensors")
+    if not recorded:
+        (adapter / "duallora.json").unlink()
+        if damage is bit_flip:
+            evaluate.load_adapter(adapter, "generate")
+            return
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
+        evaluate.load_adapter(adapter, "generate")
+
+
+def test_a_pickle_is_refused_unread(adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(IntegrityError, match="pickle"):
+        evaluate.load_adapter(adapter, "generate")
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(IntegrityError, match="missing"):
+        evaluate.load_adapter(adapter, "generate")
+
+
+def drop_one(tensors):
+    del tensors[sorted(tensors)[5]]
+
+
+def add_one(tensors):
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.duallora_A"] = torch.ones(3, 32)
+
+
+def reshape_one(tensors):
+    name = next(name for name in sorted(tensors) if name.endswith("duallora_A"))
+    tensors[name] = torch.ones(7, 32)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"), [(drop_one, "1 missing"), (add_one, "1 unexpected"), (reshape_one, "duallora_A")]
+)
+def test_missing_added_and_misshapen_tensors_are_errors_not_warnings(adapter, edit, reason):
+    """PEFT warns and goes on with a model that is partly the base."""
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    edit(tensors)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (adapter / "duallora.json").unlink()
+    with pytest.raises(IntegrityError, match=reason):
+        evaluate.load_adapter(adapter, "generate", strict=False)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", json.dumps({"peft_type": "DUALORA"}), json.dumps({"peft_type": "DUALLORA", "r": -1})]
+)
+def test_a_config_that_cannot_be_used_is_named(adapter, content):
+    (adapter / "adapter_config.json").write_text(content)
+    without_record(adapter, "adapter_config.json")
+    with pytest.raises((IntegrityError, ConfigError), match=r"adapter_config\.json|r=-1"):
+        evaluate.load_adapter(adapter, "generate")
+
+
+def test_the_wrong_kind_of_task_is_said(adapter):
+    with pytest.raises(ConfigError, match="trained for CAUSAL_LM"):
+        evaluate.load_adapter(adapter, "classify")
+
+
+def test_what_is_not_there_is_said(tmp_path, trained):
+    with pytest.raises(ConfigError, match="no such folder"):
+        evaluate.load_adapter(tmp_path / "absent", "generate")
+    with pytest.raises(ConfigError, match=r"neither adapter_config\.json nor config\.json"):
+        evaluate.load_adapter(tmp_path, "generate")
+    unfinished = tmp_path / "run"
+    shutil.copytree(trained(), unfinished)
+    shutil.rmtree(unfinished / "adapter")
+    with pytest.raises(ConfigError, match=r"without a finished adapter .*--resume auto"):
+        evaluate.load_adapter(unfinished, "generate")
+
+
+def test_an_adapter_of_plain_peft_loads_without_a_sidecar(tiny_causal_folder, tmp_path):
+    torch.manual_seed(1)
+    model, _ = load_model(str(tiny_causal_folder), "generate")
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    model.peft_config["default"].base_model_name_or_path = str(tiny_causal_folder)
+    model.save_pretrained(tmp_path / "lora")
+    loaded, _ = evaluate.load_adapter(tmp_path / "lora", "generate")
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_dtype_is_that_of_training_unless_asked(trained):
+    assert evaluate.load_adapter(trained(), "generate")[0].dtype == torch.float32
+    assert evaluate.load_adapter(trained(), "generate", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_the_sidecar_lists_every_file(trained):
+    folder = trained("classify") / "adapter"
+    sidecar = record.read_json(folder / "duallora.json")
+    assert set(sidecar["files"]) == {path.name for path in folder.iterdir()} - {"duallora.json"}
+    assert sidecar["labels"] == ["bad", "good"]
+    assert checkpoint.compare_files(folder, sidecar["files"]) is None

@@ -1,0 +1,114 @@
+"""The merged folder is the adapter's model, in plain transformers, or there is no folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError
+from duallora.train import evaluate, merge, record
+from duallora.tuner import DualLoraModel
+
+
+def entries(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "factory"), [("generate", AutoModelForCausalLM), ("classify", AutoModelForSequenceClassification)]
+)
+def test_plain_transformers_gives_the_adapters_logits_bit_for_bit(trained, console, tmp_path, kind, factory):
+    output = tmp_path / "deep" / "merged"
+    result = merge.merge(trained(kind), output, console=console)
+    assert result["max_logit_difference"] == 0.0
+    assert "identical" in console.file.getvalue()
+    assert entries(output.parent) == ["merged"]
+    plain = factory.from_pretrained(output).eval()
+    assert not any("duallora" in name for name, _ in plain.named_modules())
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    adapted, _ = evaluate.load_adapter(trained(kind), kind)
+    base, _ = evaluate.load_adapter(adapted.peft_config["default"].base_model_name_or_path, kind)
+    inputs = tokenizer("12 plus 30 is poor", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, adapted(**inputs).logits, rtol=0, atol=1e-6)
+        if kind == "generate":
+            assert not torch.equal(plain(**inputs).logits, base(**inputs).logits)
+    if kind == "classify":
+        assert plain.config.id2label == {0: "bad", 1: "good"}
+
+
+def test_a_merged_folder_is_loaded_and_scored_like_any_model(trained, console, tmp_path, moods):
+    from duallora.tasks import load_data
+
+    merge.merge(trained("classify"), tmp_path / "merged", console=console)
+    task = load_data(str(moods), eval_fraction=0.5)
+    scores = [
+        evaluate.evaluate(*evaluate.load_adapter(source, "classify"), task, split="validation").metrics["loss"]
+        for source in (tmp_path / "merged", trained("classify"))
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-7)
+    sidecar = record.read_json(tmp_path / "merged" / "duallora.json")
+    assert sidecar["merged_from"]["steps"] == 8
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge.merge(tmp_path / "merged", tmp_path / "again", console=console)
+
+
+def test_another_dtype_is_written_and_its_rounding_reported(trained, console, tmp_path):
+    result = merge.merge(trained(), tmp_path / "merged", dtype="bfloat16", console=console)
+    assert result["dtype"] == "bfloat16"
+    assert 0 < result["max_logit_difference"] < 0.05
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("taken", ["file", "folder"])
+def test_a_taken_output_is_refused_and_left_alone(trained, console, tmp_path, taken):
+    output = tmp_path / "merged"
+    if taken == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "mine").touch()
+    with pytest.raises(ConfigError, match="-o"):
+        merge.merge(trained(), output, console=console)
+    assert entries(tmp_path) == ["merged"]
+    assert output.is_file() or entries(output) == ["mine"]
+
+
+def test_an_empty_output_folder_is_used(trained, console, tmp_path):
+    (tmp_path / "merged").mkdir()
+    merge.merge(trained(), tmp_path / "merged", console=console)
+    assert "model.safetensors" in entries(tmp_path / "merged")
+
+
+def test_a_merge_that_went_wrong_is_noticed_and_nothing_kept(trained, console, tmp_path, monkeypatch):
+    """The comparison must look at the disk and at the unmerged adapter, not at two copies of the same mistake."""
+    right = DualLoraModel.merge_and_unload
+
+    def wrong(self, **options):
+        model = right(self, **options)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(3)
+        return model
+
+    monkeypatch.setattr(DualLoraModel, "merge_and_unload", wrong)
+    with pytest.raises(IntegrityError, match="logits differ"):
+        merge.merge(trained(), tmp_path / "merged", console=console)
+    assert entries(tmp_path) == []
+
+
+def test_a_broken_adapter_is_not_merged(trained, console, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained() / "adapter", adapter)
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in sorted(tensors) if name.endswith("duallora_B"))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    (adapter / "duallora.json").unlink()
+    with pytest.raises(NonFiniteError, match="cannot be merged"):
+        merge.merge(adapter, tmp_path / "merged", console=console)
+    assert entries(tmp_path) == ["adapter"]
