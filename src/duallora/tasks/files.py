@@ -236,7 +236,7 @@ def load_hub(name: str, config: str | None, revision: str | None = None) -> Any:
 
 
 def _read_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
-    """(1-based line number, text without line end); lines with bad UTF-8 or NUL are faults. BOM and CRLF are taken."""
+    """(1-based line number, line with its end); lines with bad UTF-8 or NUL are faults. BOM and CRLF are accepted."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if number == 1:
@@ -255,19 +255,19 @@ def _read_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
             if "\0" in text:
                 faults.add(where, "holds a NUL character", text, column=str(text.index("\0") + 1))
                 continue
-            yield number, text.rstrip("\r\n")
+            yield number, text
 
 
 def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
-    size = path.stat().st_size
-    for number, text in _read_lines(path, faults):
+    for number, line in _read_lines(path, faults):
+        text = line.rstrip("\r\n")
         if not text.strip():
             continue
         where = f"{path}:{number}"
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
-            cut = error.pos >= len(text.rstrip()) and _ends_without_newline(path, size)
+            cut = text == line and not text.rstrip().endswith(("}", "]"))  # only the last line can lack its end
             what = f"bad JSON ({error.msg})" + ("; the last line is cut off" if cut else "")
             faults.add(where, what, text, column=str(error.colno))
             continue
@@ -280,14 +280,8 @@ def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
             faults.add(where, f"expected an object {{...}}, got {_type(row)}", text)
 
 
-def _ends_without_newline(path: Path, size: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(max(0, size - 1))
-        return file.read(1) != b"\n"
-
-
 def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
-    text = "\n".join(line for _, line in _read_lines(path, faults))
+    text = "".join(line for _, line in _read_lines(path, faults))
     if faults.count:  # with a line gone the list around it no longer parses
         raise DataError(f"{path} cannot be read:\n" + "\n".join(faults.kept))
     decoder = json.JSONDecoder()
@@ -337,7 +331,7 @@ def _read_csv(path: Path, faults: Faults, delimiter: str) -> Iterator[Row]:
         return
     numbers = sorted(lines)
     csv.field_size_limit(1 << 30)  # a long text is not a fault
-    reader = csv.reader((lines[number] + "\n" for number in numbers), delimiter=delimiter, strict=True)
+    reader = csv.reader((lines[number].rstrip("\r\n") + "\n" for number in numbers), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         first = reader.line_num  # lines taken so far; a quoted field may span several

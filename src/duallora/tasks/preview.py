@@ -86,7 +86,8 @@ def _append_run(body: Text, run: Sequence[tuple[int, str, bool]], trained: bool,
                 left_out = len(run) - 2 * keep
                 body.append(f" ... {left_out} more {'trained' if trained else 'ignored'} tokens ... ", style="cyan")
             continue
-        edge = index in (0, len(run) - 1)
+        # At an edge: nothing of this kind, or a special token, stands beside it.
+        edge = any(not 0 <= at < len(run) or run[at][0] in special for at in (index - 1, index + 1))
         if token in special:
             _append_special(body, piece, styles[0])
         else:

@@ -121,7 +121,7 @@ def resolve(name: str) -> str:
         path = _package_path(name)
         return str(path if path.is_dir() else _converted_smollm2(path))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name.strip() and folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)
         if (folder / "adapter_config.json").is_file():
@@ -271,7 +271,8 @@ def _converted_smollm2(gguf: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{_CONVERTED}-") as beside:
                 new = Path(beside) / "new"
                 with _announced(f"Converting SmolLM2-135M, once, into {folder} (about 30 s) ..."):
-                    _convert(gguf, new, source)
+                    _write_converted(gguf, new)
+                _seal(new, source)
                 if folder.exists():
                     folder.rename(Path(beside) / "damaged")
                 new.rename(folder)
@@ -291,8 +292,8 @@ def _announced(message: str) -> Iterator[None]:
         yield
 
 
-def _convert(gguf: Path, folder: Path, source: dict[str, Any]) -> None:
-    """GGUF -> safetensors in bfloat16, with tokenizer and manifest.
+def _write_converted(gguf: Path, folder: Path) -> None:
+    """GGUF -> a transformers folder: safetensors in bfloat16, tokenizer with its chat template.
 
     bfloat16, as the model was published: rounding the 4-bit file's values to it moves the perplexity from 6.760 to
     6.764, halves the file, and makes one base of the float32 and the bfloat16 runs.
@@ -311,6 +312,10 @@ def _convert(gguf: Path, folder: Path, source: dict[str, Any]) -> None:
     with _quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _seal(folder: Path, source: dict[str, Any]) -> None:
+    """Readable by whoever may read the folder, listed with their hashes, and on the disk."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes 0600 whatever the umask, which would lock others out of a shared cache

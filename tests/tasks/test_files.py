@@ -1,0 +1,296 @@
+"""A user's own files: every format is read, every fault is named by file, line and column."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from duallora.errors import ConfigError, DataError
+from duallora.tasks import load_data
+
+GOOD = '{"prompt": "p%d", "completion": "c%d"}'
+
+
+def good_lines(count: int) -> list[str]:
+    return [GOOD % (index, index) for index in range(count)]
+
+
+def write(path, content) -> str:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def rows_of(task):
+    return [*task.splits["train"], *task.splits["validation"]]
+
+
+def test_formats_are_detected_by_their_columns(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    cases = {
+        "prompt-completion": ({"prompt": "p", "completion": "c", "extra": 1}, "generate"),
+        "messages": ({"messages": chat}, "generate"),
+        "alpaca": ({"instruction": "i", "input": "", "output": "o"}, "generate"),
+        "classification": ({"premise": "x", "hypothesis": "y", "label": "no"}, "classify"),
+    }
+    for name, (row, kind) in cases.items():
+        other = row | {"label": "yes"} if "label" in row else row
+        task = load_data(write(tmp_path / f"{name}.jsonl", json.dumps(row) + "\n" + json.dumps(other)))
+        assert (task.format, task.kind) == (name, kind)
+        assert len(rows_of(task)) == 2
+
+
+@pytest.mark.parametrize("columns", [["text"], ["sentence"], ["text1", "text2"], ["premise", "hypothesis"]])
+def test_every_pair_of_text_columns_is_taken_and_labels_are_numbered_in_order(tmp_path, columns):
+    rows = [dict.fromkeys(columns, f"t{index}") | {"label": "b" if index % 2 else "a"} for index in range(4)]
+    task = load_data(write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))), eval_fraction=0.5)
+    assert task.labels == ("a", "b")
+    found = {example.texts: example.label for example in rows_of(task)}
+    assert found[("t1",) * len(columns)] == 1
+    assert found[("t2",) * len(columns)] == 0
+
+
+def test_numeric_classes_keep_their_order_and_fractions_are_targets(tmp_path):
+    lines = ["text,label", "a,10", "b,9", "c,2"]
+    assert load_data(write(tmp_path / "n.csv", "\n".join(lines))).labels == ("2", "9", "10")
+    task = load_data(write(tmp_path / "f.csv", "\n".join([*lines, "d,2.5"])))
+    assert task.kind == "regress"
+    assert sorted(example.label for example in rows_of(task)) == [2.0, 2.5, 9.0, 10.0]
+
+
+def test_one_label_that_is_no_number_is_a_fault_among_targets(tmp_path):
+    lines = ["text,label", *[f"t{index},{index}.5" for index in range(20)], "bad,oops"]
+    with pytest.raises(DataError, match=r"f\.csv:22, column label: expected a finite number, got text \('oops'\)"):
+        load_data(write(tmp_path / "f.csv", "\n".join(lines)))
+
+
+def test_alpaca_wording_with_and_without_input(tmp_path):
+    rows = [{"instruction": "Add {x}.", "output": "3"}, {"instruction": "Add.", "input": "1 2", "output": "3"}]
+    task = load_data(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    prompts = {example.prompt for example in rows_of(task)}
+    assert prompts == {
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nAdd {x}.\n\n### Response:\n",
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+        "### Response:\n",
+    }
+
+
+def test_the_same_rows_give_the_same_task_in_every_file_kind(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f'a "{index}",\tü', "completion": f"line\n{index}"} for index in range(5)]
+    write(tmp_path / "r.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+    write(tmp_path / "r.json", json.dumps(rows, indent=1))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    for suffix, separator in (("csv", ","), ("tsv", "\t")):
+        cells = [[row["prompt"].replace('"', '""'), row["completion"]] for row in rows]
+        lines = [separator.join(f'"{cell}"' for cell in row) for row in [["prompt", "completion"], *cells]]
+        write(tmp_path / f"r.{suffix}", "\r\n".join(lines) + "\r\n")
+    tasks = {path.suffix: load_data(str(path)) for path in sorted(tmp_path.iterdir())}
+    prints = {suffix: task.fingerprint("train") for suffix, task in tasks.items()}
+    assert set(prints) == {".csv", ".json", ".jsonl", ".parquet", ".tsv"}
+    assert len(set(prints.values())) == 1
+    assert {re.sub(r".*:", "", example.where) for example in rows_of(tasks[".csv"])} == {"2", "4", "6", "8", "10"}
+
+
+def test_bom_crlf_and_blank_lines_are_accepted(tmp_path):
+    content = "\ufeff" + "\r\n\r\n".join(good_lines(3)) + "\r\n\n"
+    task = load_data(write(tmp_path / "b.jsonl", content.encode()))
+    assert [example.prompt for example in rows_of(task)][:1] == ["p0"]
+    assert len(rows_of(task)) == 3
+
+
+FAULTS = [
+    (b'{"prompt": "p", "completion": }', r", column 31: bad JSON"),
+    (b'{"prompt": "p", "complet', r"bad JSON .*the last line is cut off"),
+    (b'{"prompt": "p\0", "completion": "c"}', r", column 14: holds a NUL character"),
+    (b'{"prompt": "p\xff", "completion": "c"}', r", column 14: not UTF-8 \(byte 0xff\)"),
+    (b'{"prompt": "p", "completion": 3}', r", column completion: expected text, got a number \(3\)"),
+    (b'{"prompt": "p"}', r", column completion: missing field"),
+    (b'{"prompt": " ", "completion": ""}', r", column completion: prompt and completion are both empty"),
+    (b'["prompt", "completion"]', r"expected an object \{\.\.\.\}, got a list"),
+    (b"[" * 100_000, r"JSON nested too deeply|bad JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), FAULTS, ids=[message[:30] for _, message in FAULTS])
+def test_each_fault_names_file_line_and_column(tmp_path, line, message):
+    good = [text.encode() for text in good_lines(4)]
+    path = write(tmp_path / "bad.jsonl", b"\n".join([*good[:2], b"", *good[2:], line]))
+    with pytest.raises(DataError, match=rf"1 bad row of 5 in .*\n.*bad\.jsonl:6.*({message})") as caught:
+        load_data(path)
+    assert all(len(text) < 300 for text in str(caught.value).splitlines())
+    skipped = load_data(path, bad_rows="skip")
+    assert len(rows_of(skipped)) == 4
+    assert "1 bad row of 5" in skipped.source
+    assert "skipped" in skipped.source
+
+
+def test_at_most_twenty_faults_are_listed_and_all_are_counted(tmp_path):
+    path = write(tmp_path / "many.jsonl", "\n".join([*good_lines(2), *["{"] * 33]))
+    with pytest.raises(DataError) as caught:
+        load_data(path)
+    text = str(caught.value)
+    assert text.startswith(f"33 bad rows of 35 in {path}:")
+    assert text.count("bad JSON") == 20
+    assert "... and 13 more" in text
+    with pytest.raises(DataError, match="no good one is left"):
+        load_data(write(tmp_path / "none.jsonl", "{\n{\n"), bad_rows="skip")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "asistant", "content": "x"}], r"messages\[0\]\.role: unknown role 'asistant'.*did you mean assist"),
+        ([{"role": "user", "content": None}], r"messages\[0\]\.content: expected text, got null"),
+        (["hello"], r"messages\[0\]: expected .* got text"),
+        ([], r"expected a list of at least one message"),
+        ([{"role": "user", "content": "x"}], r"no assistant turn"),
+        ("nonsense", r"expected a JSON list"),
+    ],
+)
+def test_faults_in_chats(tmp_path, messages, message):
+    good = {"messages": [{"role": "assistant", "content": "a"}]}
+    rows = [good, good, {"messages": messages}]
+    with pytest.raises(DataError, match=rf"m\.jsonl:3, column {message}|m\.jsonl:3, column messages: {message}"):
+        load_data(write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows))))
+
+
+def test_faults_in_csv(tmp_path):
+    head = "prompt,completion\n"
+    cases = {
+        "a,b\nc\nd,e\n": r"x\.csv:3: expected 2 fields as in the header, got 1",
+        'a,b\nc,"d\ne,f\n': r"x\.csv:3: bad CSV",
+        'a,b\n"c\nc2",d\ne,f,g\n': r"x\.csv:5: expected 2 fields .* got 3",
+    }
+    for body, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            load_data(write(tmp_path / "x.csv", head + body))
+    with pytest.raises(DataError, match="a column name occurs twice"):
+        load_data(write(tmp_path / "x.csv", "prompt,prompt\na,b\n"))
+
+
+def test_faults_in_json_and_parquet(tmp_path):
+    cases = {
+        '[\n{"prompt": "a",\n "completion": "b"},\n{"prompt": }]': r"x\.json:4, column 12: bad JSON",
+        '{"prompt": "a"}\n{"prompt": "b"}': r"expected a list .*name the file \.jsonl",
+        '[{"prompt": "a", "completion": "b"}': r"x\.json:1: bad JSON .*the file ends",
+        '[{"prompt": "a", "completion": "b"},\n\n3]': r"x\.json:3: expected an object",
+    }
+    for body, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            load_data(write(tmp_path / "x.json", body))
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        load_data(write(tmp_path / "x.parquet", b"PAR1 nothing"))
+
+
+def test_missing_empty_and_unknown_files(tmp_path):
+    for name in ("e.jsonl", "e.csv", "e.json"):
+        with pytest.raises(DataError, match="is empty; expected at least one row"):
+            load_data(write(tmp_path / name, ""))
+    with pytest.raises(DataError, match=r"no file .*nowhere\.jsonl"):
+        load_data(str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(DataError, match=r"ending '\.txt'; expected one of"):
+        load_data(write(tmp_path / "x.txt", "a"))
+    with pytest.raises(DataError, match=r"is a folder; expected one of its files: e\.csv"):
+        load_data(str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"(?s)columns question, answer, which fit none.*prompt-completion  prompt, comp"
+    ):
+        load_data(write(tmp_path / "q.jsonl", '{"question": "a", "answer": "b"}\n'))
+    with pytest.raises(DataError, match="has 1 row; expected at least 2"):
+        load_data(write(tmp_path / "one.jsonl", good_lines(1)[0]))
+    with pytest.raises(DataError, match="holds 1 class"):
+        load_data(write(tmp_path / "c.csv", "text,label\na,x\nb,x\n"))
+
+
+def test_unknown_names_and_fractions_are_config_errors(tmp_path):
+    path = write(tmp_path / "g.jsonl", "\n".join(good_lines(4)))
+    with pytest.raises(ConfigError, match="nearest: alpaca"):
+        load_data(path, format="alpacca")
+    with pytest.raises(ConfigError, match=r"eval_fraction is 1\.5"):
+        load_data(path, eval_fraction=1.5)
+    with pytest.raises(ConfigError, match="nearest: builtin:docstrings"):
+        load_data("builtin:docstring")
+
+
+def test_a_hub_name_without_the_hub_is_a_clear_data_error(monkeypatch):
+    monkeypatch.setattr("duallora.tasks.files.reachable", lambda: False)
+    with pytest.raises(DataError, match=r"data set org/nothing-there.*hub"):
+        load_data("org/nothing-there")
+    with pytest.raises(DataError, match="no file 'justaname'"):
+        load_data("justaname")
+
+
+def test_a_hub_data_set_keeps_its_own_splits_and_class_names(monkeypatch):
+    """A real ``datasets`` object stands in for the download; everything behind it runs."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+
+    def table(labels):
+        return datasets.Dataset.from_dict(
+            {"text": [f"t{index}" for index in range(len(labels))], "label": labels}, features=features
+        )
+
+    tables = datasets.DatasetDict(train=table([1, 0, 1, 0]), test=table([-1, -1]))
+    monkeypatch.setattr("duallora.tasks.files.load_hub", lambda name, config: tables)
+    task = load_data("org/name:config", eval_fraction=0.25)
+    assert task.labels == ("no", "yes")
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 3, "validation": 1}
+    tables["validation"] = table([1, 1])
+    tables["test"] = table([0])
+    task = load_data("org/name:config")
+    assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 4, "validation": 2, "test": 1}
+    assert task.splits["validation"][0].where == "org/name:config:validation:1"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(2, 60), fraction=st.floats(0.001, 0.999), seed=st.integers(0, 9))
+def test_split_is_a_partition_that_depends_on_the_seed_alone(tmp_path, count, fraction, seed):
+    path = write(tmp_path / "s.jsonl", "\n".join(good_lines(count)))
+    task = load_data(path, eval_fraction=fraction, seed=seed)
+    train, held = ([example.where for example in task.splits[split]] for split in ("train", "validation"))
+    assert train
+    assert held
+    assert sorted([*train, *held]) == sorted(f"{path}:{line}" for line in range(1, count + 1))
+    again = load_data(path, eval_fraction=fraction, seed=seed)
+    assert again.fingerprint("validation") == task.fingerprint("validation")
+    assert abs(len(held) - fraction * count) <= 1
+
+
+def test_eval_file_is_the_validation_split(tmp_path):
+    train = write(tmp_path / "t.jsonl", "\n".join(good_lines(3)))
+    held = write(tmp_path / "v.csv", "prompt,completion\nvp,vc\n")
+    task = load_data(train, eval_data=held)
+    assert [example.prompt for example in task.splits["train"]] == ["p0", "p1", "p2"]
+    assert [(example.prompt, example.where) for example in task.splits["validation"]] == [("vp", f"{held}:2")]
+
+
+def test_fingerprint_is_of_the_rows_and_not_of_their_place(tmp_path):
+    lines = good_lines(6)
+    prints = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        prints.append(load_data(write(tmp_path / name / "x.jsonl", "\n".join(lines))).fingerprint("train"))
+    assert prints[0] == prints[1]
+    lines[2] = lines[2].replace("c2", "c3")
+    assert load_data(write(tmp_path / "x.jsonl", "\n".join(lines))).fingerprint("train") != prints[0]
+
+
+def test_metrics_of_the_three_kinds(tmp_path):
+    task = load_data(write(tmp_path / "g.jsonl", "\n".join(good_lines(4))), eval_fraction=0.5)
+    rows = task.splits["validation"]
+    assert task.metrics([rows[0].answer + " ", "x"], rows)["exact_match"] == 50.0
+    task = load_data(write(tmp_path / "c.csv", "text,label\na,x\nb,y\nc,x\nd,y\n"), eval_fraction=0.5)
+    rows = task.splits["train"]
+    assert task.metrics([0, 0], rows)[task.main_metric] == 100.0 * sum(example.label == 0 for example in rows) / 2
