@@ -117,6 +117,16 @@ def test_targeting(llama):
         adapted(llama(), target_modules=["embed_tokens"])
 
 
+def test_the_saved_counter_decides_the_gate(llama, ids, tmp_path):
+    """An adapter made with its gate open acts in full when loaded into one made with its gate shut."""
+    model = adapted(llama(), init_weights=False)
+    state = peft.get_peft_model_state_dict(model)
+    other = adapted(llama())
+    peft.set_peft_model_state_dict(other, state)
+    assert duallora.gate(other) == 1.0
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
 def test_modules_to_save(llama, ids, tmp_path):
     model = adapted(llama(), modules_to_save=["lm_head"], warmup_steps=2)
     train(model, ids)

@@ -133,7 +133,7 @@ class DualLoraConfig(PeftConfig):
             raise ConfigError("layers_to_transform cannot be used when target_modules is a string: name the modules.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ConfigError("layers_pattern cannot be used when target_modules is a string: name the modules.")
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform: give the indices of the layers to adapt.")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -165,7 +165,7 @@ class DualLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.warmup != "ramp" or not self.init_weights:
+        if self.warmup != "ramp":
             return
         for layer in tracked_layers():
             for adapter, config in getattr(layer, "duallora_config", {}).items():

@@ -96,7 +96,9 @@ class DualLoraLayer(BaseTunerLayer):
         self.scaling[adapter_name] = dual_scaling(alpha, r1, self.r2[adapter_name])
         dropout = config.duallora_dropout
         self.duallora_dropout[adapter_name] = nn.Dropout(p=dropout) if dropout > 0 else nn.Identity()
-        self.duallora_step[adapter_name] = torch.zeros((), dtype=torch.int64)
+        # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
+        start = 0 if config.init_weights else config.warmup_steps
+        self.duallora_step[adapter_name] = torch.tensor(start, dtype=torch.int64)
         seed = layer_seed(config.init_seed, module_name)
         factors = self._draw(adapter_name, seed)
         for name, factor in zip(self.adapter_layer_names, factors, strict=False):
@@ -156,9 +158,9 @@ class DualLoraLayer(BaseTunerLayer):
         return [getattr(self, name).get(adapter) for name in self.adapter_layer_names]
 
     def _warmup_steps(self, adapter: str) -> int:
-        """Length of the ramp in optimizer steps; 0 if the gate is open from the start."""
+        """Length of the ramp in optimizer steps; 0 without a ramp."""
         config = self.duallora_config[adapter]
-        return config.warmup_steps if config.warmup == "ramp" and config.init_weights else 0
+        return config.warmup_steps if config.warmup == "ramp" else 0
 
     def _arguments(self, adapter: str) -> tuple[Any, ...]:
         """(A, B, C, D, gate * scaling): the positional arguments of :func:`dual_delta`."""
