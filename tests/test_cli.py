@@ -292,3 +292,254 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
     assert set(missing) == {"peft", "sacrebleu"}
     assert missing["peft"]["fix"] == 'pip install -U "peft>=0.18"'
     assert missing["sacrebleu"]["fix"] == 'pip install "sacrebleu>=2.4"'
+
+
+ROWS = "".join(f'"Count {i}:","{i + 1}, {i + 2}"\n' for i in range(20))
+QUICK = ["r=2", "train.batch_size=4", "max_length=64", "max_new_tokens=4", "report_to=[]", "logging_steps=1"]
+
+
+def settings(*more: str) -> list[str]:
+    return [word for setting in (*QUICK, *more) for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "mine.csv"
+    path.write_text("prompt,completion\n" + ROWS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_causal_folder, own_data) -> tuple[Path, dict]:
+    """A finished run of one epoch, and the JSON line that told of it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    command = ["train", "--model", str(tiny_causal_folder), "--data", str(own_data), "-o", str(folder), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "duallora.cli", *command, *settings()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_train_ends_with_a_run_folder_and_its_figures(trained):
+    from duallora.train.recipe import load_recipe
+
+    folder, payload = trained
+    assert payload["status"] == "done"
+    assert payload["exit_code"] == 0
+    assert payload["steps"] == 5  # 19 of the 20 rows, 4 at a time
+    assert payload["metrics"]["loss"] < payload["metrics"]["loss_before"]
+    assert (Path(payload["adapter"]) / "adapter_model.safetensors").is_file()
+    assert load_recipe(folder / "recipe.yaml").adapter.r == 2
+
+
+def test_a_dry_run_foretells_the_run_and_writes_nothing(trained, tiny_causal_folder, own_data, tmp_path, capsys):
+    command = ["train", "--model", str(tiny_causal_folder), "--data", str(own_data), "--dry-run", "--json"]
+    assert cli.run([*command, *settings()]) == 0
+    plan = json_line(capsys)
+    assert (plan["steps"], plan["trainable_parameters"]) == (trained[1]["steps"], trained[1]["trainable_parameters"])
+    assert plan["rows"] == 19
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_trained_again(trained, capsys):
+    folder, payload = trained
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert cli.run(["train", "-c", str(folder / "recipe.yaml"), "--resume", "auto", "--json"]) == 0
+    assert json_line(capsys)["metrics"] == payload["metrics"]
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_eval_of_a_run_repeats_its_own_figures(trained, capsys):
+    """The run's recipe gives data, split, lengths and generation, so the loss is the one training ended with."""
+    folder, payload = trained
+    assert cli.run(["eval", str(folder), "--json"]) == 0
+    result = json_line(capsys)
+    assert result["metrics"]["loss"] == pytest.approx(payload["metrics"]["loss"], rel=1e-6)
+    assert result["n"] == len(result["predictions"]) == 1
+    assert result["split"] == "validation"
+
+
+def test_eval_on_a_file_scores_every_row_and_writes_a_result(trained, own_data, capsys):
+    command = ["eval", str(trained[0]), "--data", str(own_data), "--max-new-tokens", "3", "-o", "out/result.json"]
+    assert cli.run(command) == 0
+    out = capsys.readouterr().out
+    for words in ("loss", "exact_match", "given", "predicted", "expected", "1, 2"):
+        assert words in out
+    result = json.loads(Path("out/result.json").read_text())
+    assert result["n"] == len(result["predictions"]) == 20
+    assert result["recipe"]["max_new_tokens"] == 3
+    assert result["versions"]["torch"]
+
+
+def test_eval_takes_a_plain_model_and_a_limit(tiny_causal_folder, own_data, capsys):
+    command = [
+        "eval",
+        str(tiny_causal_folder),
+        "--data",
+        str(own_data),
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "2",
+        "--json",
+    ]
+    assert cli.run(command) == 0
+    assert json_line(capsys)["n"] == 2
+
+
+def test_a_merged_run_loads_with_plain_transformers(trained, tiny_causal_folder, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert cli.run(["merge", str(trained[0]), "-o", "merged", "--json"]) == 0
+    assert json_line(capsys)["max_logit_difference"] == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_causal_folder)
+    weights = [model.model.layers[0].self_attn.q_proj.weight for model in (merged, base)]
+    assert not torch.equal(*weights)
+    assert cli.run(["merge", str(trained[0]), "-o", "merged"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_data_preview_shows_tokens(tiny_causal_folder, own_data, capsys):
+    command = [
+        "data",
+        "preview",
+        str(own_data),
+        "--model",
+        str(tiny_causal_folder),
+        "--rows",
+        "2",
+        "--max-length",
+        "64",
+    ]
+    assert cli.run(command) == 0
+    out = capsys.readouterr().out
+    for words in ("Count 0:", "1, 2", "</s>", "prompt-completion", "mine.csv:2"):
+        assert words in out
+    assert "Count 3:" not in out
+    assert cli.run([*command, "--json"]) == 0
+    assert json_line(capsys)["format"] == "prompt-completion"
+    assert cli.run([*command, "--split", "tset"]) == 2
+    assert "train, validation" in capsys.readouterr().err
+
+
+def test_data_check_counts_rows_and_tokens(tiny_causal_folder, own_data, capsys):
+    assert (
+        cli.run(["data", "check", str(own_data), "--model", str(tiny_causal_folder), "--max-length", "12", "--json"])
+        == 0
+    )
+    payload = json_line(capsys)
+    rows = [f"Count {i}:{i + 1}, {i + 2}" for i in range(20)]  # a byte is a token, and the end-of-text token follows
+    parts = payload["splits"].values()
+    assert sum(part["rows"] for part in parts) == 20
+    assert sum(part["truncated"] for part in parts) == sum(len(row) + 1 > 12 for row in rows)
+    assert max(part["longest"] for part in parts) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fragment"),
+    [
+        ("gone.jsonl", None, "gone.jsonl"),
+        ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"\n', "bad.jsonl:2"),
+        ("bad.csv", "prompt,completion\na,b\nc\n", "bad.csv:3"),
+        ("empty.csv", "", "empty.csv"),
+        ("user.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "user.jsonl:1"),
+        ("odd.csv", "question,answer\na,b\n", "question, answer"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train --data", "data check", "data preview"])
+def test_bad_data_is_exit_code_3_and_names_the_line(verb, name, content, fragment, tiny_causal_folder, capsys):
+    if content is not None:
+        Path(name).write_text(content)
+    assert cli.run([*verb.split(), name, "--model", str(tiny_causal_folder), "--json"]) == 3
+    assert fragment in json_line(capsys)["error"]
+    assert [path.name for path in Path().iterdir() if path.name not in (name, "runs")] == []
+
+
+def test_no_module_matched_is_exit_code_2(tiny_causal_folder, own_data, capsys):
+    command = ["train", "--model", str(tiny_causal_folder), "--data", str(own_data), "-o", "run"]
+    assert cli.run([*command, *settings("target_modules=[nope]")]) == 2
+    err = capsys.readouterr().err
+    assert "target_modules" in err
+    assert "nope" in err
+    assert not Path("run").exists()
+
+
+def test_other_names_that_lead_nowhere_are_exit_code_2(trained, own_data, capsys):
+    data = str(own_data)
+    for line, fragment in [
+        (["eval", "nowhere", "--data", data], "nowhere"),
+        (["merge", "nowhere", "-o", "m"], "nowhere"),
+        (["eval", str(trained[0]), "--task", "bolq"], "boolq"),
+        (["eval", str(trained[0]), "--data", data, "--split", "tset"], "validation"),
+        (["eval", str(trained[0]), "--data", data, "--task", "e2e"], "exclude each other"),
+        (["eval", "builtin:smollm2"], "--task"),
+        (["data", "preview", data, "--model", "./nowhere"], "nowhere"),
+        (["train", "--data", data, "--resume", "auto"], "-o"),
+        (["train", "--data", data, "--resume", "nowhere"], "nowhere"),
+    ]:
+        assert cli.run([*line, "--json"]) == 2, line
+        assert fragment in json_line(capsys)["error"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_adapter_is_exit_code_4(damage, trained, own_data, tmp_path, capsys):
+    """A folder that is not there is a wrong path (2); one that is there and not whole is 4."""
+    import shutil
+
+    shutil.copytree(trained[0] / "adapter", "adapter")
+    weights = Path("adapter/adapter_model.safetensors")
+    content = weights.read_bytes()
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(content[:-100] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    for line in (["eval", "adapter", "--data", str(own_data)], ["merge", "adapter", "-o", "merged"]):
+        assert cli.run([*line, "--json"]) == 4
+        assert "adapter" in json_line(capsys)["error"]
+    assert not Path("merged").exists()
+
+
+def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, capsys):
+    rows = [f"Count {i},{('zero', 'one', 'two')[i % 3]}\n" for i in range(24)]
+    Path("three.csv").write_text("text,label\n" + "".join(rows))
+    command = [
+        "train",
+        "--model",
+        str(tiny_encoder_folder),
+        "--data",
+        "three.csv",
+        "-o",
+        "run",
+        *settings("max_steps=2"),
+    ]
+    assert cli.run(command) == 0
+    capsys.readouterr()
+    assert cli.run(["eval", "run", "--data", "three.csv", "--json"]) == 0
+    whole = json_line(capsys)
+    assert whole["labels"] == ["one", "two", "zero"]
+    # The rows of two classes alone: a reader of this file by itself would number them 0 and 1.
+    Path("two.csv").write_text("text,label\n" + "".join(row for row in rows if "one" not in row))
+    assert cli.run(["eval", "run", "--data", "two.csv", "--json"]) == 0
+    part = json_line(capsys)
+    assert part["labels"] == ["one", "two", "zero"]
+    kept = [prediction for prediction, row in zip(whole["predictions"], rows, strict=True) if "one" not in row]
+    assert part["predictions"] == kept
+    right = sum(
+        part["labels"][guess] in row for guess, row in zip(kept, [r for r in rows if "one" not in r], strict=True)
+    )
+    assert part["metrics"]["accuracy"] == pytest.approx(100 * right / len(kept))
+    Path("other.csv").write_text("text,label\na,one\nb,nine\n")
+    assert cli.run(["eval", "run", "--data", "other.csv", "--json"]) == 2
+    assert "nine" in json_line(capsys)["error"]
+    assert cli.run(["eval", str(tiny_encoder_folder), "--data", "three.csv", "--json"]) == 2
+    assert "no classification head" in json_line(capsys)["error"]
+
+
+@pytest.mark.data
+def test_a_task_of_the_paper_is_previewed_from_its_folder(shared_data, tiny_causal_folder, capsys):
+    command = ["data", "preview", "boolq", "--data-dir", str(shared_data), "--model", str(tiny_causal_folder)]
+    assert cli.run([*command, "--rows", "1", "--max-length", "4096", "--json"]) == 0
+    assert json_line(capsys)["kind"] == "generate"

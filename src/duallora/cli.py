@@ -166,7 +166,10 @@ def train(
 
     if dry_run:
         return _plan(recipe)
-    return run.train(recipe, resume=resume, console=console.results)
+    result = run.train(recipe, resume=resume, console=console.results)
+    folder = escape(str(result["folder"]))
+    console.results.print(f"[dim]next: duallora eval {folder}, or duallora merge {folder} -o MERGED[/]", soft_wrap=True)
+    return result
 
 
 @app.command("eval")
@@ -184,8 +187,20 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Rows at a time.")] = 16,
-    max_length: MaxLength = 512,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, metavar="N", help="Rows at a time; 16 or as the run's recipe.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=8, metavar="N", help="Tokens per row; 512 or as the run's recipe.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer; the task's own if not given."),
+    ] = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option("--num-beams", min=1, metavar="N", help="Beams (1 is greedy); the task's own if not given."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
     lenient: Lenient = False,
     output: Annotated[
@@ -207,8 +222,16 @@ def evaluate(
     from duallora.train import record
 
     started = time.time()
-    chosen = _task(task, data, data_dir, run=Path(source))
+    chosen, recipe = _task(task, data, data_dir, run=Path(source))
     split = split or ("test" if "test" in chosen.splits else "validation")
+    batch_size = batch_size or (recipe.eval.batch_size if recipe else 16)
+    max_length = max_length or (recipe.data.max_length if recipe else 512)
+    limit = limit or (recipe.data.eval_limit if recipe else None)
+    generation = {
+        "max_new_tokens": max_new_tokens or (recipe.eval.max_new_tokens if recipe else None),
+        "num_beams": num_beams or (recipe.eval.num_beams if recipe else None),
+    }
+    generation = {name: value for name, value in generation.items() if value is not None}
     examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
     model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
     chosen = _with_labels_of(model, chosen, split, examples)
@@ -218,6 +241,7 @@ def evaluate(
         chosen,
         split=split,
         batch_size=batch_size,
+        generation=generation,
         max_length=max_length,
         console=console.results,
     )
@@ -230,11 +254,14 @@ def evaluate(
         "n": len(result.examples),
         "main_metric": chosen.main_metric,
         "metrics": result.metrics,
+        "labels": chosen.labels,
         "predictions": result.predictions,
     }
     if output is not None:
-        settings = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit}
-        more = {key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "predictions")}
+        settings = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit, **generation}
+        more: dict[str, Any] = {
+            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "predictions")
+        }
         fingerprints = {split: chosen.fingerprint(split)}
         record.write_json(
             output,
@@ -280,10 +307,13 @@ def data_preview(
 
     [dim]Example:[/]  duallora data preview mine.jsonl --model builtin:smollm2-135m
     """
+    from duallora.errors import ConfigError
     from duallora.tasks.preview import preview
     from duallora.train.models import load_tokenizer
 
     task = _named(name, data_dir)
+    if split not in task.splits:
+        raise ConfigError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}")
     shown = preview(task, load_tokenizer(model), split=split, rows=rows, max_length=max_length, train_on=train_on)
     console.results.print(shown)
     return {"source": task.source, "format": task.format, "kind": task.kind, "split": split}
@@ -304,14 +334,16 @@ def data_check(
 
     [dim]Example:[/]  duallora data check mine.csv
     """
-    from rich.table import Table
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
 
     from duallora.tasks import encode_split
     from duallora.train.models import load_tokenizer
 
     task = _named(name, data_dir)
     tokenizer = load_tokenizer(model)
-    table = Table("split", title=f"{task.source}: {task.format}", title_justify="left")
+    console.results.print(f"{escape(task.source)}: {task.format}", soft_wrap=True)
+    table = Table(Column("split", no_wrap=True), box=SIMPLE)
     for heading in ("rows", "tokens", "trained", "shortest", "median", "longest", f"over {max_length}"):
         table.add_column(heading, justify="right")
     splits: dict[str, Any] = {}
@@ -406,24 +438,25 @@ def _named(name: str, data_dir: Path | None) -> Task:
     return load_task(name, data_dir=data_dir) if name in TASKS else load_data(name)
 
 
-def _task(task: str | None, data: str | None, data_dir: Path | None, *, run: Path) -> Task:
-    """What to evaluate on: the task, every row of the data, or what the run was trained on."""
+def _task(task: str | None, data: str | None, data_dir: Path | None, *, run: Path) -> tuple[Task, Recipe | None]:
+    """What to evaluate on: the task, every row of the data, or what the run was trained on, with the run's recipe."""
     from duallora.errors import ConfigError
     from duallora.tasks import load_data, load_task
 
     if task is not None and data is not None:
         raise ConfigError(f"--task {task} and --data {data} exclude each other: keep one")
     if task is not None:
-        return load_task(task, data_dir=data_dir)
+        return load_task(task, data_dir=data_dir), None
     if data is not None:
-        return load_data(data, eval_data=None if data.startswith("builtin:") else data)
-    recipe = next((path for path in (run / "recipe.yaml", run.parent / "recipe.yaml") if path.is_file()), None)
-    if recipe is None:
+        return load_data(data, eval_data=None if data.startswith("builtin:") else data), None
+    file = next((path for path in (run / "recipe.yaml", run.parent / "recipe.yaml") if path.is_file()), None)
+    if file is None:
         raise ConfigError(f"nothing to evaluate {run} on: name a task (--task e2e) or data (--data mine.jsonl)")
     from duallora.train.recipe import load_recipe
     from duallora.train.run import load
 
-    return load(load_recipe(recipe, data_dir=data_dir), console.results)
+    recipe = load_recipe(file, data_dir=data_dir)
+    return load(recipe, console.results), recipe
 
 
 def _with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Example]) -> Task:
@@ -435,20 +468,35 @@ def _with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Examp
 
     from duallora.errors import ConfigError
 
+    if task.kind != "generate" and not hasattr(model, "peft_config"):
+        trained = [name for name in model.config.architectures or () if name.endswith("ForSequenceClassification")]
+        if not trained:
+            raise ConfigError(
+                f"{model.name_or_path} has no classification head, so its classes would be drawn by lot; train one first: "
+                f"duallora train --model {model.name_or_path} ..."
+            )
+    if task.kind != "classify":
+        return replace(task, splits={split: examples})
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
-    if task.kind == "classify" and tuple(names) != task.labels:
-        unknown = [label for label in task.labels if label not in names]
-        if unknown:
-            raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")
-        examples = [replace(example, label=names[task.labels[int(example.label or 0)]]) for example in examples]
-    return replace(task, splits={split: examples}, labels=tuple(names) if task.kind == "classify" else ())
+    unnamed = all(name == f"LABEL_{index}" for name, index in names.items())  # transformers' stand-ins
+    if unnamed and len(names) == len(task.labels):
+        return replace(task, splits={split: examples})
+    unknown = [label for label in task.labels if label not in names]
+    if unknown:
+        raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")
+    examples = [replace(example, label=names[task.labels[int(example.label or 0)]]) for example in examples]
+    return replace(task, splits={split: examples}, labels=tuple(names))
 
 
 def _show_scores(source: str, task: Task, split: str, result: EvalResult) -> None:
+    import textwrap
+
+    from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("figure", title=f"{escape(source)} on {escape(task.name)}, {split}", title_justify="left")
+    console.results.print(f"{escape(source)} on {escape(task.name)}, {split}", soft_wrap=True)
+    table = Table("figure", box=SIMPLE)
     table.add_column("value", justify="right")
     table.add_column("n", justify="right")
     for name, value in result.metrics.items():
@@ -460,11 +508,19 @@ def _show_scores(source: str, task: Task, split: str, result: EvalResult) -> Non
         wanted = example.references[0] if example.references else example.label
         if task.kind == "classify":
             prediction, wanted = task.labels[prediction], task.labels[int(wanted or 0)]
-        for label, text in (("given", asked), ("predicted", prediction), ("expected", wanted)):
-            line = " ".join(str(text).split())
-            line = line if len(line) <= 160 else "..." + line[-157:]
-            console.results.print(Text.assemble((f"{label:<10}", "bold cyan"), line))
+        given = _on_a_line(asked)
+        given = given if len(given) <= 160 else "..." + given[-157:]  # the end of a prompt holds the question
+        for label, text in (("given", given), ("predicted", _on_a_line(prediction)), ("expected", _on_a_line(wanted))):
+            console.results.print(
+                Text.assemble((f"{label:<10}", "bold cyan"), textwrap.shorten(text, 160, placeholder=" ..."))
+            )
         console.results.print()
+
+
+def _on_a_line(value: Any) -> str:
+    """Text on one line, without the control characters that an untrained model may write to the terminal."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _plan(recipe: Recipe) -> dict[str, Any]:
@@ -550,10 +606,10 @@ def run(arguments: list[str]) -> int:
         message, hint = console.explain(error, arguments)
         if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
+        status = "interrupted" if code in (130, 143) else "error"
         if message:
-            console.print_error(message, hint)
+            console.print_error(message, hint, label=status)
         if as_json:
-            status = "interrupted" if code in (130, 143) else "error"
             console.print_json({"status": status, "exit_code": code, "error": message})
         return code
 

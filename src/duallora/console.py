@@ -45,10 +45,10 @@ def print_text(text: str) -> None:
     results.print(Text(text), soft_wrap=True, end="" if text.endswith("\n") else "\n")
 
 
-def print_error(message: str, hint: str = "") -> None:
+def print_error(message: str, hint: str = "", *, label: str = "error") -> None:
     """``error: message`` in red on stderr; further lines of the message, and the hint, follow plainly."""
     first, _, rest = message.partition("\n")
-    text = Text.assemble(("error: ", "bold red"), (first, "red"))
+    text = Text.assemble((f"{label}: ", "bold red"), (first, "red"))
     if rest:
         text.append("\n" + rest)
     if hint:
@@ -88,7 +88,7 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, s
         path = error.ctx.command_path if error.ctx else "duallora"
         return _with_value(error, arguments), f"{path} --help shows what it takes."
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return f"interrupted{f': {error}' if isinstance(error, KeyboardInterrupt) and str(error) else ''}", ""
+        return (isinstance(error, KeyboardInterrupt) and str(error)) or "nothing is left half-written", ""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if code == 8:
         return (
