@@ -124,7 +124,8 @@ def test_residual_start_is_exact_in_both_backends():
             x.detach(), W, b.detach(), [f.detach() * 1.5 for f in factors], 0.3, torch.ones(N, OUT), initial=initial
         )
         assert relative(moved, want) <= 2e-6
-        got = torch.autograd.grad(moved, factors, torch.ones(N, OUT))
+        dx, *got = torch.autograd.grad(moved, [x, *factors], torch.ones(N, OUT))
+        assert relative(dx, gradients[0]) <= 2e-6
         for g, w in zip(got, gradients[2:], strict=True):
             assert relative(g, 1.5 * w) <= 2e-6
 
