@@ -91,6 +91,14 @@ def test_chat_trains_every_assistant_turn_up_to_its_end_mark(tiny_tokenizer):
     assert tiny_tokenizer.decode(encoded.input_ids) == whole
 
 
+def test_a_chat_has_only_the_tokens_its_template_writes(tiny_bos_tokenizer):
+    """The template, not the tokenizer, says whether a chat begins with <s>: two of them would be off by one."""
+    encoded = encode(Example(messages=CHAT), tiny_bos_tokenizer, max_length=999)
+    prompt = encode_prompt(Example(messages=CHAT), tiny_bos_tokenizer, max_length=999)
+    assert tiny_bos_tokenizer.bos_token_id not in [*encoded.input_ids, *prompt]
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+
 def test_chat_prompt_for_generation_ends_where_the_assistant_begins(tiny_tokenizer):
     for messages in (CHAT, CHAT[:-1]):
         ids = encode_prompt(Example(messages=messages), tiny_tokenizer, max_length=999)

@@ -28,6 +28,11 @@ def test_nist_length_factor_is_one_half_at_two_thirds_of_the_reference():
     assert cut == pytest.approx(0.5 * math.log2(6))
 
 
+def test_nist_length_is_measured_against_the_mean_of_the_references():
+    # 2 words against references of 4 and 2, mean 3: ratio 2/3, factor 1/2; each word's count is 2 of 6
+    assert nlg.nist(["a b"], [["a b x y", "a b"]], order=1) == pytest.approx(0.5 * math.log2(3))
+
+
 def test_nist_clips_by_the_reference_that_has_most_and_ignores_case():
     # "a" thrice, at most twice in one reference: two hits of log2(5/3) over three words; mean reference length 2.5
     assert nlg.nist(["A a a"], [["a a", "a b c"]], order=1) == pytest.approx(2 * math.log2(5 / 3) / 3)

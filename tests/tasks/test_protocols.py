@@ -173,6 +173,10 @@ def test_glue_layouts_with_and_without_header_and_with_loose_quotes(tmp_path):
     glue_file(tmp_path, "STS-B", "dev.tsv", ["index\tsentence1\tsentence2\tscore", "0\ta\tb\t2.500"])
     glue_file(tmp_path, "QNLI", "dev.tsv", ["index\tquestion\tsentence\tlabel", "0\tq?\ts.\tnot_entailment"])
     glue_file(tmp_path, "MRPC", "dev.tsv", ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t5\t6\tx\ty"])
+    qqp = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    glue_file(tmp_path, "QQP", "dev.tsv", [qqp, "7\t8\t9\tx?\ty?\t1"])
+    (row,) = load_task("qqp", data_dir=tmp_path).splits["validation"]
+    assert (row.texts, row.label) == (("x?", "y?"), 1)
     cola = load_task("cola", data_dir=tmp_path).splits["validation"]
     assert [(row.texts, row.label) for row in cola] == [(('He said "no.',), 1), (("Him said.",), 0)]
     stsb = load_task("stsb", data_dir=tmp_path)

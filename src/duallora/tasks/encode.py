@@ -239,8 +239,13 @@ def _before_last_answer(messages: Sequence[Mapping[str, str]]) -> Sequence[Mappi
 
 
 def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
+    distinct = list(dict.fromkeys(texts))  # the same prompt with many answers, or one system message, are common
+    if not distinct:
+        return []
     # verbose=False: the only warning it hides is "longer than the model's maximum", and rows are cut right after.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids = dict(zip(distinct, encoded["input_ids"], strict=True))
+    return [ids[text] for text in texts]
 
 
 @dataclass(frozen=True)

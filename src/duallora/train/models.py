@@ -177,9 +177,8 @@ def _dtype(dtype: DType, kind: Kind, config: Any) -> torch.dtype:
     stored = getattr(config, "dtype", None)
     if kind == "generate" and torch.cuda.is_available() and isinstance(stored, torch.dtype):
         return stored
-    return (
-        torch.float32
-    )  # a CPU gains no accuracy and little speed from 16 bit, and small updates would be rounded away
+    # A CPU gains little speed from 16 bits, and updates below half a unit of them would be rounded away.
+    return torch.float32
 
 
 def _from_pretrained(factory: Any, name: str, source: str, revision: str | None, **options: Any) -> Any:
