@@ -375,7 +375,7 @@ def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     """
     from rich.table import Column, Table
 
-    from duallora import doctor as examination
+    from duallora.train import doctor as examination
 
     checks = examination.checks()
     table = Table.grid("", "", Column(overflow="fold"), padding=(0, 2))

@@ -47,7 +47,7 @@ def _guarded(part: Callable[[], Iterator[Check]]) -> list[Check]:
 
 def _python() -> Iterator[Check]:
     version = platform.python_version()
-    wanted = metadata.metadata("duallora").get("Requires-Python") or ">=3.10"
+    wanted = metadata.metadata("duallora")["Requires-Python"] or ">=3.10"
     from packaging.specifiers import SpecifierSet
 
     fits = SpecifierSet(wanted).contains(version, prereleases=True)
