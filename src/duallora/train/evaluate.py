@@ -27,6 +27,7 @@ from duallora.train.checkpoint import compare_files
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, quiet_libraries
 from duallora.train.record import read_json
+from duallora.tuner.layer import Linear
 from duallora.tuner.register import register
 
 Kind = Literal["generate", "classify", "regress"]
@@ -434,11 +435,10 @@ def _from_hub(repository: str) -> Path | None:
 
 
 def _folds_exactly(model: PeftModel) -> bool:
-    from duallora.tuner import DualLoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, DualLoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
     return bool(layers) and all(
-        layer._runs_merged([name for name in layer.active_adapters if name in layer.duallora_A]) for layer in layers
+        layer._runs_merged([name for name in layer.active_adapters if name in layer.duallora_config])
+        for layer in layers
     )
 
 

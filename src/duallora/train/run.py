@@ -95,7 +95,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         previous = self._previous()
         if previous and previous.get("status") == "done":
-            say(self.console, "done", f"this run is finished already: [bold]{_shown(self.folder)}[/]")
+            say(self.console, "done", f"this run is finished already: [bold]{shown(self.folder)}[/]")
             return previous["result"]
         try:
             return self._train(previous)
@@ -106,7 +106,7 @@ class _Run:
     def _train(self, previous: dict[str, Any] | None) -> dict[str, Any]:
         recipe, console = self.recipe, self.console
         started = time.time()
-        say(console, "run", f"[bold]{_shown(self.folder)}[/]" + (" (resumed)" if previous else ""))
+        say(console, "run", f"[bold]{shown(self.folder)}[/]" + (" (resumed)" if previous else ""))
 
         task = load(recipe, console)
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
@@ -240,7 +240,7 @@ class _Run:
             say(
                 self.console,
                 "disk",
-                f"[yellow]{size(free)} free at {_shown(self.folder)}, and a checkpoint takes {size(need)}: "
+                f"[yellow]{size(free)} free at {shown(self.folder)}, and a checkpoint takes {size(need)}: "
                 "free some, or lower train.save_total_limit[/]",
             )
 
@@ -329,7 +329,7 @@ class _Run:
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
         record.fsync_folder(self.folder)
-        say(self.console, "saved", f"[bold]{_shown(target)}[/] ({size(files[evaluate.WEIGHTS]['size'])})")
+        say(self.console, "saved", f"[bold]{shown(target)}[/] ({size(files[evaluate.WEIGHTS]['size'])})")
         return target
 
     def _figures(self, model, tokenizer, task: Task, held_out) -> dict[str, Any]:
@@ -436,7 +436,7 @@ class _Run:
             with suppress(OSError):
                 record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
         if stopped and (self.began or previous):
-            command = f"duallora train -c {_shown(self.folder / 'recipe.yaml')} --resume auto"
+            command = f"duallora train -c {shown(self.folder / 'recipe.yaml')} --resume auto"
             say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{command}[/]")
 
 
@@ -822,7 +822,7 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """The path as a person would type it here: relative where it lies below the working folder."""
     path = path.absolute()
     return escape(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
