@@ -36,6 +36,8 @@ def layers(model: nn.Module) -> dict[str, Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
 
 
+PEFT = tuple(int(part) for part in peft.__version__.split(".")[:2])
+
 VARIANTS = [{}, {"warmup": "residual"}, {"direction": "fixed"}, {"bias": "duallora_only"}, {"init_weights": False}]
 
 
@@ -43,6 +45,8 @@ VARIANTS = [{}, {"warmup": "residual"}, {"direction": "fixed"}, {"bias": "duallo
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options, low_cpu_mem_usage):
     """The gate travels with the weights; what is rebuilt from a seed comes back, whatever the generator's state."""
+    if options.get("bias") and PEFT < (0, 21):
+        pytest.skip("PEFT before 0.21 saves '..._only' biases of its own methods alone")
     model = adapted(llama(), **options)
     train(model, ids)
     want = model(ids).logits
@@ -61,6 +65,7 @@ def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options, low_cpu_mem_
         assert {int(m.duallora_step["default"]) for m in layers(trainable).values()} == {4}
 
 
+@pytest.mark.skipif(PEFT < (0, 20), reason="this transformers release needs PEFT >= 0.20 for its adapter calls")
 def test_auto_classes_and_transformers_own_adapter_calls(llama, ids, tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
@@ -196,9 +201,17 @@ def test_saving_and_merging_with_a_closed_gate_say_so(llama, ids, tmp_path):
     model.unmerge_adapter()
     train(model, ids, steps=2)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*gate")
         model.save_pretrained(tmp_path)
         model.merge_adapter()
+
+
+def test_counters_and_seeds_stay_integers(llama):
+    """Old PEFT casts every buffer to the base dtype: a bf16 counter would stick at 256, a seed lose its low bits."""
+    model = adapted(llama(torch.bfloat16), warmup="residual")
+    for layer in layers(model).values():
+        assert layer.duallora_step["default"].dtype == torch.int64
+        assert layer.duallora_seed["default"].dtype == torch.int64
 
 
 def test_init_seed_reproduces_the_adapter(llama):

@@ -139,6 +139,13 @@ class DualLoraLayer(BaseTunerLayer):
         held = BufferDict({name: tensor.to(device) for name, tensor in tensors.items()}, persistent=False)
         self.duallora_initial[adapter_name] = held
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT before 0.21 casts integers to the base weight's float dtype too: a seed would change, a bf16 counter stick.
+        counters = [(d, d[adapter_name]) for d in (self.duallora_step, self.duallora_seed) if adapter_name in d]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for held, value in counters:
+            held[adapter_name] = value.to(held[adapter_name].device)
+
     # -- the update ----------------------------------------------------------------------------------------------
 
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
