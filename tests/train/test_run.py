@@ -164,6 +164,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert f"checkpoint-6: {name}" in said
     assert "from checkpoint-4" in said
     assert equal(weights(folder), reference["weights"])
+    assert [line["step"] for line in log(folder)] == [1, 3, 6, 9, 10]
 
 
 @pytest.fixture(scope="module")
