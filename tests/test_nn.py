@@ -68,6 +68,9 @@ def test_init_seed_gives_each_layer_its_own_values():
     ("options", "message"),
     [
         ({"r": 0}, "r=0"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"alpha": "8"}, "alpha='8'"),
+        ({"warmup_steps": 2.5}, "warmup_steps=2.5"),
         ({"r1": -2}, "r1=-2"),
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"alpha": 0}, "alpha=0"),
@@ -88,3 +91,58 @@ def test_an_adapter_of_another_rank_is_refused():
         load_adapter_state_dict(adapt(network(), r=5), state)
     with pytest.raises(IntegrityError, match="1 tensors missing"):
         load_adapter_state_dict(adapt(network(), r=4), dict(list(state.items())[1:]))
+
+
+def test_other_options_are_refused_with_both_named():
+    """Shapes alone cannot tell alpha 10 from alpha 20."""
+    state = adapter_state_dict(adapt(network(), r=4, alpha=10))
+    with pytest.raises(IntegrityError, match=r'"scaling": 2\.5.*"scaling": 5\.0'):
+        load_adapter_state_dict(adapt(network(), r=4, alpha=20), state)
+
+
+def test_adapting_twice_keeps_the_first_trainable():
+    net = adapt(adapt(network(), ["0"], r=4), ["2"], r=2)
+    assert all(p.requires_grad for n, p in net.named_parameters() if "duallora_" in n)
+    assert not any(p.requires_grad for n, p in net.named_parameters() if "duallora_" not in n)
+
+
+def test_a_layer_used_twice_stays_one_layer():
+    shared = nn.Linear(6, 6)
+    net = adapt(nn.Sequential(shared, nn.Tanh(), shared), r=2, warmup_steps=0, init_std=0.5)
+    assert net[0] is net[2]
+    x = torch.randn(3, 6)
+    want = net(x)
+    merged = merge(net)
+    assert merged[0] is merged[2]
+    assert torch.equal(merged(x), want)
+
+
+def test_a_linear_layer_by_itself():
+    layer = adapt(nn.Linear(6, 4), r=2)
+    assert isinstance(layer, DualLoraLinear)
+    assert type(merge(layer)) is nn.Linear
+
+
+def test_bad_options_leave_the_model_as_it_was():
+    net = network()
+    with pytest.raises(ValueError, match="r=0"):
+        adapt(net, r=0)
+    assert type(net[0]) is nn.Linear
+
+
+def test_excess_rank_warns():
+    with pytest.warns(UserWarning, match=r"rank 5 is above min\(in, out\) = 3"):
+        DualLoraLinear(nn.Linear(4, 3), r=5)
+
+
+def test_transformer_encoder_uses_the_adapter_in_eval_mode():
+    """torch's fused path reads .weight and would compute the base model in silence."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+    net = adapt(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), ["linear1"], r=4, warmup_steps=0, init_std=0.5
+    )
+    x = torch.randn(2, 5, 12)
+    want = net.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(x), want)

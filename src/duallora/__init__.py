@@ -55,19 +55,29 @@ def __dir__() -> list[str]:
 
 
 class _RegisterWithPeft(MetaPathFinder):
-    """Registers the method right after ``peft`` has been imported by somebody, then steps aside."""
+    """Registers the method right after ``peft`` has been imported by somebody, then steps aside.
+
+    A mere look-up of ``peft`` (transformers and accelerate ask whether it is installed) must leave it in place.
+    """
+
+    looking = False
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != "peft":
+        if fullname != "peft" or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_then_register(module: Any) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             importlib.import_module("duallora.tuner.register").register()
 
         spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]

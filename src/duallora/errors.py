@@ -3,6 +3,11 @@
 Every message names the value seen, what was expected and the remedy.
 """
 
+from __future__ import annotations
+
+import math
+from typing import Any
+
 
 class DualLoraError(Exception):
     """Base of the errors a user can cause and mend; ``exit_code`` is what the command line returns."""
@@ -50,3 +55,26 @@ class OutOfMemoryError(DualLoraError):
     """The model or the batch does not fit in memory."""
 
     exit_code = 8
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float; True and False are not numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_rank(name: str, value: Any) -> None:
+    """Raise ConfigError unless ``value`` is a whole number >= 1."""
+    if not is_number(value) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: expected a whole number >= 1 (a rank).")
+
+
+def check_steps(name: str, value: Any) -> None:
+    """Raise ConfigError unless ``value`` is a whole number >= 0."""
+    if not is_number(value) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name}={value!r}: expected a whole number of optimizer steps >= 0.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise ConfigError unless ``value`` is a finite number > 0."""
+    if not is_number(value) or value <= 0:
+        raise ConfigError(f"{name}={value!r}: expected a finite number > 0.")

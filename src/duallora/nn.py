@@ -8,7 +8,8 @@ merge(model)                                                # plain nn.Linear ag
 
 from __future__ import annotations
 
-import math
+import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
 from duallora.core.gate import Gate, ramp, track
 from duallora.core.init import draw_factors, layer_seed
-from duallora.errors import ConfigError, IntegrityError
-from duallora.ops import backend_module, build_weight, dual_linear
+from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps
+from duallora.ops import backend_module, build_weight, dual_linear, keep_off_the_fast_path
 
 
 class DualLoraLinear(nn.Module):
@@ -62,13 +63,11 @@ class DualLoraLinear(nn.Module):
         super().__init__()
         r1, r2 = (r if r1 is None else r1), (r if r2 is None else r2)
         alpha = 2 * r if alpha is None else alpha
-        if min(r, r1, r2) < 1:
-            raise ConfigError(f"r={r}, r1={r1}, r2={r2}: expected ranks >= 1.")
-        if not (math.isfinite(alpha) and alpha > 0 and init_std > 0 and direction_init_std > 0 and warmup_steps >= 0):
-            raise ConfigError(
-                f"alpha={alpha}, init_std={init_std}, direction_init_std={direction_init_std}, warmup_steps="
-                f"{warmup_steps}: expected finite numbers > 0 (warmup_steps >= 0)."
-            )
+        for name, rank in (("r", r), ("r1", r1), ("r2", r2)):
+            check_rank(name, rank)
+        for name, number in (("alpha", alpha), ("init_std", init_std), ("direction_init_std", direction_init_std)):
+            check_positive(name, number)
+        check_steps("warmup_steps", warmup_steps)
         for value, allowed in ((magnitude, MAGNITUDES), (direction, DIRECTIONS[:-1]), (ste_clip, STE_CLIPS)):
             if value not in allowed:
                 raise ConfigError(f"{value!r} is unknown: choose one of {', '.join(allowed)}.")
@@ -77,6 +76,13 @@ class DualLoraLinear(nn.Module):
         self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
         self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
         self.backend = backend
+        limit = min(base.in_features, base.out_features)
+        if max(r1, r2) > limit:
+            warnings.warn(
+                f"rank {max(r1, r2)} is above min(in, out) = {limit} of this layer; a larger rank adds parameters but no "
+                "freedom.",
+                stacklevel=2,
+            )
         base.requires_grad_(False)
         self.weight, self.bias = base.weight, base.bias
         device = base.weight.device
@@ -87,6 +93,9 @@ class DualLoraLinear(nn.Module):
         self.duallora_A, self.duallora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
         self.duallora_C, self.duallora_D = nn.Parameter(C.to(device)), nn.Parameter(D.to(device))
         self.register_buffer("duallora_step", torch.zeros((), dtype=torch.int64, device=device))
+        # Saved with the factors, so that they are not loaded under another scale or formula.
+        options = {"scaling": self.scaling, "warmup_steps": warmup_steps, **self.options}
+        self.register_buffer("duallora_options", torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8))
         track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -100,7 +109,7 @@ class DualLoraLinear(nn.Module):
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """The layer's one gate (see :mod:`duallora.core.gate`)."""
         factors = [self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D]
-        yield Gate(self.duallora_step, self.warmup_steps, factors, False)  # type: ignore[arg-type]
+        yield Gate("", self.duallora_step, self.warmup_steps, factors, False)  # type: ignore[arg-type]
 
     def get_delta_weight(self) -> Tensor:
         """dW [out, in] at the present gate, float32."""
@@ -127,6 +136,8 @@ class DualLoraLinear(nn.Module):
 def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **options: Any) -> nn.Module:
     """Freeze ``model`` and replace its linear layers by :class:`DualLoraLinear`, in place; returns ``model``.
 
+    A second call adapts further layers; a model that is itself an ``nn.Linear`` comes back as the new layer.
+
     Args:
         target_modules: last parts of the names of the ``nn.Linear`` layers to adapt; None = every one of them.
         options: as for :class:`DualLoraLinear`; with ``init_seed`` each layer gets a stream of its own.
@@ -134,10 +145,12 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
     Raises:
         ConfigError: a name matches no linear layer.
     """
+    if isinstance(model, nn.Linear):
+        return DualLoraLinear(model, **options)
     targets = None if target_modules is None else set(target_modules)
     found: dict[str, nn.Linear] = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if type(module) is nn.Linear and (targets is None or any(f".{name}".endswith(f".{t}") for t in targets))
     }
     missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in found)]
@@ -146,11 +159,18 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
         raise ConfigError(
             f"target_modules={missing or targets} match no nn.Linear; this model has: {', '.join(linear)}."
         )
-    model.requires_grad_(False)
     init_seed = options.pop("init_seed", None)
+    adapted: dict[nn.Linear, DualLoraLinear] = {}  # a layer used in two places stays one layer
     for name, linear_layer in found.items():
-        seed = None if init_seed is None else layer_seed(init_seed, name)
-        model.set_submodule(name, DualLoraLinear(linear_layer, init_seed=seed, **options))
+        if linear_layer not in adapted:
+            seed = None if init_seed is None else layer_seed(init_seed, name)
+            adapted[linear_layer] = DualLoraLinear(linear_layer, init_seed=seed, **options)
+    for name, parameter in model.named_parameters():
+        if ".duallora_" not in f".{name}":  # factors of an earlier call stay trainable
+            parameter.requires_grad_(False)
+    for name, linear_layer in found.items():
+        model.set_submodule(name, adapted[linear_layer])
+        keep_off_the_fast_path(model.get_submodule(name.rpartition(".")[0]), adapted[linear_layer])
     return model
 
 
@@ -163,10 +183,18 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     """Load what :func:`adapter_state_dict` gave into a model adapted with the same options; returns ``model``.
 
     Raises:
-        IntegrityError: a tensor is missing, unexpected or of another shape.
+        IntegrityError: a tensor is missing, unexpected or of another shape, or the adapter was trained with other
+            options.
     """
     own = adapter_state_dict(model)
     missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    options = [n for n in own.keys() & state_dict.keys() if n.endswith("duallora_options")]
+    for name in options:
+        ours, theirs = (bytes(d[name].tolist()).decode() for d in (own, state_dict))
+        if ours != theirs:
+            raise IntegrityError(
+                f"the adapter was trained with {theirs}, but this model was adapted with {ours} ({name})."
+            )
     wrong = [name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape]
     if missing or unexpected or wrong:
         raise IntegrityError(
@@ -182,7 +210,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``."""
     if isinstance(model, DualLoraLinear):
         return model.merged()
-    for name, module in list(model.named_modules()):
+    merged: dict[DualLoraLinear, nn.Linear] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DualLoraLinear):
-            model.set_submodule(name, module.merged())
+            if module not in merged:
+                merged[module] = module.merged()
+            model.set_submodule(name, merged[module])
     return model

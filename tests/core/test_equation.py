@@ -130,9 +130,11 @@ def test_half_precision_factors_are_computed_in_float32():
     dW = dual_delta(A16, B16, C16, D16, 1.0)
     assert dW.dtype == torch.float32
     assert dW.item() == 1.0
+    outside = dual_delta(A / 3, B / 7, C, D, 1 / 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(dual_delta(A, B, C, D, 1 / 3), dual_delta(A, B, C, D, 1 / 3))
-        assert dual_delta(A, B, C, D, S).dtype == torch.float32
+        inside = dual_delta(A / 3, B / 7, C, D, 1 / 3)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
 
 
 def test_nan_gradients_stay_nan():
@@ -150,3 +152,23 @@ def test_scaling_and_rounding_once():
     third = torch.tensor([[0.003]])  # 1.003 rounds down to 1, 1.006 up to 1.0078125
     assert add_update(W, third).item() == 1.0
     assert add_update(W, third, third).item() == 1.0078125
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": "stee"}, "direction='stee' is unknown: choose one of ste, xnor"),
+        ({"ste_clip": "eq12"}, "ste_clip='eq12'"),
+        ({"magnitude": "relv"}, "magnitude='relv'"),
+        ({"C": None}, r"'C': None.*expected A \[r1, in\], B \[out, r1\]"),
+        ({"B": torch.ones(2, 3)}, r"'B': \(2, 3\)"),
+        ({"D": torch.ones(3, 1)}, r"'D': \(3, 1\)"),
+        ({"direction": "fixed"}, "'fixed_sign': None"),
+    ],
+)
+def test_bad_arguments_name_what_does_not_fit(change, message):
+    """A misspelt option must not become another method in silence, nor a wrong shape uninitialised memory."""
+    arguments = {"A": A, "B": B, "C": C, "D": D, **change}
+    options = {k: arguments.pop(k) for k in ("direction", "ste_clip", "magnitude") if k in arguments}
+    with pytest.raises(ValueError, match=message):
+        dual_delta(**arguments, scaling=1.0, **options)

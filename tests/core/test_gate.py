@@ -145,6 +145,7 @@ def test_a_gate_that_stays_shut_says_so_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3 * gate_module.MISSES_BEFORE_WARNING):
+            net.zero_grad()
             backward(net)
             optimizer.step()
     messages = [str(w.message) for w in caught if "advance_gate" in str(w.message)]
@@ -167,6 +168,62 @@ def test_a_finished_model_with_old_gradients_is_left_alone():
             other(torch.ones(1, 2)).sum().backward()
             others.step()
     assert steps(net) == [1, 1]
+
+
+def test_accumulating_beside_another_optimizer_is_no_alarm():
+    """A critic that steps every micro-batch while ours accumulates: the gradients grow, but they are not unused."""
+    net, critic = model(), nn.Linear(2, 2)
+    ours, others = (torch.optim.SGD(p, lr=1e-3) for p in (trained(net), list(critic.parameters())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 * gate_module.MISSES_BEFORE_WARNING):
+            backward(net)
+            critic(torch.ones(1, 2)).sum().backward()
+            others.step()
+        ours.step()
+    assert steps(net) == [1, 1]
+
+
+class Around(torch.optim.Optimizer):
+    """A wrapper over the same parameters, as ZeroRedundancyOptimizer, SAM and Lookahead are."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.inner = torch.optim.SGD(parameters, lr=1e-3)
+
+    def step(self, closure=None):
+        if closure is not None:
+            raise RuntimeError("no closure here")
+        self.inner.step()
+
+
+def test_an_optimizer_around_an_optimizer_is_one_step():
+    net = model()
+    optimizer = Around(trained(net))
+    for n in range(3):
+        backward(net)
+        if n == 1:  # a step that fails in between must not skew the next
+            with pytest.raises(RuntimeError, match="no closure"):
+                optimizer.step(lambda: None)
+        optimizer.step()
+    assert steps(net) == [3, 3]
+
+
+def test_the_direction_group_alone_counts_too():
+    net = model()
+    optimizer = torch.optim.SGD([p for n, p in net.named_parameters() if n.endswith(("_C", "_D"))], lr=1e-3)
+    for _ in range(3):
+        backward(net)
+        optimizer.step()
+    assert steps(net) == [3, 3]
+
+
+def test_a_strangers_gates_are_not_ours():
+    """Mixtures of experts have a submodule called ``gates``."""
+    net = model()
+    net.gates = nn.Linear(2, 2)
+    net[1].gates = nn.Linear(2, 2)
+    assert duallora.gate(net) == 0.0
 
 
 def test_closed_gate_message():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import oracle
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from duallora import ops
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
 from duallora.ops import BACKENDS, build_weight, dual_linear, recompute
 from duallora.ops.reference import apply_weight
@@ -160,6 +162,10 @@ def test_registered_operator_passes_opcheck():
     backward = (torch.randn(N, OUT), x.detach(), W, *(f.detach() for f in factors), torch.tensor(0.3), "relu", "ste",
                 "chain", None, [], False, True, False, True)  # fmt: skip
     torch.library.opcheck(torch.ops.duallora.dual_linear_backward.default, backward)
+    crosswise = torch.randn(2, IN, 5).transpose(1, 2)  # strides the result does not have
+    torch.library.opcheck(
+        torch.ops.duallora.dual_linear_backward.default, (torch.randn(2, 5, OUT), crosswise, *backward[2:])
+    )
 
 
 def test_compiles_in_one_graph_and_does_not_recompile_when_the_gate_moves():
@@ -181,6 +187,20 @@ def test_compiles_in_one_graph_and_does_not_recompile_when_the_gate_moves():
             torch.autograd.grad(loss, [x, *factors]), torch.autograd.grad(want, [x, *factors]), strict=True
         ):
             torch.testing.assert_close(g, w)
+
+
+def test_inductor_takes_input_of_any_strides():
+    """A convolution's output, transposed, is not contiguous; the fake kernel must not promise its strides."""
+    _, W, b, factors, _ = make()
+    x0 = torch.randn(2, IN, 5, requires_grad=True)
+    torch._dynamo.reset()
+
+    def layer(x0):
+        return dual_linear(torch.tanh(x0).transpose(1, 2), W, b, *factors, 0.3).square().sum()
+
+    got = torch.autograd.grad(torch.compile(layer, fullgraph=True)(x0), [x0, *factors])
+    for g, w in zip(got, torch.autograd.grad(layer(x0), [x0, *factors]), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,6 +237,30 @@ def test_bad_requests_name_the_remedy():
         dual_linear(x, W, b, *factors, 0.3, backend="cuda9")
     with pytest.raises(ValueError, match=r"x is torch\.bfloat16 but the base weight is torch\.float32: cast x"):
         dual_linear(x.bfloat16(), W, b, *factors, 0.3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_of_another_shape_is_refused(backend):
+    """Sized from W and filled from B, W' would keep uninitialised rows."""
+    x, W, b, factors, _ = make()
+    with pytest.raises(ValueError, match=r"W is \(64, 100\), but A \(5, 100\) and B \(63, 5\) make \(63, 100\)"):
+        dual_linear(x, torch.zeros(64, IN), b, *factors, 0.3, backend=backend)
+    with pytest.raises(ValueError, match=r"W is \(63, 100\)"):
+        build_weight(W, *factors, 0.3, backend=backend, fan_in_fan_out=True)
+
+
+def test_float16_training_warns_once_that_the_clip_saturates():
+    x, W, b, factors, _ = make(torch.float16)
+    ops._warn_of_float16.cache_clear()
+    with pytest.warns(UserWarning, match="Use bfloat16, or ste_clip='none'"):
+        dual_linear(x, W, b, *factors, 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dual_linear(x, W, b, *factors, 0.3)
+        ops._warn_of_float16.cache_clear()
+        dual_linear(x, W, b, *factors, 0.3, ste_clip="none")
+        with torch.no_grad():
+            dual_linear(x, W, b, *factors, 0.3)
 
 
 def test_inference_mode():

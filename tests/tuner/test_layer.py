@@ -336,3 +336,65 @@ def test_deepcopy_is_independent(llama, ids):
     train(clone, ids)
     assert duallora.gate(model) == 0
     assert duallora.gate(clone) == 0.75
+
+
+def test_deleting_a_merged_adapter_takes_it_out(llama, ids):
+    """transformers' delete_adapter does not look: the base weight must not keep a dW nobody can remove."""
+    base = llama()
+    want = base(ids).logits
+    model = adapted(base)
+    train(model, ids)
+    model.add_adapter("other", DualLoraConfig(**AWKWARD))
+    model.set_adapter("other")
+    train(model, ids)
+    other = model(ids).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for layer in (m for m in model.modules() if isinstance(m, Linear)):
+            layer.merge(adapter_names=["default"])
+            layer.merge(adapter_names=["other"])
+            layer.delete_adapter("default")
+            assert layer.merged_adapters == ["other"]
+        assert torch.equal(model(ids).logits, other)
+        for layer in (m for m in model.modules() if isinstance(m, Linear)):
+            layer.delete_adapter("other")
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_an_active_adapter_left_out_of_a_merge_still_acts(llama, ids):
+    model = adapted(llama())
+    train(model, ids)
+    model.add_adapter("other", DualLoraConfig(**AWKWARD))
+    model.set_adapter("other")
+    train(model, ids)
+    model.base_model.set_adapter(["default", "other"])
+    want = model(ids).logits
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_hooks_and_patched_forwards_of_the_base_layer_run(llama):
+    for patch in ("hook", "forward"):
+        layer = next(m for m in adapted(llama(), target_modules=["q_proj"]).modules() if isinstance(m, Linear))
+        seen = []
+        if patch == "hook":
+            layer.base_layer.register_full_backward_hook(lambda *_, seen=seen: seen.append(1))
+        else:
+            original = layer.base_layer.forward
+            layer.base_layer.forward = lambda x, seen=seen, original=original: seen.append(1) or original(x)
+        layer(torch.randn(2, layer.in_features, requires_grad=True)).sum().backward()
+        assert seen == [1]
+
+
+def test_torch_transformer_layers():
+    """The encoder's fused path would bypass the adapter in eval mode; attention's out_proj is never called at all."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
+    config = DualLoraConfig(r=4, target_modules=["linear1"], init_weights=False, init_std=0.5)
+    model = peft.get_peft_model(nn.Sequential(encoder), config)
+    x = torch.randn(2, 5, 12)
+    want = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), want)
+    with pytest.raises(ValueError, match=r"reads its weight without calling it.*add 'out_proj' to exclude_modules"):
+        peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(12, 2)), DualLoraConfig(target_modules=["out_proj"]))

@@ -251,3 +251,28 @@ def test_peft_converts_to_lora(llama, ids):
     config, state = conversion.convert_to_lora(model, rank=12, adapter_name="default")
     assert len(state) == 2 * len(layers(model))
     assert config.r == 12
+
+
+def test_one_head_and_one_beam_per_row(llama, ids):
+    """adapter_names reaches modules_to_save too, and generate's beams."""
+    model = adapted(llama(), modules_to_save=["lm_head"], warmup_steps=1)
+    train(model, ids)
+    model.add_adapter("other", DualLoraConfig(**{**AWKWARD, "modules_to_save": ["lm_head"]}))
+    model.set_adapter("other")
+    train(model, ids)
+    model.eval()
+    names = ["other", "default", "__base__"]
+    mixed = model(ids, adapter_names=names).logits
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], model(ids).logits[row], rtol=1e-4, atol=1e-5)
+    model.generate(input_ids=ids, adapter_names=names, num_beams=2, max_new_tokens=3, pad_token_id=0)
+
+
+def test_weights_without_their_counter_say_so(llama, ids):
+    """Savers that walk named_parameters() lose the buffer, and the adapter would act as nothing."""
+    model = adapted(llama())
+    train(model, ids, steps=4)
+    state = {k: v for k, v in peft.get_peft_model_state_dict(model).items() if "duallora_step" not in k}
+    with pytest.warns(UserWarning, match=r"hold no step counter.*stays at step 0 of 4.*advance_gate"):
+        peft.set_peft_model_state_dict(adapted(llama()), state)

@@ -96,6 +96,38 @@ def _compute_dtype(A: Tensor) -> torch.dtype:
     return torch.promote_types(A.dtype, torch.float32)
 
 
+def check_arguments(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    magnitude: str,
+    direction: str,
+    ste_clip: str,
+    fixed_sign: Tensor | None,
+) -> None:
+    """Raise ValueError for an unknown option, or for factors whose shapes do not make one [out, in]."""
+    for name, value, allowed in (
+        ("magnitude", magnitude, MAGNITUDES),
+        ("direction", direction, DIRECTIONS),
+        ("ste_clip", ste_clip, STE_CLIPS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
+    groups = {"A": A, "B": B, "fixed_sign": fixed_sign} if direction == "fixed" else {"A": A, "B": B, "C": C, "D": D}
+    shapes = {name: None if t is None else tuple(t.shape) for name, t in groups.items()}
+    fits = all(shape is not None and len(shape) == 2 for shape in shapes.values()) and A.shape[0] == B.shape[1]
+    if fits and direction == "fixed":
+        fits = shapes["fixed_sign"] == (B.shape[0], A.shape[1])
+    elif fits and C is not None and D is not None:
+        fits = C.shape[0] == D.shape[1] and C.shape[1] == A.shape[1] and D.shape[0] == B.shape[0]
+    if not fits:
+        raise ValueError(
+            f"direction={direction!r} got {shapes}: expected A [r1, in], B [out, r1], and C [r2, in], D [out, r2] (with "
+            "'fixed': fixed_sign [out, in])."
+        )
+
+
 def dual_delta(
     A: Tensor,
     B: Tensor,
@@ -124,7 +156,11 @@ def dual_delta(
 
     Returns:
         dW [out, in], in the dtype of the factors but float32 at least.
+
+    Raises:
+        ValueError: an unknown option, or factors whose shapes do not fit together.
     """
+    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
     dtype = _compute_dtype(A)
     with torch.autocast(A.device.type, enabled=False):
         M = scaling * _MAGNITUDE[magnitude][0](B.to(dtype) @ A.to(dtype))

@@ -12,16 +12,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 
 class Gate(NamedTuple):
     """One counter and the factors it counts steps of."""
 
+    name: str  # of the adapter
     step: Tensor  # [] int64
     warmup_steps: int  # 0: open from the start
     factors: list[nn.Parameter]
@@ -34,12 +40,23 @@ class Gated(Protocol):
     def gates(self, active_only: bool = False) -> Iterator[Gate]: ...
 
 
-MISSES_BEFORE_WARNING = 10  # optimizer steps that left a layer's gradients unused before we say so
+@dataclass
+class _Watch:
+    """What the hook remembers of one gate."""
+
+    owner: int | None = None  # the first trained factor that any optimizer has ever held: its owner's steps count
+    misses: int = 0
+    gradient: weakref.ref[Tensor] | None = None  # the last one seen
+
+
+MISSES_BEFORE_WARNING = 10  # optimizer steps that left a layer's new gradients unused before we say so
 
 _tracked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_misses: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_last_seen: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int]] = weakref.WeakKeyDictionary()
-_hook = None
+_watches: weakref.WeakKeyDictionary[nn.Module, dict[str, _Watch]] = weakref.WeakKeyDictionary()
+_running: list[
+    tuple[int, set[tuple[int, str]]]
+] = []  # optimizers inside step(), outermost first, and what they counted
+_hooks: list[Any] = []
 
 
 def ramp(step: Tensor, warmup_steps: int) -> Tensor:
@@ -51,10 +68,10 @@ def ramp(step: Tensor, warmup_steps: int) -> Tensor:
 
 def track(layer: nn.Module) -> None:
     """Count optimizer steps for ``layer`` (a :class:`Gated` module) for as long as it lives."""
-    global _hook
     _tracked.add(layer)
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_optimizer_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_optimizer_step))
 
 
 def tracked_layers() -> list[nn.Module]:
@@ -62,7 +79,22 @@ def tracked_layers() -> list[nn.Module]:
     return list(_tracked)
 
 
-def _after_optimizer_step(optimizer: Optimizer, args, kwargs) -> None:
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # An exception inside step() leaves its entry behind; an optimizer is not inside itself.
+    inside = [identity for identity, _ in _running]
+    if id(optimizer) in inside:
+        del _running[inside.index(id(optimizer)) :]
+    _running.append((id(optimizer), set()))
+
+
+def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # A wrapper (ZeroRedundancyOptimizer, SAM) steps an inner optimizer over the same factors: that is one step.
+    counted: set[tuple[int, str]] = set()
+    while _running:
+        identity, inner = _running.pop()
+        counted |= inner
+        if identity == id(optimizer):
+            break
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # A fused optimizer is called even when GradScaler found an overflow, and skips the update itself.
     found_inf = getattr(optimizer, "found_inf", None)
@@ -71,19 +103,23 @@ def _after_optimizer_step(optimizer: Optimizer, args, kwargs) -> None:
         for layer in tracked_layers():
             for gate in cast(Gated, layer).gates():
                 trained = [p for p in gate.factors if p.requires_grad]
-                if gate.warmup_steps == 0 or gate.frozen or not trained:
-                    continue
                 # A sharded factor can be empty on this rank; its peers step all the same.
-                if not any(p.grad is not None or p.numel() == 0 for p in trained):
+                touched = any(p.grad is not None or p.numel() == 0 for p in trained)
+                if gate.warmup_steps == 0 or gate.frozen or not touched or (id(layer), gate.name) in counted:
                     continue
-                fresh = _has_fresh_gradient(layer, trained)
-                # With one optimizer per group the first trained factor's owner counts, so each step counts once.
-                if id(trained[0]) in owned:
+                watch = _watches.setdefault(layer, {}).setdefault(gate.name, _Watch())
+                fresh = _has_new_gradient(watch, trained)
+                held = [i for i, p in enumerate(trained) if id(p) in owned]
+                if held and (watch.owner is None or held[0] <= watch.owner):
+                    # With one optimizer for each group, the first group's counts, so a step counts once.
+                    watch.owner = held[0]
                     gate.step.add_(1 if found_inf is None else (found_inf == 0).to(gate.step).reshape(()))
-                    _misses.pop(layer, None)
-                elif fresh and not owned.intersection(map(id, trained)):
-                    _misses[layer] = _misses.get(layer, 0) + 1
-                    stuck += _misses[layer] == MISSES_BEFORE_WARNING
+                    counted.add((id(layer), gate.name))
+                elif fresh and watch.owner is None:
+                    watch.misses += 1
+                    stuck += watch.misses == MISSES_BEFORE_WARNING
+    if _running:
+        _running[-1][1].update(counted)
     if stuck:
         warnings.warn(
             f"{MISSES_BEFORE_WARNING} optimizer steps passed, but no optimizer that torch can see holds the Dual LoRA "
@@ -93,20 +129,22 @@ def _after_optimizer_step(optimizer: Optimizer, args, kwargs) -> None:
         )
 
 
-def _has_fresh_gradient(layer: nn.Module, trained: list[nn.Parameter]) -> bool:
-    """Whether a backward has run through ``layer`` since it was last asked: a finished model keeps its old gradients."""
+def _has_new_gradient(watch: _Watch, trained: list[nn.Parameter]) -> bool:
+    """Whether the gradient is another tensor than last time: not the leftover of a finished model, nor one that is
+    still being accumulated."""
     gradient = next((p.grad for p in trained if p.grad is not None), None)
-    if gradient is None:
-        return False
-    before = _last_seen.get(layer)
-    _last_seen[layer] = (weakref.ref(gradient), gradient._version)
-    return before is None or before[0]() is not gradient or before[1] != gradient._version
+    before = None if watch.gradient is None else watch.gradient()
+    watch.gradient = None if gradient is None else weakref.ref(gradient)
+    return gradient is not None and before is not gradient
 
 
 def _gates_of(model: nn.Module, active_only: bool) -> list[Gate]:
-    gates = [g for m in model.modules() if hasattr(m, "gates") for g in cast(Gated, m).gates(active_only)]
-    if not gates:
+    layers = [cast(Gated, module) for module in model.modules() if module in _tracked]
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no Dual LoRA layer, so there is no gate: add an adapter first.")
+    gates = [g for layer in layers for g in layer.gates(active_only)]
+    if not gates:
+        raise ValueError(f"no adapter of {type(model).__name__} is active, so there is no gate: set_adapter one first.")
     return gates
 
 
@@ -114,7 +152,7 @@ def gate(model: nn.Module) -> float:
     """Mean gate over the active Dual LoRA layers of ``model``, in [0, 1].
 
     Raises:
-        ValueError: the model has no Dual LoRA layer.
+        ValueError: the model has no Dual LoRA layer, or none of its adapters is active.
     """
     gates = _gates_of(model, active_only=True)
     return float(torch.stack([ramp(g.step, g.warmup_steps).cpu() for g in gates]).mean())

@@ -33,8 +33,8 @@ def draw_factors(
 ) -> list[Tensor]:
     """[A, B, C, D] (only [A, B] if r2 is None), float32 on CPU, N(0, init_std^2) and N(0, direction_init_std^2).
 
-    ``on_bf16_grid`` rounds each value to bfloat16, so that the factors survive a cast to half precision unchanged
-    and dW(0) can be rebuilt bit for bit from the seed (``warmup="residual"``).
+    ``on_bf16_grid`` rounds each value to bfloat16, so that the factors survive a cast to bfloat16 unchanged and dW(0)
+    can be rebuilt bit for bit from the seed (``warmup="residual"``).
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     shapes = [((r1, in_features), init_std), ((out_features, r1), init_std)]

@@ -7,12 +7,16 @@ which is also what merging writes: a merged layer computes the very bits of an u
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from duallora.core.equation import check_arguments
 from duallora.ops import recompute, reference
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "recompute": recompute}
@@ -29,6 +33,35 @@ def backend_module(name: str) -> ModuleType:
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not available: choose one of {', '.join(['auto', *BACKENDS])}.")
     return BACKENDS[name]
+
+
+def _check_weight(W: Tensor | None, A: Tensor, B: Tensor, fan_in_fan_out: bool) -> None:
+    expected = (A.shape[1], B.shape[0]) if fan_in_fan_out else (B.shape[0], A.shape[1])
+    if W is not None and tuple(W.shape) != expected:
+        raise ValueError(f"W is {tuple(W.shape)}, but A {tuple(A.shape)} and B {tuple(B.shape)} make {expected}.")
+
+
+@functools.cache
+def _warn_of_float16() -> None:
+    warnings.warn(
+        "Training in float16: under loss scaling the straight-through clip sees gradients thousands of times too large "
+        "and saturates, which distorts the direction group. Use bfloat16, or ste_clip='none'.",
+        stacklevel=4,
+    )
+
+
+def keep_off_the_fast_path(parent: nn.Module, layer: nn.Module) -> None:
+    """Make a ``nn.TransformerEncoderLayer`` that holds ``layer`` call it.
+
+    In eval mode torch's fused path reads ``layer.weight`` instead, and would silently compute the base model; a hook
+    anywhere below the encoder layer disqualifies that path.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    return None
 
 
 def dual_linear(
@@ -62,8 +95,13 @@ def dual_linear(
         y [..., out], in the dtype of x (autocast's under autocast).
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: an unknown option or backend, or shapes or dtypes that do not fit together.
     """
+    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
+    _check_weight(W, A, B, fan_in_fan_out)
+    clips = direction == "ste" and ste_clip != "none"
+    if x.dtype == torch.float16 and clips and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _warn_of_float16()
     return backend_module(backend).dual_linear(
         x, W, b, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
     )
@@ -87,9 +125,11 @@ def build_weight(
     backend: str = "auto",
 ) -> Tensor:
     """W' = W + dW in the dtype and layout of W: the weight :func:`dual_linear` multiplies by, bit for bit."""
+    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
+    _check_weight(W, A, B, fan_in_fan_out)
     return backend_module(backend).build_weight(
         W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
     )
 
 
-__all__ = ["BACKENDS", "backend_module", "build_weight", "dual_linear"]
+__all__ = ["BACKENDS", "backend_module", "build_weight", "dual_linear", "keep_off_the_fast_path"]

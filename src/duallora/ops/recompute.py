@@ -145,10 +145,10 @@ def _weight_and_factor_gradients(
     """[W', dA, dB, dC, dD], in one pass over G [out, in] and W."""
     dtype = torch.promote_types(A.dtype, torch.float32)
     weight, by_rows = _empty_weight(W, A, B, fan_in_fan_out)
-    dA, dB = torch.zeros_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
+    dA, dB = A.new_zeros(A.shape, dtype=dtype), B.new_empty(B.shape, dtype=dtype)
     dC, dD = A.new_empty(0), A.new_empty(0)
     if C is not None and D is not None:
-        dC, dD = torch.zeros_like(C, dtype=dtype), torch.empty_like(D, dtype=dtype)
+        dC, dD = C.new_zeros(C.shape, dtype=dtype), D.new_empty(D.shape, dtype=dtype)
     for rows in _row_blocks(B.shape[0], A.shape[1], A.device, direction):
         dW, gA, gB, gC, gD = dual_delta_backward(
             G[rows], A, B[rows], C, None if D is None else D[rows], scaling,
@@ -173,9 +173,9 @@ def _(dY, x, W, A, B, C, D, *options):
     need_dx, need_dW, need_factors = options[-3:]
     factors = [A, B, C, D]
     return [
-        torch.empty_like(x) if need_dx else x.new_empty(0),
+        x.new_empty(x.shape) if need_dx else x.new_empty(0),  # contiguous, whatever the strides of x
         W.new_empty(W.shape) if need_dW and W is not None else x.new_empty(0),
-        *(x.new_empty(0) if f is None or not need_factors else torch.empty_like(f) for f in factors),
+        *(x.new_empty(0) if f is None or not need_factors else f.new_empty(f.shape) for f in factors),
     ]
 
 
@@ -205,7 +205,7 @@ def dual_linear(
     x, W, b, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
 ) -> Tensor:
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
         x = x.to(torch.get_autocast_dtype(device))
     elif W is not None and x.dtype != W.dtype:
         raise ValueError(f"x is {x.dtype} but the base weight is {W.dtype}: cast x, or run under torch.autocast.")

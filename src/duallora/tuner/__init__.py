@@ -1,9 +1,12 @@
 """Dual LoRA as a PEFT method: ``peft.get_peft_model(model, DualLoraConfig(...))``."""
 
-import peft  # noqa: F401  (first: importing PEFT registers the method, which imports the modules below)
+import peft  # noqa: F401  (first: importing PEFT may register the method, which imports the modules below)
 
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.layer import DualLoraLayer, Linear
 from duallora.tuner.model import DualLoraModel, param_groups
+from duallora.tuner.register import register
 
 __all__ = ["DualLoraConfig", "DualLoraLayer", "DualLoraModel", "Linear", "param_groups"]
+
+register()

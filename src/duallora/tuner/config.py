@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from peft.utils.peft_types import PeftType
 
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
 from duallora.core.gate import closed_gate_message, tracked_layers
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import BACKENDS
 
 _CHOICES = {
@@ -140,19 +139,18 @@ class DualLoraConfig(PeftConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
         for name in ("r", "r1", "r2"):
             if getattr(self, name) is not None or name == "r":
-                _check_rank(name, getattr(self, name))
+                check_rank(name, getattr(self, name))
         if self.alpha is None:
             self.alpha = 2 * self.r
-        _check_positive("alpha", self.alpha)
-        _check_positive("init_std", self.init_std)
-        _check_positive("direction_init_std", self.direction_init_std)
+        check_positive("alpha", self.alpha)
+        check_positive("init_std", self.init_std)
+        check_positive("direction_init_std", self.direction_init_std)
         for key, alpha in (self.alpha_pattern or {}).items():
-            _check_positive(f"alpha_pattern[{key!r}]", alpha)
+            check_positive(f"alpha_pattern[{key!r}]", alpha)
         for key in self.rank_pattern or {}:
             self.ranks(key)
-        if not _is_int(self.warmup_steps) or self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps={self.warmup_steps!r}: expected a whole number of optimizer steps >= 0.")
-        if not _is_number(self.duallora_dropout) or not 0 <= self.duallora_dropout < 1:
+        check_steps("warmup_steps", self.warmup_steps)
+        if not is_number(self.duallora_dropout) or not 0 <= self.duallora_dropout < 1:
             raise ConfigError(f"duallora_dropout={self.duallora_dropout!r}: expected a probability in [0, 1).")
         if self.forward == "merged" and self.duallora_dropout > 0:
             raise ConfigError(
@@ -185,23 +183,5 @@ class DualLoraConfig(PeftConfig):
         if len(pair) != 2:
             raise ConfigError(f"rank_pattern[{pattern_key!r}]={value!r}: expected a rank, or [r1, r2].")
         for rank in pair:
-            _check_rank(f"rank_pattern[{pattern_key!r}]", rank)
+            check_rank(f"rank_pattern[{pattern_key!r}]", rank)
         return pair
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_rank(name: str, value: Any) -> None:
-    if not _is_int(value) or value < 1:
-        raise ConfigError(f"{name}={value!r}: expected a whole number >= 1 (a rank).")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not _is_number(value) or value <= 0:
-        raise ConfigError(f"{name}={value!r}: expected a finite number > 0.")

@@ -73,6 +73,19 @@ class DualLoraLayer(BaseTunerLayer):
         self.register_load_state_dict_post_hook(_rebuild_after_load)
         track(self)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for adapter in self.duallora_A:
+            has_factors = f"{prefix}duallora_A.{adapter}" in state_dict
+            if has_factors and f"{prefix}duallora_step.{adapter}" not in state_dict and self._warmup_steps(adapter):
+                warnings.warn(
+                    f"The weights loaded for adapter {adapter!r} hold no step counter (duallora_step; it is a buffer, not "
+                    f"a parameter), so its gate stays at step {int(self.duallora_step[adapter])} of "
+                    f"{self._warmup_steps(adapter)}. Save with save_pretrained or state_dict(), or open it with "
+                    "duallora.advance_gate(model, steps).",
+                    stacklevel=2,
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)  # a copied or unpickled layer counts steps too
@@ -146,6 +159,16 @@ class DualLoraLayer(BaseTunerLayer):
         for held, value in counters:
             held[adapter_name] = value.to(held[adapter_name].device)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; a merged one leaves the base weight first, the other merged ones stay."""
+        others = [name for name in self.merged_adapters if name != adapter_name]
+        was_merged = adapter_name in self.merged_adapters
+        if was_merged:
+            self.unmerge()
+        super().delete_adapter(adapter_name)
+        if was_merged and others:
+            self.merge(adapter_names=others)
+
     # -- the update ----------------------------------------------------------------------------------------------
 
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
@@ -154,6 +177,7 @@ class DualLoraLayer(BaseTunerLayer):
             if active_only and adapter not in self.active_adapters:
                 continue
             yield Gate(
+                adapter,
                 self.duallora_step[adapter],
                 self._warmup_steps(adapter),
                 [p for p in self._factors(adapter) if p is not None],
@@ -226,6 +250,7 @@ class Linear(DualLoraLayer, nn.Module):
         ]  # fmt: skip
         return add_update(W, *(dW.T if self.fan_in_fan_out else dW for dW in updates))
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W0 + dW into the base layer. A copy of W0 is kept on the CPU, so that unmerge is exact.
 
@@ -278,8 +303,8 @@ class Linear(DualLoraLayer, nn.Module):
             and base.weight.device.type != "meta"
             and not hasattr(base.weight, "ds_id")  # a DeepSpeed ZeRO-3 shard
             and not hasattr(base, "_hf_hook")  # accelerate's offloading
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
+            and "forward" not in vars(base)  # patched on the instance
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
         for adapter in adapters:
             form = self.duallora_config[adapter].forward
@@ -306,8 +331,8 @@ class Linear(DualLoraLayer, nn.Module):
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
             return y if adapter_names is None else self._add_by_row(x, y, adapter_names)
-        adapters = [a for a in self.active_adapters if a in self.duallora_A]
-        if self.merged or not adapters:
+        adapters = [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+        if not adapters:
             return self.base_layer(x, *args, **kwargs)
         if not args and not kwargs and self._runs_merged(adapters):
             base = self.base_layer

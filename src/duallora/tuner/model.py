@@ -10,11 +10,12 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
+from duallora.ops import keep_off_the_fast_path
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.layer import DualLoraLayer, Linear
 
@@ -69,12 +70,18 @@ class DualLoraModel(BaseTuner):
                 f"target module {current_key!r} has a quantised weight ({type(base_layer.weight).__name__}), which "
                 "Dual LoRA does not adapt yet: load the base model unquantised."
             )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ConfigError(
+                f"target module {current_key!r} belongs to torch.nn.MultiheadAttention, which reads its weight without "
+                f"calling it, so an adapter there would do nothing: add {target_name!r} to exclude_modules."
+            )
         if peft_config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True has no effect on {current_key!r}: a torch.nn.Linear stores [out, in].",
                 stacklevel=2,
             )
         new_module = Linear(target, adapter_name, **arguments)
+        keep_off_the_fast_path(parent, new_module)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, new_module, target)
@@ -93,8 +100,12 @@ class DualLoraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        if isinstance(beams, int) and beams > 1:  # generate repeats each row for its beams
+            adapter_names = [name for name in adapter_names for _ in range(beams)]
         hook = partial(_with_adapter_names, adapter_names=adapter_names)
-        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+        wrapped = [m for m in self.modules() if isinstance(m, (Linear, AuxiliaryTrainingWrapper))]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in wrapped]
         try:
             yield
         finally:
