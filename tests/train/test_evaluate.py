@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoint import bit_flip, half
 
-from duallora.errors import ConfigError, DataError, IntegrityError
-from duallora.tasks import Example, Task, encode, load_data
+from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
+from duallora.tasks import Example, Task, encode, encode_prompt, load_data
 from duallora.train import checkpoint, evaluate, record, run
 from duallora.train.models import load_model
 
@@ -317,3 +317,41 @@ def test_the_sidecar_lists_every_file(trained):
     assert set(sidecar["files"]) == {path.name for path in folder.iterdir()} - {"duallora.json"}
     assert sidecar["labels"] == ["bad", "good"]
     assert checkpoint.compare_files(folder, sidecar["files"]) is None
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_repeat_ngrams_sees_generated_tokens_alone(trained, beams, monkeypatch):
+    """An answer that repeats its prompt must be sayable; one that repeats itself must not."""
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    own = evaluate._OwnNGrams(2, start=4)
+    scores = torch.zeros(1, model.config.vocab_size)
+    after_five = own(torch.tensor([[5, 6, 7, 8, 5]]), scores.clone())
+    assert torch.isfinite(after_five[0, 6])  # "5 6" stands in the prompt only
+    after_again = own(torch.tensor([[5, 6, 7, 8, 5, 6, 5]]), scores.clone())
+    assert after_again[0, 6] == -math.inf  # "5 6" was generated before
+    assert torch.equal(evaluate._OwnNGrams(0, start=4)(prompt, scores), scores)
+    examples = [Example(prompt="one two", answer="three")]
+    outputs = []
+    plain = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: outputs.append(plain(**kwargs)) or outputs[-1])
+    evaluate.generate(model, tokenizer, examples, num_beams=beams, no_repeat_ngram_size=1, max_new_tokens=6)
+    generated = outputs[0][0, len(encode_prompt(examples[0], tokenizer, max_length=64)) :].tolist()
+    assert len(generated) == len(set(generated)) > 1
+
+
+def test_the_models_own_generation_settings_do_not_change_the_score(trained):
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    examples = [Example(prompt=f"{i} plus {i} is", answer=str(2 * i)) for i in range(4)]
+    want = evaluate.generate(model, tokenizer, examples, max_new_tokens=12)
+    for config in {id(c): c for c in (model.generation_config, model.get_base_model().generation_config)}.values():
+        config.repetition_penalty, config.no_repeat_ngram_size, config.do_sample = 1.9, 1, True
+    assert evaluate.generate(model, tokenizer, examples, max_new_tokens=12) == want
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_not_a_score(trained, task):
+    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="the loss on the validation rows is nan"):
+        evaluate.evaluate(model, tokenizer, task, split="validation", max_length=64, generation=SHORT)

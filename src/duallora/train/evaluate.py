@@ -19,10 +19,10 @@ from peft.utils import get_peft_model_state_dict
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from duallora.errors import ConfigError, DataError, IntegrityError
-from duallora.tasks import IGNORE, Collator, Example, Task, encode_prompt, encode_split
+from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
+from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
 from duallora.train.checkpoint import compare_files
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, quiet_libraries
@@ -31,6 +31,16 @@ from duallora.tuner.layer import Linear
 from duallora.tuner.register import register
 
 Kind = Literal["generate", "classify", "regress"]
+
+# What a model's own generation config might say otherwise.
+NEUTRAL_GENERATION: dict[str, Any] = {
+    "max_new_tokens": 64,
+    "do_sample": False,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
@@ -66,12 +76,13 @@ def evaluate(
     Raises:
         ConfigError: the task has no such split.
         DataError: the split is empty, or a row has no answer or label to score against.
+        NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
     """
     examples = select(task, split, limit)
     rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
     with inference(model):
         if task.kind == "generate":
-            loss = answer_loss(model, tokenizer, rows, batch_size=batch_size, console=console)
+            loss = _finite(answer_loss(model, tokenizer, rows, batch_size=batch_size, console=console), split)
             settings = {**task.generation, **(generation or {})}
             texts = generate(
                 model, tokenizer, examples, batch_size=batch_size, max_length=max_length, console=console, **settings
@@ -80,9 +91,18 @@ def evaluate(
             losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         else:
             logits = classify(model, tokenizer, rows, batch_size=batch_size, console=console)
-            losses = {"loss": _row_loss(logits, rows, task.kind)}
+            losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
     return EvalResult({**task.metrics(predictions, examples), **losses}, predictions, examples)
+
+
+def _finite(loss: float, split: str) -> float:
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss on the {split} rows is {loss}; expected a finite number. The weights hold NaN or overflow in this "
+            "dtype: check the checkpoint, or evaluate in float32"
+        )
+    return loss
 
 
 def loss_on(
@@ -145,10 +165,17 @@ def generate(
     console: Console | None = None,
     **settings: Any,
 ) -> list[str]:
-    """The text the model adds to each prompt, in the order of ``examples``; greedy unless ``settings`` say otherwise."""
+    """The text the model adds to each prompt, in the order of ``examples``; greedy unless ``settings`` say otherwise.
+
+    ``no_repeat_ngram_size`` looks at generated tokens alone, as LoRA's decoder does: transformers' own also forbids what
+    stands in the prompt, and with it most right answers of E2E. The model's own generation settings are not used, so
+    that a score is the task's protocol and not the checkpoint's.
+    """
     prompts = [{"input_ids": encode_prompt(example, tokenizer, max_length=max_length)} for example in examples]
     collate = Collator(tokenizer, side="left")
-    settings = {"max_new_tokens": 64, "do_sample": False, "num_beams": 1, **settings}
+    settings = {**NEUTRAL_GENERATION, **settings}
+    own_ngrams = settings.pop("no_repeat_ngram_size")
+    ends = sorted({*_end_tokens(model, tokenizer), *_turn_ends(examples, tokenizer, max_length)})
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
     texts = [""] * len(prompts)
@@ -160,7 +187,9 @@ def generate(
                 **batch,
                 use_cache=True,
                 pad_token_id=collate.fill["input_ids"],
-                eos_token_id=_end_tokens(model, tokenizer),
+                eos_token_id=ends,
+                no_repeat_ngram_size=0,
+                logits_processor=LogitsProcessorList([_OwnNGrams(own_ngrams, batch["input_ids"].shape[1])]),
                 **settings,
             )
             answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -325,7 +354,7 @@ def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool) -> tuple[A
         if found != expected:
             raise IntegrityError(
                 f"{folder} was trained on a base model with the weights {expected[:16]}..., but {name} has "
-                f"{found[:16]}...; load it on the model it was trained on, or pass strict=False to try it on this one"
+                f"{found[:16]}...; load it on the model it was trained on, or pass --lenient (strict=False in Python) to try it on this one"
             )
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config)
@@ -447,6 +476,24 @@ def _row_loss(logits: torch.Tensor, rows: Sequence[Mapping[str, Any]], kind: Kin
     if kind == "classify":
         return F.cross_entropy(logits.double(), labels).item()
     return F.mse_loss(logits.double().squeeze(-1), labels.double()).item()
+
+
+class _OwnNGrams(LogitsProcessor):
+    """Forbids an n-gram to come twice among the tokens from ``start`` on; n = 0 forbids nothing."""
+
+    def __init__(self, n: int, start: int) -> None:
+        self.inner = NoRepeatNGramLogitsProcessor(n) if n else None
+        self.start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores if self.inner is None else self.inner(input_ids[:, self.start :], scores)
+
+
+def _turn_ends(examples: Sequence[Example], tokenizer: Any, max_length: int) -> set[int]:
+    """The special tokens that close a chat's answers in training; they need not be the tokenizer's end of text."""
+    chats = [example for example in examples[:8] if example.messages]
+    last = {encode(example, tokenizer, max_length=max_length).labels[-1] for example in chats}
+    return last & set(tokenizer.all_special_ids)
 
 
 def _end_tokens(model: Any, tokenizer) -> list[int]:
