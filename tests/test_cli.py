@@ -361,15 +361,78 @@ def test_eval_of_a_run_repeats_its_own_figures(trained, capsys):
 
 
 def test_eval_on_a_file_scores_every_row_and_writes_a_result(trained, own_data, capsys):
-    command = ["eval", str(trained[0]), "--data", str(own_data), "--max-new-tokens", "3", "-o", "out/result.json"]
+    Path("new.csv").write_text(own_data.read_text())
+    command = ["eval", str(trained[0]), "--data", "new.csv", "--max-new-tokens", "3", "-o", "out/result.json"]
     assert cli.run(command) == 0
     out = capsys.readouterr().out
-    for words in ("loss", "exact_match", "given", "predicted", "expected", "1, 2"):
+    for words in ("on new, all rows", "loss", "exact_match", "given", "predicted", "expected", "1, 2"):
         assert words in out
+    assert "was trained on" not in out
     result = json.loads(Path("out/result.json").read_text())
     assert result["n"] == len(result["predictions"]) == 20
+    assert result["split"] == "all rows"
     assert result["recipe"]["max_new_tokens"] == 3
     assert result["versions"]["torch"]
+
+
+@pytest.mark.parametrize("written", ["whole", "relative", "link", "adapter"])
+def test_eval_on_the_training_file_scores_the_held_out_rows_alone(written, trained, own_data, capsys):
+    """19 of its 20 rows were trained on; a score over them says nothing of new rows."""
+    folder = trained[0]
+    data = str(own_data)
+    if written == "relative":
+        data = os.path.relpath(own_data)
+    elif written == "link":
+        data = "link.csv"
+        Path(data).symlink_to(own_data)
+    elif written == "adapter":
+        folder = folder / "adapter"
+    assert cli.run(["eval", str(folder), "--json"]) == 0
+    own = json_line(capsys)
+    assert cli.run(["eval", str(folder), "--data", data, "--json"]) == 0
+    named = json.loads((captured := capsys.readouterr()).out)
+    assert f"{data} is what {folder} was trained on: scored on the run's own validation rows" in captured.err
+    assert named["n"] == 1
+    assert named == own
+
+
+def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, tmp_path, capsys):
+    """The recipe's bad_rows, form, lengths and beams, which the flags overrule, and not its eval_limit."""
+    import shutil
+
+    from duallora.train.recipe import load_recipe, recipe_yaml
+
+    shutil.copytree(trained[0], "run")
+    recipe = load_recipe(
+        "run/recipe.yaml",
+        ["bad_rows=skip", "format=alpaca", "max_length=40", "eval.batch_size=3", "num_beams=2", "eval_limit=1"],
+    )
+    Path("run/recipe.yaml").write_text(recipe_yaml(recipe))
+    # The columns fit two forms, and one row is bad.
+    rows = [{"prompt": "p", "completion": "c", "instruction": f"Count {i}", "output": "1"} for i in range(3)]
+    Path("new.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "p"}])))
+    command = ["eval", "run", "--data", "new.jsonl", "-o", "out.json"]
+    assert cli.run([*command, "--json"]) == 0
+    payload = json_line(capsys)
+    assert payload["n"] == 3
+    assert payload["data"].count("1 bad row of 4") == 1
+    result = json.loads(Path("out.json").read_text())
+    kept = {"max_length": 40, "batch_size": 3, "num_beams": 2, "max_new_tokens": 4}
+    assert {key: result["recipe"][key] for key in kept} == kept
+    assert cli.run([*command, "--max-length", "30", "--num-beams", "1", "--batch-size", "2", "--json"]) == 0
+    result = json.loads(Path("out.json").read_text())
+    kept = {"max_length": 30, "batch_size": 2, "num_beams": 1, "max_new_tokens": 4}
+    assert {key: result["recipe"][key] for key in kept} == kept
+
+
+def test_data_of_another_kind_than_the_run_was_trained_for_are_refused(trained, capsys, monkeypatch):
+    from duallora.train import evaluate
+
+    monkeypatch.setattr(evaluate, "load_adapter", None)  # refused before the model is loaded
+    Path("two.csv").write_text("text,label\na,one\nb,two\n")
+    assert cli.run(["eval", str(trained[0]), "--data", "two.csv", "--json"]) == 2
+    error = json_line(capsys)["error"]
+    assert f"two.csv holds classes (rows with a label), but {trained[0]} was trained for text to generate" in error
 
 
 def test_eval_takes_a_plain_model_and_a_limit(tiny_causal_folder, own_data, capsys):
@@ -517,7 +580,8 @@ def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, ca
     ]
     assert cli.run(command) == 0
     capsys.readouterr()
-    assert cli.run(["eval", "run", "--data", "three.csv", "--json"]) == 0
+    Path("copy.csv").write_text(Path("three.csv").read_text())
+    assert cli.run(["eval", "run", "--data", "copy.csv", "--json"]) == 0
     whole = json_line(capsys)
     assert whole["labels"] == ["one", "two", "zero"]
     # The rows of two classes alone: a reader of this file by itself would number them 0 and 1.

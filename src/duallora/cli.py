@@ -183,7 +183,7 @@ def evaluate(
     split: Annotated[
         str | None,
         typer.Option(
-            "--split", metavar="NAME", help="train, validation or test; test if there is one, else validation."
+            "--split", metavar="NAME", help="train, validation or test; test if there is one, else what is held out."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
@@ -222,11 +222,17 @@ def evaluate(
     from duallora.train import record
 
     started = time.time()
-    chosen, recipe = _task(task, data, data_dir, run=Path(source))
-    split = split or ("test" if "test" in chosen.splits else "validation")
+    chosen, recipe, own = _task(task, data, data_dir, source)
+    if split is None:
+        split = next(name for name in ("test", "validation", *chosen.splits) if name in chosen.splits)
+    if own and data is not None:
+        console.results.print(
+            f"{escape(data)} is what {escape(source)} was trained on: scored on the run's own {split} rows",
+            soft_wrap=True,
+        )
     batch_size = batch_size or (recipe.eval.batch_size if recipe else 16)
     max_length = max_length or (recipe.data.max_length if recipe else 512)
-    limit = limit or (recipe.data.eval_limit if recipe else None)
+    limit = limit or (recipe.data.eval_limit if recipe and own else None)
     generation = {
         "max_new_tokens": max_new_tokens or (recipe.eval.max_new_tokens if recipe else None),
         "num_beams": num_beams or (recipe.eval.num_beams if recipe else None),
@@ -438,25 +444,84 @@ def _named(name: str, data_dir: Path | None) -> Task:
     return load_task(name, data_dir=data_dir) if name in TASKS else load_data(name)
 
 
-def _task(task: str | None, data: str | None, data_dir: Path | None, *, run: Path) -> tuple[Task, Recipe | None]:
-    """What to evaluate on: the task, every row of the data, or what the run was trained on, with the run's recipe."""
+ALL_ROWS = "all rows"  # the split of data that came without splits and that nothing here was trained on
+
+
+def _task(task: str | None, data: str | None, data_dir: Path | None, source: str) -> tuple[Task, Recipe | None, bool]:
+    """What to evaluate ``source`` on, the recipe of its run, and whether that is what the run was trained on.
+
+    Data the run was trained on are split as the run split them; of other data without splits every row counts.
+    """
     from duallora.errors import ConfigError
-    from duallora.tasks import load_data, load_task
+    from duallora.tasks import load_task
 
     if task is not None and data is not None:
         raise ConfigError(f"--task {task} and --data {data} exclude each other: keep one")
-    if task is not None:
-        return load_task(task, data_dir=data_dir), None
-    if data is not None:
-        return load_data(data, eval_data=None if data.startswith("builtin:") else data), None
-    file = next((path for path in (run / "recipe.yaml", run.parent / "recipe.yaml") if path.is_file()), None)
-    if file is None:
-        raise ConfigError(f"nothing to evaluate {run} on: name a task (--task e2e) or data (--data mine.jsonl)")
+    file = _recipe_file(Path(source))
+    if file is None and task is None and data is None:
+        raise ConfigError(f"nothing to evaluate {source} on: name a task (--task e2e) or data (--data mine.jsonl)")
     from duallora.train.recipe import load_recipe
-    from duallora.train.run import load
 
-    recipe = load_recipe(file, data_dir=data_dir)
-    return load(recipe, console.results), recipe
+    own = file is not None and task is None and data is None
+    recipe = None if file is None else load_recipe(file, data_dir=data_dir if own else None)
+    if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
+        from duallora.train.run import load
+
+        return load(recipe, console.results), recipe, True
+    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe)
+    _refuse_other_kind(source, task or str(data), chosen)
+    return chosen, recipe, False
+
+
+def _recipe_file(path: Path) -> Path | None:
+    """The recipe of the run that ``path``, one of its checkpoints or its adapter belongs to."""
+    path = path.expanduser().absolute()
+    for folder in (path, *path.parents[:2]) if path.is_dir() else ():
+        if (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file():
+            return folder / "recipe.yaml"
+    return None
+
+
+def _same_data(data: str, trained_on: str | None) -> bool:
+    """Whether both name one file, hub data set or built-in, whatever way the path is written."""
+    if trained_on is None:
+        return False
+    return data == trained_on or Path(data).expanduser().resolve() == Path(trained_on).expanduser().resolve()
+
+
+def _every_row(data: str, recipe: Recipe | None) -> Task:
+    """The data with the splits they come with; where they come without, with every row in the split ``ALL_ROWS``."""
+    from dataclasses import replace
+
+    from duallora.tasks import load_data
+
+    if data.startswith("builtin:"):
+        return load_data(data)
+    if recipe is None:
+        task = load_data(data, eval_data=data)
+    else:
+        task = load_data(data, eval_data=data, format=recipe.data.format, bad_rows=recipe.data.bad_rows)
+    rows = task.splits["train"]
+    return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
+
+
+def _refuse_other_kind(source: str, name: str, task: Task) -> None:
+    """ConfigError where the files of ``source`` say that it was trained for another kind of data."""
+    from duallora.errors import ConfigError
+    from duallora.train import evaluate as evaluation
+
+    folder = evaluation.find(source) if Path(source).is_dir() else None
+    trained_for = evaluation.read_sidecar(folder).get("kind", task.kind) if folder else task.kind
+    if trained_for != task.kind:
+        words = {
+            "generate": "text to generate (prompt-completion, messages or alpaca rows)",
+            "classify": "classes (rows with a label)",
+            "regress": "numbers (rows with a label that has a fraction)",
+        }
+        raise ConfigError(
+            f"{name} holds {words[task.kind]}, but {source} was trained for {words[trained_for]}: "
+            "evaluate it on data of the kind it was trained for"
+        )
 
 
 def _with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Example]) -> Task:

@@ -137,7 +137,7 @@ def load_data(
     if "validation" not in examples:
         examples |= _split(examples["train"], eval_fraction, seed, data)
     score, main_metric = _SCORES[kind]
-    source = data if eval_data is None else f"{data} (validation: {eval_data})"
+    source = data if eval_data in (None, data) else f"{data} (validation: {eval_data})"
     return Task(
         name=Path(data).stem if _is_path(data) else data,
         kind=kind,
@@ -147,7 +147,7 @@ def load_data(
         metrics=score,
         main_metric=main_metric,
         generation={"max_new_tokens": 128, "num_beams": 1, "do_sample": False} if kind == "generate" else {},
-        source="\n".join([source, *notes]),
+        source="\n".join([source, *dict.fromkeys(notes)]),
     )
 
 
