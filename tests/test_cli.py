@@ -435,6 +435,54 @@ def test_data_of_another_kind_than_the_run_was_trained_for_are_refused(trained, 
     assert f"two.csv holds classes (rows with a label), but {trained[0]} was trained for text to generate" in error
 
 
+def test_eval_refuses_an_output_it_cannot_write_before_the_model_is_loaded(trained, capsys, monkeypatch):
+    from duallora.train import evaluate
+
+    monkeypatch.setattr(evaluate, "load_adapter", None)
+    Path("out").mkdir()
+    Path("file").write_text("x")
+    command = ["eval", str(trained[0]), "--json", "-o"]
+    assert cli.run([*command, "out"]) == 2
+    assert "-o takes a file such as results.json" in json_line(capsys)["error"]
+    assert cli.run([*command, "file/deep/out.json"]) == 7
+    assert "file/deep/out.json cannot be written" in json_line(capsys)["error"]
+    if os.geteuid():  # to root no folder is closed
+        Path("out").chmod(0o500)
+        assert cli.run([*command, "out/new/out.json"]) == 7
+        assert "Permission denied" in json_line(capsys)["error"]
+    assert list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "nearest"), [("runs/mien", "runs/mine"), ("runs/mien/adapter", "runs/mine/adapter"), ("runs/x", "runs/")]
+)
+@pytest.mark.parametrize("line", ["eval {} --task e2e", "merge {} -o merged"])
+def test_a_misspelt_run_is_not_looked_up_on_the_hub(line, source, nearest, capsys, monkeypatch):
+    from duallora.train import evaluate
+
+    monkeypatch.setattr(evaluate, "find", None)
+    for name in ("other", "mine"):
+        Path("runs", name).mkdir(parents=True)
+    assert cli.run([*line.format(source).split(), "--json"]) == 2
+    error = json_line(capsys)["error"]
+    assert f"runs has no {source.split('/')[1]}; the nearest name there is {nearest}" in error
+
+
+def test_a_run_is_resumed_by_its_folder_alone(trained, tmp_path, capsys):
+    """Also from a checkpoint, and where the folder was moved since: the recipe in it is the run's."""
+    import shutil
+
+    shutil.copytree(trained[0], "moved")
+    checkpoint = next(Path("moved/checkpoints").glob("checkpoint-*"))
+    for path in ("moved", str(checkpoint)):
+        assert cli.run(["train", "--resume", path, "--json"]) == 0
+        payload = json_line(capsys)
+        assert payload["status"] == "done"
+        assert payload["metrics"] == trained[1]["metrics"]
+    assert cli.run(["train", "--resume", "moved", "--set", "r=3", "--json"]) == 2
+    assert "adapter.r" in json_line(capsys)["error"]
+
+
 def test_eval_takes_a_plain_model_and_a_limit(tiny_causal_folder, own_data, capsys):
     command = [
         "eval",

@@ -133,7 +133,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="auto|never|PATH",
-            help="auto: continue from the run folder's newest whole checkpoint; PATH: from this run or checkpoint.",
+            help="auto: continue from the run folder's newest whole checkpoint; PATH: from this run or checkpoint, "
+            "under its own recipe unless -c or data is given.",
         ),
     ] = "never",
     dry_run: Annotated[
@@ -151,6 +152,10 @@ def train(
     """
     from duallora.train.recipe import load_recipe
 
+    if config is None and data is None and task is None and resume not in ("auto", "never"):
+        config = _recipe_file(Path(resume))
+        if config is not None:
+            output = output or config.parent  # the recipe's own may name the place before the folder was moved
     recipe = load_recipe(
         config,
         overrides or (),
@@ -218,6 +223,9 @@ def evaluate(
     """
     import time
 
+    _refuse_misspelt(source)
+    if output is not None:
+        _refuse_unwritable(output)
     from duallora.train import evaluate as evaluation
     from duallora.train import record
 
@@ -290,6 +298,7 @@ def merge(
 
     [dim]Example:[/]  duallora merge runs/mine -o merged/mine
     """
+    _refuse_misspelt(adapter)
     from duallora.train.merge import merge as run_merge
 
     return run_merge(adapter, output, dtype=dtype, console=console.results)
@@ -435,6 +444,41 @@ def config_show(
     recipe = load_recipe(config, overrides or (), model=model, data=data, task=task)
     console.print_text(recipe_yaml(recipe))
     return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
+
+
+def _refuse_misspelt(source: str) -> None:
+    """ConfigError for a name in an existing local folder that is not there: the hub need not be asked for runs/mien."""
+    import difflib
+
+    from duallora.errors import ConfigError
+
+    path = Path(source)
+    missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
+    if missing is None or missing.parent == Path():  # a first part that is not there is an organisation on the hub
+        return
+    found = sorted(entry.name for entry in missing.parent.iterdir()) if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, found, n=1, cutoff=0.0)
+    nearest = missing.parent / near[0] / path.relative_to(missing) if near else None
+    hint = f"the nearest name there is {nearest}" if nearest else f"{missing.parent} holds nothing"
+    raise ConfigError(f"{source}: {missing.parent} has no {missing.name}; {hint}")
+
+
+def _refuse_unwritable(file: Path) -> None:
+    """ConfigError for a folder, DiskError where no file can be written there: said before the work, not after it."""
+    import tempfile
+
+    from duallora.errors import ConfigError, DiskError
+
+    if file.is_dir():
+        raise ConfigError(f"-o {file} is a folder; -o takes a file such as results.json")
+    folder = next(parent for parent in file.absolute().parents if parent.exists())  # what lacks is made on writing
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # rights alone do not tell: the disk may be full or read-only
+            pass
+    except OSError as error:
+        raise DiskError(
+            f"-o {file} cannot be written in {folder}: {error.strerror}; choose another place with -o"
+        ) from error
 
 
 def _named(name: str, data_dir: Path | None) -> Task:
