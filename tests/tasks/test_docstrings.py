@@ -115,13 +115,16 @@ def outer():
     ]
 
 
-def test_figures_count_lines_and_cut_what_follows(task):
+def test_running_on_costs_bleu_but_not_that_of_the_first_line(task):
     rows = task.splits["test"][:3]
     gold = [row.answer for row in rows]
     figures = task.metrics([gold[0], gold[1] + '\n    """\n    more', gold[2] + '"""'], rows)
-    assert figures["exact_match"] == pytest.approx(100)
-    assert figures["bleu"] == pytest.approx(100)
+    assert figures["exact_match"] == pytest.approx(100 / 3)
+    assert figures["bleu_first_line"] == pytest.approx(100)
+    assert figures["bleu"] < 90
     assert figures["one_line"] == pytest.approx(100 / 3)
+    clean = task.metrics(gold, rows)
+    assert (clean["bleu"], clean["exact_match"], clean["one_line"]) == pytest.approx((100, 100, 100))
     assert task.metrics(["", "\n", "x"], rows)["one_line"] == pytest.approx(100 / 3)
 
 
