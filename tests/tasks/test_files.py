@@ -117,6 +117,7 @@ FAULTS = [
     (b'{"prompt": "p", "completion": 3}', r", column completion: expected text, got a number \(3\)"),
     (b'{"prompt": "p"}', r", column completion: missing field"),
     (b'{"prompt": " ", "completion": ""}', r", column completion: prompt and completion are both empty"),
+    (b'{"prompt": "p", "completion": " \\n"}', r", column completion: empty answer"),
     (b'["prompt", "completion"]', r"expected an object \{\.\.\.\}, got a list"),
     (b"[" * 100_000, r"JSON nested too deeply|bad JSON"),
 ]
@@ -163,6 +164,22 @@ def test_faults_in_chats(tmp_path, messages, message):
     rows = [good, good, {"messages": messages}]
     with pytest.raises(DataError, match=rf"m\.jsonl:3, column {message}|m\.jsonl:3, column messages: {message}"):
         load_data(write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows))))
+
+
+@pytest.mark.parametrize(
+    ("head", "row", "column"),
+    [("prompt,completion", "p,{}", "completion"), ("instruction,input,output", "p,q,{}", "output")],
+)
+def test_a_blank_answer_cell_is_a_bad_row(tmp_path, head, row, column):
+    """CSV has no null: "prompt," is a row whose answer is missing, and training on it would teach silence."""
+    lines = [head, *(row.format(answer) for answer in ("a", "", "b", "  "))]
+    path = write(tmp_path / "blank.csv", "\n".join(lines) + "\n")
+    with pytest.raises(
+        DataError, match=rf"2 bad rows of 4(.|\n)*blank\.csv:3, column {column}: empty answer"
+    ) as caught:
+        load_data(path)
+    assert f"blank.csv:5, column {column}: empty answer" in str(caught.value)
+    assert sorted(example.answer for example in rows_of(load_data(path, bad_rows="skip"))) == ["a", "b"]
 
 
 def test_faults_in_csv(tmp_path):

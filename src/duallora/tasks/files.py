@@ -444,6 +444,7 @@ def _prompt_completion(row: Mapping[str, Any], where: str) -> Example:
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
     if not prompt.strip() and not completion.strip():
         raise _BadRow("prompt and completion are both empty", "completion")
+    _refuse_empty(completion, "completion")
     return Example(prompt=prompt, answer=completion, references=(completion,), where=where)
 
 
@@ -452,9 +453,16 @@ def _alpaca(row: Mapping[str, Any], where: str) -> Example:
     extra = _text(row, "input", optional=True)
     if not instruction.strip() and not output.strip():
         raise _BadRow("instruction and output are both empty", "output")
+    _refuse_empty(output, "output")
     template = _ALPACA_INPUT if extra else _ALPACA
     prompt = template.format_map({"instruction": instruction, "input": extra})
     return Example(prompt=prompt, answer=output, references=(output,), where=where)
+
+
+def _refuse_empty(answer: str, column: str) -> None:
+    """A cell left blank is a missing answer; trained on, it would teach the model to stop at once."""
+    if not answer.strip():
+        raise _BadRow("empty answer", column)
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Example:
