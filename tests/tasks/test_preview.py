@@ -64,6 +64,16 @@ def test_long_runs_are_shortened(tmp_path, tiny_tokenizer):
     assert text.count("a" * 60) < 4
 
 
+def test_brackets_in_a_path_are_no_markup(tmp_path, monkeypatch, tiny_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "[old]" / "[bold]x.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join([json.dumps({"prompt": "a", "completion": "b"})] * 2))
+    text = render(preview(load_data("[old]/[bold]x.jsonl"), tiny_tokenizer, rows=1, max_length=99))
+    assert "[bold]x: prompt-completion" in text
+    assert "  [old]/[bold]x.jsonl" in text.split("from")[1]
+
+
 def test_rows_without_trained_tokens_are_shown_with_the_fault(tmp_path, tiny_tokenizer):
     path = tmp_path / "c.jsonl"
     chat = [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]

@@ -158,10 +158,10 @@ def _counts(task: Task, examples: Sequence[Example], tokenizer: Any, max_length:
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("data", f"{task.name}: {task.format}")
-    table.add_row("from", task.source)
-    sizes = ", ".join(f"{name} {size}" for name, size in _sizes(task))
-    table.add_row("rows", sizes)
+    # As Text: the name of a file may hold brackets, which rich would read as a style and drop.
+    table.add_row("data", Text(f"{task.name}: {task.format}"))
+    table.add_row("from", Text(task.source))
+    table.add_row("rows", Text(", ".join(f"{name} {size}" for name, size in _sizes(task))))
     counted = examples[:_COUNTED_ROWS]
     try:
         _, counts = encode_split(counted, tokenizer, task.kind, max_length=max_length, train_on=train_on)
