@@ -82,7 +82,8 @@ def reference(straight, make_recipe, console, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("step", "micro_batch", "number"), [(1, 1, signal.SIGINT), (4, 2, signal.SIGTERM), (10, 1, signal.SIGTERM)]
+    ("step", "micro_batch", "number"),
+    [(1, 1, signal.SIGINT), (4, 2, signal.SIGTERM), (8, 2, signal.SIGINT), (10, 1, signal.SIGTERM)],
 )
 def test_a_stopped_and_resumed_run_equals_the_straight_one_bit_for_bit(
     make_recipe, console, reference, at, monkeypatch, step, micro_batch, number
@@ -409,6 +410,24 @@ def _without_model_dropout(recipe, tmp_path, rate):
 
 def _with_model(recipe, folder):
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(folder)})})
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(103, 4), (64, 8), (5, 2), (3, 8), (1, 1)])
+def test_batches_of_like_length_hold_every_row_once_and_repeat_with_the_epoch(rows, batch_size):
+    lengths = [row * 37 % 101 for row in range(rows)]
+    sampler = run.LikeLengths(lengths, batch_size, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(rows))
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert rows < 5 or list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    assert rows < 5 or list(run.LikeLengths(lengths, batch_size, seed=4)) != first
+    if rows > 50:
+        batches = [[lengths[row] for row in first[at : at + batch_size]] for at in range(0, rows, batch_size)]
+        padded = sum(len(batch) * max(batch) for batch in batches)
+        assert padded < 1.2 * sum(lengths)
 
 
 def test_a_bfloat16_base_keeps_float32_factors(make_recipe, console):

@@ -28,7 +28,6 @@ from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
-from duallora.tuner.register import register
 
 Kind = Literal["generate", "classify", "regress"]
 
@@ -329,7 +328,6 @@ def head_modules(model: Any) -> list[str]:
 
 
 def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool) -> tuple[Any, Any]:
-    register()
     sidecar = read_sidecar(folder)
     shapes = _check_files(folder, sidecar)
     config = read_config(folder)

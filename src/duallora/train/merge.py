@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import evaluate, record
-from duallora.train.progress import quiet_libraries, say, size
+from duallora.train.progress import quiet_libraries, say, shown, size
 
 # Texts of several lengths and kinds; what they say does not matter, only that both models read the same tokens.
 PROBES = (
@@ -58,7 +58,7 @@ def merge(
     with quiet_libraries(), _beside(output) as folder:
         model, tokenizer = evaluate.load_adapter(adapter, kind)
         _align(model)
-        say(console, "adapter", f"{adapter} on {model.peft_config['default'].base_model_name_or_path}")
+        say(console, "adapter", f"{shown(Path(adapter))} on {model.peft_config['default'].base_model_name_or_path}")
         before = probe(model, tokenizer)
         try:
             merged = cast(PeftModel, model).merge_and_unload(safe_merge=True)
@@ -90,7 +90,7 @@ def merge(
         "check",
         f"reloaded from disk: largest logit difference to the adapter [bold]{difference:g}[/] ({equal})",
     )
-    say(console, "merged", f"[bold]{output}[/] ({size(total)}, {facts['dtype']}), loads with plain transformers")
+    say(console, "merged", f"[bold]{shown(output)}[/] ({size(total)}, {facts['dtype']}), loads with plain transformers")
     return {"output": str(output), "max_logit_difference": difference, "dtype": facts["dtype"], "kind": kind}
 
 

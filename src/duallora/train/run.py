@@ -7,15 +7,17 @@ checkpoints/  sealed checkpoints (`checkpoint`); adapter/  the result; metrics.j
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -43,9 +45,8 @@ from duallora.errors import (
 from duallora.tasks import Collator, Task, encode_split, load_data, load_task
 from duallora.train import checkpoint, evaluate, record
 from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, size
+from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml
-from duallora.tuner.register import register
 
 MATTERS = ("run.json", "recipe.yaml", "log.jsonl", "metrics.json", "adapter", "checkpoints", "tb")
 
@@ -481,7 +482,6 @@ def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup
         fields["modules_to_save"] = sorted(own) or None
         if fields["exclude_modules"] is None and fields["target_modules"] == "all-linear":
             fields["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
-    register()
     task_type = "CAUSAL_LM" if kind == "generate" else "SEQ_CLS"
     config = duallora.DualLoraConfig(**fields, task_type=task_type, revision=recipe.model.revision)
     try:
@@ -546,6 +546,12 @@ class _Trainer(Trainer):
             raise self.non_finite("loss", self.step_loss)
         return loss
 
+    def _get_train_sampler(self, train_dataset=None):
+        rows: Any = self.train_dataset
+        # By optimizer step, so that a smaller batch with more accumulation is the same run.
+        count = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LikeLengths([len(row["input_ids"]) for row in rows], count, self.args.seed)
+
     def log(self, logs, start_time=None):
         if "loss" in logs:
             tokens, moment = self.logged
@@ -568,6 +574,38 @@ class _Trainer(Trainer):
             f"saved. Lower train.learning_rate (it is {self.args.learning_rate:g}), look at the rows, or use "
             "model.dtype=float32; earlier checkpoints are intact"
         )
+
+
+class LikeLengths(torch.utils.data.Sampler[int]):
+    """A random order in which the rows of a step have like lengths, so that little is padding.
+
+    Rows are drawn at random into groups of ``GROUP`` batches; a group is sorted, cut into batches, and the batches of
+    the epoch are drawn at random again. The order depends on seed and epoch alone, so a resumed run finds it again.
+    """
+
+    GROUP = 8
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        whole = len(order) - len(order) % self.batch_size  # the last, smaller batch stays last and random
+        span = self.GROUP * self.batch_size
+        batches = []
+        for start in range(0, whole, span):
+            group = sorted(order[start : min(start + span, whole)], key=lambda row: self.lengths[row])
+            batches += [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
+        draw.shuffle(batches)
+        return itertools.chain(*batches, order[whole:])
 
 
 class FiniteGradients(TrainerCallback):
@@ -820,9 +858,3 @@ def _free(folder: Path) -> str:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
-
-
-def shown(path: Path) -> str:
-    """The path as a person would type it here: relative where it lies below the working folder."""
-    path = path.absolute()
-    return escape(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
