@@ -634,8 +634,6 @@ def _on_a_line(value: Any) -> str:
 
 def _plan(recipe: Recipe) -> dict[str, Any]:
     """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
-    import math
-
     from duallora.tasks import encode_split
     from duallora.train import run
     from duallora.train.evaluate import select
@@ -643,7 +641,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
     from duallora.train.progress import quiet_libraries, say
     from duallora.train.recipe import default_output
 
-    options = recipe.train
+    run.check_settings(recipe)
     task = run.load(recipe, console.results)
     with quiet_libraries():
         labels = len(task.labels) or None
@@ -657,11 +655,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             max_length=recipe.data.max_length,
             train_on=recipe.data.train_on,
         )
-        per_epoch = math.ceil(math.ceil(counts.rows / options.batch_size) / options.gradient_accumulation_steps)
-        steps = options.max_steps or math.ceil(options.epochs * per_epoch)
-        warmup = options.lr_warmup_steps
-        if warmup is None:
-            warmup = math.ceil((options.lr_warmup_ratio or 0) * steps)
+        steps, warmup = run.schedule(recipe, counts.rows)
         trainable, total = run.adapt(model, recipe, task.kind, warmup).get_nb_trainable_parameters()
     folder = recipe.output or default_output(recipe)
     out = console.results

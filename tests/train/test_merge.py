@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from duallora.errors import ConfigError, IntegrityError, NonFiniteError
+from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import evaluate, merge, record
 from duallora.tuner import DualLoraModel
 
@@ -112,3 +113,15 @@ def test_a_broken_adapter_is_not_merged(trained, console, tmp_path):
     with pytest.raises(NonFiniteError, match="cannot be merged"):
         merge.merge(adapter, tmp_path / "merged", console=console)
     assert entries(tmp_path) == ["adapter"]
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(trained, console, tmp_path, monkeypatch):
+    """safetensors reports it as an error of its own, not as an OSError."""
+
+    def full(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(DiskError, match="merged cannot be written.*No space left"):
+        merge.merge(trained(), tmp_path / "merged", console=console)
+    assert entries(tmp_path) == []

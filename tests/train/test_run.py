@@ -444,3 +444,24 @@ def test_auto_warm_up_is_the_learning_rates(make_recipe, console):
     config = record.read_json(Path(recipe.output) / "adapter" / "adapter_config.json")
     assert config["warmup_steps"] == 1
     assert duallora.DualLoraConfig(r=4).warmup_steps != 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("train.optimizer=nonsense", "nonsense"), ("train.report_to=[comet_ml]", "report_to=.*comet")],
+)
+def test_what_transformers_would_refuse_is_refused_before_anything_is_loaded(
+    make_recipe, console, monkeypatch, setting, message
+):
+    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("the data were loaded first"))
+    with pytest.raises(ConfigError, match=message):
+        run.train(make_recipe(setting), console=console)
+
+
+def test_a_resume_on_other_held_out_rows_takes_the_first_loss_anew(make_recipe):
+    recipe = make_recipe("data.eval_limit=6")
+    previous = {"recipe": {"data": {"eval_limit": 1}}, "loss_before": 5.0}
+    assert run._loss_before(previous, recipe) is None
+    previous["recipe"]["data"]["eval_limit"] = 6
+    assert run._loss_before(previous, recipe) == 5.0
+    assert run._loss_before(None, recipe) is None

@@ -66,7 +66,10 @@ def merge(
             raise NonFiniteError(f"{adapter} cannot be merged: {error}") from error
         if dtype != "auto":
             merged = merged.to(getattr(torch, dtype))
-        merged.save_pretrained(str(folder))
+        try:
+            merged.save_pretrained(str(folder))
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise DiskError(f"{output} cannot be written: {error}; free some space or choose another disk") from error
         tokenizer.save_pretrained(str(folder))
         # Otherwise the checks of the next step would see the weights in memory, not those on the disk.
         device, saved_dtype = merged.device, merged.dtype

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import duallora
@@ -109,6 +110,7 @@ class _Run:
         started = time.time()
         say(console, "run", f"[bold]{shown(self.folder)}[/]" + (" (resumed)" if previous else ""))
 
+        check_settings(recipe)
         task = load(recipe, console)
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
         model, tokenizer = self._load_model(task)
@@ -121,11 +123,7 @@ class _Run:
         }
         start = self._resume_from(previous, fingerprints)
 
-        per_epoch = math.ceil(math.ceil(len(rows) / recipe.train.batch_size) / recipe.train.gradient_accumulation_steps)
-        steps = recipe.train.max_steps or math.ceil(recipe.train.epochs * per_epoch)
-        lr_warmup = recipe.train.lr_warmup_steps
-        if lr_warmup is None:
-            lr_warmup = math.ceil((recipe.train.lr_warmup_ratio or 0) * steps)
+        steps, lr_warmup = schedule(recipe, len(rows))
         dtype = str(model.dtype).removeprefix("torch.")
         adapted = adapt(model, recipe, task.kind, lr_warmup)
         self._announce_adapter(adapted, steps)
@@ -143,7 +141,7 @@ class _Run:
             "parameters": dict(zip(("trainable", "total"), adapted.get_nb_trainable_parameters(), strict=True)),
             "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
             "steps": steps,
-            "loss_before": (previous or {}).get("loss_before"),
+            "loss_before": _loss_before(previous, recipe),
         }
         record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
         record.write_json(self.folder / "run.json", self.facts)
@@ -527,6 +525,33 @@ def _arguments(recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int) ->
         )
     except ValueError as error:
         raise ConfigError(f"transformers does not accept these settings: {error}") from error
+
+
+def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """(optimizer steps, those that warm up the learning rate) of a run on ``rows`` training rows."""
+    options = recipe.train
+    per_epoch = math.ceil(math.ceil(rows / options.batch_size) / options.gradient_accumulation_steps)
+    steps = options.max_steps or math.ceil(options.epochs * per_epoch)
+    warmup = options.lr_warmup_steps
+    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps) if warmup is None else warmup
+
+
+def check_settings(recipe: Recipe) -> None:
+    """ConfigError now, before anything heavy is loaded, for what transformers would refuse when training starts."""
+    _arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0)
+    trackers = [name for name in recipe.train.report_to if name != "tensorboard"]
+    try:
+        for callback in get_reporting_integration_callbacks(trackers):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"train.report_to={trackers}: {error}") from error
+
+
+def _loss_before(previous: dict[str, Any] | None, recipe: Recipe) -> float | None:
+    """The loss before training that a resumed run may keep: None if it was taken on other rows."""
+    if not previous or previous.get("recipe", {}).get("data", {}).get("eval_limit") != recipe.data.eval_limit:
+        return None
+    return previous.get("loss_before")
 
 
 class _Trainer(Trainer):
