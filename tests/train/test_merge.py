@@ -122,6 +122,6 @@ def test_a_full_disk_is_said_and_nothing_is_left(trained, console, tmp_path, mon
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(DiskError, match="merged cannot be written.*No space left"):
+    with pytest.raises(DiskError, match=r"merged cannot be written.*No space left"):
         merge.merge(trained(), tmp_path / "merged", console=console)
     assert entries(tmp_path) == []
