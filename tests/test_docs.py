@@ -1,0 +1,61 @@
+"""What the docs show runs as printed, and every figure file they name exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_blocks_run_as_printed(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "docs", "exec"), {"__name__": "__main__"})
+
+
+def test_trainer_example_opens_the_gate_by_itself(tmp_path, monkeypatch):
+    """The ten lines with plain PEFT and Trainer: no call of ours but the config."""
+    monkeypatch.chdir(tmp_path)
+    block = next(b.values[0] for b in BLOCKS if "Trainer(model" in b.values[0])
+    names: dict = {"__name__": "__main__"}
+    exec(compile(block.replace("merged = model.merge_and_unload()\n", ""), "docs", "exec"), names)
+    import duallora
+
+    assert duallora.gate(names["model"]) == 1.0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_results_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for name in re.findall(r"`(results/[\w/]+\.json)`", text):
+        facts = json.loads((ROOT / name).read_text())
+        assert facts, name
+
+
+def test_every_test_the_support_table_names_exists():
+    text = "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(?:\w+\.py::)?(test_\w+)`", (ROOT / "docs" / "peft.md").read_text()):
+        assert f"def {name}(" in text, name
+
+
+def test_the_constraints_pin_what_the_project_requires():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
+    required = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[<>=\[ ]", requirement)[0].lower().replace("_", "-") for requirement in required}
+    assert names <= pinned, names - pinned
