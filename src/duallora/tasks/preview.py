@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -65,7 +66,7 @@ def _generation_row(
     note.append(f"{sum(flags)} trained", style=TRAINED if any(flags) else "bold red")
     if encoded.truncated:
         note.append(f", cut to {max_length}", style="yellow")
-    note.append(f"  {example.where}", style="dim")
+    note.append(f"  {_place(example)}", style="dim")
     body = Text()
     pieces = _pieces(encoded.input_ids, tokenizer)
     special = set(tokenizer.all_special_ids)
@@ -115,7 +116,12 @@ def _classification_row(
     if example.label is not None:
         label = task.labels[int(example.label)] if task.labels else example.label
     body.append("\n").append(f"{'label' if task.labels else 'target'}: {label}", style=TRAINED)
-    return body, Text(f"{len(ids)} tokens  {example.where}", style="dim")
+    return body, Text(f"{len(ids)} tokens  {_place(example)}", style="dim")
+
+
+def _place(example: Example) -> str:
+    """File name and line: a whole path would be cut at the end, where the line number stands."""
+    return Path(example.where).name
 
 
 def _pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
