@@ -66,7 +66,7 @@ def clip_direction_gradient(G: Tensor, M: Tensor, direction: str, ste_clip: str)
     clips nothing. XNOR-Net and DoReFa-Net pass the gradient unclipped (Eq. 13, 14). ``clamp`` keeps NaN.
     """
     if direction == "ste" and ste_clip == "chain":
-        return (G * M).clamp(-1, 1)
+        return (G * M).clamp_(-1, 1)
     if direction == "ste" and ste_clip == "update":
         return G.clamp(-1, 1) * M
     return G * M
@@ -209,16 +209,16 @@ def dual_delta_backward(
         if direction == "fixed":
             assert fixed_sign is not None
             S = fixed_sign.to(dtype)
-            dP = slope * S * G
-            return M * S, B.T @ dP, dP @ A.T, None, None
+            dP = slope.mul_(S).mul_(G)
+            return M.mul_(S), B.T @ dP, dP @ A.T, None, None
         assert C is not None
         assert D is not None
         C, D = C.to(dtype), D.to(dtype)
         Q = D @ C
         S = Q if direction == "identity" else quantise(Q, direction)
-        dP = slope * S * G
+        dP = slope.mul_(S).mul_(G)  # in place: these passes over [out, in] are what the backward costs
         dQ = clip_direction_gradient(G, M, direction, ste_clip)
-        return M * S, B.T @ dP, dP @ A.T, D.T @ dQ, dQ @ C.T
+        return M.mul_(S), B.T @ dP, dP @ A.T, D.T @ dQ, dQ @ C.T
 
 
 def add_update(W: Tensor, *updates: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ BACKENDS: dict[str, ModuleType] = {"reference": reference, "recompute": recomput
 
 
 def backend_module(name: str) -> ModuleType:
-    """The module behind a backend name. "auto" is ``recompute``: LoRA's memory, and no slower than autograd.
+    """The module behind a backend name. "auto" is ``recompute``: LoRA's memory, at some cost in time (docs/results.md).
 
     Raises:
         ValueError: no such backend here.
