@@ -53,9 +53,8 @@ MISSES_BEFORE_WARNING = 10  # optimizer steps that left a layer's new gradients 
 
 _tracked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _watches: weakref.WeakKeyDictionary[nn.Module, dict[str, _Watch]] = weakref.WeakKeyDictionary()
-_running: list[
-    tuple[int, set[tuple[int, str]]]
-] = []  # optimizers inside step(), outermost first, and what they counted
+# Optimizers inside step(), outermost first, and the gates each has counted.
+_running: list[tuple[int, set[tuple[int, str]]]] = []
 _hooks: list[Any] = []
 
 

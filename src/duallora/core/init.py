@@ -1,7 +1,7 @@
 """Initial values of the factors, reproducible from one stored integer.
 
-The paper draws all four from a Gaussian and leaves its width open; 0.02 gives rms(dW) of about a tenth of rms(W0)
-at r = 16, alpha = 32 (LOG.md). Sign is scale-free, so the width of C and D only sets how easily signs flip.
+The paper draws all four from a Gaussian and leaves its width open; 0.02 is the usual width of a transformer's weights
+at their own start. Sign is scale-free, so the width of C and D only sets how easily signs flip.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ from torch import Tensor
 from duallora.core.equation import add_update, dual_delta, dual_delta_backward
 from duallora.ops.reference import apply_weight
 
-BLOCK_ELEMENTS = (
-    1 << 17
-)  # elements of [out, in] in a CPU block, 512 kB in float32: the fastest of 2^15 to 2^22 (LOG.md)
+# Elements of [out, in] in a CPU block, 512 kB in float32: the fastest of 2^15 to 2^22 on one thread (LOG.md).
+BLOCK_ELEMENTS = 1 << 17
 
 
 def _row_blocks(out_features: int, in_features: int, device: torch.device, direction: str) -> Iterator[slice]:
