@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -176,6 +176,54 @@ def dual_delta(
             A0, B0, C0, D0 = initial
             dW = dW - dual_delta(A0, B0, C0, D0, scaling, magnitude=magnitude, direction=direction)
     return dW
+
+
+class Update(NamedTuple):
+    """One dW in the making: the arguments of :func:`dual_delta`, as backends hand them around."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor | None
+    D: Tensor | None
+    scaling: float | Tensor
+    magnitude: str = "relu"
+    direction: str = "ste"
+    ste_clip: str = "chain"
+    fixed_sign: Tensor | None = None
+    initial: Sequence[Tensor] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of dW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def rows(self, rows: slice) -> Update:
+        """The update of these output rows alone: B and D are cut, A and C shared."""
+        return self._replace(
+            B=self.B[rows],
+            D=None if self.D is None else self.D[rows],
+            fixed_sign=None if self.fixed_sign is None else self.fixed_sign[rows],
+            initial=[factor[rows] if i % 2 else factor for i, factor in enumerate(self.initial)],
+        )
+
+    def delta(self) -> Tensor:
+        """:func:`dual_delta` of it."""
+        *arguments, magnitude, direction, ste_clip, fixed_sign, initial = self
+        return dual_delta(
+            *arguments,
+            magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign, initial=initial,
+        )  # fmt: skip
+
+    def backward(self, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """:func:`dual_delta_backward` of it; the dW that comes along counts ``initial`` too."""
+        *arguments, magnitude, direction, ste_clip, fixed_sign, initial = self
+        dW, *gradients = dual_delta_backward(
+            G, *arguments, magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign
+        )
+        if initial:
+            A0, B0, C0, D0 = initial
+            dW -= dual_delta(A0, B0, C0, D0, self.scaling, magnitude=magnitude, direction=direction)
+        return dW, *gradients
 
 
 def dual_delta_backward(
