@@ -24,8 +24,8 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.ready  ## time and memory of one layer against plain autograd and PEFT's methods
-	$(BIN)/python benchmarks/bench_layer.py --output results/bench/layer.json
+bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT's methods; wants a quiet machine
+	$(BIN)/duallora bench layer
 
 docs: $(VENV)/.docs    ## the site, into site/
 	$(BIN)/zensical build --clean

@@ -33,10 +33,21 @@ def json_line(capsys) -> dict:
     return json.loads(out)
 
 
-VERBS = ["demo", "train", "eval", "merge", "doctor", "data preview", "data check", "config schema", "config show"]
+VERBS = [
+    "demo",
+    "train",
+    "eval",
+    "merge",
+    "doctor",
+    "data preview",
+    "data check",
+    "config schema",
+    "config show",
+    "bench layer",
+]
 
 
-@pytest.mark.parametrize("verb", ["", "data", "config", *VERBS])
+@pytest.mark.parametrize("verb", ["", "data", "config", "bench", *VERBS])
 def test_help_names_the_options_and_shows_an_example(verb, capsys):
     assert cli.run([*verb.split(), "--help"]) == 0
     out = capsys.readouterr().out

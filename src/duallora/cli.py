@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -64,6 +65,30 @@ Lenient = Annotated[
     bool, typer.Option("--lenient", help="Accept another base model than the one the adapter was trained on.")
 ]
 
+BENCH = Path("results/bench")
+
+
+class BenchDtype(str, Enum):  # typer takes no list of literals
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Dtypes = Annotated[
+    list[BenchDtype] | None,
+    typer.Option("--dtype", help="Type of the base weights; may be repeated. Both if not given."),
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=3, metavar="N", help="Rounds per cell at most; 3 at least.")]
+Seconds = Annotated[
+    float, typer.Option("--seconds", min=0, metavar="S", help="Time per cell after which no further round is begun.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="cpu|cuda", help="Where to measure; cuda where there is one.")
+]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Result, written cell by cell; cells it holds are skipped."),
+]
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 app = typer.Typer(
     name="duallora",
@@ -76,6 +101,11 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at training data before 
 config_app = typer.Typer(no_args_is_help=True, help="The settings of a run: their schema and resolved values.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Time and memory beside the arithmetic floor and PEFT's methods, as ratios within one run. Needs a quiet machine.",
+)
+app.add_typer(bench_app, name="bench")
 
 
 def _version(wanted: bool) -> None:
@@ -403,6 +433,51 @@ def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     usable = examination.usable(checks)
     console.results.print("ready" if usable else "[red]not usable yet: see the lines marked missing[/]")
     return {"usable": usable, "checks": [check._asdict() for check in checks], "exit_code": 0 if usable else 2}
+
+
+@bench_app.command("layer")
+def bench_layer(
+    width: Annotated[
+        list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, metavar="N", help="Rows of x; may be repeated.")
+    ] = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r); may be repeated."),
+    ] = None,
+    dtype: Dtypes = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole grid: width to 4096, 512 to 8192 tokens, r 8 to 32; hours.")
+    ] = False,
+    rounds: Rounds = 15,
+    seconds: Seconds = 25.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """One layer, forward and backward, beside the three bare products and PEFT's methods; about ten minutes.
+
+    [dim]Example:[/]  duallora bench layer --width 1024 --width 2048 --tokens 2048 --dtype float32
+    """
+    output = output or BENCH / "layer.json"
+    _refuse_unwritable(output)
+    from duallora.bench import layer
+
+    sizes = layer.FULL if full else layer.DEFAULT
+    return layer.bench(
+        output,
+        widths=width or sizes["widths"],
+        tokens=tokens or sizes["tokens"],
+        ranks=rank or sizes["ranks"],
+        dtypes=[name.value for name in dtype or BenchDtype],
+        rounds=rounds,
+        seconds=seconds,
+        device=device,
+        console=console.results,
+    )
 
 
 @config_app.command("schema")

@@ -1,0 +1,103 @@
+"""Times of competitors that take turns in one process, and the figures made from them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+LEAST_ROUNDS = 3
+
+
+class Subject(NamedTuple):
+    """One competitor: ``run`` is timed, ``before`` puts the scene in order ahead of each run and is not."""
+
+    run: Callable[[], object]
+    before: Callable[[], object] | None = None
+
+
+def interleave(
+    subjects: Mapping[str, Subject],
+    device: torch.device,
+    *,
+    rounds: int = 15,
+    seconds: float = math.inf,
+    drop: int = 1,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Seconds of each subject in each round. A round runs every subject once, in an order drawn anew.
+
+    The first ``drop`` rounds warm up and are forgotten. Then at most ``rounds``, and no new one once ``seconds`` have
+    been spent on them and `LEAST_ROUNDS` are in.
+    """
+    order, draw = list(subjects), random.Random(seed)
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    gc.collect()
+    gc.freeze()  # collections between rounds then look at the rounds' own garbage alone
+    gc.disable()
+    try:
+        for _ in range(drop):
+            for name in order:
+                timed(subjects[name], device)
+        begin = time.perf_counter()
+        for done in range(rounds):
+            if done >= LEAST_ROUNDS and (time.perf_counter() - begin) * (done + 1) / done > seconds:
+                break
+            gc.collect()
+            draw.shuffle(order)
+            for name in order:
+                times[name].append(timed(subjects[name], device))
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return times
+
+
+def timed(subject: Subject, device: torch.device) -> float:
+    """Seconds of one run, from an idle device to an idle device."""
+    if subject.before is not None:
+        subject.before()
+    synchronize(device)
+    begin = time.perf_counter()
+    subject.run()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles in seconds."""
+    return {"median_s": statistics.median(values), "quartiles_s": quartiles(values)}
+
+
+def ratio(values: Sequence[float], over: Sequence[float]) -> dict[str, Any]:
+    """Ratio of the medians, and the quartiles of the ratio round by round: a slow spell hits both alike and cancels."""
+    by_round = [value / other for value, other in zip(values, over, strict=True)]
+    return {"median": statistics.median(values) / statistics.median(over), "quartiles": quartiles(by_round)}
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def figures(times: Mapping[str, Sequence[float]], over: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Per subject: its spread, the number of rounds, and ``ratio_to_<key>`` for each key -> subject in ``over``."""
+    return {
+        name: {
+            **spread(values),
+            "rounds": len(values),
+            **{f"ratio_to_{key}": ratio(values, times[base]) for key, base in over.items() if base in times},
+        }
+        for name, values in times.items()
+    }
