@@ -80,9 +80,19 @@ def delta_gradients(G, A, B, C, D, s, *, magnitude="relu", direction="ste", ste_
 
 
 def dual_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, factors: list[Tensor | None], s: float, dY: Tensor, *, initial=(), **options
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    factors: list[Tensor | None],
+    s: float,
+    dY: Tensor,
+    *,
+    initial=(),
+    m=None,
+    **options,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(y, [dx, db, dA, dB, dC, dD]) in float64 for x [n, in], W [out, in], dY [n, out]."""
+    """(y, [dx, db, dA, dB, dC, dD]) in float64 for x [n, in], W [out, in], dY [n, out]; with m [out] (DoRA, its norms
+    constant in the backward) dm comes last."""
     lists = [None if f is None else f.double().tolist() for f in factors]
     fixed = options.get("fixed_sign")
     options = {**options, "fixed_sign": None if fixed is None else fixed.tolist()}
@@ -92,12 +102,25 @@ def dual_linear(
         start = delta(*[f.double().tolist() for f in initial], s, **without_clip)
         dW = [[p - q for p, q in zip(row, row0, strict=True)] for row, row0 in zip(dW, start, strict=True)]
     weight = [[w + d for w, d in zip(r, rd, strict=True)] for r, rd in zip(W.double().tolist(), dW, strict=True)]
+    norms = [math.sqrt(sum(v * v for v in row)) for row in weight]
+    unscaled, scale = weight, [1.0] * len(weight)
+    if m is not None:
+        scale = [length / norm for length, norm in zip(m.double().tolist(), norms, strict=True)]
+        weight = [[v * c for v in row] for row, c in zip(weight, scale, strict=True)]
     X, Y = x.double().tolist(), dY.double().tolist()
     y = _matmul(X, _transpose(weight))
     if b is not None:
         y = [[v + c for v, c in zip(row, b.double().tolist(), strict=True)] for row in y]
     G = _matmul(_transpose(Y), X)
     gradients = [_matmul(Y, weight), [sum(column) for column in zip(*Y, strict=True)]]
-    gradients += delta_gradients(G, *lists, s, **options)
+    scaled_G = [[g * c for g in row] for row, c in zip(G, scale, strict=True)]
+    gradients += delta_gradients(scaled_G, *lists, s, **options)
+    if m is not None:
+        gradients.append(
+            [
+                sum(g * v for g, v in zip(g_row, row, strict=True)) / norm
+                for g_row, row, norm in zip(G, unscaled, norms, strict=True)
+            ]
+        )
     as_tensor = [None if g is None else torch.tensor(g, dtype=torch.float64) for g in gradients]
     return torch.tensor(y, dtype=torch.float64), as_tensor

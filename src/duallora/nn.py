@@ -20,7 +20,7 @@ from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta
 from duallora.core.gate import Gate, ramp, track
 from duallora.core.init import draw_factors, layer_seed
 from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps
-from duallora.ops import backend_module, build_weight, dual_linear, keep_off_the_fast_path
+from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
 
 
 class DualLoraLinear(nn.Module):
@@ -71,7 +71,7 @@ class DualLoraLinear(nn.Module):
         for value, allowed in ((magnitude, MAGNITUDES), (direction, DIRECTIONS[:-1]), (ste_clip, STE_CLIPS)):
             if value not in allowed:
                 raise ConfigError(f"{value!r} is unknown: choose one of {', '.join(allowed)}.")
-        backend_module(backend)  # raises on an unknown name now, not in the first forward
+        check_backend(backend)  # now, not in the first forward
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
         self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}

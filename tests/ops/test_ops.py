@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from duallora import ops
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
-from duallora.ops import BACKENDS, build_weight, dual_linear, recompute
+from duallora.ops import build_weight, dual_linear, recompute
 from duallora.ops.reference import apply_weight
+from duallora.ops.tokens import FRACTIONS
 
+BACKENDS = ["reference", "recompute", "cpu"]  # triton has a file of its own
 OUT, IN, R1, R2, N = 63, 100, 5, 3, 12
 
 
@@ -36,7 +38,8 @@ def make(dtype=torch.float32, out=OUT, inn=IN, n=N, fixed=False, fan_in_fan_out=
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     got = got.detach()
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+    want = want.detach().double()
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,6 +135,67 @@ def test_residual_start_is_exact_in_both_backends():
             assert relative(g, 1.5 * w) <= 2e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("ste_clip", STE_CLIPS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_dora_agrees_with_the_oracle(backend, fan_in_fan_out, ste_clip, residual):
+    """W' = m (W0 + dW) / |W0 + dW| by output row, the norm constant in the backward; gradients of x, b, factors and m."""
+    x, W, b, factors, _ = make()
+    m = (torch.rand(OUT) + 0.5).requires_grad_()
+    dY = torch.randn(N, OUT) * 3  # large enough for the clip to act
+    initial = [f.detach() * 0.7 for f in factors] if residual else []
+    stored = W.T.contiguous() if fan_in_fan_out else W
+    y = dual_linear(
+        x, stored, b, *factors, 0.3, m=m, initial=initial, ste_clip=ste_clip, fan_in_fan_out=fan_in_fan_out, backend=backend
+    )  # fmt: skip
+    plain = [f.detach() for f in factors]
+    want_y, want = oracle.dual_linear(
+        x.detach(), W, b.detach(), plain, 0.3, dY, m=m.detach(), initial=initial, ste_clip=ste_clip
+    )
+    got = torch.autograd.grad(y, [x, b, *factors, m], dY)
+    for g, w in zip([y, *got], [want_y, *want], strict=True):
+        assert relative(g, w) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_three_forms_are_one_function(backend, fan_in_fan_out, dora):
+    """added = merged, and delta = merged minus the base product, in y and in every gradient."""
+    x, W, b, factors, _ = make(fan_in_fan_out=fan_in_fan_out)
+    m = (torch.rand(OUT) + 0.5).requires_grad_() if dora else None
+    leaves = [x, *factors] + ([m] if m is not None else [])
+    dY = torch.randn(N, OUT)
+
+    def run(form):
+        y = dual_linear(x, W, b, *factors, 0.3, m=m, form=form, fan_in_fan_out=fan_in_fan_out, backend=backend)
+        if form == "delta":
+            y = y + apply_weight(x, W, b, fan_in_fan_out)
+        return [y, *torch.autograd.grad(y, leaves, dY)]
+
+    merged = run("merged")
+    for form in ("added", "delta"):
+        for g, w in zip(run(form), merged, strict=True):
+            assert relative(g, w) <= 2e-6
+
+
+def test_added_keeps_what_bf16_rounds_away():
+    """An update far below half an ulp of W0 leaves the merged bf16 weight as it was, and acts in the added form."""
+    x, _, _, factors, _ = make(torch.bfloat16)
+    W = torch.ones(OUT, IN).bfloat16()
+    small = [f.detach() * 0.05 for f in factors]
+    assert torch.equal(build_weight(W, *small, 0.3), W)
+    delta = dual_linear(x, None, None, *small, 0.3)
+    want, _ = oracle.dual_linear(x.detach(), torch.zeros(OUT, IN), None, small, 0.3, torch.zeros(N, OUT))
+    assert relative(delta, want) <= 1e-2
+    x = x.detach()[:, :1] * torch.tensor([1.0, -1.0] * (IN // 2))  # W's own product is exactly zero
+    x = x.bfloat16()
+    added = dual_linear(x, W, None, *small, 0.3, form="added")
+    want, _ = oracle.dual_linear(x, torch.zeros(OUT, IN), None, small, 0.3, torch.zeros(N, OUT))
+    assert relative(added, want) <= 1e-2
+
+
 def saved_shapes(backend: str) -> list[torch.Size]:
     shapes: list[torch.Size] = []
     x, W, b, factors, _ = make()
@@ -146,21 +210,33 @@ def saved_shapes(backend: str) -> list[torch.Size]:
     return shapes
 
 
-def test_recompute_saves_no_weight_sized_tensor():
+def test_kernel_backends_save_no_weight_sized_tensor():
     """x, the factors and scalars only; plain autograd keeps several [out, in] tensors (so the count can fail)."""
-    lean = saved_shapes("recompute")
-    assert (OUT, IN) not in lean
-    assert (IN, OUT) not in lean
-    assert sum(s.numel() for s in lean) <= N * IN + (R1 + R2) * (OUT + IN) + 1
+    for backend in ("recompute", "cpu"):
+        lean = saved_shapes(backend)
+        assert (OUT, IN) not in lean
+        assert (IN, OUT) not in lean
+        assert sum(s.numel() for s in lean) <= N * IN + (R1 + R2) * (OUT + IN) + 1
     assert saved_shapes("reference").count((OUT, IN)) >= 3
 
 
 def test_registered_operator_passes_opcheck():
     x, W, b, factors, _ = make()
-    arguments = (x, W, b, *factors, torch.tensor(0.3), "relu", "ste", "chain", None, [], False)
-    torch.library.opcheck(torch.ops.duallora.dual_linear.default, arguments)
-    backward = (torch.randn(N, OUT), x.detach(), W, *(f.detach() for f in factors), torch.tensor(0.3), "relu", "ste",
-                "chain", None, [], False, True, False, True)  # fmt: skip
+    m = (torch.rand(OUT) + 0.5).requires_grad_()
+    probe = torch.zeros(len(FRACTIONS), requires_grad=True)
+    scaling, seed, share = torch.tensor(0.3), torch.tensor(7), torch.tensor(0.25)
+    options = ("relu", "ste", "chain", False)
+    tests = []
+    for backend in ("recompute", "cpu"):
+        for form in ("merged", "added", "delta"):
+            for dora in (None, m):
+                tests.append(((x, W, b, *factors, dora, None, scaling, None, [], None, None), (form, backend)))
+        tests.append(((x, W, b, *factors, m, probe, scaling, None, [], seed, share), ("merged", backend)))
+    for arguments, (form, backend) in tests:
+        torch.library.opcheck(torch.ops.duallora.dual_linear.default, (*arguments, *options, form, backend))
+    detached = [t.detach() for t in (x, W, *factors, m)]
+    backward = (torch.randn(N, OUT), *detached, m.detach() + 0.1, scaling, None, [], seed, share, *options,
+                "merged", "cpu", True, False, True, True)  # fmt: skip
     torch.library.opcheck(torch.ops.duallora.dual_linear_backward.default, backward)
     crosswise = torch.randn(2, IN, 5).transpose(1, 2)  # strides the result does not have
     torch.library.opcheck(
@@ -233,7 +309,7 @@ def test_checkpointing_changes_no_gradient(use_reentrant):
 
 def test_bad_requests_name_the_remedy():
     x, W, b, factors, _ = make()
-    with pytest.raises(ValueError, match=r"'cuda9'.*choose one of auto, reference, recompute"):
+    with pytest.raises(ValueError, match=r"'cuda9'.*choose one of auto, reference, recompute, cpu, triton"):
         dual_linear(x, W, b, *factors, 0.3, backend="cuda9")
     with pytest.raises(ValueError, match=r"x is torch\.bfloat16 but the base weight is torch\.float32: cast x"):
         dual_linear(x.bfloat16(), W, b, *factors, 0.3)

@@ -1,8 +1,8 @@
 """One linear layer with a Dual LoRA update: y = x (W0 + dW)^T + b, behind interchangeable backends.
 
-``reference`` lets autograd write the backward and keeps [out, in] tensors for it; ``recompute`` keeps x and the
-factors only and rebuilds the rest. Both have the signature of :func:`dual_linear` and the same ``build_weight``,
-which is also what merging writes: a merged layer computes the very bits of an unmerged one.
+``reference`` lets autograd write the backward and keeps [out, in] tensors for it; the others keep x and the factors
+only and rebuild the rest. :func:`build_weight` is what the merged forward multiplies by and what merging writes: a
+merged layer computes the very bits of an unmerged one.
 """
 
 from __future__ import annotations
@@ -10,35 +10,34 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duallora.core.equation import check_arguments
-from duallora.ops import recompute, reference
+from duallora.core.equation import Update, check_arguments
+from duallora.ops import autograd, reference
+from duallora.ops.backends import BACKENDS, check_backend, check_backend_name, pick
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "recompute": recompute}
-
-
-def backend_module(name: str) -> ModuleType:
-    """The module behind a backend name. "auto" is ``recompute``: LoRA's memory, at some cost in time (docs/results.md).
-
-    Raises:
-        ValueError: no such backend here.
-    """
-    if name == "auto":
-        return recompute
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is not available: choose one of {', '.join(['auto', *BACKENDS])}.")
-    return BACKENDS[name]
+FORMS = ("merged", "added", "delta")
 
 
-def _check_weight(W: Tensor | None, A: Tensor, B: Tensor, fan_in_fan_out: bool) -> None:
-    expected = (A.shape[1], B.shape[0]) if fan_in_fan_out else (B.shape[0], A.shape[1])
+def _check(
+    W: Tensor | None, update: Update, m: Tensor | None, form: str, fan_in_fan_out: bool, gradient_tokens: float | Tensor
+) -> None:
+    A, B, C, D, _, magnitude, direction, ste_clip, fixed_sign, _ = update
+    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
+    expected = update.shape[::-1] if fan_in_fan_out else update.shape
     if W is not None and tuple(W.shape) != expected:
         raise ValueError(f"W is {tuple(W.shape)}, but A {tuple(A.shape)} and B {tuple(B.shape)} make {expected}.")
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is unknown: choose one of {', '.join(FORMS)}.")
+    if m is not None and W is None:
+        raise ValueError("m scales the rows of W + dW, but W is None: give the base weight.")
+    if m is not None and tuple(m.shape) != update.shape[:1]:
+        raise ValueError(f"m is {tuple(m.shape)}, but the layer has {update.shape[0]} output features: one each.")
+    if not isinstance(gradient_tokens, Tensor) and not 0 < gradient_tokens <= 1:
+        raise ValueError(f"gradient_tokens={gradient_tokens!r}: expected a share of the tokens in (0, 1].")
 
 
 @functools.cache
@@ -79,32 +78,50 @@ def dual_linear(
     ste_clip: str = "chain",
     fixed_sign: Tensor | None = None,
     initial: Sequence[Tensor] = (),
+    m: Tensor | None = None,
     fan_in_fan_out: bool = False,
+    form: str = "merged",
+    gradient_tokens: float | Tensor = 1.0,
+    seed: Tensor | None = None,
+    probe: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """y = x (W + dW)^T + b, with dW as :func:`duallora.dual_delta` defines it. Differentiable in x, b and the factors.
+    """y = x (W + dW)^T + b, with dW as :func:`duallora.dual_delta` defines it. Differentiable in x, b, m and the factors.
 
     Args:
         x: [..., in]. Under autocast it is cast as ``F.linear`` would; otherwise it must have the dtype of W.
         W: [out, in], or [in, out] with ``fan_in_fan_out`` (transformers' Conv1D). None: y = x dW^T alone.
         b: [out] or None.
         A, B, C, D, scaling and the options: as in :func:`duallora.dual_delta`.
-        backend: "auto", "reference" or "recompute".
+        m: [out], DoRA's magnitude: W + dW is replaced by m (W + dW) / |W + dW|, norms of output rows, a constant in
+            the backward (arXiv 2402.09353, section 4.3). Needs W.
+        form: "merged": one product with the sum, rounded to the dtype of x; "added": x W^T + b + x dW^T, a product
+            more and no rounding of the sum; "delta": x dW^T (with m: x (W' - W)^T) alone.
+        gradient_tokens: share of the tokens, in (0, 1], that form the factors' gradient: the heaviest, and a
+            weighted sample of the others (arXiv 2305.15265), which leaves the gradient unbiased. 1: exact. A tensor ([], on the CPU) may move without
+            recompiling.
+        seed: [] int64 on the CPU, seed of that sample; without it the gradient is exact.
+        probe: a tensor that receives, as its gradient, the relative sampling errors of this layer.
+        backend: "auto" (the fastest here), "cpu", "triton", "recompute" or "reference".
 
     Returns:
         y [..., out], in the dtype of x (autocast's under autocast).
 
     Raises:
-        ValueError: an unknown option or backend, or shapes or dtypes that do not fit together.
+        ValueError: an unknown option, or shapes or dtypes that do not fit together.
+        RuntimeError: a backend asked for by name cannot run here.
     """
-    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
-    _check_weight(W, A, B, fan_in_fan_out)
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    check_backend_name(backend)
+    _check(W, update, m, form, fan_in_fan_out, gradient_tokens)
     clips = direction == "ste" and ste_clip != "none"
     if x.dtype == torch.float16 and clips and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _warn_of_float16()
-    return backend_module(backend).dual_linear(
-        x, W, b, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
-    )
+    if W is None:
+        form = "delta"
+    if backend == "reference":
+        return reference.dual_linear(x, W, b, update, m, form, fan_in_fan_out)
+    return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, probe, backend)
 
 
 @torch.no_grad()
@@ -121,15 +138,16 @@ def build_weight(
     ste_clip: str = "chain",
     fixed_sign: Tensor | None = None,
     initial: Sequence[Tensor] = (),
+    m: Tensor | None = None,
     fan_in_fan_out: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """W' = W + dW in the dtype and layout of W: the weight :func:`dual_linear` multiplies by, bit for bit."""
-    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
-    _check_weight(W, A, B, fan_in_fan_out)
-    return backend_module(backend).build_weight(
-        W, A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial, fan_in_fan_out
-    )
+    """W' in the dtype and layout of W: the weight :func:`dual_linear` multiplies by, bit for bit."""
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    check_backend_name(backend)
+    _check(W, update, m, "merged", fan_in_fan_out, 1.0)
+    module = reference if backend == "reference" else pick(backend, update, W.dtype)
+    return module.build_weight(W, update, fan_in_fan_out=fan_in_fan_out, dtype=W.dtype, m=m)[0]
 
 
-__all__ = ["BACKENDS", "backend_module", "build_weight", "dual_linear", "keep_off_the_fast_path"]
+__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "keep_off_the_fast_path"]

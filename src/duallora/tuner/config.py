@@ -21,7 +21,7 @@ _CHOICES = {
     "direction": DIRECTIONS,
     "ste_clip": STE_CLIPS,
     "forward": ("auto", "merged", "added"),
-    "backend": ("auto", *BACKENDS),
+    "backend": BACKENDS,
 }
 
 

@@ -1,0 +1,248 @@
+"""The one autograd path over the kernel backends: saves x and the factors, and never keeps an [out, in] tensor.
+
+    forward    W' = W0 + dW                y = x W'^T + b
+    backward   dx = dY W'                  db = sum_t dY_t
+               G  = dY^T x   [out, in]     dA, dB, dC, dD (and dm) from G, by the backend
+
+Registered with torch.library as opaque operators, so ``torch.compile(fullgraph=True)`` takes them as they are. Second
+derivatives are not provided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duallora.core.equation import Update
+from duallora.ops.backends import pick
+from duallora.ops.reference import apply_weight
+from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample
+
+
+def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
+    """What decides which backend can serve: float64 anywhere needs the torch operators."""
+    return x.dtype if W is None else torch.promote_types(x.dtype, W.dtype)
+
+
+@torch.library.custom_op("duallora::dual_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    W: Tensor | None,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    m: Tensor | None,
+    probe: Tensor | None,
+    scaling: Tensor,
+    fixed_sign: Tensor | None,
+    initial: Sequence[Tensor],
+    seed: Tensor | None,
+    gradient_tokens: Tensor | None,
+    magnitude: str,
+    direction: str,
+    ste_clip: str,
+    fan_in_fan_out: bool,
+    form: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, norm); norm [out] with m, else empty. ``probe`` is there to receive a gradient: see :mod:`duallora.ops.tokens`."""
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    with torch.autocast(x.device.type, enabled=False):  # eager mode runs this body under the caller's autocast
+        build = pick(backend, update, _weight_dtype(x, W)).build_weight
+        b = None if b is None else b.to(x.dtype)
+        if form == "merged":
+            weight, norm = build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m)
+            y = apply_weight(x, weight, b, fan_in_fan_out)
+        else:
+            base = None if m is None else W
+            delta, norm = build(base, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m, minus_base=True)
+            if form == "added" and W is not None:
+                y = apply_weight(x, W.to(x.dtype), b, fan_in_fan_out)
+                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), delta if fan_in_fan_out else delta.T)
+            else:
+                y = apply_weight(x, delta, None, fan_in_fan_out)
+    return y, x.new_empty(0) if norm is None else norm
+
+
+@_forward.register_fake
+def _(x, W, b, A, B, C, D, m, *_options):
+    norm = x.new_empty(0) if m is None else m.new_empty(m.shape, dtype=torch.promote_types(A.dtype, torch.float32))
+    return x.new_empty(*x.shape[:-1], B.shape[0]), norm
+
+
+@torch.library.custom_op("duallora::dual_linear_backward", mutates_args=())
+def _backward(
+    dY: Tensor,
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    m: Tensor | None,
+    norm: Tensor,
+    scaling: Tensor,
+    fixed_sign: Tensor | None,
+    initial: Sequence[Tensor],
+    seed: Tensor | None,
+    gradient_tokens: Tensor | None,
+    magnitude: str,
+    direction: str,
+    ste_clip: str,
+    fan_in_fan_out: bool,
+    form: str,
+    backend: str,
+    need_dx: bool,
+    need_dW: bool,
+    need_factors: bool,
+    need_probe: bool,
+) -> list[Tensor]:
+    """[dx, dW, dA, dB, dC, dD, dm, the probe's]; what is not needed, or does not exist, is an empty tensor."""
+    result = [x.new_empty(0) for _ in range(8)]
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    with torch.autocast(x.device.type, enabled=False):
+        kernel = pick(backend, update, _weight_dtype(x, W))
+        dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
+        tokens = len(dY2)
+        keep = nonzero_rows(dY2)
+        if keep is not None:
+            dY2, x2 = dY2[keep], x2[keep]
+        # The weight for dx: in the added form the rounded sum serves, as its error does not accumulate over steps.
+        options = {"fan_in_fan_out": fan_in_fan_out, "dtype": x.dtype, "m": m, "minus_base": form == "delta"}
+        weight = None
+        if need_dW or need_factors:
+            G, probed = _weight_gradient(dY2, x2, fan_in_fan_out, tokens, seed, gradient_tokens, need_probe)
+            if need_probe:
+                result[7] = probed
+            if need_dW and W is not None:
+                result[1] = _base_gradient(G, m, norm, W, form, fan_in_fan_out)
+            if need_factors:
+                given = {} if m is None else {"norm": norm}
+                weight, *gradients = kernel.weight_and_gradients(G, W, update, **options, **given)
+                result[2:7] = [
+                    g if f is None else g.to(f.dtype) for g, f in zip(gradients, (A, B, C, D, m), strict=True)
+                ]
+                # A new tensor each: an operator must not hand out views of one another or of its inputs.
+                result[2:7] = [g.contiguous() for g in result[2:7]]
+        if need_dx:
+            if weight is None:
+                weight, _ = kernel.build_weight(W, update, **options)
+            by_rows = weight.T if fan_in_fan_out else weight
+            if keep is None:
+                result[0] = (dY2 @ by_rows).view(x.shape)
+            else:
+                result[0] = x.new_zeros(tokens, x.shape[-1]).index_copy_(0, keep, dY2 @ by_rows).view(x.shape)
+    return result
+
+
+def _weight_gradient(
+    dY: Tensor,
+    x: Tensor,
+    fan_in_fan_out: bool,
+    tokens: int,
+    seed: Tensor | None,
+    gradient_tokens: Tensor | None,
+    probe: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dL/dW' in the layout of W from ``gradient_tokens`` of the ``tokens``, what the probe asks for).
+
+    Some of the tokens may be gone as zeros; the share counts from all of them.
+    """
+    wanted = tokens if gradient_tokens is None else max(1, math.ceil(float(gradient_tokens) * tokens))
+    probed = x.new_zeros(len(FRACTIONS) if probe else 0, dtype=torch.float32)
+    if seed is not None and wanted < len(dY):
+        chosen = sample(x, dY, wanted, int(seed))
+        bounds = error_bounds(chosen.p, tokens) if probe else probed
+        dY = dY[chosen.index] * chosen.weight[:, None].to(dY.dtype)
+        x = x[chosen.index]
+    else:
+        bounds = probed
+    G = x.T @ dY if fan_in_fan_out else dY.T @ x
+    if probe:
+        size = torch.linalg.vector_norm(G, dtype=torch.float32) ** 2
+        probed = bounds / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return G, probed
+
+
+def _base_gradient(G: Tensor, m: Tensor | None, norm: Tensor, W: Tensor, form: str, fan_in_fan_out: bool) -> Tensor:
+    """dL/dW0, for whoever trains the base weight as well."""
+    scaled = G if m is None else G * ((m / norm) if fan_in_fan_out else (m / norm)[:, None])
+    if form == "delta":
+        scaled = scaled - G
+    return scaled.to(W.dtype).clone(memory_format=torch.contiguous_format)
+
+
+@_backward.register_fake
+def _(dY, x, W, A, B, C, D, m, *options):
+    need_dx, need_dW, need_factors, need_probe = options[-4:]
+    return [
+        x.new_empty(x.shape) if need_dx else x.new_empty(0),  # contiguous, whatever the strides of x
+        W.new_empty(W.shape) if need_dW and W is not None else x.new_empty(0),
+        *(x.new_empty(0) if f is None or not need_factors else f.new_empty(f.shape) for f in (A, B, C, D, m)),
+        x.new_empty(len(FRACTIONS) if need_probe else 0, dtype=torch.float32),
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, W, _b, *factors, m, _probe, scaling, fixed_sign, initial, seed, gradient_tokens = inputs[:14]
+    ctx.save_for_backward(x, W, *factors, m, output[1], scaling, fixed_sign, seed, gradient_tokens, *initial)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[14:]
+
+
+def _autograd(ctx, dY: Tensor | None, _dnorm):
+    nothing = (None,) * len(ctx.needs_input_grad)
+    if dY is None:
+        return nothing
+    x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
+    need_x, need_W, need_b, *need_factors, need_probe = ctx.needs_input_grad[:9]
+    dx, dW, *factors, probed = _backward(
+        dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
+        need_x, need_W, any(need_factors), need_probe,
+    )  # fmt: skip
+    db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b else None
+    gradients = [g if needed else None for g, needed in zip(factors, need_factors, strict=True)]
+    # scaling, fixed_sign | initial | seed, gradient_tokens | options
+    rest = [None, None, [None] * len(initial), None, None, *[None] * len(ctx.options)]
+    return dx if need_x else None, dW if need_W else None, db, *gradients, probed if need_probe else None, *rest
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def dual_linear(
+    x: Tensor,
+    W: Tensor | None,
+    b: Tensor | None,
+    update: Update,
+    m: Tensor | None,
+    form: str,
+    fan_in_fan_out: bool,
+    gradient_tokens: float | Tensor,
+    seed: Tensor | None,
+    probe: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """:func:`duallora.dual_linear`, by the kernel backends."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
+        x = x.to(torch.get_autocast_dtype(device))
+    elif W is not None and x.dtype != W.dtype:
+        raise ValueError(f"x is {x.dtype} but the base weight is {W.dtype}: cast x, or run under torch.autocast.")
+    scaling = update.scaling
+    if not isinstance(scaling, Tensor):
+        scaling = torch.tensor(scaling, dtype=torch.float32, device=x.device)
+    tokens: Tensor | None = None
+    if seed is not None:
+        tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens)
+    y, _norm = _forward(
+        x, W, b, *update[:4], m, probe, scaling, update.fixed_sign, list(update.initial), seed, tokens,
+        update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, form, backend,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,257 @@
+"""The native CPU backend: cpu_kernel.cpp, compiled on first use for the machine it runs on.
+
+Installing needs no compiler; the first call looks for one (``CXX``, else c++, g++, clang++), compiles in a few
+seconds and keeps the library in ``DUALLORA_CACHE`` (else the user's cache folder). Processes that compile at the same
+time each write a file of their own and rename it into place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from duallora.core.equation import Update
+
+_SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno"]
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MAGNITUDES = {"relu": 0, "abs": 1, "identity": 2}
+_DIRECTIONS = {"ste": 0, "identity": 1}
+_CLIPS = {"chain": 0, "update": 1, "none": 2}
+# Elements of [out, in] times ranks below which a second thread costs more than it brings.
+_WORK_PER_THREAD = 1 << 19
+
+
+class CompilerError(RuntimeError):
+    """There is no C++ compiler, or it did not accept the kernel."""
+
+
+class _Job(ctypes.Structure):
+    """``struct Job`` of cpu_kernel.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("W", "G", "out")]
+        + [(name, ctypes.c_int64) for name in ("rows", "cols")]
+        + [
+            (name, ctypes.c_void_p)
+            for name in (
+                "L1", "R1", "L2", "R2", "L1_0", "R1_0", "L2_0", "R2_0", "dL1", "dR1", "dL2", "dR2",
+                "row_m", "row_norm", "row_scale", "col_scale", "row_dot", "col_dot", "col_square",
+            )
+        ]
+        + [
+            (name, ctypes.c_int32)
+            for name in (
+                "W_dtype", "G_dtype", "out_dtype", "r1", "r2", "magnitude", "direction", "clip", "minus_base", "threads",
+            )
+        ]
+        + [("scale", ctypes.c_float)]
+    )  # fmt: skip
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise CompilerError("no C++ compiler was found (tried $CXX, c++, g++, clang++): install one, for example g++.")
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that a cache shared between machines is safe."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+        )
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _cache_folder() -> Path:
+    """Where compiled kernels are kept; a private temporary folder if the user's cannot be written."""
+    chosen = os.environ.get("DUALLORA_CACHE")
+    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="duallora-"))
+
+
+def _compile(compiler: str, target: Path) -> None:
+    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    errors = ""
+    try:
+        # Without OpenMP (Apple's clang) the kernel runs on one thread.
+        for flags in ([*_FLAGS, native, "-fopenmp"], [*_FLAGS, native], _FLAGS):
+            command = [compiler, *flags, "-o", scratch, str(_SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                Path(scratch).replace(target)
+                return
+            errors = errors or done.stderr
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    raise CompilerError(f"{compiler} did not compile the kernel:\n{errors[-2000:]}")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel, from the cache or compiled now.
+
+    Raises:
+        CompilerError: no compiler, or it failed.
+    """
+    compiler = _compiler()
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        key = "\0".join([_SOURCE.read_text(), *_FLAGS, compiler, version, platform.machine(), _processor()])
+        target = _cache_folder() / f"kernel-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+        if not target.exists():
+            _compile(compiler, target)
+        try:
+            loaded = ctypes.CDLL(str(target))
+        except OSError:  # a file cut short by a full disk or a crash
+            _compile(compiler, target)
+            loaded = ctypes.CDLL(str(target))
+    except OSError as error:
+        raise CompilerError(f"the kernel could not be compiled or loaded: {error}") from error
+    loaded.duallora_run.argtypes, loaded.duallora_run.restype = [ctypes.POINTER(_Job)], None
+    loaded.duallora_fingerprint.restype = ctypes.c_uint64
+    loaded.duallora_fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
+    return loaded
+
+
+def supports(update: Update, dtype: torch.dtype) -> bool:
+    """Whether the kernel computes this update of weights of ``dtype``: the paper's form, its residual start, and the
+    ablations that need no mean over a row, no exponential and no stored signs."""
+    return (
+        update.A.device.type == "cpu"
+        and update.magnitude in _MAGNITUDES
+        and update.direction in _DIRECTIONS
+        and dtype in _DTYPES
+        and update.A.dtype != torch.float64
+    )
+
+
+def _oriented(factors: Sequence[Tensor | None], fan_in_fan_out: bool) -> list[Tensor]:
+    """[L1, R1, L2, R2] float32 and contiguous, whose products have the layout of W."""
+    A, B, C, D = factors
+    assert C is not None
+    assert D is not None
+    pairs = (A.T, B.T, C.T, D.T) if fan_in_fan_out else (B, A, D, C)  # type: ignore[union-attr]
+    return [factor.detach().to(torch.float32).contiguous() for factor in pairs]
+
+
+def _run(
+    W: Tensor | None, update: Update, fan_in_fan_out: bool, out: Tensor | None, **tensors: Tensor | int | None
+) -> None:
+    """One pass of the kernel. ``tensors`` are fields of the job by name: addresses of contiguous tensors, or numbers."""
+    one = _oriented(update[:4], fan_in_fan_out)
+    initial = _oriented(update.initial, fan_in_fan_out) if update.initial else []
+    held = dict(zip(("L1", "R1", "L2", "R2"), one, strict=True))
+    held |= dict(zip(("L1_0", "R1_0", "L2_0", "R2_0"), initial, strict=False))
+    if W is not None:
+        held["W"] = W.detach().contiguous()
+    if out is not None:
+        held["out"] = out
+    held |= tensors  # type: ignore[arg-type]
+    job = _Job()
+    for name, value in held.items():
+        if value is not None:
+            setattr(job, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    for name in ("W", "G", "out"):
+        if isinstance(tensor := held.get(name), Tensor):
+            setattr(job, f"{name}_dtype", _DTYPES[tensor.dtype])
+    job.rows, job.cols = one[0].shape[0], one[1].shape[1]
+    job.r1, job.r2 = one[1].shape[0], one[3].shape[0]
+    job.scale = float(update.scaling)
+    job.magnitude, job.direction = _MAGNITUDES[update.magnitude], _DIRECTIONS[update.direction]
+    job.clip = _CLIPS[update.ste_clip]
+    work = job.rows * job.cols * (job.r1 + job.r2)
+    job.threads = max(1, min(torch.get_num_threads(), work // _WORK_PER_THREAD))
+    library().duallora_run(ctypes.byref(job))
+
+
+def _shape(update: Update, fan_in_fan_out: bool) -> tuple[int, int]:
+    out_features, in_features = update.shape
+    return (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
+
+
+def build_weight(
+    W: Tensor | None,
+    update: Update,
+    *,
+    fan_in_fan_out: bool,
+    dtype: torch.dtype,
+    m: Tensor | None = None,
+    minus_base: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(W', norm): see :mod:`duallora.ops.recompute`, whose contract this follows."""
+    weight = torch.empty(_shape(update, fan_in_fan_out), dtype=dtype)
+    if m is None:
+        _run(W, update, fan_in_fan_out, weight, minus_base=minus_base)
+        return weight, None
+    m = m.detach().to(torch.float32).contiguous()
+    norm = torch.empty_like(m)
+    if not fan_in_fan_out:
+        _run(W, update, False, weight, row_m=m, row_norm=norm, minus_base=minus_base)
+        return weight, norm
+    # An output's weights lie along a column, whose norm is known only after all rows: two passes.
+    _run(W, update, True, None, col_square=norm)
+    norm = norm.sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
+    _run(W, update, True, weight, col_scale=m / norm, minus_base=minus_base)
+    return weight, norm
+
+
+def weight_and_gradients(
+    G: Tensor,
+    W: Tensor | None,
+    update: Update,
+    *,
+    fan_in_fan_out: bool,
+    dtype: torch.dtype,
+    m: Tensor | None = None,
+    norm: Tensor | None = None,
+    minus_base: bool = False,
+) -> list[Tensor]:
+    """[W', dA, dB, dC, dD, dm]: see :mod:`duallora.ops.recompute`."""
+    shape = _shape(update, fan_in_fan_out)
+    weight = torch.empty(shape, dtype=dtype)
+    r1, r2 = update.A.shape[0], update.B.shape[1] if update.D is None else update.D.shape[1]
+    dL1, dR1 = torch.empty(shape[0], r1), torch.empty(r1, shape[1])
+    dL2, dR2 = torch.empty(shape[0], r2), torch.empty(r2, shape[1])
+    along = "col" if fan_in_fan_out else "row"
+    dora: dict[str, Tensor] = {}
+    if m is not None and norm is not None:
+        dora = {f"{along}_scale": m.detach().to(torch.float32) / norm, f"{along}_dot": torch.empty_like(norm)}
+    G = G.detach().contiguous()
+    if G.dtype not in _DTYPES:
+        G = G.to(torch.float32)
+    _run(
+        W, update, fan_in_fan_out, weight,
+        G=G, dL1=dL1, dR1=dR1, dL2=dL2, dR2=dR2, minus_base=minus_base, **dora,
+    )  # fmt: skip
+    dm = dora[f"{along}_dot"] / norm if dora else torch.empty(0)
+    if fan_in_fan_out:
+        return [weight, dL1.T, dR1.T, dL2.T, dR2.T, dm]
+    return [weight, dR1, dL1, dR2, dL2, dm]
+
+
+def fingerprint(ranges: ctypes.Array, sizes: ctypes.Array, count: int) -> int:
+    """A 64-bit hash of the bytes at ``ranges`` (addresses, with their sizes in bytes)."""
+    return library().duallora_fingerprint(ranges, sizes, count)
