@@ -480,6 +480,63 @@ def bench_layer(
     )
 
 
+@bench_app.command("step")
+def bench_step(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
+    ] = "builtin:smollm2-135m",
+    dtype: Dtypes = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Docstrings, loss on answers, padded; else random tokens, loss on all.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Both dtypes, with and without each of these; two hours.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Examples in the batch.")] = 8,
+    length: Annotated[int, typer.Option("--length", min=8, metavar="N", help="Tokens per example.")] = 128,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory too, each method in a process of its own.")
+    ] = True,
+    rounds: Rounds = 15,
+    seconds: Seconds = 240.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """A training step of SmolLM2, all linear layers adapted, against PEFT's methods: time and peak memory.
+
+    Without --dtype, --checkpointing and --masked: fp32 and bf16 without either, fp32 with each; about 45 minutes.
+
+    [dim]Example:[/]  duallora bench step --dtype float32 --masked
+    """
+    output = output or BENCH / "step.json"
+    _refuse_unwritable(output)
+    from duallora.bench import step
+
+    scenes = step.scenes(
+        [name.value for name in dtype or ()],
+        checkpointing=checkpointing,
+        masked=masked,
+        full=full,
+        model=model,
+        rank=rank,
+        rows=rows,
+        length=length,
+    )
+    return step.bench(
+        output,
+        scenes,
+        rounds=rounds,
+        seconds=seconds,
+        with_memory=memory,
+        device=device,
+        console=console.results,
+    )
+
+
 @config_app.command("schema")
 def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     """Print the JSON schema of a recipe, for editors that complete and check YAML.

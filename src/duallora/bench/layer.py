@@ -51,7 +51,7 @@ def bench(
         for width, n, rank, dtype in itertools.product(widths, tokens, ranks, dtypes)
     ]
     todo = [key for key in grid if store.find(key) is None]
-    say(console, "cells", f"{len(todo)} of {len(grid)} to measure" + _dropped(store))
+    say(console, "cells", f"{len(todo)} of {len(grid)} to measure{store.replaces()}")
     for number, key in enumerate(todo, 1):
         begin = time.monotonic()
         # Compiling takes longer than all the rest of a cell.
@@ -60,10 +60,6 @@ def bench(
             cell = store.add(key, measure(**key, rounds=rounds, seconds=seconds, device=where, compiles=compiles))
         say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
     return {"output": str(output), "measured": len(todo), "skipped": len(grid) - len(todo), "dropped": store.dropped}
-
-
-def _dropped(store: Store) -> str:
-    return f"; {store.dropped} from another environment or other code are replaced" if store.dropped else ""
 
 
 def summary(cell: dict[str, Any]) -> str:

@@ -65,6 +65,10 @@ class Store:
         if same:
             self.content["cells"] = cells
 
+    def replaces(self) -> str:
+        """Words for the console where cells fell out."""
+        return f"; {self.dropped} of another machine or other code are replaced" if self.dropped else ""
+
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         return next((cell for cell in self.content["cells"] if cell["cell"] == dict(key)), None)
 

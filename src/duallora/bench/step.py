@@ -1,0 +1,100 @@
+"""Time and peak memory of a training step of SmolLM2-135M, all linear layers adapted, against PEFT's methods."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from duallora.bench import memory, methods
+from duallora.bench.scene import Scene, Stage
+from duallora.bench.store import Store, default_device
+from duallora.bench.timing import Subject, figures, interleave
+from duallora.train.progress import clock, quiet_libraries, say
+
+DTYPES = ("float32", "bfloat16")
+
+
+def scenes(
+    dtypes: Sequence[str] = (), *, checkpointing: bool = False, masked: bool = False, full: bool = False, **sizes: Any
+) -> list[Scene]:
+    """The scenes asked for; without a wish the four of the docs; with ``full`` all eight."""
+    if full:
+        wanted = list(itertools.product(DTYPES, (False, True), (False, True)))
+    elif dtypes or checkpointing or masked:
+        wanted = [(dtype, checkpointing, masked) for dtype in dtypes or DTYPES]
+    else:
+        wanted = [(dtype, False, False) for dtype in DTYPES] + [("float32", True, False), ("float32", False, True)]
+    return [Scene(dtype=dtype, checkpointing=again, masked=mask, **sizes) for dtype, again, mask in wanted]
+
+
+def bench(
+    output: Path,
+    chosen: Sequence[Scene],
+    *,
+    rounds: int = 15,
+    seconds: float = 240.0,
+    with_memory: bool = True,
+    device: str | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measures every scene that ``output`` lacks: about ``seconds`` of rounds, then each method's memory by itself."""
+    console = console or Console()
+    where = default_device(device)
+    store = Store(output, "step", where)
+    with_memory = with_memory and memory.can_measure(where)
+    keys = [{name: value for name, value in asdict(scene).items() if name != "device"} for scene in chosen]
+    todo = [key for key in keys if not _is_whole(store.find(key), with_memory)]
+    say(console, "cells", f"{len(todo)} of {len(keys)} to measure{store.replaces()}")
+    for number, key in enumerate(todo, 1):
+        begin = time.monotonic()
+        scene = Scene(**key, device=str(where))
+        with quiet_libraries():
+            cell = store.find(key) or store.add(key, measure(scene, rounds=rounds, seconds=seconds))
+        say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
+        if with_memory:
+            begin = time.monotonic()
+            store.add(key, {**cell, "methods": with_peaks(asdict(scene), cell["methods"])})
+            say(console, "memory", f"of {len(cell['methods'])} methods  [dim]{clock(time.monotonic() - begin)}[/]")
+    return {"output": str(output), "measured": len(todo), "skipped": len(keys) - len(todo), "dropped": store.dropped}
+
+
+def _is_whole(cell: dict[str, Any] | None, with_memory: bool) -> bool:
+    return cell is not None and (not with_memory or "peak_bytes" in cell["methods"][methods.LORA])
+
+
+def summary(cell: dict[str, Any]) -> str:
+    key, exact = cell["cell"], cell["methods"][methods.EXACT]
+    kind = f"{key['dtype']}{', checkpointing' if key['checkpointing'] else ''}{', masked' if key['masked'] else ''}"
+    lora = cell["methods"][methods.LORA]["median_s"]
+    ratio = exact["ratio_to_lora"]["median"]
+    return f"{kind}: duallora {ratio:.2f} x LoRA's {lora:.2f} s, {exact['rounds']} rounds"
+
+
+def measure(scene: Scene, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """One cell, times only: ``batch`` (its shape and shares) and ``methods`` -> figures."""
+    stage = Stage(scene)
+    trials = {name: stage.trial(name) for name in stage.names()}
+    subjects = {name: Subject(trial.step) for name, trial in trials.items()}
+    times = interleave(subjects, stage.device, rounds=rounds, seconds=seconds)
+    found = figures(times, {"lora": methods.LORA, "gemms": methods.FLOOR, "dora": methods.DORA})
+    return {
+        "batch": stage.facts(),
+        "model_bytes": stage.model_bytes(),
+        "methods": {name: {"parameters": trials[name].parameters, **found[name]} for name in trials},
+    }
+
+
+def with_peaks(scene: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The methods with ``peak_bytes`` (above the resident model) and ``peak_ratio_to_lora``."""
+    peaks = {name: memory.measured(scene, name)["peak_bytes"] for name in found}
+    lora = peaks[methods.LORA]
+    return {
+        name: {**facts, "peak_bytes": peaks[name], "peak_ratio_to_lora": peaks[name] / lora}
+        for name, facts in found.items()
+    }
