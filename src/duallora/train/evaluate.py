@@ -464,7 +464,7 @@ def _from_hub(repository: str) -> Path | None:
 def _folds_exactly(model: PeftModel) -> bool:
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     return bool(layers) and all(
-        layer._runs_merged([name for name in layer.active_adapters if name in layer.duallora_config])
+        layer._form([name for name in layer.active_adapters if name in layer.duallora_config]) == "merged"
         for layer in layers
     )
 

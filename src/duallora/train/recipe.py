@@ -105,8 +105,15 @@ class AdapterSection(Section):
     forward: Literal["auto", "merged", "added"] = setting(
         "auto", "One GEMM on W0 + dW (merged), or a second one for dW (added: dropout, quantised bases)."
     )
-    backend: Literal["auto", "reference", "recompute"] = setting(
-        "auto", "Code that computes the layer: recompute keeps only x and the factors for the backward; auto chooses."
+    backend: Literal["auto", "reference", "recompute", "cpu", "triton"] = setting(
+        "auto", "Code that computes the layer: kernels (cpu, triton), torch operators (recompute), plain autograd."
+    )
+    use_dora: bool = setting(False, "Train the length of every output row apart from its direction (DoRA).")
+    gradient_tokens: Annotated[float, Field(gt=0, le=1)] = setting(
+        1.0, "Share of the tokens that form the factors' gradient, unbiased; 1 is exact, less is faster and noisier."
+    )
+    gradient_tokens_by: Literal["uniform", "spectrum"] = setting(
+        "uniform", "The same share in every layer, or one budget spent where it lowers the sampling error most."
     )
     bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
 
@@ -116,6 +123,11 @@ class AdapterSection(Section):
             raise ValueError(
                 f'adapter.forward = "merged" cannot apply adapter.duallora_dropout = {self.duallora_dropout}: the merged '
                 'weight has one input for both paths. Use adapter.forward = "auto" or "added", or a dropout of 0'
+            )
+        if self.backend == "reference" and self.gradient_tokens < 1:
+            raise ValueError(
+                f'adapter.backend = "reference" cannot sample adapter.gradient_tokens = {self.gradient_tokens}: use '
+                'adapter.backend = "auto"'
             )
         if self.warmup == "residual" and self.direction == "fixed":
             raise ValueError('adapter.warmup = "residual" is not defined for adapter.direction = "fixed": use "ramp"')

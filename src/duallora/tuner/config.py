@@ -22,6 +22,7 @@ _CHOICES = {
     "ste_clip": STE_CLIPS,
     "forward": ("auto", "merged", "added"),
     "backend": BACKENDS,
+    "gradient_tokens_by": ("uniform", "spectrum"),
 }
 
 
@@ -117,8 +118,30 @@ class DualLoraConfig(PeftConfig):
             "(dropout, quantised, sharded or offloaded bases); 'auto': merged where it can be."
         ),
     )
-    backend: str = field(
-        default="auto", metadata=_help("'auto', 'recompute' (saves x and the factors) or 'reference' (plain autograd).")
+    backend: Literal["auto", "reference", "recompute", "cpu", "triton"] = field(
+        default="auto",
+        metadata=_help(
+            "'auto': the fastest here; 'cpu' (C++) and 'triton': the kernels; 'recompute': torch operators; 'reference': "
+            "plain autograd, which keeps [out, in] tensors."
+        ),
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata=_help("W' = m (W0 + dW)/|W0 + dW| by output row, with m trained (DoRA, arXiv 2402.09353)."),
+    )
+    gradient_tokens: float = field(
+        default=1.0,
+        metadata=_help(
+            "Share of the tokens, in (0, 1], that form the factors' gradient: the heaviest and an unbiased sample of the "
+            "others. 1: exact. Less is faster and noisier."
+        ),
+    )
+    gradient_tokens_by: Literal["uniform", "spectrum"] = field(
+        default="uniform",
+        metadata=_help(
+            "'uniform': the same share in every layer; 'spectrum': one budget over all layers, spent where it lowers the "
+            "sampling error most."
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -152,6 +175,13 @@ class DualLoraConfig(PeftConfig):
         check_steps("warmup_steps", self.warmup_steps)
         if not is_number(self.duallora_dropout) or not 0 <= self.duallora_dropout < 1:
             raise ConfigError(f"duallora_dropout={self.duallora_dropout!r}: expected a probability in [0, 1).")
+        if not is_number(self.gradient_tokens) or not 0 < self.gradient_tokens <= 1:
+            raise ConfigError(f"gradient_tokens={self.gradient_tokens!r}: expected a share of the tokens in (0, 1].")
+        if self.backend == "reference" and self.gradient_tokens < 1:
+            raise ConfigError(
+                f"backend='reference' is plain autograd, which cannot sample gradient_tokens={self.gradient_tokens}: use "
+                "backend='auto'."
+            )
         if self.forward == "merged" and self.duallora_dropout > 0:
             raise ConfigError(
                 f"forward='merged' multiplies by W0 + dW at once, so duallora_dropout={self.duallora_dropout} cannot "

@@ -1,7 +1,8 @@
 """The adapter layer: a linear layer whose weight is W0 plus one update dW per active adapter.
 
 merged form   y = x (W0 + dW)^T + b           one product; the bits of the merged model
-added form    y = base_layer(x) + dropout(x) dW^T     any base layer; equal up to rounding
+added form    y = x W0^T + b + x dW^T         dW is not rounded to the grid of W0
+apart         y = base_layer(x) + dropout(x) dW^T     any base layer
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from duallora.core.equation import add_update, dual_delta, dual_scaling
+from duallora.core.equation import Update, add_update, dual_scaling
 from duallora.core.gate import Gate, closed_gate_message, ramp, track
 from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError
-from duallora.ops import build_weight, dual_linear
+from duallora.ops import build_weight, check_backend, dual_linear, reference
+from duallora.ops.backends import pick
+from duallora.ops.cache import EvalCache
 from duallora.ops.reference import apply_weight
 from duallora.tuner.config import DualLoraConfig
 
@@ -36,12 +39,12 @@ class DualLoraLayer(BaseTunerLayer):
     """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
 
     ``duallora_A`` [r1, in], ``duallora_B`` [out, r1], ``duallora_C`` [r2, in], ``duallora_D`` [out, r2] are trained
-    (no C and D with ``direction="fixed"``). ``duallora_step`` counts optimizer steps; ``duallora_seed`` is the seed of
+    (no C and D with ``direction="fixed"``), and with ``use_dora`` the lengths ``duallora_m`` [out]. ``duallora_step`` counts optimizer steps; ``duallora_seed`` is the seed of
     what is rebuilt rather than saved: the initial factors (``warmup="residual"``) or the signs (``"fixed"``), held
     in ``duallora_initial``.
     """
 
-    adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D")
+    adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
     other_param_names = (
         "duallora_config", "r1", "r2", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
         "duallora_initial",
@@ -70,6 +73,7 @@ class DualLoraLayer(BaseTunerLayer):
             self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
+        self._eval_cache = EvalCache()
         self.register_load_state_dict_post_hook(_rebuild_after_load)
         track(self)
 
@@ -96,6 +100,7 @@ class DualLoraLayer(BaseTunerLayer):
         self, adapter_name: str, *, config: DualLoraConfig, r1: int, r2: int, alpha: float, module_name: str
     ) -> None:
         """Add (or replace) one adapter; ``module_name`` picks the layer's own stream of ``config.init_seed``."""
+        check_backend(config.backend)
         limit = min(self.in_features, self.out_features)
         if max(r1, r2) > limit:
             warnings.warn(
@@ -126,9 +131,32 @@ class DualLoraLayer(BaseTunerLayer):
                 )
         if fixed or config.warmup == "residual":
             self.duallora_seed[adapter_name] = torch.tensor(seed, dtype=torch.int64)
+        if config.use_dora:
+            self.duallora_m[adapter_name] = nn.Parameter(self._base_lengths(adapter_name))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.rebuild_from_seed(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    @torch.no_grad()
+    def _base_lengths(self, adapter_name: str) -> Tensor:
+        """|W0| [out] by output row, as the kernel computes it, so that m (W0 + 0) / |W0 + 0| = W0 at the start."""
+        W = self._base_weight()
+        device = W.device
+        factors = [None if f is None else f.detach().to(device) for f in self._factors(adapter_name)]
+        m = torch.ones(self.out_features, device=device)
+        if device.type == "meta":
+            return m
+        fixed = self.duallora_config[adapter_name].direction == "fixed"
+        zero = Update(*factors, 0.0, "relu", "identity") if not fixed else Update(*factors[:2], *factors[:2], 0.0)
+        module = pick("auto", zero, W.dtype)
+        _, norm = module.build_weight(W, zero, fan_in_fan_out=self.fan_in_fan_out, dtype=W.dtype, m=m)
+        return norm
+
+    def _base_weight(self) -> Tensor:
+        """W0, also while merged."""
+        if self._base_weight_before_merge is not None:
+            return self._base_weight_before_merge.to(self.get_base_layer().weight.device)
+        return self.get_base_layer().weight
 
     def _draw(self, adapter_name: str, seed: int) -> list[Tensor]:
         config = self.duallora_config[adapter_name]
@@ -159,8 +187,19 @@ class DualLoraLayer(BaseTunerLayer):
         for held, value in counters:
             held[adapter_name] = value.to(held[adapter_name].device)
 
+    def train(self, mode: bool = True) -> DualLoraLayer:
+        """Training mode; going to training gives the memory of the evaluation cache back."""
+        if mode:
+            self._eval_cache.drop()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DualLoraLayer:
+        self._eval_cache.drop()
+        return super()._apply(*args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged one leaves the base weight first, the other merged ones stay."""
+        self._eval_cache.drop()
         others = [name for name in self.merged_adapters if name != adapter_name]
         was_merged = adapter_name in self.merged_adapters
         if was_merged:
@@ -186,7 +225,7 @@ class DualLoraLayer(BaseTunerLayer):
 
     def _factors(self, adapter: str) -> list[nn.Parameter | None]:
         """[A, B, C, D]; C and D are None with fixed signs."""
-        return [getattr(self, name).get(adapter) for name in self.adapter_layer_names]
+        return [getattr(self, name).get(adapter) for name in self.adapter_layer_names[:4]]
 
     def _warmup_steps(self, adapter: str) -> int:
         """Length of the ramp in optimizer steps; 0 without a ramp."""
@@ -214,11 +253,20 @@ class DualLoraLayer(BaseTunerLayer):
             options["initial"] = [self.duallora_initial[adapter][name] for name in "ABCD"]
         return options
 
+    def _delta(self, adapter: str, W: Tensor) -> Tensor:
+        """What ``adapter`` adds to W, in its layout, differentiable; float32 at least."""
+        update = Update(*self._arguments(adapter), **self._options(adapter))
+        m = self.duallora_m.get(adapter)
+        dtype = torch.promote_types(update.A.dtype, torch.float32)
+        base = None if m is None else W
+        return reference.build_weight(
+            base, update, fan_in_fan_out=self.fan_in_fan_out, dtype=dtype, m=m, minus_base=True
+        )[0]  # fmt: skip
+
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of ``adapter`` at its present gate, in the layout of the base weight; float32 at least."""
+        """dW of ``adapter`` at its present gate (W' - W0 with DoRA), in the layout of the base weight; float32 at least."""
         with torch.no_grad():
-            dW = dual_delta(*self._arguments(adapter), **self._options(adapter))
-        return dW.T if self.fan_in_fan_out else dW
+            return self._delta(adapter, self._base_weight())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """dW is additive, so PEFT can approximate it by a LoRA; it is of full rank, so only approximately."""
@@ -239,16 +287,10 @@ class Linear(DualLoraLayer, nn.Module):
         if len(adapters) == 1:
             (adapter,) = adapters
             return build_weight(
-                W, *self._arguments(adapter), **self._options(adapter),
+                W, *self._arguments(adapter), **self._options(adapter), m=self.duallora_m.get(adapter),
                 fan_in_fan_out=self.fan_in_fan_out, backend=self.duallora_config[adapter].backend,
             )  # fmt: skip
-        return self._sum_weight(W, adapters)
-
-    def _sum_weight(self, W: Tensor, adapters: list[str]) -> Tensor:
-        updates = [
-            dual_delta(*self._arguments(a), **self._options(a)) for a in adapters
-        ]  # fmt: skip
-        return add_update(W, *(dW.T if self.fan_in_fan_out else dW for dW in updates))
+        return add_update(W, *(self._delta(adapter, W) for adapter in adapters))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -279,6 +321,7 @@ class Linear(DualLoraLayer, nn.Module):
                 tensors = [merged, *(f for f in self._factors(adapter) if f is not None)]
                 if not all(torch.isfinite(t).all() for t in tensors):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        self._eval_cache.drop()
         self._base_weight_before_merge = before
         weight.data.copy_(merged)
         self.merged_adapters = [*self.merged_adapters, *names]
@@ -293,8 +336,11 @@ class Linear(DualLoraLayer, nn.Module):
         self._base_weight_before_merge = None
         self.merged_adapters = []
 
-    def _runs_merged(self, adapters: list[str]) -> bool:
-        """Whether the base weight is plain and resident and nothing needs a dW path of its own."""
+    def _form(self, adapters: list[str]) -> str:
+        """How to compute the output: "merged" or "added" on the base weight itself, or "apart" through the base layer.
+
+        The first two need a base weight that is plain and resident, and no dropout.
+        """
         base = self.base_layer
         plain = (
             type(base) in (nn.Linear, Conv1D)
@@ -306,23 +352,75 @@ class Linear(DualLoraLayer, nn.Module):
             and "forward" not in vars(base)  # patched on the instance
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
+        form = "merged"
         for adapter in adapters:
-            form = self.duallora_config[adapter].forward
-            if form == "merged" and not plain:
+            wanted = self.duallora_config[adapter].forward
+            if wanted == "merged" and not plain:
                 raise ConfigError(
                     f"forward='merged' needs a plain resident weight, but the base layer is {type(base).__name__} "
                     f"with a {type(getattr(base, 'weight', None)).__name__}: set forward to 'auto' or 'added'."
                 )
-            drops = self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout)
-            if form == "added" or not plain or drops:
-                return False
-        return True
+            if not plain or (self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout)):
+                return "apart"
+            if wanted == "added":
+                form = "added"
+        return form
+
+    def _linear_options(self, adapter: str, form: str) -> dict[str, Any]:
+        """The keyword arguments of :func:`dual_linear` for this adapter."""
+        config = self.duallora_config[adapter]
+        options = self._options(adapter)
+        options["backend"], options["form"] = config.backend, form
+        if config.use_dora:
+            options["m"] = self.duallora_m[adapter]
+        if config.gradient_tokens < 1 and self.training:
+            options["gradient_tokens"] = config.gradient_tokens
+            # Drawn under no_grad too: checkpointing repeats the forward from the same state of the generator.
+            options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64)
+        return options
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
-        """dropout(x) dW^T, in the dtype of x."""
+        """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x."""
+        x = self.duallora_dropout[adapter](x)
+        W = self._base_weight() if self.duallora_config[adapter].use_dora else None
         return dual_linear(
-            self.duallora_dropout[adapter](x), None, None, *self._arguments(adapter), **self._options(adapter), backend=self.duallora_config[adapter].backend,
+            x, W, None, *self._arguments(adapter), **self._linear_options(adapter, "delta"), fan_in_fan_out=self.fan_in_fan_out and W is not None,
         )  # fmt: skip
+
+    def _cache_key(self, adapters: list[str]) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """(values, tensors) that W' depends on besides the base weight."""
+        values: list[Any] = []
+        tensors: list[Tensor] = []
+        for adapter in adapters:
+            config = self.duallora_config[adapter]
+            values += (adapter, self.scaling[adapter], config.magnitude, config.direction, config.warmup)
+            values += (config.warmup_steps, config.forward)
+            tensors.append(self.duallora_step[adapter])
+            for name in self.adapter_layer_names:
+                factor = self._modules[name]._parameters.get(adapter)
+                if factor is not None:
+                    tensors.append(factor)
+            if adapter in self.duallora_seed:
+                tensors += self.duallora_initial[adapter].values()
+        return tuple(values), tensors
+
+    def _evaluate(self, x: Tensor, adapters: list[str], form: str) -> Tensor:
+        """The forward without gradients for the factors: W' (dW in the added form) is kept from call to call."""
+        base = self.base_layer
+        key, tensors = self._cache_key(adapters)
+        kept = self._eval_cache.find(x, key, tensors, base.weight)
+        if kept is None:
+            # Not as inference tensors: a later forward may want a gradient for x through it.
+            with torch.inference_mode(False), torch.no_grad():
+                if form == "merged":
+                    kept = self._merged_weight(base.weight, adapters).to(x.dtype)
+                else:
+                    kept = sum(self._delta(adapter, base.weight) for adapter in adapters).to(x.dtype).contiguous()
+            self._eval_cache.keep(kept, key, tensors, base.weight)
+        if form == "merged":
+            return apply_weight(x, kept, base.bias, self.fan_in_fan_out)
+        y = apply_weight(x, base.weight, base.bias, self.fan_in_fan_out)
+        return y + apply_weight(x, kept, None, self.fan_in_fan_out)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
@@ -334,20 +432,37 @@ class Linear(DualLoraLayer, nn.Module):
         adapters = [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
-        if not args and not kwargs and self._runs_merged(adapters):
+        form = "apart" if args or kwargs else self._form(adapters)
+        if form != "apart":
             base = self.base_layer
-            if len(adapters) > 1:
-                return apply_weight(x, self._sum_weight(base.weight, adapters), base.bias, self.fan_in_fan_out)
-            (adapter,) = adapters
-            return dual_linear(
-                x, base.weight, base.bias, *self._arguments(adapter), **self._options(adapter), fan_in_fan_out=self.fan_in_fan_out,
-                backend=self.duallora_config[adapter].backend,
-            )  # fmt: skip
+            if self._may_keep(x, adapters):
+                return self._evaluate(x, adapters, form)
+            if len(adapters) == 1:
+                (adapter,) = adapters
+                return dual_linear(
+                    x, base.weight, base.bias, *self._arguments(adapter), **self._linear_options(adapter, form),
+                    fan_in_fan_out=self.fan_in_fan_out,
+                )  # fmt: skip
+            if form == "merged":
+                weight = add_update(base.weight, *(self._delta(adapter, base.weight) for adapter in adapters))
+                return apply_weight(x, weight, base.bias, self.fan_in_fan_out)
         y = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
         for adapter in adapters:
             y = y + self._added(x, adapter)
         return y.to(dtype)
+
+    def _may_keep(self, x: Tensor, adapters: list[str]) -> bool:
+        """Whether this forward is an evaluation whose W' can be kept: no gradient for the factors, no tracing."""
+        if self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        if torch.is_autocast_enabled("cpu") or x.dtype != self.base_layer.weight.dtype:
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        return not any(
+            p.requires_grad for a in adapters for p in (*self._factors(a), self.base_layer.weight) if p is not None
+        )
 
     def _add_by_row(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
