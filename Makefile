@@ -27,6 +27,8 @@ fmt: $(VENV)/.dev
 bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT's methods; wants a quiet machine
 	$(BIN)/duallora bench layer
 	$(BIN)/duallora bench step
+	$(BIN)/duallora bench kernel
+	$(BIN)/duallora bench merge
 
 docs: $(VENV)/.docs    ## the site, into site/
 	$(BIN)/zensical build --clean

@@ -537,6 +537,82 @@ def bench_step(
     )
 
 
+@bench_app.command("kernel")
+def bench_kernel(
+    width: Annotated[
+        list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out; may be repeated. 576 to 4096.")
+    ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", min=1, metavar="N", help="r of both groups; may be repeated. 16.")
+    ] = None,
+    dtype: Dtypes = None,
+    rounds: Rounds = 15,
+    seconds: Seconds = 10.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Check each backend of this device against float64, then time its two passes; exit code 4 where one is wrong.
+
+    A few minutes. On a GPU machine this is what proves and times the Triton kernels.
+
+    [dim]Example:[/]  duallora bench kernel --device cuda -o results/bench/kernel-h100.json
+    """
+    output = output or BENCH / "kernel.json"
+    _refuse_unwritable(output)
+    from duallora.bench import kernel
+
+    return kernel.bench(
+        output,
+        widths=width or kernel.WIDTHS,
+        ranks=rank or kernel.RANKS,
+        dtypes=[name.value for name in dtype or BenchDtype],
+        rounds=rounds,
+        seconds=seconds,
+        device=device,
+        console=console.results,
+    )
+
+
+@bench_app.command("merge")
+def bench_merge(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
+    ] = "builtin:smollm2-135m",
+    rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
+    dtype: Dtypes = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, metavar="N", help="Length of the prompt and of what is generated.")
+    ] = 64,
+    rounds: Rounds = 9,
+    seconds: Seconds = 90.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Merge and unmerge all of SmolLM2 beside a copy of its weights; generation unmerged beside merged; ten minutes.
+
+    [dim]Example:[/]  duallora bench merge --dtype float32
+    """
+    output = output or BENCH / "merge.json"
+    _refuse_unwritable(output)
+    from duallora.bench import merge
+
+    return merge.bench(
+        output,
+        model=model,
+        rank=rank,
+        dtypes=[name.value for name in dtype or BenchDtype],
+        tokens=tokens,
+        rounds=rounds,
+        seconds=seconds,
+        device=device,
+        console=console.results,
+    )
+
+
 @config_app.command("schema")
 def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     """Print the JSON schema of a recipe, for editors that complete and check YAML.

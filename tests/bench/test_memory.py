@@ -18,21 +18,18 @@ BLOCK = 64 << 20
 
 pytestmark = pytest.mark.skipif(not memory.can_measure(CPU), reason="the peak cannot be reset here")
 
-SCRIPT = (
-    """
+SCRIPT = f"""
 import torch
 from duallora.bench.memory import peak_above
 cpu = torch.device("cpu")
 def blocks(count):
-    return [torch.ones(%d, dtype=torch.uint8) for _ in range(count)]
+    return [torch.ones({BLOCK}, dtype=torch.uint8) for _ in range(count)]
 def one_after_another():
     for _ in range(3):
         blocks(1)
 kept = blocks(2)  # resident before: not counted
 print([peak_above(run, cpu) for run in (lambda: None, lambda: blocks(1), lambda: blocks(3), one_after_another)])
 """
-    % BLOCK
-)
 
 
 def test_known_blocks_are_measured_to_a_tenth():

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from duallora.core.equation import Update
 from duallora.errors import ConfigError, IntegrityError
+from duallora.ops.backends import pick
 from duallora.train import record
 
 PACKAGE = Path(__file__).parents[1]
 # What must agree before a cell measured earlier stands beside a new one. Not the commit: one that leaves the package
 # alone changes no time, while uncommitted edits change it; ``source`` sees both.
-SAME = ("versions", "device", "threads", "platform", "ran_on", "source")
+SAME = ("versions", "device", "threads", "platform", "ran_on", "backend", "source")
 
 
 def default_device(name: str | None) -> torch.device:
@@ -32,8 +34,11 @@ def default_device(name: str | None) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """`duallora.train.record.environment`, the device used, and a digest of the package's own source."""
-    return {**record.environment(), "ran_on": device.type, "source": source_digest()}
+    """`duallora.train.record.environment`, the device used, what "auto" is there, a digest of the package's source."""
+    factor = torch.zeros(1, 1, device=device)
+    backend = pick("auto", Update(factor, factor, factor, factor, 1.0), torch.float32)
+    name = backend.__name__.rpartition(".")[2]
+    return {**record.environment(), "ran_on": device.type, "backend": name, "source": source_digest()}
 
 
 def source_digest(package: Path = PACKAGE) -> str:

@@ -1,0 +1,85 @@
+"""Merging and generation on a model of two layers: what is timed does what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from duallora import cli
+from duallora.bench import merge, methods
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def key(tiny_causal_folder):
+    return {"model": str(tiny_causal_folder), "rank": 2, "dtype": "float32"}
+
+
+def test_the_verbs_are_timed_from_the_state_they_start_from(key):
+    """In an order drawn anew each round: a merge of a merged model would be a warning, and quick."""
+    model = methods.adapt(merge._base(key, CPU), merge._adapters(key)[methods.EXACT]).eval()
+    layers = merge._layers(model)
+    before = [layer.get_base_layer().weight.clone() for layer in layers]
+    verbs = merge._verbs(model)
+    for name in ("merge", "merge", "unmerge", "merge_and_unload", "unmerge", "unmerge", "merge", "merge_and_unload"):
+        verbs[name].before()
+        assert all(layer.merged == (name == "unmerge") for layer in layers)
+        verbs[name].run()
+        assert all(layer.merged == (name == "merge") for layer in layers)
+    weights = [layer.get_base_layer().weight for layer in layers]
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    assert len(layers) == 14
+
+
+def test_a_cell_of_merging_is_told_in_copies_of_the_same_weights(key):
+    found = merge.merging(key, CPU, rounds=3, seconds=60)
+    base = merge._base(key, CPU)
+    linear = [m.weight for m in base.modules() if type(m) is torch.nn.Linear and m is not base.get_output_embeddings()]
+    assert found["layers"] == len(linear) == 14
+    assert found["weight_bytes"] == sum(weight.numel() * 4 for weight in linear)
+    for verb in merge.VERBS:
+        for name in (methods.EXACT, methods.LORA):
+            one = found["methods"][f"{name}: {verb}"]
+            copied = found["methods"][merge.COPY]["median_s"]
+            assert one["ratio_to_copy"]["median"] == pytest.approx(one["median_s"] / copied)
+
+
+def test_generation_unmerged_is_that_of_the_merged_model(key):
+    found = merge.generating({**key, "batch": 3, "tokens": 5}, CPU, rounds=3, seconds=60)
+    assert found["logit_difference"] == 0
+    assert found["methods"][methods.EXACT]["ratio_to_merged"]["median"] > 0
+    assert found["methods"][merge.MERGED]["ratio_to_merged"]["median"] == 1
+
+
+def test_a_cache_that_went_stale_would_show(key, monkeypatch):
+    """The figure is worth something only if another adapter moves it."""
+    adapt = methods.adapt
+    calls = []
+
+    def another_seed(model, method, **options):
+        calls.append(method)
+        return adapt(model, method, seed=len(calls))
+
+    monkeypatch.setattr(methods, "adapt", another_seed)
+    found = merge.generating({**key, "batch": 3, "tokens": 4}, CPU, rounds=3, seconds=60)
+    assert found["logit_difference"] > 0
+
+
+def test_exactly_as_many_tokens_are_generated(key):
+    model = merge._base(key, CPU)
+    ids = torch.ones(2, 7, dtype=torch.long)
+    assert merge._generation(model, ids)().shape == (2, 14)
+
+
+def test_the_command_line_goes_on_where_it_stopped(tiny_causal_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = (
+        f"bench merge --model {tiny_causal_folder} --rank 2 --dtype float32 --tokens 3 --rounds 3 --device cpu --json"
+    )
+    for measured in (3, 0):
+        assert cli.run(line.split()) == 0
+        assert json.loads(capsys.readouterr().out)["measured"] == measured
+    assert len(json.loads((tmp_path / "results/bench/merge.json").read_text())["cells"]) == 3
