@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from duallora.core.gate import advance_gate, gate
     from duallora.nn import DualLoraLinear
     from duallora.ops import dual_linear
+    from duallora.ops.cache import set_eval_cache
     from duallora.tuner import DualLoraConfig, DualLoraModel, param_groups
+    from duallora.tuner.fast_dora import fast_dora
 
 _HOME = {
     "DualLoraConfig": "duallora.tuner",
@@ -28,8 +30,10 @@ _HOME = {
     "advance_gate": "duallora.core.gate",
     "dual_delta": "duallora.core.equation",
     "dual_linear": "duallora.ops",
+    "fast_dora": "duallora.tuner.fast_dora",
     "gate": "duallora.core.gate",
     "param_groups": "duallora.tuner",
+    "set_eval_cache": "duallora.ops.cache",
 }
 
 __all__ = [
@@ -39,8 +43,10 @@ __all__ = [
     "advance_gate",
     "dual_delta",
     "dual_linear",
+    "fast_dora",
     "gate",
     "param_groups",
+    "set_eval_cache",
 ]
 
 

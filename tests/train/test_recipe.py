@@ -415,7 +415,7 @@ def test_the_fingerprint_does_not_move_between_releases():
     assert fingerprint(Recipe(data={"task": "e2e"})) == FINGERPRINT_OF_THE_DEFAULTS
 
 
-FINGERPRINT_OF_THE_DEFAULTS = "fcc085f5a83c49bc5678fd90dba5e3d223d92bdb1a6cec9b980ce34a2ac86661"
+FINGERPRINT_OF_THE_DEFAULTS = "6480c27104bdb885095097273bee82e4b2b75dd39e809966a420c89777eb54c5"
 
 
 def test_the_adapter_section_is_what_the_method_takes():

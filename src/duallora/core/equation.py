@@ -208,22 +208,23 @@ class Update(NamedTuple):
 
     def delta(self) -> Tensor:
         """:func:`dual_delta` of it."""
-        *arguments, magnitude, direction, ste_clip, fixed_sign, initial = self
+        A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
         return dual_delta(
-            *arguments,
+            A, B, C, D, scaling,
             magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign, initial=initial,
         )  # fmt: skip
 
     def backward(self, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """:func:`dual_delta_backward` of it; the dW that comes along counts ``initial`` too."""
-        *arguments, magnitude, direction, ste_clip, fixed_sign, initial = self
-        dW, *gradients = dual_delta_backward(
-            G, *arguments, magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign
-        )
+        A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
+        dW, dA, dB, dC, dD = dual_delta_backward(
+            G, A, B, C, D, scaling,
+            magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign,
+        )  # fmt: skip
         if initial:
             A0, B0, C0, D0 = initial
             dW -= dual_delta(A0, B0, C0, D0, self.scaling, magnitude=magnitude, direction=direction)
-        return dW, *gradients
+        return dW, dA, dB, dC, dD
 
 
 def dual_delta_backward(

@@ -158,8 +158,8 @@ def _weight_gradient(
     if seed is not None and wanted < len(dY):
         chosen = sample(x, dY, wanted, int(seed))
         bounds = error_bounds(chosen.p, tokens) if probe else probed
-        dY = dY[chosen.index] * chosen.weight[:, None].to(dY.dtype)
-        x = x[chosen.index]
+        dY = dY[chosen.tokens] * chosen.weight[:, None].to(dY.dtype)
+        x = x[chosen.tokens]
     else:
         bounds = probed
     G = x.T @ dY if fan_in_fan_out else dY.T @ x

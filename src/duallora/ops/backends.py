@@ -54,7 +54,8 @@ def check_backend_name(name: str) -> None:
 
 
 @functools.cache
-def _fastest(device: str) -> ModuleType:
+def fastest(device: str) -> ModuleType:
+    """What "auto" means on a type of device. Warns once where the kernels cannot run."""
     name = "cpu" if device == "cpu" else "triton"
     try:
         return kernel(name)
@@ -68,5 +69,5 @@ def pick(name: str, update: Update, dtype: torch.dtype) -> ModuleType:
     not compute (float64; the ablations with a mean over a row, a sigmoid or stored signs)."""
     if name == "recompute":
         return recompute
-    module = _fastest(update.A.device.type) if name == "auto" else kernel(name)
+    module = fastest(update.A.device.type) if name == "auto" else kernel(name)
     return module if module.supports(update, dtype) else recompute

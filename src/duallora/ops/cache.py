@@ -1,10 +1,10 @@
 """W' kept between evaluations of an unmerged layer, checked by content so that it cannot go stale.
 
-A kept weight is used again only if the factors, the gate and every other input of W' hold the very bytes they held when
-it was built: their addresses and a 64-bit fingerprint of their contents are compared in every forward, so a write that
-torch does not count (``.data``) is seen too. Of the frozen base weight, as large as W' itself, every forward compares the
-address, torch's version counter and a spread sample of the content, and every forward of more than one token per
-sequence (so each prompt, and each evaluation batch) all of it.
+A kept weight is used again only if everything it was made from is as it was: the adapters, their options, and the bytes
+of the factors, of the gate and of every other small input. Addresses and 64-bit fingerprints of contents are compared in
+every forward, so a write that torch does not count (``.data``) is seen too. Of the frozen base weight, as large as W'
+itself, every forward compares the address, torch's version counter and a spread sample of the content, and every
+forward of more than one token per sequence (each prompt, each evaluation batch) all of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from __future__ import annotations
 import ctypes
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from duallora.ops.backends import fastest
 
 DEFAULT_LIMIT = 4 << 30  # bytes
 _SPOTS, _SPOT_BYTES = 16, 64  # the sample of the base weight
+_HASH_BYTES_PER_THREAD = 1 << 20
 
 _lock = threading.Lock()
 _limit = DEFAULT_LIMIT
@@ -48,6 +52,162 @@ def eval_cache_bytes() -> int:
     return _used
 
 
+class Content:
+    """Memory ranges and what they held when :meth:`take` was called."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]], hashes: Sequence[int] = ()) -> None:
+        self.ranges, self.hashes = list(ranges), list(hashes)
+        self.count = len(self.ranges)
+        self._addresses = (ctypes.c_void_p * self.count)(*(address for address, _ in self.ranges))
+        self._sizes = (ctypes.c_int64 * self.count)(*(size for _, size in self.ranges))
+        self._hashes = (ctypes.c_uint64 * self.count)(*self.hashes)
+        self._bytes = sum(size for _, size in self.ranges)
+        self._native = getattr(fastest("cpu"), "library", None)
+        if not self.hashes:
+            self._hash(self._hashes)
+            self.hashes = list(self._hashes)
+
+    def _hash(self, into: Any) -> None:
+        if self._native is not None:
+            self._native().duallora_fingerprint(self._addresses, self._sizes, self.count, into)
+            return
+        for i, (address, size) in enumerate(self.ranges):  # no compiler: zlib's sum, slower
+            into[i] = zlib.crc32((ctypes.c_char * size).from_address(address)) if size else 0
+
+    def holds(self) -> bool:
+        """Whether the ranges still hold it."""
+        if self._native is not None:
+            threads = max(1, min(torch.get_num_threads(), self._bytes // _HASH_BYTES_PER_THREAD))
+            return bool(
+                self._native().duallora_unchanged(self._addresses, self._sizes, self.count, self._hashes, threads)
+            )
+        now = (ctypes.c_uint64 * self.count)()
+        self._hash(now)
+        return list(now) == self.hashes
+
+
+def tensor_range(tensor: Tensor) -> tuple[int, int]:
+    """(address, bytes) of a contiguous tensor."""
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Watch:
+    """Everything that kept weights depend on, as it was: looked up again through the containers that hold it.
+
+    Args:
+        values: (dict, key, value): compared by ``==``.
+        objects: (dict, key, object): compared by identity.
+        tensors: (dict, key): small tensors, compared by address and content.
+        bases: (dict, key): frozen weights, compared by address, version and a sample of the content.
+    """
+
+    def __init__(
+        self,
+        values: list[tuple[dict, Any, Any]],
+        objects: list[tuple[dict, Any, Any]],
+        tensors: list[tuple[dict, Any]],
+        bases: list[tuple[dict, Any]],
+    ) -> None:
+        self.values, self.objects = values, objects
+        self.tensors = [(d, k, d[k].data_ptr()) for d, k in tensors]
+        self.bases = [(d, k, d[k].data_ptr(), _version(d[k])) for d, k in bases]
+        ranges = [tensor_range(d[k]) for d, k in tensors]
+        for d, k in bases:
+            address, size = tensor_range(d[k])
+            step = max(1, (size - _SPOT_BYTES) // (_SPOTS - 1))
+            spots = range(_SPOTS) if size > _SPOTS * _SPOT_BYTES else [0]
+            ranges += [(address + i * step, min(size, _SPOT_BYTES) if len(spots) > 1 else size) for i in spots]
+        self.content = Content(ranges)
+
+    @classmethod
+    def all(cls, watches: Sequence[Watch]) -> Watch:
+        """One watch over what ``watches`` saw when they were made."""
+        joined = cls.__new__(cls)
+        for name in ("values", "objects", "tensors", "bases"):
+            setattr(joined, name, [entry for watch in watches for entry in getattr(watch, name)])
+        joined.content = Content(
+            [r for watch in watches for r in watch.content.ranges], [h for w in watches for h in w.content.hashes]
+        )
+        return joined
+
+    def holds(self) -> bool:
+        """Whether everything is as it was. Addresses come before contents: the old memory may be gone."""
+        for d, k, value in self.values:
+            if d.get(k) != value:
+                return False
+        for d, k, thing in self.objects:
+            if d.get(k) is not thing:
+                return False
+        for d, k, address in self.tensors:
+            tensor = d.get(k)
+            if tensor is None or tensor.data_ptr() != address:
+                return False
+        for d, k, address, version in self.bases:
+            tensor = d.get(k)
+            if tensor is None or tensor.data_ptr() != address or _version(tensor) != version:
+                return False
+        return self.content.holds()
+
+
+class Session:
+    """One forward of a whole model: while ``valid``, its layers were found unchanged all at once."""
+
+    valid = False
+
+
+class EvalCache:
+    """The kept W' of one layer."""
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        self.watch: Watch | None = None
+        self.base: Content | None = None
+        self.dtype: torch.dtype | None = None
+        self.session = Session()
+
+    # A copied or unpickled layer starts without.
+    def __deepcopy__(self, memo: Any) -> EvalCache:
+        return EvalCache()
+
+    def __reduce__(self) -> tuple[type[EvalCache], tuple[()]]:
+        return EvalCache, ()
+
+    def __del__(self) -> None:
+        if self.weight is not None and _release is not None:  # None while the interpreter shuts down
+            self.drop()
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        if self.weight is not None:
+            _release(self.weight.numel() * self.weight.element_size())
+        self.weight = self.watch = self.base = None
+        self.session = Session()
+
+    def find(self, x: Tensor) -> Tensor | None:
+        """The kept weight if it is still right for x, else None."""
+        if self.weight is None or self.watch is None or self.base is None:
+            return None
+        if self.weight.dtype != x.dtype or not self.watch.holds():
+            return None
+        one_token = x.dim() > 2 and x.shape[-2] == 1
+        return self.weight if one_token or self.base.holds() else None
+
+    def decodes(self, x: Tensor) -> bool:
+        """Whether x [batch, 1, in] is one token per sequence that the kept weight serves, in a valid session."""
+        return x.dim() == 3 and x.shape[1] == 1 and x.dtype == self.dtype and not torch.is_grad_enabled()
+
+    def keep(self, weight: Tensor, watch: Watch, whole: bool) -> None:
+        """Keep ``weight``, if memory allows; ``whole``: it is W', all that a forward multiplies by."""
+        self.drop()
+        if _reserve(weight.numel() * weight.element_size()):
+            self.weight, self.watch, self.dtype = weight, watch, weight.dtype if whole else None
+            self.base = Content([tensor_range(d[k]) for d, k, *_ in watch.bases])
+
+
 def _reserve(size: int) -> bool:
     global _used
     with _lock:
@@ -61,101 +221,3 @@ def _release(size: int) -> None:
     global _used
     with _lock:
         _used -= size
-
-
-def _native() -> Callable[[Any, Any, int], int] | None:
-    from duallora.ops import backends
-
-    module = backends._fastest("cpu")
-    return getattr(module, "fingerprint", None)
-
-
-class _Ranges:
-    """Memory to fingerprint: addresses and sizes as C arrays, made once."""
-
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self.count = len(ranges)
-        self.addresses = (ctypes.c_void_p * self.count)(*(address for address, _ in ranges))
-        self.sizes = (ctypes.c_int64 * self.count)(*(size for _, size in ranges))
-        self.hash = _native()
-
-    def fingerprint(self) -> int:
-        if self.hash is not None:
-            return self.hash(self.addresses, self.sizes, self.count)
-        value = 0  # no compiler: zlib's sum, slower
-        for address, size in zip(self.addresses, self.sizes, strict=True):
-            if size:
-                value = zlib.crc32((ctypes.c_char * size).from_address(address), value)  # type: ignore[arg-type]
-        return value
-
-
-def _range(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.numel() * tensor.element_size()
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-class EvalCache:
-    """The kept W' of one layer."""
-
-    def __init__(self) -> None:
-        self.weight: Tensor | None = None
-
-    # A copied or unpickled layer starts without.
-    def __deepcopy__(self, memo: Any) -> EvalCache:
-        return EvalCache()
-
-    def __reduce__(self) -> tuple[type[EvalCache], tuple[()]]:
-        return EvalCache, ()
-
-    def __del__(self) -> None:
-        self.drop()
-
-    def drop(self) -> None:
-        """Give the memory back."""
-        if self.weight is not None:
-            _release(self.weight.numel() * self.weight.element_size())
-            self.weight = None
-
-    def find(self, x: Tensor, key: tuple[Any, ...], inputs: Sequence[Tensor], W: Tensor | None) -> Tensor | None:
-        """The kept weight, if it is still what ``inputs`` (factors, gate, ...), ``key`` and W make; else None."""
-        weight = self.weight
-        if weight is None or weight.dtype != x.dtype or key != self.key:
-            return None
-        if [t.data_ptr() for t in inputs] != self.addresses:
-            return None
-        if self.content.fingerprint() != self.fingerprint:
-            return None
-        if W is not None:
-            if W.data_ptr() != self.base_address or W.dtype != self.base_dtype or _version(W) != self.base_version:
-                return None
-            one_token = x.dim() > 2 and x.shape[-2] == 1
-            if not one_token and self.base_content.fingerprint() != self.base_fingerprint:
-                return None
-        return weight
-
-    def keep(self, weight: Tensor, key: tuple[Any, ...], inputs: Sequence[Tensor], W: Tensor | None) -> None:
-        """Keep ``weight``, if memory allows and everything it depends on can be watched."""
-        self.drop()
-        watched = [*inputs, weight] if W is None else [*inputs, W, weight]
-        if not all(t.device.type == "cpu" and t.is_contiguous() for t in watched):
-            return
-        if not _reserve(weight.numel() * weight.element_size()):
-            return
-        self.weight, self.key = weight, key
-        self.addresses = [t.data_ptr() for t in inputs]
-        content = [_range(t) for t in inputs]
-        if W is not None:
-            self.base_address, self.base_dtype, self.base_version = W.data_ptr(), W.dtype, _version(W)
-            self.base_content = _Ranges([_range(W)])
-            self.base_fingerprint = self.base_content.fingerprint()
-            address, size = _range(W)
-            if size > _SPOTS * _SPOT_BYTES:
-                step = (size - _SPOT_BYTES) // (_SPOTS - 1)
-                content += [(address + i * step, _SPOT_BYTES) for i in range(_SPOTS)]
-            else:
-                content.append((address, size))
-        self.content = _Ranges(content)
-        self.fingerprint = self.content.fingerprint()

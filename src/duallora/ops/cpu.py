@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,8 +132,9 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise CompilerError(f"the kernel could not be compiled or loaded: {error}") from error
     loaded.duallora_run.argtypes, loaded.duallora_run.restype = [ctypes.POINTER(_Job)], None
-    loaded.duallora_fingerprint.restype = ctypes.c_uint64
-    loaded.duallora_fingerprint.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32]
+    ranges: list[Any] = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+    loaded.duallora_fingerprint.argtypes, loaded.duallora_fingerprint.restype = ranges, None
+    loaded.duallora_unchanged.argtypes, loaded.duallora_unchanged.restype = [*ranges, ctypes.c_int32], ctypes.c_int32
     return loaded
 
 
@@ -150,10 +152,8 @@ def supports(update: Update, dtype: torch.dtype) -> bool:
 
 def _oriented(factors: Sequence[Tensor | None], fan_in_fan_out: bool) -> list[Tensor]:
     """[L1, R1, L2, R2] float32 and contiguous, whose products have the layout of W."""
-    A, B, C, D = factors
-    assert C is not None
-    assert D is not None
-    pairs = (A.T, B.T, C.T, D.T) if fan_in_fan_out else (B, A, D, C)  # type: ignore[union-attr]
+    A, B, C, D = (factor for factor in factors if factor is not None)
+    pairs = (A.T, B.T, C.T, D.T) if fan_in_fan_out else (B, A, D, C)
     return [factor.detach().to(torch.float32).contiguous() for factor in pairs]
 
 
@@ -246,12 +246,7 @@ def weight_and_gradients(
         W, update, fan_in_fan_out, weight,
         G=G, dL1=dL1, dR1=dR1, dL2=dL2, dR2=dR2, minus_base=minus_base, **dora,
     )  # fmt: skip
-    dm = dora[f"{along}_dot"] / norm if dora else torch.empty(0)
+    dm = torch.empty(0) if norm is None else dora[f"{along}_dot"] / norm
     if fan_in_fan_out:
         return [weight, dL1.T, dR1.T, dL2.T, dR2.T, dm]
     return [weight, dR1, dL1, dR2, dL2, dm]
-
-
-def fingerprint(ranges: ctypes.Array, sizes: ctypes.Array, count: int) -> int:
-    """A 64-bit hash of the bytes at ``ranges`` (addresses, with their sizes in bytes)."""
-    return library().duallora_fingerprint(ranges, sizes, count)

@@ -129,7 +129,7 @@ def weight_and_gradients(
         by_rows[rows] = V - base[rows] if minus_base and base is not None else V
         dA += gA
         dB[rows] = gB
-        if gC is not None:
+        if gC is not None and gD is not None:
             dC += gC
             dD[rows] = gD
     return [weight, dA, dB, dC, dD, dm]

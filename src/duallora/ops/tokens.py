@@ -35,9 +35,9 @@ def nonzero_rows(dY: Tensor) -> Tensor | None:
 
 
 class Sample(NamedTuple):
-    """m tokens: G is estimated by sum_j weight_j dY_(index_j) x_(index_j)^T."""
+    """m tokens: G is estimated by sum_j weight_j dY_(tokens_j) x_(tokens_j)^T."""
 
-    index: Tensor  # [m] int64, of tokens
+    tokens: Tensor  # [m] int64
     weight: Tensor  # [m] float32
     p: Tensor  # [n] float32: |x_t| |dY_t| of all tokens, descending
 

@@ -7,6 +7,7 @@ apart         y = base_layer(x) + dropout(x) dW^T     any base layer
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,10 +24,13 @@ from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError
 from duallora.ops import build_weight, check_backend, dual_linear, reference
 from duallora.ops.backends import pick
-from duallora.ops.cache import EvalCache
+from duallora.ops.cache import EvalCache, Watch
 from duallora.ops.reference import apply_weight
 from duallora.tuner.config import DualLoraConfig
 
+# What the weight of an evaluation depends on besides tensors: attributes of the layer and of an adapter's config.
+_OWN_STATE = ("training", "_disable_adapters", "_active_adapter", "merged_adapters")
+_CONFIG_STATE = ("magnitude", "direction", "warmup", "warmup_steps", "forward", "backend", "use_dora", "init_weights")
 DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
 
 
@@ -387,36 +391,49 @@ class Linear(DualLoraLayer, nn.Module):
             x, W, None, *self._arguments(adapter), **self._linear_options(adapter, "delta"), fan_in_fan_out=self.fan_in_fan_out and W is not None,
         )  # fmt: skip
 
-    def _cache_key(self, adapters: list[str]) -> tuple[tuple[Any, ...], list[Tensor]]:
-        """(values, tensors) that W' depends on besides the base weight."""
-        values: list[Any] = []
-        tensors: list[Tensor] = []
+    def _watch(self, adapters: list[str]) -> Watch | None:
+        """All that W' of these adapters depends on; None if some of it cannot be watched."""
+        base = self.base_layer
+        own = vars(self)
+        values = [(own, name, copy.copy(own.get(name))) for name in _OWN_STATE]
+        values += [(vars(base), name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")]
+        objects: list[tuple[Any, Any, Any]] = [(self._modules, "base_layer", base)]
+        objects += [(vars(base), name, None) for name in ("forward", "_hf_hook")]
+        tensors: list[tuple[Any, Any]] = []
         for adapter in adapters:
             config = self.duallora_config[adapter]
-            values += (adapter, self.scaling[adapter], config.magnitude, config.direction, config.warmup)
-            values += (config.warmup_steps, config.forward)
-            tensors.append(self.duallora_step[adapter])
+            objects.append((self.duallora_config, adapter, config))
+            values.append((self.scaling, adapter, self.scaling[adapter]))
+            values += [(vars(config), name, getattr(config, name)) for name in _CONFIG_STATE]
             for name in self.adapter_layer_names:
-                factor = self._modules[name]._parameters.get(adapter)
-                if factor is not None:
-                    tensors.append(factor)
-            if adapter in self.duallora_seed:
-                tensors += self.duallora_initial[adapter].values()
-        return tuple(values), tensors
+                parameters = self._modules[name]._parameters
+                objects.append((parameters, adapter, parameters.get(adapter)))
+                if parameters.get(adapter) is not None:
+                    tensors.append((parameters, adapter))
+            tensors.append((self.duallora_step._buffers, adapter))
+            if adapter in self.duallora_initial:
+                initial = self.duallora_initial[adapter]._buffers
+                tensors += [(initial, name) for name in initial]
+        bases = [(base._parameters, "weight")]
+        watched = [d[k] for d, k in [*tensors, *bases]]
+        if not all(t.device.type == "cpu" and t.is_contiguous() for t in watched):
+            return None
+        return Watch(values, objects, tensors, bases)
 
     def _evaluate(self, x: Tensor, adapters: list[str], form: str) -> Tensor:
         """The forward without gradients for the factors: W' (dW in the added form) is kept from call to call."""
         base = self.base_layer
-        key, tensors = self._cache_key(adapters)
-        kept = self._eval_cache.find(x, key, tensors, base.weight)
+        kept = self._eval_cache.find(x)
         if kept is None:
+            watch = self._watch(adapters)  # before the weight is built, in case something changes meanwhile
             # Not as inference tensors: a later forward may want a gradient for x through it.
             with torch.inference_mode(False), torch.no_grad():
                 if form == "merged":
-                    kept = self._merged_weight(base.weight, adapters).to(x.dtype)
+                    kept = self._merged_weight(base.weight, adapters)
                 else:
                     kept = sum(self._delta(adapter, base.weight) for adapter in adapters).to(x.dtype).contiguous()
-            self._eval_cache.keep(kept, key, tensors, base.weight)
+            if watch is not None:
+                self._eval_cache.keep(kept, watch, whole=form == "merged")
         if form == "merged":
             return apply_weight(x, kept, base.bias, self.fan_in_fan_out)
         y = apply_weight(x, base.weight, base.bias, self.fan_in_fan_out)
@@ -424,6 +441,10 @@ class Linear(DualLoraLayer, nn.Module):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
+        cache = self._eval_cache
+        if cache.session.valid and not args and not kwargs and adapter_names is None and cache.decodes(x):
+            base = self._modules["base_layer"]  # the model was found unchanged as this forward began
+            return apply_weight(x, cache.weight, base._parameters["bias"], self.fan_in_fan_out)
         if self.disable_adapters or adapter_names is not None:
             if self.merged:
                 self.unmerge()

@@ -18,6 +18,7 @@ from duallora.errors import ConfigError
 from duallora.ops import keep_off_the_fast_path
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.layer import DualLoraLayer, Linear
+from duallora.tuner.session import watch_forwards
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -35,6 +36,16 @@ class DualLoraModel(BaseTuner):
     prefix: str = "duallora_"
     tuner_layer_cls = DualLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._forward_hooks_of_base = watch_forwards(self.model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for handle in self._forward_hooks_of_base:
+            handle.remove()
+        return unloaded
 
     def _create_and_replace(
         self,
