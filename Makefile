@@ -25,10 +25,12 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT's methods; wants a quiet machine
+	$(PIP) --editable '.[bench]'
 	$(BIN)/duallora bench layer
 	$(BIN)/duallora bench step
 	$(BIN)/duallora bench kernel
 	$(BIN)/duallora bench merge
+	$(BIN)/duallora bench report
 
 docs: $(VENV)/.docs    ## the site, into site/
 	$(BIN)/zensical build --clean

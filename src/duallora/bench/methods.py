@@ -6,7 +6,6 @@ HiRA with it (DoRA has a vector more). LoHa of rank r has the same number again;
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from math import ceil
 from typing import Any, NamedTuple
@@ -56,12 +55,9 @@ def methods(rank: int, targets: Targets, dtype: torch.dtype) -> dict[str, Method
         found[HIRA] = Method(peft.HiraConfig(r=2 * rank, target_modules=targets))
     found[EXACT] = dual(rank, targets)
     found[PLAIN] = dual(rank, targets, backend="reference")
-    known = {field.name for field in dataclasses.fields(DualLoraConfig)}
-    if "gradient_tokens" in known:
-        for fraction in (0.25, 0.125):
-            found[sampled(fraction)] = dual(rank, targets, gradient_tokens=fraction)
-    if "use_dora" in known:
-        found[DUAL_DORA] = dual(rank, targets, use_dora=True)
+    for fraction in (0.25, 0.125):
+        found[sampled(fraction)] = dual(rank, targets, gradient_tokens=fraction)
+    found[DUAL_DORA] = dual(rank, targets, use_dora=True)
     if "fast_dora" in duallora.__all__:
         found[FAST_DORA] = Method(lora(use_dora=True), finish=duallora.fast_dora)
     return found

@@ -43,13 +43,16 @@ def bench(
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measures every scene that ``output`` lacks: about ``seconds`` of rounds, then each method's memory by itself."""
+    """Measures every scene that ``output`` lacks: about ``seconds`` of rounds, then each method's memory by itself.
+
+    Memory is not asked for on masked batches, whose shape is an accident of the rows drawn.
+    """
     console = console or Console()
     where = default_device(device)
     store = Store(output, "step", where)
     with_memory = with_memory and memory.can_measure(where)
     keys = [{name: value for name, value in asdict(scene).items() if name != "device"} for scene in chosen]
-    todo = [key for key in keys if not _is_whole(store.find(key), with_memory)]
+    todo = [key for key in keys if not _is_whole(store.find(key), with_memory and not key["masked"])]
     say(console, "cells", f"{len(todo)} of {len(keys)} to measure{store.replaces()}")
     for number, key in enumerate(todo, 1):
         begin = time.monotonic()
@@ -57,7 +60,7 @@ def bench(
         with quiet_libraries():
             cell = store.find(key) or store.add(key, measure(scene, rounds=rounds, seconds=seconds))
         say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
-        if with_memory:
+        if with_memory and not scene.masked:
             begin = time.monotonic()
             store.add(key, {**cell, "methods": with_peaks(asdict(scene), cell["methods"])})
             say(console, "memory", f"of {len(cell['methods'])} methods  [dim]{clock(time.monotonic() - begin)}[/]")

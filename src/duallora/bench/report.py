@@ -1,0 +1,299 @@
+"""The tables of the docs, from the JSON alone: a page holds ``<!-- bench:NAME -->`` marks, and the text between is made here.
+
+What has not been measured leaves the text of its mark as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from duallora.bench import kernel, layer, merge, methods
+from duallora.bench.store import read
+from duallora.bench.targets import Results, Verdict, cells, ratio, verdicts, words
+from duallora.errors import ConfigError, IntegrityError
+from duallora.train import record
+from duallora.train.progress import say, shown
+
+NAMES = ("layer", "step", "kernel", "merge")
+_BLOCK = re.compile(r"(<!-- bench:(?P<name>\w+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
+MIB = 1 << 20
+
+
+def load(folder: Path) -> Results:
+    """The results in ``folder``; files of another program (without cells) count as absent.
+
+    Raises:
+        IntegrityError: a backend was found wrong, so no figure is shown.
+    """
+    found = {name: read(folder / f"{name}.json") for name in NAMES}
+    found = {name: content if content.get("cells") else {} for name, content in found.items()}
+    for cell in found["kernel"].get("cells", []):
+        if wrong := kernel.red(cell):
+            raise IntegrityError(
+                f"{folder / 'kernel.json'}: {', '.join(wrong)} was wrong at {words(cell['cell'])}; no figure is shown until "
+                "`duallora bench kernel` passes"
+            )
+    return found
+
+
+def report(folder: Path, root: Path, *, plots: bool = True, console: Console | None = None) -> dict[str, Any]:
+    """Fills the marks of README.md and docs/*.md below ``root`` and draws docs/img/bench-*.svg."""
+    console = console or Console()
+    results = load(folder)
+    if not any(results.values()):
+        raise ConfigError(f"{folder} holds no results: run `duallora bench layer` (step, kernel, merge) first")
+    changed = []
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        if (filled := fill(text, results)) != text:
+            record.write_text(page, filled)
+            changed.append(str(page))
+            say(console, "tables", f"{shown(page)}")
+    if plots:
+        from duallora.bench.plots import draw
+
+        for path in draw(results, root / "docs" / "img"):
+            say(console, "plot", f"{shown(path)}")
+    found = verdicts(results)
+    for verdict in found:
+        say(console, _mark(verdict).strip("*"), f"{verdict.what}: {_worst(verdict)}, target {verdict.target}")
+    return {"pages": changed, "targets": [verdict._asdict() for verdict in found]}
+
+
+def pages(root: Path) -> list[Path]:
+    """The pages with marks."""
+    every = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [page for page in every if page.is_file() and "<!-- bench:" in page.read_text(encoding="utf-8")]
+
+
+def fill(text: str, results: Results) -> str:
+    """The page with the text of every mark replaced whose results are there; ConfigError for a mark without a table."""
+
+    def replace(match: re.Match) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ConfigError(f"<!-- bench:{name} --> is no table: expected one of {', '.join(TABLES)}")
+        made = TABLES[name](results)
+        return match[0] if made is None else f"{match[1]}{made}\n{match[3]}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def machine(results: Results) -> str | None:
+    rows = []
+    for name, content in results.items():
+        if content:
+            loads = [cell["load"] for cell in content["cells"] if cell.get("load") is not None]
+            load_ = f"{min(loads):.1f} to {max(loads):.1f}" if loads else "?"
+            commit = (content["commit"] or "none")[:10] + (", edited" if content["dirty"] else "")
+            packages = f"torch {content['versions']['torch']}, PEFT {content['versions']['peft']}"
+            device = f"{content['device']}, {content['threads']} threads"
+            file = f"`results/bench/{name}.json`"
+            rows.append([file, device, content["backend"], packages, commit, str(len(content["cells"])), load_])
+    head = ["file", "device", "`auto` is", "versions", "commit", "cells", "load"]
+    return _table(head, rows).replace("---:", "---") if rows else None
+
+
+def targets(results: Results) -> str | None:
+    found = verdicts(results)
+    if not any(verdict.cells for verdict in found):
+        return None
+    rows = [[v.what, v.target, _worst(v), v.where, _mark(v)] for v in found]
+    table = _table(["what", "target", "measured, worst cell", "which", "met"], rows)
+    return f"{table}\n\nMeasured on: {'; '.join(_unique(_device(content) for content in results.values() if content))}."
+
+
+def _device(content: Mapping[str, Any]) -> str:
+    return f"{content['device']}, {content['threads']} threads"
+
+
+def _worst(verdict: Verdict) -> str:
+    return "-" if verdict.worst is None else f"{verdict.worst:.2f}"
+
+
+def _mark(verdict: Verdict) -> str:
+    if not verdict.cells:
+        return "not measured"
+    if verdict.met == verdict.cells:
+        return "yes"
+    return f"**no** ({verdict.met} of {verdict.cells} cells)" if verdict.met else "**no**"
+
+
+def layers(results: Results) -> str | None:
+    """A table per number of tokens at r = 16: methods by cells, time / LoRA's."""
+    every = [(cell["cell"], cell) for _, cell in cells(results, "layer") if cell["cell"]["rank"] == 16]
+    if not every:
+        return None
+    parts = []
+    for tokens in sorted({key["tokens"] for key, _ in every}):
+        of = [(key, cell) for key, cell in every if key["tokens"] == tokens]
+        of.sort(key=lambda pair: (pair[0]["dtype"] == "bfloat16", pair[0]["width"]))
+        columns = [cell for _, cell in of]
+        names = _unique(name for cell in columns for name in cell["methods"])
+        widest = next((cell for key, cell in reversed(of) if key["dtype"] == "float32"), None)
+        head = [f"{tokens} tokens, r = 16", *(f"{key['width']} {words(key).split()[-1]}" for key, _ in of)]
+        rows = [[name, *(_number(ratio(cell, name, methods.LORA)) for cell in columns)] for name in names]
+        if widest is not None:
+            head.append(f"saved, MiB ({widest['cell']['width']} fp32)")
+            for row in rows:
+                row.append(_mib(widest["methods"].get(row[0], {}).get("saved_bytes")))
+        floor = [f"**{methods.EXACT} / {methods.FLOOR}**", *(_with_quartiles(cell) for cell in columns)]
+        rows.append(floor + [""] * (widest is not None))
+        parts.append(_table(head, rows))
+    compiled = [cell["methods"][layer.COMPILED]["compile_s"] for _, cell in every if layer.COMPILED in cell["methods"]]
+    if compiled:
+        parts.append(f"Compiling took {min(compiled):.0f} to {max(compiled):.0f} s a shape, not counted above.")
+    figure = "![Time of one layer over the three products it cannot do without](img/bench-layer.svg)"
+    return "\n\n".join([*parts, figure])
+
+
+def _with_quartiles(cell: Mapping[str, Any]) -> str:
+    found = cell["methods"][methods.EXACT]["ratio_to_gemms"]
+    return f"{found['median']:.2f} ({found['quartiles'][0]:.2f}-{found['quartiles'][1]:.2f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value / MIB:,.0f}"
+
+
+def step(results: Results) -> str | None:
+    """Time / LoRA's by method and scene, then peak memory."""
+    every = list(cells(results, "step"))
+    if not every:
+        return None
+    names = _unique(name for _, cell in every for name in cell["methods"])
+    rows = [[name, *(_number(ratio(cell, name, methods.LORA)) for _, cell in every)] for name in names]
+    seconds = [f"{cell['methods'][methods.LORA]['median_s']:.2f}" for _, cell in every]
+    rows.append(["*LoRA's step, seconds*", *seconds])
+    parts = [_table(["time / LoRA's", *(where for where, _ in every)], rows)]
+    for where, cell in every:
+        if cell["cell"]["masked"]:
+            batch = cell["batch"]
+            parts.append(
+                f"In the masked batch ({where}) {batch['trained_share']:.0%} of the {' x '.join(map(str, batch['tokens']))} "
+                f"tokens carry loss and {batch['padding_share']:.0%} are padding."
+            )
+    known = [(where, cell) for where, cell in every if "peak_bytes" in cell["methods"][methods.LORA]]
+    if known:
+        rows = [
+            [name, *(_peak(cell["methods"].get(name)) for _, cell in known)]
+            for name in names
+            if any(name in cell["methods"] for _, cell in known)
+        ]
+        parts.append(_table(["peak above the model, MiB (/ LoRA's)", *(where for where, _ in known)], rows))
+    parts.append("![Time and peak memory of a training step, relative to LoRA's](img/bench-step.svg)")
+    return "\n\n".join(parts)
+
+
+def _peak(method: Mapping[str, Any] | None) -> str:
+    if method is None or "peak_bytes" not in method:
+        return ""
+    return f"{_mib(method['peak_bytes'])} ({method['peak_ratio_to_lora']:.2f})"
+
+
+def kernels(results: Results) -> str | None:
+    rows = []
+    for where, cell in cells(results, "kernel"):
+        for name, backend in cell["backends"].items():
+            build, gradients = backend["build"], backend["gradients"]
+            rows.append(
+                [
+                    f"{where}, {name}",
+                    f"{max(backend['errors'].values()):.0e}",
+                    *(f"{one['median_s'] * 1e3:.2f} ms, {one['gflops']:.0f} GFLOP/s" for one in (build, gradients)),
+                    f"{build['ratio_to_memcpy']['median']:.1f}",
+                    f"{(2 * build['median_s'] + gradients['median_s']) / (3 * cell['gemm']['median_s']):.3f}",
+                ]
+            )
+    head = ["width, r, dtype, backend", "error", "build", "gradients", "build / memcpy"]
+    head.append(f"2 builds + gradients / 3 GEMMs of {kernel.TOKENS} rows")
+    return _table(head, rows) if rows else None
+
+
+def merging(results: Results) -> str | None:
+    every = list(cells(results, "merge"))
+    merged = [(where, cell) for where, cell in every if cell["cell"]["what"] == "merge"]
+    written = [(where, cell) for where, cell in every if cell["cell"]["what"] == "generate"]
+    parts = []
+    if merged:
+        names = [name for name in merged[0][1]["methods"] if name != merge.COPY]
+        rows = [[n, *(f"{cell['methods'][n]['ratio_to_copy']['median']:.2f}" for _, cell in merged)] for n in names]
+        rows.append(["*one copy, ms*", *(f"{cell['methods'][merge.COPY]['median_s'] * 1e3:.0f}" for _, cell in merged)])
+        parts.append(_table(["time / one copy of the weights", *(where for where, _ in merged)], rows))
+    if written:
+        names = [name for name in written[0][1]["methods"] if name != merge.MERGED]
+        rows = [[n, *(f"{cell['methods'][n]['ratio_to_merged']['median']:.3f}" for _, cell in written)] for n in names]
+        rows.append(["*largest logit difference to merged*", *(f"{cell['logit_difference']:g}" for _, cell in written)])
+        parts.append(_table(["unmerged generation / merged", *(where for where, _ in written)], rows))
+    return "\n\n".join(parts) or None
+
+
+def readme(results: Results) -> str | None:
+    """One paragraph: the widest fp32 layer at 2048 tokens and the plain step."""
+    wide = [cell for _, cell in cells(results, "layer") if cell["cell"]["dtype"] == "float32"]
+    wide = [cell for cell in wide if cell["cell"]["tokens"] == 2048 and cell["cell"]["rank"] == 16]
+    if not wide:
+        return None
+    cell = max(wide, key=lambda cell: cell["cell"]["width"])
+    width = cell["cell"]["width"]
+    text = [
+        f"Time of one layer, forward and backward, relative to PEFT's LoRA at equal parameters ({width} x {width}, 2048 "
+        f"tokens, fp32, {_device(results['layer'])}, [JSON](results/bench/layer.json)): {_list(cell)}."
+    ]
+    plain = [c for w, c in cells(results, "step") if w == "fp32"]
+    if plain:
+        text.append(
+            f"A training step of SmolLM2-135M, all linear layers ([JSON](results/bench/step.json)): {_list(plain[0])}."
+        )
+    text.append("What was aimed at and what was missed: [docs/performance.md](docs/performance.md).")
+    return "\n".join(text)
+
+
+def _list(cell: Mapping[str, Any]) -> str:
+    shown_ = {
+        methods.EXACT: "Dual LoRA",
+        methods.FLOOR: "its three bare products",
+        methods.sampled(0.25): "with a quarter of the tokens in its gradient",
+        methods.PLAIN: "plain autograd of the formula",
+        methods.DORA: "PEFT's DoRA",
+        methods.FAST_DORA: "the same DoRA after `fast_dora`",
+        methods.HIRA: "PEFT's HiRA",
+    }
+    found = {text: ratio(cell, name, methods.LORA) for name, text in shown_.items()}
+    return ", ".join(f"{text} {value:.2f}" for text, value in found.items() if value is not None)
+
+
+def pointer(results: Results) -> str | None:
+    if not results["layer"]:
+        return None
+    return "A layer, a training step, its memory, merging and generation: [Performance](performance.md)."
+
+
+TABLES: dict[str, Callable[[Results], str | None]] = {
+    "machine": machine,
+    "targets": targets,
+    "layer": layers,
+    "step": step,
+    "kernel": kernels,
+    "merge": merging,
+    "readme": readme,
+    "pointer": pointer,
+}

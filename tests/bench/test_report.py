@@ -1,0 +1,220 @@
+"""The docs say what the JSON says: targets judged by the worst cell, tables as they stand in the pages, plots with the floor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from duallora import cli
+from duallora.bench import methods, report
+from duallora.bench.targets import TARGETS, verdicts
+from duallora.errors import ConfigError, IntegrityError
+
+ROOT = Path(__file__).parents[2]
+FACTS = {
+    "commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+    "device": "a processor", "threads": 2, "backend": "cpu",
+}  # fmt: skip
+
+
+def timed(times: dict[str, float], **over: str) -> dict:
+    """Methods as `figures` gives them, from the seconds of each."""
+    return {
+        name: {
+            "median_s": value,
+            "rounds": 3,
+            **{f"ratio_to_{key}": {"median": value / times[base], "quartiles": [value / times[base] - 0.01, value / times[base] + 0.01]}
+               for key, base in over.items()},
+        }
+        for name, value in times.items()
+    }  # fmt: skip
+
+
+def layer_cell(width: int, dtype: str, exact: float, *, tokens: int = 2048, rank: int = 16) -> dict:
+    times = {methods.FLOOR: 1.0, methods.LORA: 0.8, methods.DORA: 2.0, methods.HIRA: 3.0, methods.EXACT: exact}
+    key = {"width": width, "tokens": tokens, "rank": rank, "dtype": dtype}
+    return {"cell": key, "load": 1.5, "methods": timed(times, lora=methods.LORA, gemms=methods.FLOOR), "skipped": {}}
+
+
+def step_cell(dtype: str, exact: float, *, peak: float | None = 1.0, **key) -> dict:
+    times = {
+        methods.FLOOR: 4.4, methods.LORA: 4.0, methods.DORA: 8.0, methods.HIRA: 9.0, methods.EXACT: exact,
+        methods.sampled(0.25): 4.7, methods.sampled(0.125): 4.5, methods.FAST_DORA: 5.0,
+    }  # fmt: skip
+    found = timed(times, lora=methods.LORA)
+    for name, method in found.items():
+        if peak is not None:
+            method |= {"peak_bytes": 100 << 20, "peak_ratio_to_lora": peak if name == methods.EXACT else 1.0}
+    place = {"model": "builtin:smollm2-135m", "rank": 8, "rows": 8, "length": 128, "dtype": dtype}
+    batch = {"tokens": [8, 100], "trained_share": 0.25, "padding_share": 0.125}
+    return {
+        "cell": {**place, "checkpointing": False, "masked": False, **key}, "load": 2.0, "batch": batch, "methods": found,
+    }  # fmt: skip
+
+
+def kernel_cell(error: float = 2e-7) -> dict:
+    one = {"median_s": 0.002, "gflops": 55.0, "ratio_to_memcpy": {"median": 1.5, "quartiles": [1.4, 1.6]}}
+    backends = {"cpu": {"errors": {"weight": 4e-8, "dA": error}, "build": one, "gradients": one}}
+    key = {"width": 2048, "rank": 16, "dtype": "float32", "dora": False}
+    return {"cell": key, "load": None, "backends": backends, "memcpy": {"median_s": 0.001}, "gemm": {"median_s": 0.02}}
+
+
+def merge_cells() -> list[dict]:
+    verbs = {"copy of the weights": 1.0, "duallora: merge": 2.5, "duallora: unmerge": 1.2}
+    place = {"model": "builtin:smollm2-135m", "rank": 8, "dtype": "float32"}
+    written = {"merged": 2.0, methods.EXACT: 2.08, methods.LORA: 2.6}
+    return [
+        {"cell": {**place, "what": "merge"}, "load": 1.0, "methods": timed(verbs, copy="copy of the weights")},
+        {
+            "cell": {**place, "what": "generate", "batch": 1, "tokens": 64},
+            "load": 1.0,
+            "logit_difference": 0.0,
+            "methods": timed(written, merged="merged"),
+        },
+    ]
+
+
+@pytest.fixture
+def results() -> dict:
+    cells = {
+        "layer": [layer_cell(1024, "float32", 1.1), layer_cell(2048, "float32", 1.2), layer_cell(1024, "bfloat16", 1.25)],
+        "step": [step_cell("float32", 5.0), step_cell("float32", 5.2, checkpointing=True, peak=1.01),
+                 step_cell("float32", 4.8, masked=True, peak=None)],
+        "kernel": [kernel_cell()],
+        "merge": merge_cells(),
+    }  # fmt: skip
+    return {name: {**FACTS, "cells": found} for name, found in cells.items()}
+
+
+def verdict_of(results: dict, words: str):
+    (found,) = [verdict for verdict in verdicts(results) if words in verdict.what]
+    return found
+
+
+def test_a_target_is_judged_by_its_worst_cell(results):
+    fp32 = verdict_of(results, "layer, fp32")
+    assert (fp32.worst, fp32.where, fp32.met, fp32.cells) == (1.2, "2048 x 2048, r 16, fp32", 1, 2)
+    assert verdict_of(results, "layer, bf16").met == 1
+    exact = verdict_of(results, "equal parameters, exact")
+    assert exact.worst == pytest.approx(1.3)
+    assert exact.where == "fp32, checkpointing"
+    assert verdict_of(results, "`gradient_tokens=0.25`").worst == pytest.approx(4.7 / 4)
+    assert verdict_of(results, "`gradient_tokens=0.125`").met == 0  # 4.5 / 4 = 1.125 > 1.10
+    assert verdict_of(results, "PEFT DoRA step").worst == pytest.approx(5 / 8)
+    assert verdict_of(results, "`fast_dora`: SmolLM2 step / PEFT LoRA").met == 0
+    assert verdict_of(results, "peak memory").worst == 1.01
+    assert verdict_of(results, "merge all").worst == 2.5
+    assert verdict_of(results, "unmerged generation").worst == pytest.approx(1.04)
+
+
+def test_layers_too_small_or_of_another_rank_do_not_count_for_the_floor_but_do_against_rivals(results):
+    extra = [
+        layer_cell(576, "float32", 2.5),
+        layer_cell(1024, "float32", 1.9, tokens=512),
+        layer_cell(1024, "float32", 1.8, rank=32),
+    ]
+    results["layer"]["cells"] += extra
+    assert verdict_of(results, "layer, fp32").cells == 2
+    rival = verdict_of(results, "PEFT DoRA, equal")
+    assert (rival.worst, rival.where, rival.met, rival.cells) == (1.25, "layer, 576 x 2048, r 16, fp32", 8, 9)
+
+
+def test_as_fast_as_a_rival_is_not_faster(results):
+    results["layer"]["cells"] = [layer_cell(1024, "float32", 2.0)]
+    results["step"] = {}
+    assert verdict_of(results, "PEFT DoRA, equal").met == 0
+    assert verdict_of(results, "PEFT HiRA, equal").met == 1
+
+
+def test_the_table_of_targets_says_no_and_where(results):
+    lines = {line.split(" | ")[0]: line for line in (report.targets(results) or "").splitlines()}
+    floor = next(line for name, line in lines.items() if "layer, fp32" in name)
+    assert floor.endswith("| <= 1.15 | 1.20 | 2048 x 2048, r 16, fp32 | **no** (1 of 2 cells) |")
+    assert len([line for line in lines if line.startswith("| ")]) == len(TARGETS) + 2
+    results["merge"] = {}
+    assert "| <= 3 | - |  | not measured |" in (report.targets(results) or "")
+    assert "a processor, 2 threads" in (report.targets(results) or "")
+
+
+def test_tables_hold_the_ratios(results):
+    layers = report.layers(results) or ""
+    assert "| 2048 tokens, r = 16 | 1024 fp32 | 2048 fp32 | 1024 bf16 | saved, MiB (2048 fp32) |" in layers
+    assert "| duallora | 1.38 | 1.50 | 1.56 |" in layers  # over LoRA's 0.8
+    assert "| **duallora / three GEMMs** | 1.10 (1.09-1.11) | 1.20 (1.19-1.21) | 1.25 (1.24-1.26) |" in layers
+    steps = report.step(results) or ""
+    assert "| duallora | 1.25 | 1.30 | 1.20 |" in steps
+    assert "| duallora | 100 (1.00) | 100 (1.01) |" in steps
+    assert "(fp32, masked) 25% of the 8 x 100 tokens carry loss and 12% are padding" in steps
+    assert "| 2048, r 16, fp32, cpu | 2e-07 | 2.00 ms, 55 GFLOP/s | 2.00 ms, 55 GFLOP/s | 1.5 | 0.100 |" in (
+        report.kernels(results) or ""
+    )
+    assert "| duallora | 1.040 |" in (report.merging(results) or "")
+    assert "| 3 | 1.5 to 1.5 |" in (report.machine(results) or "")
+    assert "Dual LoRA 1.50, its three bare products 1.25" in (report.readme(results) or "")
+
+
+def test_marks_are_filled_and_what_is_not_measured_stays(results):
+    page = "a\n<!-- bench:layer -->\nold\n<!-- /bench:layer -->\nb\n<!-- bench:merge -->\nold\n<!-- /bench:merge -->\n"
+    results["merge"] = {}
+    filled = report.fill(page, results)
+    assert filled.startswith(f"a\n<!-- bench:layer -->\n{report.layers(results)}\n<!-- /bench:layer -->\nb\n")
+    assert filled.endswith("<!-- bench:merge -->\nold\n<!-- /bench:merge -->\n")
+    assert report.fill(filled, results) == filled
+    with pytest.raises(ConfigError, match="bench:layre"):
+        report.fill("<!-- bench:layre -->\n<!-- /bench:layre -->", results)
+
+
+def write(results: dict, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, content in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_no_figure_is_shown_while_a_backend_is_wrong(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results["kernel"]["cells"] = [kernel_cell(error=2e-6)]
+    write(results, tmp_path / "results" / "bench")
+    (tmp_path / "README.md").write_text(page := "<!-- bench:readme -->\n<!-- /bench:readme -->\n")
+    with pytest.raises(IntegrityError, match="cpu was wrong at 2048"):
+        report.load(tmp_path / "results" / "bench")
+    assert cli.run(["bench", "report"]) == 4
+    assert "cpu was wrong" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == page
+
+
+def test_the_command_fills_pages_and_draws_the_floor(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    write(results, tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text())
+    line = ["bench", "report", "--results", str(tmp_path / "results"), "--root", str(tmp_path)]
+    assert cli.run([*line, "--json"]) == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert len(payload["targets"]) == len(TARGETS)
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    assert "Not measured yet" not in text
+    for name, words in (("layer", "floor: three GEMMs"), ("step", "floor")):
+        drawn = (tmp_path / "docs" / "img" / f"bench-{name}.svg").read_text()
+        assert f"img/bench-{name}.svg" in text
+        assert f">{words}<" in drawn
+        assert "duallora" in drawn
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli.run(line) == 0  # once more changes nothing, the plots included
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_without_results_the_command_says_what_to_run(tmp_path, capsys):
+    assert cli.run(["bench", "report", "--results", str(tmp_path)]) == 2
+    assert "duallora bench layer" in capsys.readouterr().err
+
+
+def test_the_pages_show_what_the_results_say():
+    """`duallora bench report` was run after the last measurement, and nobody touched its tables since."""
+    results = report.load(ROOT / "results" / "bench")
+    found = report.pages(ROOT)
+    assert {page.name for page in found} >= {"README.md", "performance.md", "results.md"}
+    for page in found:
+        text = page.read_text()
+        assert report.fill(text, results) == text, f"{page.name}: run `duallora bench report`"
