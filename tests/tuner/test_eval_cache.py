@@ -209,7 +209,11 @@ def test_dora_lengths_and_residual_starts_are_watched():
         model = adapted(**options)
         step(model)
         run(model, TOKEN)
-        held = first(model).duallora_m["default"] if "use_dora" in options else first(model).duallora_initial["default"]["A"]
+        held = (
+            first(model).duallora_m["default"]
+            if "use_dora" in options
+            else first(model).duallora_initial["default"]["A"]
+        )
         held.data[0] *= 3
         assert torch.equal(run(model, TOKEN), fresh(model, TOKEN))
 

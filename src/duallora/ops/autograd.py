@@ -19,7 +19,7 @@ from torch import Tensor
 from duallora.core.equation import Update
 from duallora.ops.backends import pick
 from duallora.ops.reference import apply_weight
-from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample
+from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample, token_weights
 
 
 def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
@@ -116,9 +116,9 @@ def _backward(
         options = {"fan_in_fan_out": fan_in_fan_out, "dtype": x.dtype, "m": m, "minus_base": form == "delta"}
         weight = None
         if need_dW or need_factors:
-            G, probed = _weight_gradient(dY2, x2, fan_in_fan_out, tokens, seed, gradient_tokens, need_probe)
+            G, bounds = _weight_gradient(dY2, x2, fan_in_fan_out, tokens, seed, gradient_tokens, need_probe)
             if need_probe:
-                result[7] = probed
+                result[7] = bounds
             if need_dW and W is not None:
                 result[1] = _base_gradient(G, m, norm, W, form, fan_in_fan_out)
             if need_factors:
@@ -154,19 +154,19 @@ def _weight_gradient(
     Some of the tokens may be gone as zeros; the share counts from all of them.
     """
     wanted = tokens if gradient_tokens is None else max(1, math.ceil(float(gradient_tokens) * tokens))
-    probed = x.new_zeros(len(FRACTIONS) if probe else 0, dtype=torch.float32)
-    if seed is not None and wanted < len(dY):
-        chosen = sample(x, dY, wanted, int(seed))
-        bounds = error_bounds(chosen.p, tokens) if probe else probed
-        dY = dY[chosen.tokens] * chosen.weight[:, None].to(dY.dtype)
-        x = x[chosen.tokens]
-    else:
-        bounds = probed
+    sampled = seed is not None and wanted < len(dY)
+    bounds = x.new_zeros(0, dtype=torch.float32)
+    if sampled or probe:
+        p = token_weights(x, dY)
+        bounds = error_bounds(p, tokens) if probe else bounds
+        if sampled and seed is not None:
+            chosen, weight = sample(p, wanted, int(seed))
+            dY, x = dY[chosen] * weight[:, None].to(dY.dtype), x[chosen]
     G = x.T @ dY if fan_in_fan_out else dY.T @ x
     if probe:
         size = torch.linalg.vector_norm(G, dtype=torch.float32) ** 2
-        probed = bounds / size.clamp(min=torch.finfo(torch.float32).tiny)
-    return G, probed
+        bounds = bounds / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return G, bounds
 
 
 def _base_gradient(G: Tensor, m: Tensor | None, norm: Tensor, W: Tensor, form: str, fan_in_fan_out: bool) -> Tensor:

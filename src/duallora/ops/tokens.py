@@ -7,8 +7,6 @@ draws the rest by p_t with weights that keep G unbiased.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -34,54 +32,44 @@ def nonzero_rows(dY: Tensor) -> Tensor | None:
     return keep if len(keep) <= (1 - WORTH_DROPPING) * len(zero) else None
 
 
-class Sample(NamedTuple):
-    """m tokens: G is estimated by sum_j weight_j dY_(tokens_j) x_(tokens_j)^T."""
-
-    tokens: Tensor  # [m] int64
-    weight: Tensor  # [m] float32
-    p: Tensor  # [n] float32: |x_t| |dY_t| of all tokens, descending
+def token_weights(x: Tensor, dY: Tensor) -> Tensor:
+    """p_t = |x_t| |dY_t| [n] float32, for x [n, in] and dY [n, out]."""
+    x_norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
+    return x_norm * torch.linalg.vector_norm(dY, dim=1, dtype=torch.float32)
 
 
-def _kept(p: Tensor, m: int) -> Tensor:
-    """How many of the heaviest tokens (p sorted, descending) are kept as they are, [] int64 in [0, m).
+def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Choose m of n tokens of weights p [n] so that sum_j w_j dY_(t_j) x_(t_j)^T estimates dY^T x without bias.
 
-    Drawing k = m - c from the rest, of total weight R_c, has variance (R_c^2 - |G_rest|^2) / k: c minimises R_c^2 / k.
+    The c heaviest are kept as they are (w = 1), the other k = m - c are drawn in proportion to p. That has the variance
+    (R_c^2 - |G_rest|^2) / k, with R_c the weight of what is not kept: c minimises R_c^2 / k. The draws are stratified,
+    one in each of k equal slices of that weight, which changes no expectation and never adds variance.
+
+    Returns:
+        (t [m] int64, w [m] float32); the same for the same seed.
     """
-    kept = torch.arange(m, device=p.device)
-    rest = p.sum() - torch.cat([p.new_zeros(1), p.cumsum(0)[: m - 1]])
-    return (rest.clamp(min=0) ** 2 / (m - kept)).argmin()
+    p, order = p.sort(descending=True)
+    position = torch.arange(m, device=p.device)
+    below = p.cumsum(0, dtype=torch.float64)
+    above = (below[-1] - torch.cat([below.new_zeros(1), below[: m - 1]])).clamp(min=0)  # R_c for c = 0 .. m - 1
+    c = (above**2 / (m - position)).argmin()
+    rest, k = above[c], m - c
+    uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(p.device)
+    drawn = torch.searchsorted(below, below[-1] - rest + (position - c + uniform) / k * rest, right=True)
+    drawn = drawn.clamp(max=len(p) - 1).maximum(c)
+    chosen = torch.where(position < c, position, drawn)
+    weight = torch.where(position < c, 1.0, rest / (k * p[chosen]).clamp(min=torch.finfo(p.dtype).tiny))
+    return order[chosen], weight.to(torch.float32)
 
 
 def error_bounds(p: Tensor, tokens: int) -> Tensor:
-    """Bound R_c^2 / k on E|estimate - G|^2 (see :func:`_kept`) if m were each of FRACTIONS of ``tokens``, [len(FRACTIONS)].
+    """R_c^2 / k (see :func:`sample`), a bound on E|estimate - G|^2, if m were each of FRACTIONS of ``tokens``.
 
-    p [n <= tokens], descending; 0 where m would hold every token of p.
+    p [n <= tokens]; [len(FRACTIONS)] float32, 0 where m would hold every token of p.
     """
-    rest = p.sum() - torch.cat([p.new_zeros(1), p.cumsum(0)[:-1]])
+    p = p.sort(descending=True).values
+    rest = (p.sum() - torch.cat([p.new_zeros(1), p.cumsum(0)[:-1]])).clamp(min=0)
     m = (torch.tensor(FRACTIONS, device=p.device) * tokens).ceil()[:, None]
     k = m - torch.arange(len(p), device=p.device)
-    bounds = torch.where(k > 0, rest.clamp(min=0) ** 2 / k.clamp(min=1), torch.inf).amin(dim=1)
-    return bounds.where(m[:, 0] < len(p), p.new_zeros(()))
-
-
-def sample(x: Tensor, dY: Tensor, m: int, seed: int) -> Sample:
-    """Choose m of the n tokens of x [n, in] and dY [n, out] for an unbiased estimate of dY^T x.
-
-    The draws are stratified: one in each of k equal slices of the remaining weight, which leaves the expectation as it
-    is and the variance no larger than that of independent draws. The same seed gives the same choice.
-    """
-    p = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-    p = p * torch.linalg.vector_norm(dY, dim=1, dtype=torch.float32)
-    p, order = p.sort(descending=True)
-    c = _kept(p, m)
-    below = p.cumsum(0)
-    position = torch.arange(m, device=p.device)
-    kept_weight = torch.where(c > 0, below[(c - 1).clamp(min=0)], p.new_zeros(()))
-    rest = (below[-1] - kept_weight).clamp(min=0)
-    uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed)).to(p.device)
-    slice_ = (position - c + uniform) / (m - c)
-    drawn = torch.searchsorted(below, kept_weight + slice_ * rest).clamp(max=len(p) - 1)
-    drawn = torch.maximum(drawn, c)
-    index = torch.where(position < c, position, drawn)
-    weight = torch.where(position < c, p.new_ones(()), rest / ((m - c) * p[index]).clamp(min=torch.finfo(p.dtype).tiny))
-    return Sample(order[index], weight, p)
+    bounds = torch.where(k > 0, rest**2 / k.clamp(min=1), torch.inf).amin(dim=1)
+    return bounds.where(m[:, 0] < len(p), 0.0)

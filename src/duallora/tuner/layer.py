@@ -26,17 +26,22 @@ from duallora.ops import build_weight, check_backend, dual_linear, reference
 from duallora.ops.backends import pick
 from duallora.ops.cache import EvalCache, Watch
 from duallora.ops.reference import apply_weight
+from duallora.ops.tokens import FRACTIONS
+from duallora.tuner.budget import account
 from duallora.tuner.config import DualLoraConfig
 
 # What the weight of an evaluation depends on besides tensors: attributes of the layer and of an adapter's config.
 _OWN_STATE = ("training", "_disable_adapters", "_active_adapter", "merged_adapters")
 _CONFIG_STATE = ("magnitude", "direction", "warmup", "warmup_steps", "forward", "backend", "use_dora", "init_weights")
+_WHOLE = 1 << 20  # duallora_tokens counts in parts of this many: integers survive every cast
 DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
 
 
 def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
     for adapter in layer.duallora_seed.keys():  # noqa: SIM118 (BufferDict is no dict)
         layer.rebuild_from_seed(adapter)
+    for adapter in layer.token_probes:
+        layer.set_token_share(adapter, float(layer.duallora_tokens[adapter]) / _WHOLE)
 
 
 class DualLoraLayer(BaseTunerLayer):
@@ -51,7 +56,7 @@ class DualLoraLayer(BaseTunerLayer):
     adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
     other_param_names = (
         "duallora_config", "r1", "r2", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
-        "duallora_initial",
+        "duallora_initial", "duallora_tokens", "token_shares", "token_probes",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -66,6 +71,10 @@ class DualLoraLayer(BaseTunerLayer):
         self.duallora_step = BufferDict({}, persistent=True)
         self.duallora_seed = BufferDict({}, persistent=True)
         self.duallora_initial = nn.ModuleDict({})
+        # gradient_tokens_by="spectrum": the present share, saved with the adapter, and its two working forms.
+        self.duallora_tokens = BufferDict({}, persistent=True)
+        self.token_shares: dict[str, Tensor] = {}
+        self.token_probes: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self._base_weight_before_merge: Tensor | None = None
@@ -97,6 +106,8 @@ class DualLoraLayer(BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track(self)  # a copied or unpickled layer counts steps too
+        if self.token_probes:
+            account(self)
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -121,6 +132,11 @@ class DualLoraLayer(BaseTunerLayer):
         # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
         start = 0 if config.init_weights else config.warmup_steps
         self.duallora_step[adapter_name] = torch.tensor(start, dtype=torch.int64)
+        if config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
+            self.duallora_tokens[adapter_name] = torch.zeros((), dtype=torch.int64)
+            self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), requires_grad=True)
+            self.set_token_share(adapter_name, config.gradient_tokens)
+            account(self)
         seed = layer_seed(config.init_seed, module_name)
         factors = self._draw(adapter_name, seed)
         for name, factor in zip(self.adapter_layer_names, factors, strict=False):
@@ -140,6 +156,13 @@ class DualLoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.rebuild_from_seed(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    @torch.no_grad()
+    def set_token_share(self, adapter_name: str, share: float) -> None:
+        """The share of the tokens that this layer's backward uses from now on."""
+        if self.duallora_tokens[adapter_name].device.type != "meta":
+            self.duallora_tokens[adapter_name].fill_(round(share * _WHOLE))
+        self.token_shares[adapter_name] = torch.tensor(share)  # stays on the CPU, where the backward reads it
 
     @torch.no_grad()
     def _base_lengths(self, adapter_name: str) -> Tensor:
@@ -186,7 +209,11 @@ class DualLoraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT before 0.21 casts integers to the base weight's float dtype too: a seed would change, a bf16 counter stick.
-        counters = [(d, d[adapter_name]) for d in (self.duallora_step, self.duallora_seed) if adapter_name in d]
+        counters = [
+            (d, d[adapter_name])
+            for d in (self.duallora_step, self.duallora_seed, self.duallora_tokens)
+            if adapter_name in d
+        ]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for held, value in counters:
             held[adapter_name] = value.to(held[adapter_name].device)
@@ -378,10 +405,19 @@ class Linear(DualLoraLayer, nn.Module):
         if config.use_dora:
             options["m"] = self.duallora_m[adapter]
         if config.gradient_tokens < 1 and self.training:
-            options["gradient_tokens"] = config.gradient_tokens
+            options["gradient_tokens"] = self.token_shares.get(adapter, config.gradient_tokens)
             # Drawn under no_grad too: checkpointing repeats the forward from the same state of the generator.
             options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64)
+            if adapter in self.token_probes:
+                options["probe"] = self._probe(adapter)
         return options
+
+    def _probe(self, adapter: str) -> Tensor:
+        """Receives the layer's sampling errors as its gradient."""
+        device = self.duallora_A[adapter].device
+        if self.token_probes[adapter].device != device:
+            self.token_probes[adapter] = torch.zeros(len(FRACTIONS), device=device, requires_grad=True)
+        return self.token_probes[adapter]
 
     def _added(self, x: Tensor, adapter: str) -> Tensor:
         """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x."""
