@@ -137,6 +137,22 @@ def test_half_precision_factors_are_computed_in_float32():
     assert torch.equal(inside, outside)
 
 
+@pytest.mark.parametrize("name", "ABCD")
+def test_nan_factors_show_in_the_update(name):
+    """A broken row or column of a factor breaks every entry it enters; a sign must not hide it."""
+    factors = dict(zip("ABCD", (torch.randn(s) for s in ((3, 5), (4, 3), (2, 5), (4, 2))), strict=True))
+    factors[name][0, 0] = float("nan")
+    broken = dual_delta(*factors.values(), S).isnan()
+    assert torch.equal(
+        broken,
+        (
+            torch.ones(4, 1) * (torch.arange(5) == 0)
+            if name in "AC"
+            else (torch.arange(4) == 0)[:, None] * torch.ones(5)
+        ).bool(),
+    )
+
+
 def test_nan_gradients_stay_nan():
     """clamp keeps NaN; the paper's Eq. 8 read literally would turn it into 1 and hide a broken run."""
     broken = G.clone()

@@ -164,7 +164,7 @@ def test_disabling_gives_the_base_and_unmerges(llama, ids):
 
 
 def test_safe_merge_refuses_nan_and_leaves_the_base(llama, ids):
-    """A NaN in C or D is invisible in dW (its sign is -1), so the factors are checked too."""
+    """In whichever factor it sits."""
     for name in "ABCD":
         model = adapted(llama())
         train(model, ids, steps=1)

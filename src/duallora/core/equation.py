@@ -45,7 +45,7 @@ def sign(Q: Tensor) -> Tensor:
 
     Written without a mask: ``torch.where`` on random signs mispredicts its branch and takes ten times as long on CPU.
     """
-    return torch.sign(Q).sub_(0.5).sign_()
+    return torch.sign(Q).sub_(0.5).sign_().add_(Q, alpha=0)  # torch.sign(NaN) is 0; 0 * NaN is NaN
 
 
 def quantise(Q: Tensor, direction: str) -> Tensor:

@@ -80,7 +80,7 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    """Where compiled kernels are kept; a private temporary folder if the user's cannot be written."""
+    """Where compiled kernels are kept, for this user alone; a private temporary folder if the user's cannot be written."""
     chosen = os.environ.get("DUALLORA_CACHE")
     folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora"
     try:
@@ -91,9 +91,10 @@ def _cache_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="duallora-"))
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, folder: Path, key: str) -> Path:
+    """Compile into ``folder``; the file's own size is part of its name, so that one cut short is not loaded."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    handle, scratch = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    handle, scratch = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     errors = ""
     try:
@@ -102,12 +103,18 @@ def _compile(compiler: str, target: Path) -> None:
             command = [compiler, *flags, "-o", scratch, str(_SOURCE)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
-                Path(scratch).replace(target)
-                return
+                return Path(scratch).replace(folder / f"kernel-{key}-{Path(scratch).stat().st_size}.so")
             errors = errors or done.stderr
     finally:
         Path(scratch).unlink(missing_ok=True)
     raise CompilerError(f"{compiler} did not compile the kernel:\n{errors[-2000:]}")
+
+
+def _compiled(folder: Path, key: str) -> Path | None:
+    for path in folder.glob(f"kernel-{key}-*.so"):
+        if path.stem.endswith(f"-{path.stat().st_size}"):
+            return path
+    return None
 
 
 @functools.cache
@@ -120,15 +127,9 @@ def library() -> ctypes.CDLL:
     compiler = _compiler()
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-        key = "\0".join([_SOURCE.read_text(), *_FLAGS, compiler, version, platform.machine(), _processor()])
-        target = _cache_folder() / f"kernel-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-        if not target.exists():
-            _compile(compiler, target)
-        try:
-            loaded = ctypes.CDLL(str(target))
-        except OSError:  # a file cut short by a full disk or a crash
-            _compile(compiler, target)
-            loaded = ctypes.CDLL(str(target))
+        facts = "\0".join([_SOURCE.read_text(), *_FLAGS, compiler, version, platform.machine(), _processor()])
+        key, folder = hashlib.sha256(facts.encode()).hexdigest()[:24], _cache_folder()
+        loaded = ctypes.CDLL(str(_compiled(folder, key) or _compile(compiler, folder, key)))
     except OSError as error:
         raise CompilerError(f"the kernel could not be compiled or loaded: {error}") from error
     loaded.duallora_run.argtypes, loaded.duallora_run.restype = [ctypes.POINTER(_Job)], None

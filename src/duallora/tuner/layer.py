@@ -348,7 +348,7 @@ class Linear(DualLoraLayer, nn.Module):
         merged = self._merged_weight(before.to(weight.device), [*self.merged_adapters, *names])
         if safe_merge:
             for adapter in names:
-                # Sign hides a NaN in C or D, so the factors are checked as well as the result.
+                # Sign hides an infinite D C, so the factors are checked as well as the result.
                 tensors = [merged, *(f for f in self._factors(adapter) if f is not None)]
                 if not all(torch.isfinite(t).all() for t in tensors):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
