@@ -168,11 +168,11 @@ class DualLoraLayer(BaseTunerLayer):
     def _base_lengths(self, adapter_name: str) -> Tensor:
         """|W0| [out] by output row, as the kernel computes it, so that m (W0 + 0) / |W0 + 0| = W0 at the start."""
         W = self._base_weight()
-        device = W.device
-        factors = [None if f is None else f.detach().to(device) for f in self._factors(adapter_name)]
-        m = torch.ones(self.out_features, device=device)
-        if device.type == "meta":
-            return m
+        device = self.duallora_A[adapter_name].device
+        if "meta" in (device.type, W.device.type):
+            return torch.empty(self.out_features, device="meta")  # to be loaded
+        factors = [None if f is None else f.detach().to(W.device) for f in self._factors(adapter_name)]
+        m = torch.ones(self.out_features, device=W.device)
         fixed = self.duallora_config[adapter_name].direction == "fixed"
         zero = Update(*factors, 0.0, "relu", "identity") if not fixed else Update(*factors[:2], *factors[:2], 0.0)
         module = pick("auto", zero, W.dtype)
@@ -214,7 +214,10 @@ class DualLoraLayer(BaseTunerLayer):
             for d in (self.duallora_step, self.duallora_seed, self.duallora_tokens)
             if adapter_name in d
         ]
+        lengths = self.duallora_m[adapter_name].data if adapter_name in self.duallora_m else None
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if lengths is not None:  # rounded to the base weight's type, m would not start at |W0|
+            self.duallora_m[adapter_name].data = lengths.to(self.duallora_m[adapter_name].device)
         for held, value in counters:
             held[adapter_name] = value.to(held[adapter_name].device)
 
