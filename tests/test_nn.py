@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import duallora
-from duallora.errors import IntegrityError
+from duallora.errors import ConfigError, IntegrityError
 from duallora.nn import DualLoraLinear, adapt, adapter_state_dict, load_adapter_state_dict, merge
 
 
@@ -146,3 +146,44 @@ def test_transformer_encoder_uses_the_adapter_in_eval_mode():
     want = net.train()(x)
     with torch.no_grad():
         torch.testing.assert_close(net.eval()(x), want)
+
+
+@pytest.mark.parametrize("what", ["step", "data", "base", "gate", "option"])
+def test_evaluation_keeps_the_weight_and_sees_every_change(what):
+    torch.manual_seed(0)
+    layer = DualLoraLinear(nn.Linear(63, 37), r1=3, r2=5, warmup_steps=4, init_std=0.3).eval()
+    layer.duallora_step.fill_(2)
+    x = torch.randn(5, 63)
+    with torch.no_grad():
+        kept = [layer(x) for _ in range(2)]
+        assert torch.equal(*kept)
+        assert layer._eval_cache.weight is not None
+        if what == "step":
+            layer.duallora_A.mul_(1.5)
+        elif what == "data":
+            layer.duallora_C.data[0, 0] -= 9
+        elif what == "base":
+            layer.weight.data[3, 3] += 1
+        elif what == "gate":
+            layer.duallora_step.data.fill_(4)
+        else:
+            layer.options["magnitude"] = "abs"
+        assert not torch.equal(layer(x), kept[0])
+        assert torch.equal(layer(x), layer.merged()(x))
+    layer.train()
+    assert layer._eval_cache.weight is None
+
+
+def test_gradient_tokens_sample_in_training_alone():
+    torch.manual_seed(0)
+    layer = DualLoraLinear(nn.Linear(63, 37), r1=3, r2=5, warmup_steps=0, init_std=0.3, gradient_tokens=0.2)
+    x = torch.randn(50, 63)
+
+    def gradient():
+        return torch.autograd.grad(layer(x).square().sum(), [layer.duallora_A])[0]
+
+    assert not torch.equal(gradient(), gradient())
+    layer.eval()
+    assert torch.equal(gradient(), gradient())
+    with pytest.raises(ConfigError, match=r"gradient_tokens=2: expected a share"):
+        DualLoraLinear(nn.Linear(3, 4), r=1, gradient_tokens=2)

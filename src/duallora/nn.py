@@ -8,6 +8,7 @@ merge(model)                                                # plain nn.Linear ag
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
 from duallora.core.gate import Gate, ramp, track
 from duallora.core.init import draw_factors, layer_seed
-from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps
+from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
+from duallora.ops.cache import EvalCache, Watch
+from duallora.ops.reference import apply_weight
 
 
 class DualLoraLinear(nn.Module):
@@ -37,7 +40,7 @@ class DualLoraLinear(nn.Module):
         init_std, direction_init_std: standard deviation of A, B and of C, D at the start, > 0.
         init_seed: seed of the initial values; None = torch's global generator.
         magnitude, direction, ste_clip: as in :func:`duallora.dual_delta`; fixed signs exist in DualLoraConfig only.
-        backend: as in :func:`duallora.dual_linear`.
+        gradient_tokens, backend: as in :func:`duallora.dual_linear`.
 
     Raises:
         ConfigError (a ValueError): a value out of range.
@@ -58,6 +61,7 @@ class DualLoraLinear(nn.Module):
         magnitude: str = "relu",
         direction: str = "ste",
         ste_clip: str = "chain",
+        gradient_tokens: float = 1.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -71,11 +75,14 @@ class DualLoraLinear(nn.Module):
         for value, allowed in ((magnitude, MAGNITUDES), (direction, DIRECTIONS[:-1]), (ste_clip, STE_CLIPS)):
             if value not in allowed:
                 raise ConfigError(f"{value!r} is unknown: choose one of {', '.join(allowed)}.")
+        if not is_number(gradient_tokens) or not 0 < gradient_tokens <= 1:
+            raise ConfigError(f"gradient_tokens={gradient_tokens!r}: expected a share of the tokens in (0, 1].")
         check_backend(backend)  # now, not in the first forward
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
         self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
-        self.backend = backend
+        self.backend, self.gradient_tokens = backend, gradient_tokens
+        self._eval_cache = EvalCache()
         limit = min(base.in_features, base.out_features)
         if max(r1, r2) > limit:
             warnings.warn(
@@ -127,7 +134,49 @@ class DualLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] for x [..., in]."""
-        return dual_linear(x, self.weight, self.bias, *self._arguments(), **self.options, backend=self.backend)
+        if self._may_keep(x):
+            kept = self._eval_cache.find(x)
+            if kept is None:
+                watch = self._watch()
+                with torch.inference_mode(False):
+                    kept = build_weight(self.weight, *self._arguments(), **self.options, backend=self.backend)
+                if watch is not None:
+                    self._eval_cache.keep(kept, watch, whole=True)
+            return apply_weight(x, kept, self.bias, False)
+        sampled = self.gradient_tokens < 1 and self.training
+        seed = torch.randint(1 << 62, (), dtype=torch.int64) if sampled else None
+        return dual_linear(
+            x, self.weight, self.bias, *self._arguments(), **self.options,
+            gradient_tokens=self.gradient_tokens, seed=seed, backend=self.backend,
+        )  # fmt: skip
+
+    def _may_keep(self, x: Tensor) -> bool:
+        """Whether this is an evaluation whose W' can be kept (see :mod:`duallora.ops.cache`)."""
+        return not (
+            self.training
+            or torch.is_grad_enabled()
+            or x.device.type != "cpu"
+            or x.dtype != self.weight.dtype
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        )
+
+    def _watch(self) -> Watch | None:
+        own, parameters, buffers = vars(self), self._parameters, self._buffers
+        values = [(own, name, copy.copy(own[name])) for name in ("scaling", "warmup_steps", "options", "backend")]
+        names = [name for name in parameters if name.startswith("duallora_")]
+        objects = [(parameters, name, parameters[name]) for name in names]
+        tensors: list[tuple[dict, Any]] = [(parameters, name) for name in names]
+        tensors.append((buffers, "duallora_step"))
+        if not all(d[k].device.type == "cpu" and d[k].is_contiguous() for d, k in [*tensors, (parameters, "weight")]):
+            return None
+        return Watch(values, objects, tensors, [(parameters, "weight")])
+
+    def train(self, mode: bool = True) -> DualLoraLinear:
+        """Training mode; going to training gives the memory of the evaluation cache back."""
+        if mode:
+            self._eval_cache.drop()
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r1={self.r1}, r2={self.r2}"
