@@ -127,7 +127,7 @@ def test_the_command_line_measures_time_then_memory_and_goes_on(tiny_causal_fold
 
     def measured(scene, method):
         asked.append(method)
-        return {"peak_bytes": 3000 if method == methods.EXACT else 2000}
+        return {"peak_bytes": {methods.EXACT: 3000, methods.LORA: 2000}.get(method, 1000)}
 
     monkeypatch.setattr(memory, "measured", measured)
     monkeypatch.setattr(memory, "can_measure", lambda device: True)

@@ -7,6 +7,7 @@ HiRA with it (DoRA has a vector more). LoHa of rank r has the same number again;
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def methods(rank: int, targets: Targets, dtype: torch.dtype) -> dict[str, Method
     for fraction in (0.25, 0.125):
         found[sampled(fraction)] = dual(rank, targets, gradient_tokens=fraction)
     found[DUAL_DORA] = dual(rank, targets, use_dora=True)
-    if "fast_dora" in duallora.__all__:
+    if find_spec("duallora.tuner.fast_dora"):
         found[FAST_DORA] = Method(lora(use_dora=True), finish=duallora.fast_dora)
     return found
 

@@ -32,7 +32,13 @@ def draw(results: Results, folder: Path) -> list[Path]:
         raise ConfigError("the plots need matplotlib: pip install 'duallora[bench]', or --no-plots") from error
     from matplotlib.figure import Figure
 
-    style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "duallora"}
+    style: Any = {
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 8,
+        "svg.hashsalt": "duallora",
+    }
     style |= {"svg.fonttype": "none"}  # text stays text
     with matplotlib.rc_context(style):
         figures = {
@@ -68,7 +74,7 @@ def layer(figure: Any, results: Results) -> Any:
                 bold = 2.2 if name == methods.EXACT else 1.1
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=bold, label=name)
         axes.axhline(1, color=FLOOR_COLOUR, linestyle="--", linewidth=1, label="floor: three GEMMs")
-        axes.set(xscale="log", xlabel="width (d = k)", title=f"{dtype}, 2048 tokens, r = 16")
+        axes.set(xscale="log", xlabel="width (d = k)", title=f"{dtype}, 2048 tokens")
         axes.set_xticks([cell["cell"]["width"] for cell in of], [str(cell["cell"]["width"]) for cell in of])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
@@ -102,6 +108,6 @@ def step(figure: Any, results: Results) -> Any:
         if floor is not None:
             axes.axvline(floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1)
             axes.text(floor, len(names) - 0.4, "floor", ha="center", va="bottom", fontsize=7)
-        axes.set_title(title, fontsize=8, pad=12)
+        axes.set_title(title, pad=12)
         axes.margins(x=0.15)
     return figure
