@@ -48,8 +48,15 @@ def test_a_method_is_measured_in_its_own_process(tiny_causal_folder):
     found = memory.measured(scene, "duallora")
     assert found["model_bytes"] > 0
     assert len(found["peaks"]) == memory.REPEATS
-    with pytest.raises(DualLoraError, match="no method 'nonesuch'"):
-        memory.measured(scene, "nonesuch")
+
+
+def test_a_process_that_fails_is_no_figure(monkeypatch, tmp_path):
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho first >&2\necho killed >&2\nexit 9\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(memory.sys, "executable", str(failing))
+    with pytest.raises(DualLoraError, match="memory of duallora ended with exit code 9: killed"):
+        memory.measured({}, "duallora")
 
 
 def test_a_system_without_a_peak_to_reset_is_no_figure(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from duallora import cli
 from duallora.bench import methods, report
-from duallora.bench.targets import TARGETS, verdicts
+from duallora.bench.targets import TARGETS, verdicts, words
 from duallora.errors import ConfigError, IntegrityError
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_tables_hold_the_ratios(results):
     assert "| **duallora / three GEMMs** | 1.10 (1.09-1.11) | 1.20 (1.19-1.21) | 1.25 (1.24-1.26) |" in layers
     steps = report.step(results) or ""
     assert "| duallora | 1.25 | 1.30 | 1.20 |" in steps
-    assert "| duallora | 100 (1.00) | 100 (1.01) |" in steps
+    assert "| duallora | 100.0 (1.00) | 100.0 (1.01) |" in steps
     assert "(fp32, masked) 25% of the 8 x 100 tokens carry loss and 12% are padding" in steps
     assert "| 2048, r 16, fp32, cpu | 2e-07 | 2.00 ms, 55 GFLOP/s | 2.00 ms, 55 GFLOP/s | 1.5 | 0.100 |" in (
         report.kernels(results) or ""
@@ -153,6 +153,22 @@ def test_tables_hold_the_ratios(results):
     assert "| duallora | 1.040 |" in (report.merging(results) or "")
     assert "| 3 | 1.5 to 1.5 |" in (report.machine(results) or "")
     assert "Dual LoRA 1.50, its three bare products 1.25" in (report.readme(results) or "")
+
+
+def test_cells_off_the_defaults_are_told_apart():
+    """Two cells under one name would be one, and the worse of them might be the one that vanished."""
+    key = step_cell("float32", 5.0)["cell"]
+    others = [
+        {"rank": 16},
+        {"rows": 4},
+        {"model": "mine"},
+        {"checkpointing": True},
+        {"masked": True},
+        {"dtype": "bfloat16"},
+    ]
+    assert words(key) == "fp32"
+    assert len({words(key), *(words({**key, **other}) for other in others)}) == 1 + len(others)
+    assert words({**key, "rank": 16, "rows": 4}) == "fp32, r 16, 4 x 128 tokens"
 
 
 def test_marks_are_filled_and_what_is_not_measured_stays(results):
@@ -195,10 +211,10 @@ def test_the_command_fills_pages_and_draws_the_floor(results, tmp_path, capsys):
     assert len(payload["targets"]) == len(TARGETS)
     text = (tmp_path / "docs" / "performance.md").read_text()
     assert "Not measured yet" not in text
-    for name, words in (("layer", "floor: three GEMMs"), ("step", "floor")):
+    for name, label in (("layer", "floor: three GEMMs"), ("step", "floor")):
         drawn = (tmp_path / "docs" / "img" / f"bench-{name}.svg").read_text()
         assert f"img/bench-{name}.svg" in text
-        assert f">{words}<" in drawn
+        assert f">{label}<" in drawn
         assert "duallora" in drawn
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert cli.run(line) == 0  # once more changes nothing, the plots included

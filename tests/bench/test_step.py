@@ -10,7 +10,7 @@ import torch
 from duallora import cli
 from duallora.bench import memory, methods, step
 from duallora.bench.scene import Scene, Stage, bare, share
-from duallora.errors import NonFiniteError
+from duallora.errors import ConfigError, NonFiniteError
 
 
 @pytest.fixture
@@ -104,6 +104,11 @@ def test_a_loss_that_is_not_finite_ends_the_measurement(scene):
         next(iter(stage.base.parameters())).fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="peft lora"):
         trial.step()
+
+
+def test_a_method_that_is_not_there_is_named(scene):
+    with pytest.raises(ConfigError, match="'nonesuch': expected one of three GEMMs, peft lora"):
+        Stage(scene()).trial("nonesuch")
 
 
 def test_the_scenes_asked_for():

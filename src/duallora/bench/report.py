@@ -61,7 +61,8 @@ def report(folder: Path, root: Path, *, plots: bool = True, console: Console | N
             say(console, "plot", f"{shown(path)}")
     found = verdicts(results)
     for verdict in found:
-        say(console, _mark(verdict).strip("*"), f"{verdict.what}: {_worst(verdict)}, target {verdict.target}")
+        label = "-" if not verdict.cells else "met" if verdict.met == verdict.cells else "missed"
+        say(console, label, f"{verdict.what}: {_worst(verdict)}, target {verdict.target}")
     return {"pages": changed, "targets": [verdict._asdict() for verdict in found]}
 
 
@@ -84,8 +85,8 @@ def fill(text: str, results: Results) -> str:
     return _BLOCK.sub(replace, text)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -101,11 +102,11 @@ def machine(results: Results) -> str | None:
             load_ = f"{min(loads):.1f} to {max(loads):.1f}" if loads else "?"
             commit = (content["commit"] or "none")[:10] + (", edited" if content["dirty"] else "")
             packages = f"torch {content['versions']['torch']}, PEFT {content['versions']['peft']}"
-            device = f"{content['device']}, {content['threads']} threads"
+            device = _device(content)
             file = f"`results/bench/{name}.json`"
             rows.append([file, device, content["backend"], packages, commit, str(len(content["cells"])), load_])
     head = ["file", "device", "`auto` is", "versions", "commit", "cells", "load"]
-    return _table(head, rows).replace("---:", "---") if rows else None
+    return _table(head, rows, numbers=False) if rows else None
 
 
 def targets(results: Results) -> str | None:
@@ -113,12 +114,12 @@ def targets(results: Results) -> str | None:
     if not any(verdict.cells for verdict in found):
         return None
     rows = [[v.what, v.target, _worst(v), v.where, _mark(v)] for v in found]
-    table = _table(["what", "target", "measured, worst cell", "which", "met"], rows)
+    table = _table(["what", "target", "measured, worst cell", "which", "met"], rows, numbers=False)
     return f"{table}\n\nMeasured on: {'; '.join(_unique(_device(content) for content in results.values() if content))}."
 
 
 def _device(content: Mapping[str, Any]) -> str:
-    return f"{content['device']}, {content['threads']} threads"
+    return f"{content['device']}, {content['threads']} thread{'' if content['threads'] == 1 else 's'}"
 
 
 def _worst(verdict: Verdict) -> str:
@@ -171,7 +172,7 @@ def _number(value: float | None) -> str:
 
 
 def _mib(value: float | None) -> str:
-    return "" if value is None else f"{value / MIB:,.0f}"
+    return "" if value is None else f"{value / MIB:,.1f}"
 
 
 def step(results: Results) -> str | None:

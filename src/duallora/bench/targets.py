@@ -53,6 +53,8 @@ def words(key: Mapping[str, Any]) -> str:
     if "width" not in key:  # a whole model
         parts += [str(key["model"])] if key["model"] != Scene.model else []
         parts += [f"r {key['rank']}"] if key["rank"] != Scene.rank else []
+    if "rows" in key and (key["rows"], key["length"]) != (Scene.rows, Scene.length):
+        parts.append(f"{key['rows']} x {key['length']} tokens")
     parts += [name for name in ("checkpointing", "masked", "dora") if key.get(name)]
     return ", ".join(parts)
 
