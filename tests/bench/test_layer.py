@@ -31,6 +31,7 @@ def test_a_cell_holds_every_competitor_with_its_parameters_times_and_ratios(dtyp
     cell = layer.measure(24, 7, 2, dtype, rounds=3, seconds=60, device=CPU)
     found = cell["methods"]
     expected = {methods.FLOOR, methods.LORA, methods.DORA, methods.HIRA, methods.EXACT, methods.PLAIN}
+    expected |= {methods.DUAL_DORA, methods.FAST_DORA, methods.sampled(0.25), methods.sampled(0.125)}
     expected |= {"duallora recompute", "duallora added", "peft loha", "peft randlora"}
     expected |= {methods.LORA_OWN} if dtype == "bfloat16" else set()
     assert expected <= set(found)
@@ -50,7 +51,8 @@ def test_parameters_are_equal_but_for_a_vector_and_the_nearest_rank():
     equal = 2 * rank * (width + width)
     for name in (methods.LORA, methods.HIRA, methods.EXACT, methods.PLAIN, "peft loha"):
         assert parameters[name] == equal, name
-    assert parameters[methods.DORA] == equal + width
+    for name in (methods.DORA, methods.FAST_DORA, methods.DUAL_DORA):
+        assert parameters[name] == equal + width, name
     assert parameters[methods.FLOOR] == 0
     assert abs(parameters["peft randlora"] / equal - 1) < 0.2
 

@@ -7,7 +7,6 @@ HiRA with it (DoRA has a vector more). LoHa of rank r has the same number again;
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -15,8 +14,7 @@ import peft
 import torch
 from torch import nn
 
-import duallora
-from duallora import DualLoraConfig
+from duallora import DualLoraConfig, fast_dora
 
 LORA, DORA, HIRA = "peft lora", "peft dora", "peft hira"
 LORA_OWN = "peft lora, factors in the base's dtype"
@@ -59,8 +57,7 @@ def methods(rank: int, targets: Targets, dtype: torch.dtype) -> dict[str, Method
     for fraction in (0.25, 0.125):
         found[sampled(fraction)] = dual(rank, targets, gradient_tokens=fraction)
     found[DUAL_DORA] = dual(rank, targets, use_dora=True)
-    if find_spec("duallora.tuner.fast_dora"):
-        found[FAST_DORA] = Method(lora(use_dora=True), finish=duallora.fast_dora)
+    found[FAST_DORA] = Method(lora(use_dora=True), finish=fast_dora)
     return found
 
 
