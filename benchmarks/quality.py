@@ -3,7 +3,7 @@
 Each setting is one ``duallora train`` run (120 steps of 8, q and v, r = 4, the learning rate that suited Dual LoRA best in
 earlier runs), evaluated on the same 150 held-out rows every 40 steps. A finished run is not repeated.
 
-    python benchmarks/quality.py --runs runs/quality --output results/quality.json [--only NAME ...]
+    python benchmarks/quality.py --runs runs/quality --output results/bench/quality.json [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def result(runs: Path, name: str, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--output", type=Path, default=Path("results/quality.json"))
+    parser.add_argument("--output", type=Path, default=Path("results/bench/quality.json"))
     parser.add_argument("--data-dir")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -20,6 +20,7 @@ from duallora.train import record
 from duallora.train.progress import say, shown
 
 NAMES = ("layer", "step", "kernel", "merge")
+QUALITY = "quality"  # written by benchmarks/quality.py: runs, not cells
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>\w+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
 MIB = 1 << 20
 
@@ -32,6 +33,7 @@ def load(folder: Path) -> Results:
     """
     found = {name: read(folder / f"{name}.json") for name in NAMES}
     found = {name: content if content.get("cells") else {} for name, content in found.items()}
+    found[QUALITY] = read(folder / f"{QUALITY}.json")
     for cell in found["kernel"].get("cells", []):
         if wrong := kernel.red(cell):
             raise IntegrityError(
@@ -96,8 +98,8 @@ def _unique(values: Iterable[Any]) -> list[Any]:
 
 def machine(results: Results) -> str | None:
     rows = []
-    for name, content in results.items():
-        if content:
+    for name in NAMES:
+        if content := results.get(name):
             loads = [cell["load"] for cell in content["cells"] if cell.get("load") is not None]
             load_ = f"{min(loads):.1f} to {max(loads):.1f}" if loads else "?"
             commit = (content["commit"] or "none")[:10] + (", edited" if content["dirty"] else "")
@@ -115,7 +117,7 @@ def targets(results: Results) -> str | None:
         return None
     rows = [[v.what, v.target, _worst(v), v.where, _mark(v)] for v in found]
     table = _table(["what", "target", "measured, worst cell", "which", "met"], rows, numbers=False)
-    return f"{table}\n\nMeasured on: {'; '.join(_unique(_device(content) for content in results.values() if content))}."
+    return f"{table}\n\nMeasured on: {'; '.join(_unique(_device(results[name]) for name in NAMES if results.get(name)))}."
 
 
 def _device(content: Mapping[str, Any]) -> str:
@@ -247,6 +249,20 @@ def merging(results: Results) -> str | None:
     return "\n\n".join(parts) or None
 
 
+def quality(results: Results) -> str | None:
+    """Held-out loss by step of the runs of benchmarks/quality.py, one row a setting, seeds side by side."""
+    runs = results.get(QUALITY, {}).get("runs", [])
+    if not runs:
+        return None
+    steps = sorted({int(step) for run in runs for step in run["eval_loss"]})
+    rows = []
+    for name in _unique(run["setting"] for run in runs):
+        of_name = [run for run in runs if run["setting"] == name]
+        losses = [" / ".join(f"{run['eval_loss'][str(step)]:.4f}" for run in of_name) for step in steps]
+        rows.append([name, ", ".join(str(run["seed"]) for run in of_name), *losses])
+    return _table(["setting", "seeds", *(f"loss after {step} steps" for step in steps)], rows)
+
+
 def readme(results: Results) -> str | None:
     """One paragraph: the widest fp32 layer at 2048 tokens and the plain step."""
     wide = [cell for _, cell in cells(results, "layer") if cell["cell"]["dtype"] == "float32"]
@@ -295,6 +311,7 @@ TABLES: dict[str, Callable[[Results], str | None]] = {
     "step": step,
     "kernel": kernels,
     "merge": merging,
+    "quality": quality,
     "readme": readme,
     "pointer": pointer,
 }

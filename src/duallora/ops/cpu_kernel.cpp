@@ -164,12 +164,13 @@ void product(float* to, const float* L, int ld, const float* R, int r, int n) {
     }
 }
 
+// Sums over a block start at zero and are then added to the total, which keeps rounding small: its errors grow with the
+// root of the block's and of the number of blocks instead of that of all rows.
+
 // part [r4][PANEL] += L^T X, for X [n][PANEL]: a block's share of dR
 void add_left_transposed(float* part, const float* L, int r4, const float* X, int n) {
     for (int l = 0; l < r4; l += 4) {
-        vf acc[4][4];
-        for (int a = 0; a < 4; ++a)
-            for (int v = 0; v < 4; ++v) acc[a][v] = load(part + (l + a) * PANEL + v * VL);
+        vf acc[4][4] = {};
         for (int i = 0; i < n; ++i) {
             vf x[4];
             for (int v = 0; v < 4; ++v) x[v] = load(X + i * PANEL + v * VL);
@@ -179,16 +180,17 @@ void add_left_transposed(float* part, const float* L, int r4, const float* X, in
             }
         }
         for (int a = 0; a < 4; ++a)
-            for (int v = 0; v < 4; ++v) store(part + (l + a) * PANEL + v * VL, acc[a][v]);
+            for (int v = 0; v < 4; ++v) {
+                float* to = part + (l + a) * PANEL + v * VL;
+                store(to, load(to) + acc[a][v]);
+            }
     }
 }
 
 // dL [8][r8] (columns l .. l + 8 NV) += X R^T, for X [8][PANEL] and R^T [PANEL][r8]
 template <int NV>
 inline void add_right_transposed(float* dL, int r8, const float* X, const float* Rt) {
-    v8 acc[8][NV];
-    for (int i = 0; i < 8; ++i)
-        for (int v = 0; v < NV; ++v) acc[i][v] = *(const v8_u*)(dL + i * r8 + v * 8);
+    v8 acc[8][NV] = {};
     for (int j = 0; j < PANEL; ++j) {
         v8 r[NV];
         for (int v = 0; v < NV; ++v) r[v] = *(const v8_u*)(Rt + j * r8 + v * 8);
@@ -198,7 +200,7 @@ inline void add_right_transposed(float* dL, int r8, const float* X, const float*
         }
     }
     for (int i = 0; i < 8; ++i)
-        for (int v = 0; v < NV; ++v) *(v8_u*)(dL + i * r8 + v * 8) = acc[i][v];
+        for (int v = 0; v < NV; ++v) *(v8_u*)(dL + i * r8 + v * 8) += acc[i][v];
 }
 
 void add_right_transposed(float* dL, int r8, const float* X, const float* Rt, int n) {

@@ -44,6 +44,14 @@ def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
         layer.set_token_share(adapter, float(layer.duallora_tokens[adapter]) / _WHOLE)
 
 
+def _put(weight: Tensor, value: Tensor) -> None:
+    """Make ``value`` the content of ``weight``: on the CPU by handing over the memory, elsewhere by copying."""
+    if weight.device.type == "cpu":
+        weight.data = value
+    else:
+        weight.data.copy_(value)
+
+
 class DualLoraLayer(BaseTunerLayer):
     """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
 
@@ -328,7 +336,7 @@ class Linear(DualLoraLayer, nn.Module):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write W0 + dW into the base layer. A copy of W0 is kept on the CPU, so that unmerge is exact.
+        """Put W0 + dW into the base layer. W0 itself is kept (from another device, a copy on the CPU): unmerge is exact.
 
         Args:
             safe_merge: refuse, leaving the base weight untouched, if anything is NaN or infinite.
@@ -347,7 +355,7 @@ class Linear(DualLoraLayer, nn.Module):
         weight = self.get_base_layer().weight
         before = self._base_weight_before_merge
         if before is None:
-            before = weight.detach().to("cpu", copy=True)
+            before = weight.data.cpu()
         merged = self._merged_weight(before.to(weight.device), [*self.merged_adapters, *names])
         if safe_merge:
             for adapter in names:
@@ -357,7 +365,7 @@ class Linear(DualLoraLayer, nn.Module):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         self._eval_cache.drop()
         self._base_weight_before_merge = before
-        weight.data.copy_(merged)
+        _put(weight, merged)
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
@@ -366,7 +374,7 @@ class Linear(DualLoraLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._base_weight_before_merge is not None
-        self.get_base_layer().weight.data.copy_(self._base_weight_before_merge)
+        _put(self.get_base_layer().weight, self._base_weight_before_merge)
         self._base_weight_before_merge = None
         self.merged_adapters = []
 
