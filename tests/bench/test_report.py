@@ -200,8 +200,13 @@ def test_no_figure_is_shown_while_a_backend_is_wrong(results, tmp_path, monkeypa
     assert (tmp_path / "README.md").read_text() == page
 
 
+def run_of(setting: str, seed: int, loss: float) -> dict:
+    return {"setting": setting, "seed": seed, "eval_loss": {"40": loss}}
+
+
 def test_the_command_fills_pages_and_draws_the_floor(results, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    results["quality"] = {"runs": [run_of("bf16-added", 0, 1.5), run_of("bf16-added", 1, 1.25)]}
     write(results, tmp_path / "results")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text())
@@ -211,6 +216,7 @@ def test_the_command_fills_pages_and_draws_the_floor(results, tmp_path, capsys):
     assert len(payload["targets"]) == len(TARGETS)
     text = (tmp_path / "docs" / "performance.md").read_text()
     assert "Not measured yet" not in text
+    assert "| bf16-added | 0, 1 | 1.5000 / 1.2500 |" in text
     for name, label in (("layer", "floor: three GEMMs"), ("step", "floor")):
         drawn = (tmp_path / "docs" / "img" / f"bench-{name}.svg").read_text()
         assert f"img/bench-{name}.svg" in text
