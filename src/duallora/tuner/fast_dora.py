@@ -1,11 +1,6 @@
 """PEFT's DoRA (arXiv 2402.09353), faster in place: ``fast_dora(peft_model)``.
 
-    y = c (x W0^T + s x A^T B^T) + b,   c = m / norm,   norm_i = |w_i + s b_i A|
-    norm_i^2 = |w_i|^2 + 2 s w_i . (b_i A) + s^2 |b_i A|^2 = |w_i|^2 + b_i . (2 s A w_i + s^2 (A A^T) b_i)
-
-w_i is row i of W0 [out, in], b_i of B [out, r]; A [r, in], m and c [out]. The norm is a constant of the backward pass
-(section 4.3). W0 A^T is [out, r] and A A^T is [r, r], so no [out, in] tensor is formed, neither forward nor backward.
-docs/dora.md derives the gradients.
+PEFT keeps the adapters, their start, merging and saving; the forward of each layer goes to `duallora.ops.dora`.
 """
 
 from __future__ import annotations
@@ -24,11 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
+from duallora.ops.dora import dora, dora_over, is_eager, row_norms, row_squares, wide
 
-_BLOCK_ELEMENTS = 1 << 18  # of a 16-bit W0 widened at a time: 1 MB, within a core's cache
 _PROBE = 64  # elements of W0 that are compared to see a write that torch does not count
-_CANCELLED = 0.05  # norm^2 below this share of its terms has lost digits: 1e-7 / 0.05 is still under 1e-5
-_TINY = 1e-20  # a magnitude below it counts as it, so that y keeps what the gradient of m needs
 
 
 def fast_dora(peft_model: nn.Module) -> nn.Module:
@@ -131,30 +124,30 @@ class FastDoraVariant(DoraLinearVariant):
         A, B, m, bias, s = lora_A.weight, lora_B.weight, magnitude.weight, base.bias, module.scaling[active_adapter]
         Wt = base.weight if isinstance(base, Conv1D) else base.weight.T  # [in, out]
         # PEFT rounds the norm to the dtype of the factors. Where m started as that, c starts as exactly 1.
-        norm = self._norm(module, active_adapter, Wt, A, B, s).to(x.dtype).to(_wide(x.dtype))
+        norm = self._norm(module, active_adapter, Wt, A, B, s).to(x.dtype).to(wide(x.dtype))
         dropout = module.lora_dropout[active_adapter]
         if module.training and not isinstance(dropout, nn.Identity):
             x = dropout(x)
-            return _dora(F.linear(x.to(Wt.dtype), Wt.T), x, A, B, m / norm, s, None, result)
+            return dora(F.linear(x.to(Wt.dtype), Wt.T), x, A, B, m / norm, s, None, result)
         alone = sum(adapter in module.lora_A for adapter in module.active_adapters) == 1
         if alone and bias is None and _may_overwrite(base, x, result, A, B):
-            return _Scale.apply(_AddLowRank.apply(result, x, A, B, m, norm, Wt, s), m, norm)
-        return _dora(result, x, A, B, m / norm, s, bias)
+            return dora_over(result, x, A, B, m, norm, s, Wt)
+        return dora(result, x, A, B, m / norm, s, bias)
 
     def _norm(self, module: lora.Linear, adapter: str, Wt: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         """|w_i + s b_i A| [out], float32 at least."""
         layer, name = module.lora_magnitude_vector[adapter], f"fast-norm-{adapter}"
         # PEFT's own switch (DoraCaching, since 0.19) and store: forgotten when the layer goes to training.
         keep = getattr(peft_dora, "ENABLE_DORA_CACHING", False) and not layer.training
-        if keep and (kept := layer._cache_get(name)) is not None:
+        if keep and (kept := layer._cache_get(name, None)) is not None:
             return kept
         with torch.no_grad(), torch.autocast(Wt.device.type, enabled=False):
-            norm = _row_norms(Wt, A, B, s, self._row_squares(Wt, tuple(module.lora_A)))
+            norm = row_norms(Wt, A, B, s, self._kept_squares(Wt, tuple(module.lora_A)))
         if keep:
             layer._cache_store(name, norm)
         return norm
 
-    def _row_squares(self, Wt: Tensor, adapters: tuple[str, ...]) -> Tensor:
+    def _kept_squares(self, Wt: Tensor, adapters: tuple[str, ...]) -> Tensor:
         """|w_i|^2 [out] of W0^T [in, out], kept while that is the same memory, unwritten.
 
         The storage is known by a weak reference, since an address alone comes back after merge and unmerge or two
@@ -162,8 +155,8 @@ class FastDoraVariant(DoraLinearVariant):
         that, hence the adapters' names; on the CPU a spread sample of W0 is compared as well (elsewhere it would make
         the host wait).
         """
-        if not _is_eager() or Wt.is_inference():
-            return _squares(Wt)
+        if not is_eager() or Wt.is_inference():
+            return row_squares(Wt)
         storage = Wt.untyped_storage()
         key = (Wt.data_ptr(), Wt._version, Wt.dtype, Wt.device, Wt.shape, Wt.stride(), adapters)
         probe = _sample(Wt) if Wt.is_cpu else None
@@ -172,7 +165,7 @@ class FastDoraVariant(DoraLinearVariant):
             same = known.cdata == storage._cdata and old_key == key
             if same and (probe is None or torch.equal(probe, old_probe)):
                 return squares
-        squares = _squares(Wt)
+        squares = row_squares(Wt)
         self._squares = StorageWeakRef(storage), key, None if probe is None else probe.clone(), squares
         return squares
 
@@ -190,17 +183,12 @@ def _is_resident(base: nn.Module, x: Tensor) -> bool:
     return plain and W.device == x.device and not W.is_meta
 
 
-def _is_eager() -> bool:
-    """No compiler or function transform is looking on: memory has an address, and may be overwritten."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-
-
 def _may_overwrite(base: nn.Module, x: Tensor, result: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether the base layer's result is ours alone and everything has one dtype, wide enough in range for _TINY."""
+    """Whether the base layer's result is ours alone and everything has one dtype with range enough for `dora_over`."""
     one_dtype = result.dtype == x.dtype == A.dtype == B.dtype and result.dtype != torch.float16
     return (
         one_dtype
-        and _is_eager()
+        and is_eager()
         and _is_plain(base)
         and result.is_contiguous()
         and not torch.is_autocast_enabled(x.device.type)
@@ -211,133 +199,3 @@ def _sample(Wt: Tensor) -> Tensor:
     """About `_PROBE` elements, a view where W0 has no gaps."""
     flat = Wt.T if Wt.T.is_contiguous() else Wt
     return flat.detach().reshape(-1)[:: max(1, Wt.numel() // _PROBE)] if flat.is_contiguous() else Wt.detach()[:1, :1]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _columns(Wt: Tensor) -> int:
-    """How many columns of W0^T [in, out] are widened at a time. A GPU wants few launches, a compiler a small graph."""
-    if not _is_eager():
-        return Wt.shape[1]
-    return max(1, (_BLOCK_ELEMENTS if Wt.is_cpu else 64 * _BLOCK_ELEMENTS) // Wt.shape[0])
-
-
-def _squares(Wt: Tensor) -> Tensor:
-    """|w_i|^2 [out] in float32 at least. Summed in float64: done once, and long float32 sums lose a digit."""
-    if not _is_eager() or Wt.device.type == "mps":  # which has no float64
-        return torch.linalg.vector_norm(Wt, dim=0, dtype=_wide(Wt.dtype)).square()
-    parts = [torch.linalg.vector_norm(some, dim=0, dtype=torch.float64) for some in Wt.split(_columns(Wt), dim=1)]
-    return torch.cat(parts).square().to(_wide(Wt.dtype))
-
-
-def _row_norms(Wt: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor) -> Tensor:
-    """|w_i + s b_i A| [out] from W0^T [in, out], A [r, in], B [out, r] and |w_i|^2 [out]."""
-    wide = torch.promote_types(squares.dtype, A.dtype)
-    A, B = A.to(wide), B.to(wide)
-    if Wt.dtype == A.dtype:
-        AWt = A @ Wt  # [r, out]
-    else:
-        AWt = torch.cat([A @ some.to(A.dtype) for some in Wt.split(_columns(Wt), dim=1)], dim=1)
-    AAt = A @ A.T
-    cross = torch.addmm(AWt.T, B, AAt, beta=2 * s, alpha=s * s)
-    squared = squares + (cross * B).sum(1)
-    # What the terms amount to without their signs; where they cancel, only digits above epsilon times it are left.
-    terms = squares + B.square().sum(1) * (s * s * torch.linalg.matrix_norm(AAt))
-    if _is_eager() and squared.is_cpu:  # elsewhere looking would make the host wait
-        rows = (squared < _CANCELLED * terms).nonzero().view(-1)
-        for some in rows.split(_columns(Wt)) if len(rows) else ():
-            delta = torch.mm(A.T, B[some].T)
-            squared[some] = torch.linalg.vector_norm(Wt[:, some].to(A.dtype).add_(delta, alpha=s), dim=0).square()
-    else:
-        squared = torch.maximum(squared, terms * torch.finfo(terms.dtype).eps)
-    return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
-
-
-def _dora(
-    y0: Tensor, x: Tensor, A: Tensor, B: Tensor, c: Tensor, s: float, bias: Tensor | None, result: Tensor | None = None
-) -> Tensor:
-    """y = c (y0 - b + s x A^T B^T) + b by torch operators; with ``result``, result + that - y0 (under dropout).
-
-    c enters the low-rank product through B, so that autograd keeps y0 and nothing else of size [.., out].
-    """
-    u = F.linear(x, A)
-    scaled = ((s * c).unsqueeze(1) * B).to(u.dtype)  # [out, r]
-    shift = None if bias is None else ((1 - c) * bias).to(u.dtype)
-    low_rank = F.linear(u, scaled, shift)
-    return torch.addcmul(low_rank, y0, c) if result is None else torch.addcmul(result + low_rank, y0, c - 1)
-
-
-class _AddLowRank(torch.autograd.Function):
-    """z = y0 + s (x A^T) B^T, written over y0 [.., out]. First half of y = c z, see `_Scale`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y0: Tensor, x: Tensor, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, Wt: Tensor, s: float
-    ) -> Tensor:
-        u = x.reshape(-1, x.shape[-1]) @ A.T
-        z = y0.detach()
-        z.view(-1, z.shape[-1]).addmm_(u, B.T, alpha=s)
-        ctx.save_for_backward(x, u, A, B, m, norm, Wt)
-        ctx.s, ctx.y_is_lost = s, False
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, A, B, m, norm, Wt = ctx.saved_tensors
-        s, x2, dm = ctx.s, x.reshape(-1, x.shape[-1]), None
-        if torch.is_grad_enabled():  # differentiated twice
-            u = x2 @ A.T
-        if ctx.y_is_lost:  # then this is dL/dy, and z is computed once more
-            dY = dZ.reshape(-1, dZ.shape[-1])
-            z = torch.addmm(x2 @ Wt, u, B.T, alpha=s)
-            dm = (dY * z).sum(0, dtype=norm.dtype) / norm
-            dZ = (dZ * (m / norm)).to(dZ.dtype)
-        dZ2 = dZ.reshape(-1, dZ.shape[-1])
-        du = (dZ2 @ B) * s if any(ctx.needs_input_grad[1:3]) else None
-        dx = (du @ A).view(x.shape) if ctx.needs_input_grad[1] else None
-        dA = du.T @ x2 if ctx.needs_input_grad[2] else None
-        dB = (u.T @ dZ2).T * s if ctx.needs_input_grad[3] else None
-        return dZ, dx, dA, dB, dm, None, None, None
-
-
-class _Scale(torch.autograd.Function):
-    """y = c z with c = m / norm, written over z [.., out]. Second half of y = c z.
-
-    dm = sum_tokens dY z / norm = sum_tokens dY y / m, so y itself is kept, which most often its next user keeps too.
-    If the model then writes over y (an in-place activation, say), `_AddLowRank` computes dm from x instead.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, m: Tensor, norm: Tensor) -> Tensor:
-        y = z.detach()
-        y.mul_(_off_zero(m) / norm)
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, m, norm)
-        ctx.version = None if y.is_inference() else y._version
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        try:
-            y, m, norm = ctx.saved_tensors
-            lost = y is not None and y._version > ctx.version  # how it shows where checkpointing hands y back
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            lost = True
-        if lost:
-            ctx.next_functions[0][0].y_is_lost = True
-            return dY, None, None
-        m = _off_zero(m)
-        if y is None:
-            return (dY * (m / norm)).to(dY.dtype), None, None
-        product = dY * y
-        dm = product.reshape(-1, product.shape[-1]).sum(0, dtype=norm.dtype) / m
-        if torch.is_grad_enabled():  # differentiated twice
-            return (dY * (m / norm)).to(dY.dtype), dm, None
-        return torch.mul(dY, m / norm, out=product), dm, None
-
-
-def _off_zero(m: Tensor) -> Tensor:
-    return torch.where(m.abs() < _TINY, _TINY, m)
