@@ -289,6 +289,12 @@ def test_memory_is_bounded_and_given_back():
         duallora.set_eval_cache(before + sum(sizes))
         run(model, PROMPT)
         assert cache.eval_cache_bytes() == before + sum(sizes)
+        run(model, TOKEN)
+        duallora.set_eval_cache(0)
+        assert torch.equal(run(model, TOKEN), fresh(model, TOKEN))
+        assert cache.eval_cache_bytes() <= before
+        duallora.set_eval_cache(before + sum(sizes))
+        run(model, PROMPT)
         copied = copy.deepcopy(model)
         assert cache.eval_cache_bytes() == before + sum(sizes)
         model.merge_adapter()

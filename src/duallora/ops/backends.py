@@ -56,7 +56,9 @@ def check_backend_name(name: str) -> None:
 @functools.cache
 def fastest(device: str) -> ModuleType:
     """What "auto" means on a type of device. Warns once where the kernels cannot run."""
-    name = "cpu" if device == "cpu" else "triton"
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device)  # ROCm calls itself cuda too
+    if name is None:
+        return recompute
     try:
         return kernel(name)
     except RuntimeError as error:

@@ -33,7 +33,8 @@ def set_eval_cache(max_bytes: int) -> None:
     """Bound the memory for weights kept between evaluations, over all models of this process; 0 keeps none.
 
     The layers that are evaluated first keep theirs; those that find no room build W' in every forward. A layer
-    gives its weight back when it goes to training, is merged, moved or deleted.
+    gives its weight back when it goes to training, is merged, moved or deleted, and in its next forward while more
+    than ``max_bytes`` are kept.
 
     Args:
         max_bytes: default 4 GiB.
@@ -50,6 +51,11 @@ def set_eval_cache(max_bytes: int) -> None:
 def eval_cache_bytes() -> int:
     """Bytes of the weights kept now."""
     return _used
+
+
+def over_limit() -> bool:
+    """Whether more is kept than allowed (the limit was lowered)."""
+    return _used > _limit
 
 
 class Content:
@@ -190,6 +196,9 @@ class EvalCache:
     def find(self, x: Tensor) -> Tensor | None:
         """The kept weight if it is still right for x, else None."""
         if self.weight is None or self.watch is None or self.base is None:
+            return None
+        if over_limit():
+            self.drop()
             return None
         if self.weight.dtype != x.dtype or not self.watch.holds():
             return None

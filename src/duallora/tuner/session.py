@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from duallora.ops.cache import Session, Watch
+from duallora.ops.cache import Session, Watch, over_limit
 from duallora.tuner.layer import Linear
 
 
@@ -40,7 +40,7 @@ def _before(model: nn.Module, args: Any) -> None:
         return
     state = _states.get(model)
     if state is not None and state.watch is not None:
-        state.session.valid = not torch.is_grad_enabled() and state.watch.holds()
+        state.session.valid = not (torch.is_grad_enabled() or over_limit()) and state.watch.holds()
 
 
 def _after(model: nn.Module, args: Any, output: Any) -> None:
