@@ -326,9 +326,15 @@ def add_olora(model):
     model.add_adapter("other", peft.LoraConfig(r=5, target_modules=["0"], init_lora_weights="olora"))
 
 
+@torch.no_grad()
+def write_where_the_sample_is_blind(model):
+    layers(model)[0].get_base_layer().weight[1, 1] = 2.0
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        write_where_the_sample_is_blind,
         merge_and_unmerge,
         merge_safely_and_unmerge,
         through_bfloat16,
