@@ -484,6 +484,7 @@ def test_transformers_own_adapter_calls(llama, ids):
 def test_copies_and_pickles(llama, ids):
     ours = fast_dora(dora_model(llama(), "all-linear")).eval()
     want = ours(ids).logits
+    assert copy.copy(layers(ours)[0].lora_variant["default"])._squares is None  # a weak reference has one owner
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):  # noqa: S301 (our own bytes)
         assert torch.equal(other(ids).logits, want)
         other.add_adapter("later", peft.LoraConfig(use_dora=True, target_modules=["lm_head"]))
@@ -542,6 +543,17 @@ def test_half_precision_is_as_close_to_the_truth_as_peft_s(kind, case):
         assert errors[0][name] <= 1.2 * errors[1][name] + torch.finfo(dtype).eps / 8, (name, errors)
 
 
+def test_autocast_leaves_the_norms_alone(monkeypatch):
+    """Through bfloat16 products they would be off by 1e-3, and every row of the output with them."""
+    norms = []
+    monkeypatch.setattr(tuner, "row_norms", lambda *args: norms.append(ops.row_norms(*args)) or norms[-1])
+    model, x = fast_dora(one_layer("linear")), torch.randn(4, 63)
+    model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert torch.equal(*norms)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_start_changes_nothing(dtype):
     """B = 0 and m = |W0|: in bfloat16 exactly nothing, as PEFT's norm is rounded like m."""
@@ -580,11 +592,16 @@ class WritesOverItsActivations(nn.Module):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_model_may_write_over_the_output(checkpointed, monkeypatch):
+def test_a_model_may_write_over_the_output(checkpointed):
     """OLMo clamps its projections in place. We keep y for the gradient of m, and must see that it is gone."""
-    theirs, ours = pair(dora_model(WritesOverItsActivations(checkpointed), ["a", "b"]))
+    model = dora_model(WritesOverItsActivations(checkpointed), ["a", "b"])
+    model.add_adapter("second", peft.LoraConfig(r=3, use_dora=True, target_modules=["a"]))
+    theirs, ours = pair(model)
     x = torch.randn(4, 63)
-    assert_same(results(ours, x), results(theirs, x))
+    for active in (["default"], ["default", "second"]):
+        for model in (theirs, ours):
+            model.base_model.set_adapter(active)
+        assert_same(results(ours, x), results(theirs, x))
 
 
 def test_a_kept_base_output_is_not_written_over():
@@ -647,7 +664,9 @@ def test_compiles_in_one_graph(kind, backend):
     model = fast_dora(one_layer(kind, lora_dropout=0.2)).train(backend == "eager")
     x = torch.randn(5, 63)
     want = results(model, x)
+    fast_dora(model)  # forgets what it kept
     got = results(torch.compile(model, backend=backend, fullgraph=True), x)
+    assert layers(model)[0].lora_variant["default"]._squares is None
     assert_same({name.removeprefix("_orig_mod."): value for name, value in got.items()}, want)
 
 
@@ -705,9 +724,9 @@ def test_weights_that_are_not_plain_are_left():
     class Quantised(nn.Linear):
         pass
 
-    base = nn.Sequential(Quantised(63, 100), nn.Linear(100, 7))
-    model = dora_model(base, ["0", "1"])
-    with pytest.warns(UserWarning, match="left 1 of 2 .* 1 x Quantised"):
+    model = dora_model(nn.Sequential(Quantised(63, 100), nn.Linear(100, 7), nn.Linear(7, 5)), ["0", "1", "2"])
+    layers(model)[1].get_base_layer().to(torch.float8_e4m3fn)
+    with pytest.warns(UserWarning, match="left 2 of 3 .* 1 x Linear, 1 x Quantised"):
         fast_dora(model)
 
 

@@ -45,7 +45,7 @@ def fast_dora(peft_model: nn.Module) -> nn.Module:
     left: Counter[str] = Counter()
     taken = 0
     for module in peft_model.modules():
-        if isinstance(module, lora.LoraModel):
+        if type(module) is lora.LoraModel:  # subclasses make modules of their own
             module._create_new_module = _create_new_module  # type: ignore[method-assign]  # layers of later adapters
         elif isinstance(module, lora.LoraLayer):
             mine = _take_over(module)
@@ -106,11 +106,8 @@ class FastDoraVariant(DoraLinearVariant):
     def __init__(self) -> None:
         self._squares: tuple[StorageWeakRef, tuple, Tensor | None, Tensor] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copied or unpickled layer computes its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._squares = None
+    def __reduce__(self) -> tuple[type[FastDoraVariant], tuple[()]]:
+        return FastDoraVariant, ()  # a copied or unpickled layer computes its own
 
     def forward(  # type: ignore[override]  # PEFT's is static, called on the instance
         self, module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
