@@ -99,6 +99,7 @@ def test_the_budget_is_kept_spent_unevenly_and_saved(llama, ids, tmp_path):
     mean = sum(s * c for s, c in zip(shares, costs, strict=True)) / sum(costs)
     assert 0.15 <= mean <= 0.25 + 1e-9
     assert len(set(shares)) > 1
+    assert all(layer.token_probes["default"].grad is None for layer in layers(model))  # one step's errors, not a sum
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert [float(layer.token_shares["default"]) for layer in layers(loaded)] == pytest.approx(shares)

@@ -226,6 +226,17 @@ def test_a_lone_entry_of_the_base_weight_is_seen_with_the_next_prompt():
     assert torch.equal(run(model, PROMPT), fresh(model, PROMPT))
 
 
+def test_the_check_of_a_whole_forward_ends_with_it():
+    """A layer called by itself after the model's forward asks for itself."""
+    model = adapted()
+    for x in (PROMPT, TOKEN, TOKEN):
+        run(model, x)
+    layer, x = first(model), torch.randn(2, 1, IN)
+    run(layer, x)
+    one_entry(model)
+    assert torch.equal(run(layer, x), fresh(layer, x))
+
+
 def test_weights_are_built_once_while_nothing_changes(builds):
     model = adapted()
     for x in (PROMPT, TOKEN, TOKEN, PROMPT, TOKEN):
