@@ -1,0 +1,268 @@
+"""Runs the Triton kernels in Triton's interpreter against the float64 oracle: ``python interpret_triton.py GROUP``.
+
+A process of its own, because the interpreter must be chosen before triton is imported and a wrong kernel writes where
+it likes. Three tricks make it strict:
+
+* dyadic data (multiples of 1/4): BA, DC and all sums are exact, zeros included, so most comparisons are for equality;
+* inputs are views into buffers of NaN, and what the kernels fill starts as NaN between guards;
+* TF32 products read 11 bits of each operand, as the instruction does. The interpreter's own bfloat16 is also mended:
+  it multiplies bit patterns and truncates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import oracle
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from torch import Tensor
+from triton._C.libtriton import ir
+
+from duallora.core.equation import Update
+from duallora.ops import triton as kernels
+
+GUARD, MARK = 64, 7.0
+filled: list[Tensor] = []
+
+_new_empty = Tensor.new_empty
+_dot, _cast = interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl
+
+
+def _float32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = handle.data.astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    a, b = _float32(a), _float32(b)
+    if input_precision == ir.INPUT_PRECISION.TF32:
+        a, b = (
+            interpreter.TensorHandle((h.data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32), h.dtype)
+            for h in (a, b)
+        )
+    return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
+def cast_impl(self, src, dst_type):
+    if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+    return _cast(self, src, dst_type)
+
+
+def new_empty(self, *shape, dtype=None, **options):
+    """NaN between guards; the interpreter's own calls, which name a device, as they are."""
+    if options:
+        return _new_empty(self, *shape, dtype=dtype, **options)
+    shape = shape[0] if shape and isinstance(shape[0], (tuple, list, torch.Size)) else shape
+    count = int(np.prod(shape))
+    flat = torch.full((count + 2 * GUARD,), float("nan"), dtype=dtype or self.dtype)
+    flat[:GUARD] = flat[GUARD + count :] = MARK
+    filled.append(flat)
+    return flat[GUARD : GUARD + count].view(shape)
+
+
+def dyadic(*shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape) / 4
+
+
+def poisoned(t: Tensor, *, strided: bool = False) -> Tensor:
+    """The same values as a view into NaN: a slice of a line, or (``strided``) of a matrix."""
+    if strided:
+        buffer = torch.full((t.shape[0] + 4, t.shape[1] + 9), float("nan"), dtype=t.dtype)
+        view = buffer[1 : 1 + t.shape[0], 4 : 4 + t.shape[1]]
+    else:
+        buffer = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype)
+        view = buffer[GUARD : GUARD + t.numel()].view(t.shape)
+    return view.copy_(t)
+
+
+def expected(G, W, factors, initial, s, m, minus_base, **options) -> list[Tensor | None]:
+    """[W', dA, dB, dC, dD, dm, norm] [out, in], in float64."""
+    values = [f.double().tolist() for f in factors]
+    kinds = {k: v for k, v in options.items() if k != "ste_clip"}
+    total = torch.tensor(oracle.delta(*values, s, **kinds), dtype=torch.float64)
+    if initial:
+        total -= torch.tensor(oracle.delta(*[f.double().tolist() for f in initial], s, **kinds), dtype=torch.float64)
+    base = torch.zeros_like(total) if W is None else W.double()
+    total, G = total + base, G.double()
+    weight, norm, dm = total, None, None
+    if m is not None:
+        norm = total.pow(2).sum(1).sqrt()
+        weight, dm = (m.double() / norm)[:, None] * total, (G * total).sum(1) / norm
+        G = (m.double() / norm)[:, None] * G
+    gradients = [
+        torch.tensor(g, dtype=torch.float64) for g in oracle.delta_gradients(G.tolist(), *values, s, **options)
+    ]
+    return [weight - base if minus_base else weight, *gradients, dm, norm]
+
+
+def compare(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    if tolerance == 0:
+        assert torch.equal(got, want.to(got.dtype)), f"{name}: {(got.double() - want).abs().max():.3g} off"
+    else:
+        error = float((got.double() - want).norm() / want.norm())
+        assert error <= tolerance, f"{name}: relative error {error:.3g} > {tolerance}"
+
+
+def check(
+    out: int,
+    inn: int,
+    r1: int,
+    r2: int,
+    *,
+    conv: bool = False,
+    W: bool = True,
+    dtype: torch.dtype = torch.float32,
+    base: torch.dtype | None = None,
+    factors: torch.dtype = torch.float32,
+    dora: bool = False,
+    residual: bool = False,
+    minus_base: bool = False,
+    gaussian: bool = False,
+    tolerance: float = 0,
+    architecture: str = "sm_90",
+    **options: str,
+) -> None:
+    torch.manual_seed(out * inn + r1)
+    draw = torch.randn if gaussian else dyadic
+    shapes = (r1, inn), (out, r1), (r2, inn), (out, r2)
+    now = [draw(*shape).to(factors) for shape in shapes]
+    initial = [draw(*shape).to(factors) for shape in shapes] if residual else []
+    G, W0 = (draw(out, inn) * 4).to(dtype), draw(out, inn).to(base or dtype) if W else None
+    m = torch.rand(out) + 0.5 if dora else None
+    s = 0.5
+    weight, *gradients, norm = expected(G, W0, now, initial, s, m, minus_base, **options)
+
+    scaling = s if conv else torch.tensor(s)
+    update = Update(*map(poisoned, now), scaling, initial=tuple(map(poisoned, initial)), **options)
+    stored = [None if t is None else poisoned(t.T if conv else t, strided=True) for t in (W0, G)]
+    given = {"fan_in_fan_out": conv, "dtype": dtype, "m": None if m is None else poisoned(m), "minus_base": minus_base}
+    kernels._architecture = lambda _device: architecture
+    assert kernels.supports(update, dtype)
+    filled.clear()
+    built, got_norm = kernels.build_weight(stored[0], update, **given)
+    if m is None:
+        assert got_norm is None
+    else:
+        compare("norm", got_norm, norm, max(tolerance, 1e-6))
+        given["norm"] = poisoned(got_norm)
+    rebuilt, *got = kernels.weight_and_gradients(stored[1], stored[0], update, **given)
+    for flat in filled:
+        assert (flat[:GUARD] == MARK).all(), "written before a buffer"
+        assert (flat[-GUARD:] == MARK).all(), "written behind a buffer"
+    assert built.dtype == dtype
+    assert built.shape == ((inn, out) if conv else (out, inn))
+    assert torch.equal(built, rebuilt), "the two passes make different weights"
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    compare("W'", built.T if conv else built, weight, max(tolerance, rounding) if gaussian or dora else 0)
+    for name, g, want in zip(("dA", "dB", "dC", "dD", "dm"), got, gradients, strict=True):
+        if want is None:
+            assert g.numel() == 0, f"{name} should be empty"
+            continue
+        assert g.dtype == torch.float32
+        compare(name, g, want, tolerance)
+
+
+def sizes_and_layouts():
+    for size in [(63, 100, 3, 5), (1, 7, 1, 2), (65, 130, 16, 16), (64, 48, 16, 16)]:
+        for conv in (False, True):
+            yield lambda size=size, conv=conv: check(*size, conv=conv)
+    for architecture in ("sm_80", "gfx942"):
+        yield lambda architecture=architecture: check(65, 50, 5, 33, architecture=architecture)
+
+
+def options():
+    for clip, magnitude, direction in itertools.product(
+        ("chain", "update", "none"), ("relu", "abs", "identity"), ("ste", "identity")
+    ):
+        kinds = {"ste_clip": clip, "magnitude": magnitude, "direction": direction}
+        conv = clip == "update"
+        yield lambda kinds=kinds, conv=conv: check(33, 70, 4, 16, conv=conv, **kinds)
+
+
+def dora_and_residual():
+    for conv, residual, minus_base in itertools.product((False, True), repeat=3):
+        flags = {"conv": conv, "residual": residual, "minus_base": minus_base}
+        yield lambda flags=flags: check(33, 70, 5, 16, dora=True, tolerance=1e-6, **flags)
+        yield lambda flags=flags: check(20, 48, 16, 3, **flags)
+    yield lambda: check(63, 100, 20, 16, dora=True, tolerance=1e-6, ste_clip="update")
+    yield lambda: check(33, 40, 20, 16, residual=True)
+    yield lambda: check(20, 33, 5, 3, W=False)
+
+
+def dtypes():
+    half = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
+    for kind, conv, clip in itertools.product(half, (False, True), ("chain", "none")):
+        yield lambda kind=kind, conv=conv, clip=clip: check(33, 70, 16, 5, conv=conv, ste_clip=clip, **kind)
+    yield lambda: check(63, 100, 5, 16, dora=True, tolerance=4e-3, **half[0])
+    yield lambda: check(33, 70, 16, 5, factors=torch.bfloat16, **half[0])
+    yield lambda: check(33, 70, 16, 5, base=torch.float32, **half[0])
+
+
+def large():
+    """Several tiles for a program, in both directions, and one program alone: the sums in registers and in memory."""
+
+    def with_programs(count: int, *size: int, **flags) -> None:
+        before, kernels.PROGRAMS = kernels.PROGRAMS, count
+        check(*size, **flags)
+        kernels.PROGRAMS = before
+
+    yield lambda: with_programs(1, 70, 50, 5, 3)
+    yield lambda: with_programs(1, 80, 64, 16, 3, conv=True)
+    yield lambda: with_programs(3, 80, 70, 33, 16, dora=True, tolerance=1e-6)
+    # Gaussian data: what float32 products lose, and what they would if a TF32 instruction read them whole.
+    yield lambda: check(48, 80, 16, 24, gaussian=True, tolerance=1e-6)
+    yield lambda: check(47, 60, 5, 16, gaussian=True, tolerance=1e-6, ste_clip="update")
+    yield lambda: check(48, 80, 16, 16, gaussian=True, tolerance=4e-3, dtype=torch.bfloat16)
+
+
+def nan():
+    """NaN shows in W' just where the formula has it, and in the gradients at least there.
+
+    At least: the formula's ReLU'(NaN) is torch.sign's 0, the kernel's is NaN.
+    """
+
+    def one(name: str, magnitude: str) -> None:
+        torch.manual_seed(1)
+        factors = {n: dyadic(*shape) for n, shape in zip("ABCD", ((16, 20), (9, 16), (5, 20), (9, 5)), strict=True)}
+        G, W = dyadic(9, 20), dyadic(9, 20)
+        {**factors, "G": G}[name][2, 1] = float("nan")
+        update = Update(**factors, scaling=0.5, magnitude=magnitude)
+        got = kernels.weight_and_gradients(G, W, update, fan_in_fan_out=False, dtype=torch.float32)
+        dW, *gradients = update.backward(G)
+        assert torch.equal(got[0].isnan(), (W + dW).isnan()), f"NaN in {name}"
+        assert got[0].isnan().any() or name == "G"
+        for g, want in zip(got[1:5], gradients, strict=True):
+            assert (g.isnan() | ~want.isnan()).all(), f"NaN in {name}"
+
+    kernels._architecture = lambda _device: "sm_90"
+    for name, magnitude in itertools.product("ABCDG", ("relu", "abs")):
+        yield lambda name=name, magnitude=magnitude: one(name, magnitude)
+
+
+GROUPS = {f.__name__: f for f in (sizes_and_layouts, options, dora_and_residual, dtypes, large, nan)}
+
+if __name__ == "__main__":
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+    Tensor.new_empty = new_empty
+    failures = []
+    for number, case in enumerate(GROUPS[sys.argv[1]](), 1):
+        try:
+            case()
+        except Exception as error:
+            failures.append(f"case {number} {case.__defaults__}: {type(error).__name__}: {error}")
+    print("\n".join(failures) or f"{number} cases")
+    sys.exit(bool(failures))

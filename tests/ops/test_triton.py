@@ -1,0 +1,203 @@
+"""The Triton kernels without a GPU: what they compute, in Triton's interpreter, and what four architectures make of them.
+
+Not proven here: timings, the hardware's own rounding, races. ``duallora bench kernel`` checks and times on a GPU.
+DUALLORA_ALL_TILES=1 compiles every option of every tile instead of the main ones (some minutes).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from duallora.core.equation import Update
+
+pytest.importorskip("triton", reason="the Triton kernels need the triton package: pip install triton (Linux)")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from duallora.ops import triton as kernels
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@pytest.mark.parametrize("group", ["sizes_and_layouts", "options", "dora_and_residual", "dtypes", "large", "nan"])
+def test_interpreted_kernels_compute_what_the_oracle_does(group):
+    """Signs of exact zeros, masks, clips, both layouts, DoRA and residual: interpret_triton.py says how."""
+    script = Path(__file__).with_name("interpret_triton.py")
+    run = subprocess.run([sys.executable, script, group], capture_output=True, text=True, check=False, timeout=250)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+class Driver:
+    """What the launch code asks of a driver, answered for a device that is not there."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return TARGETS[self.architecture]
+
+    def get_current_device(self):
+        return self.architecture  # the key of the compiled kernels
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on any reading of a tensor's value by Python."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(function), "the launch code waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A function that runs both passes up to the launch and returns [(name, compiled kernel)]."""
+    active = driver._active
+    found = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        found.append((self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+
+    def launch(architecture, dtype, *, r1=16, r2=16, out=256, inn=512, conv=False, m=False, residual=False,
+               base=None, scaling=0.5, minus_base=False, **options):  # fmt: skip
+        monkeypatch.setattr(kernels, "_architecture", lambda _device: architecture)
+        driver.set_active(Driver(architecture))
+        shapes = (r1, inn), (out, r1), (r2, inn), (out, r2)
+        factors, initial = ([torch.empty(shape) for shape in shapes] for _ in range(2))
+        update = Update(*factors, scaling, initial=initial if residual else (), **options)
+        shape = (inn, out) if conv else (out, inn)
+        W, G = torch.empty(shape, dtype=base or dtype), torch.empty(shape, dtype=dtype)
+        norm = torch.ones(out) if m else None
+        given = {"fan_in_fan_out": conv, "dtype": dtype, "m": norm, "minus_base": minus_base}
+        found.clear()
+        with NoSync():
+            kernels.build_weight(W, update, **given)
+            kernels.weight_and_gradients(G, W, update, norm=norm, **given)
+        return list({kernel.hash: (name, kernel) for name, kernel in found}.values())
+
+    yield launch
+    driver._active = active
+
+
+def spills(kernel) -> dict[str, int]:
+    """What does not fit into registers: local memory on NVIDIA, scratch on AMD."""
+    if "cubin" in kernel.asm:
+        return {"SASS": len(re.findall(r"\b(?:STL|LDL)\b", kernel.asm["sass"]))}
+    keys = "vgpr_spill_count", "private_segment_fixed_size"
+    return {key: int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"]).group(1)) for key in keys}
+
+
+def assert_lean(name, kernel, dtype) -> None:
+    assert not any(spills(kernel).values()), f"{name} spills: {spills(kernel)}"
+    if "cubin" in kernel.asm:
+        ptx = kernel.asm["ptx"]
+        kinds = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)\S*\.(tf32|bf16)\.", ptx))
+        # Anchored: "cp.async...shared.global" holds "red.global".
+        atomics = re.findall(r"^\s*(?:@!?%p\d+\s+)?(?:atom|red)\.", ptx, re.M)
+    else:
+        code = kernel.asm["amdgcn"]
+        kinds = {"bf16" if "bf16" in i else "f32" for i in re.findall(r"v_mfma_f32_\S+", code)}
+        atomics = re.findall(r"_atomic_|\bds_(?:add|sub|min|max|and|or|inc|dec)_", code)
+    assert kinds - {"bf16"}, f"{name}: P and Q use no float32 matrix instructions"
+    if name == "_gradients":
+        assert ("bf16" in kinds) == (dtype == BF16), f"{name}: the gradient products use {kinds}"
+    assert not atomics, f"{name}: {atomics[:3]}"
+
+
+MAIN = [{}, {"conv": True}]
+REST = [
+    {"r1": 8, "r2": 4},
+    {"r1": 24, "r2": 5, "magnitude": "abs"},
+    {"r1": 64, "r2": 16},
+    {"m": True},
+    {"residual": True},
+    {"r1": 128, "r2": 128, "m": True, "conv": True},
+    {"r1": 32, "r2": 32, "residual": True},
+    {"m": True, "residual": True, "minus_base": True},
+    {"out": 63, "inn": 100, "r1": 3, "r2": 5},
+    {"out": 63, "inn": 100, "r1": 3, "r2": 5, "conv": True},
+    {"magnitude": "abs", "conv": True},
+    {"magnitude": "identity", "ste_clip": "update"},
+    {"direction": "identity"},
+]
+# Each architecture and dtype compiles the main options, and its turn of the others.
+CASES = [
+    (architecture, dtype, MAIN[: 1 + (dtype == BF16)] + REST[turn : turn + 1])
+    for turn, (architecture, dtype) in enumerate((a, d) for a in TARGETS for d in (BF16, FP16, FP32))
+]
+if os.environ.get("DUALLORA_ALL_TILES"):
+    CASES = [(a, d, [option]) for a in TARGETS for d in (BF16, FP16, FP32) for option in MAIN + REST]
+
+
+IDS = [f"{architecture}-{str(dtype).removeprefix('torch.')}-{i}" for i, (architecture, dtype, _) in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "options"), CASES, ids=IDS)
+def test_compiled_kernels_spill_nothing_and_use_matrix_instructions_and_no_atomics(
+    compiled, architecture, dtype, options
+):
+    for option in options:
+        for name, kernel in compiled(architecture, dtype, **option):
+            assert_lean(name, kernel, dtype)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_autocast_reads_a_float32_base_without_spilling(compiled, architecture):
+    """W float32 with G bfloat16, as autocast has it: more registers for W than the table's own case."""
+    for name, kernel in compiled(architecture, BF16, base=FP32):
+        assert_lean(name, kernel, BF16)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_either_layout_is_read_sixteen_bytes_at_a_time(compiled, conv):
+    """The stride of 1 reaches the compiler whichever side it is on, or Conv1D would load single elements."""
+    for name, kernel in compiled("sm_90", BF16, conv=conv):
+        assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"]), name
+        assert re.search(r"st\.global\S*\.v4\.b32", kernel.asm["ptx"]), name
+
+
+def test_the_scale_is_not_read_by_python(compiled):
+    """Both kinds of scale launch without a sync: NoSync, in the fixture, would raise."""
+    for scaling in (0.5, torch.tensor(0.5)):
+        assert compiled("gfx942", FP32, scaling=scaling, m=True)
+
+
+def test_what_the_kernels_do_not_compute_they_decline(monkeypatch):
+    monkeypatch.setattr(kernels, "_architecture", lambda _device: "sm_90")
+    A, B, C, D = torch.ones(3, 10), torch.ones(6, 3), torch.ones(2, 10), torch.ones(6, 2)
+    update = Update(A, B, C, D, 0.5)
+    assert all(kernels.supports(update, dtype) for dtype in (BF16, FP16, FP32))
+    assert not kernels.supports(update, torch.float64)
+    assert not kernels.supports(update._replace(A=A.double()), FP32)
+    assert not kernels.supports(update._replace(magnitude="sigmoid"), FP32)
+    for direction in ("xnor", "dorefa"):
+        assert not kernels.supports(update._replace(direction=direction), FP32)
+    fixed = update._replace(C=None, D=None, direction="fixed", fixed_sign=torch.ones(6, 10))
+    assert not kernels.supports(fixed, FP32)
+    wide = update._replace(A=torch.ones(129, 10), B=torch.ones(6, 129))
+    assert not kernels.supports(wide, FP32)
+    monkeypatch.undo()
+    assert not kernels.supports(update, FP32), "these tensors are on the CPU"
