@@ -82,10 +82,12 @@ def dora(
 
 
 def dora_over(y0: Tensor, x: Tensor, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s: float, Wt: Tensor) -> Tensor:
-    """The same without bias, written over y0 [.., out]; of size [.., out], y itself is all that is kept.
+    """The same without bias, written over y0 = x Wt [.., out]; of size [.., out], y itself is all that is kept.
 
     y0, x, A and B must have one dtype (not float16) and y0 be contiguous, with no other user; Wt is W0^T [in, out].
     """
+    if not Wt.requires_grad:
+        y0 = y0.detach()  # then both halves of dx are one sum, formed in place
     return _Scale.apply(_AddLowRank.apply(y0, x, A, B, m, norm, Wt, s), m, norm)
 
 
@@ -118,11 +120,14 @@ class _AddLowRank(torch.autograd.Function):
         dx = dA = dB = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             du = (dZ2 @ B) * s
-            dx = (du @ A).view(x.shape) if ctx.needs_input_grad[1] else None
             dA = du.T @ x2 if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[3]:
             dB = (u.T @ dZ2).T * s
-        return dZ, dx, dA, dB, dm, None, None, None
+        if ctx.needs_input_grad[1]:
+            through_base = not ctx.needs_input_grad[0]
+            dx = (dZ2 @ Wt.T).addmm_(du, A) if through_base else du @ A
+            dx = dx.view(x.shape)
+        return (dZ if ctx.needs_input_grad[0] else None), dx, dA, dB, dm, None, None, None
 
 
 class _Scale(torch.autograd.Function):
