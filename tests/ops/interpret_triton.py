@@ -1,4 +1,4 @@
-"""Runs the Triton kernels in Triton's interpreter against the float64 oracle: ``python interpret_triton.py GROUP``.
+"""Runs the Triton kernels in Triton's interpreter against the float64 oracle: ``python interpret_triton.py GROUP ...``.
 
 A process of its own, because the interpreter must be chosen before triton is imported and a wrong kernel writes where
 it likes. Three tricks make it strict:
@@ -259,7 +259,7 @@ if __name__ == "__main__":
     interpreter.InterpreterBuilder.cast_impl = cast_impl
     Tensor.new_empty = new_empty
     failures = []
-    for number, case in enumerate(GROUPS[sys.argv[1]](), 1):
+    for number, case in enumerate((case for group in sys.argv[1:] for case in GROUPS[group]()), 1):
         try:
             case()
         except Exception as error:
