@@ -107,6 +107,7 @@ class DualLoraLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._eval_cache = EvalCache()  # copy.copy would share it
         track(self)
 
     def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -144,7 +145,7 @@ class DualLoraLinear(nn.Module):
                     self._eval_cache.keep(kept, watch, whole=True)
             return apply_weight(x, kept, self.bias, False)
         sampled = self.gradient_tokens < 1 and self.training
-        seed = torch.randint(1 << 62, (), dtype=torch.int64) if sampled else None
+        seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if sampled else None
         return dual_linear(
             x, self.weight, self.bias, *self._arguments(), **self.options,
             gradient_tokens=self.gradient_tokens, seed=seed, backend=self.backend,
@@ -163,14 +164,14 @@ class DualLoraLinear(nn.Module):
 
     def _watch(self) -> Watch | None:
         own, parameters, buffers = vars(self), self._parameters, self._buffers
-        values = [(own, name, copy.copy(own[name])) for name in ("scaling", "warmup_steps", "options", "backend")]
+        attributes = [(name, copy.copy(own[name])) for name in ("scaling", "warmup_steps", "options", "backend")]
         names = [name for name in parameters if name.startswith("duallora_")]
         objects = [(parameters, name, parameters[name]) for name in names]
         tensors: list[tuple[dict, Any]] = [(parameters, name) for name in names]
         tensors.append((buffers, "duallora_step"))
         if not all(d[k].device.type == "cpu" and d[k].is_contiguous() for d, k in [*tensors, (parameters, "weight")]):
             return None
-        return Watch(values, objects, tensors, [(parameters, "weight")])
+        return Watch(self, attributes, [], objects, tensors, [(parameters, "weight")])
 
     def train(self, mode: bool = True) -> DualLoraLinear:
         """Training mode; going to training gives the memory of the evaluation cache back."""

@@ -179,6 +179,18 @@ def test_leaving_zero_rows_out_changes_no_gradient(backend, monkeypatch):
     assert all(bool((g == 0).all()) for g in nothing)
 
 
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_probe_and_sample_survive_a_gradient_of_nothing(n):
+    """No token, or none that carries a gradient."""
+    (A, B, C, D), W = factors()
+    probe = torch.zeros(len(FRACTIONS), requires_grad=True)
+    y = dual_linear(
+        torch.randn(n, IN), W, None, A, B, C, D, 0.3, probe=probe, seed=torch.tensor(1), gradient_tokens=0.25
+    )
+    got = torch.autograd.grad(y, [A, probe], torch.zeros_like(y))
+    assert all(bool((g == 0).all()) for g in got)
+
+
 def test_the_probe_receives_the_errors_of_this_layer():
     """Its gradient is error_bounds / |G|^2, whether or not this backward sampled."""
     x, dY = tokens(zero=10)

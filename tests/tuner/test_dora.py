@@ -146,3 +146,29 @@ def test_training_moves_the_lengths_and_the_factors(llama, ids):
         first, last = first or float(loss), float(loss)
     assert last < first
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_one_of_two_merged_changes_no_output(llama, ids, mode):
+    """What is merged must not enter the lengths of the other adapter."""
+    model = adapted(llama())
+    torch.manual_seed(5)
+    other = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_weights": False, "init_std": 0.3}
+    model.add_adapter("other", duallora.DualLoraConfig(**other, use_dora=True))
+    model.base_model.set_adapter(["default", "other"])
+    getattr(model, mode)()
+    before = logits(model, ids)
+    model.merge_adapter(["other"])
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-3, atol=1e-4)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-3, atol=1e-4)
+
+
+def test_cast_while_merged_comes_back_in_the_new_type(llama, ids):
+    model = adapted(llama()).eval()
+    base = layers(model)[0].base_layer.weight.clone()
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert torch.equal(layers(model)[0].base_layer.weight, base.bfloat16())
+    model(ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
+import weakref
 
 import peft
 import pytest
@@ -24,6 +26,15 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.tanh(self.up(x)))
+
+
+class Square(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(IN, IN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x)
 
 
 def adapted(**options):
@@ -326,6 +337,141 @@ def test_without_a_compiler_contents_are_compared_all_the_same(monkeypatch):
     run(model, PROMPT)
     one_entry(model)
     assert torch.equal(run(model, TOKEN), fresh(model, TOKEN))
+
+
+def test_a_weight_viewed_otherwise_at_the_same_address_is_seen():
+    torch.manual_seed(0)
+    config = duallora.DualLoraConfig(r=2, target_modules=["up"], init_weights=False, init_std=0.5)
+    model = peft.get_peft_model(Square(), config).eval()
+    run(model, PROMPT)
+    base = first(model).base_layer.weight
+    base.data = base.data.T
+    assert torch.equal(run(model, PROMPT), fresh(model, PROMPT))
+
+
+def test_signs_redrawn_from_another_seed_are_seen():
+    model = adapted(direction="fixed", init_seed=3)
+    run(model, PROMPT)
+    layer = first(model)
+    layer.duallora_seed["default"].fill_(12345)
+    layer.rebuild_from_seed("default")
+    for x in (TOKEN, PROMPT):
+        assert torch.equal(run(model, x), fresh(model, x))
+
+
+def test_an_adapter_switched_off_inside_the_forward_is_off():
+    model = adapted()
+    for x in (PROMPT, TOKEN, TOKEN):
+        run(model, x)
+    base = model.base_model.model
+    base.register_forward_pre_hook(lambda *_: model.base_model.disable_adapter_layers())
+    got = run(model, TOKEN)
+    assert torch.equal(got, run(model.get_base_model(), TOKEN))
+
+
+def test_a_shallow_copy_shares_nothing_kept():
+    model = adapted()
+    run(model, PROMPT)
+    assert copy.copy(first(model))._eval_cache.weight is None
+
+
+def test_an_evaluated_model_is_freed_with_its_last_reference():
+    """No cycle through what is watched: memory comes back without waiting for the garbage collector."""
+    model = adapted()
+    before = cache.eval_cache_bytes()
+    run(model, PROMPT)
+    run(model, TOKEN)
+    kept = cache.eval_cache_bytes()
+    layer = weakref.ref(first(model))
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        freed = layer() is None
+    finally:
+        gc.enable()
+    if not freed:  # PEFT's wrappers themselves may form cycles
+        gc.collect()
+    assert layer() is None
+    assert cache.eval_cache_bytes() < kept or kept == before
+
+
+def test_a_recording_hook_does_not_keep_the_model_alive():
+    model = adapted()
+
+    class Recorder:
+        def __init__(self, model) -> None:
+            self.model, self.seen = model, []
+
+        def note(self, module, args, output) -> None:
+            self.seen.append(output.shape)
+
+    first(model).register_forward_hook(Recorder(model).note)
+    run(model, PROMPT)
+    run(model, TOKEN)
+    alive = weakref.ref(first(model))
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_threads_may_evaluate_while_the_limit_moves():
+    model, errors = adapted(), []
+    want = run(model, PROMPT)
+
+    def evaluate():
+        try:
+            for _ in range(60):
+                assert torch.equal(run(model, PROMPT), want)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            duallora.set_eval_cache(0)
+            duallora.set_eval_cache(cache.DEFAULT_LIMIT)
+    finally:
+        for thread in threads:
+            thread.join()
+    assert not errors
+    model.train()
+
+
+def test_lengths_alone_get_their_gradient_in_evaluation():
+    model = adapted(use_dora=True)
+    for name, p in model.named_parameters():
+        p.requires_grad_("duallora_m" in name)
+    assert model(PROMPT).requires_grad
+
+
+def test_another_default_device_changes_nothing():
+    model = adapted(use_dora=True)
+    want = run(model, PROMPT)
+    model.train()
+    model.eval()
+    with torch.device("meta"):
+        assert torch.equal(run(model, PROMPT), want)
+
+
+def test_a_base_weight_that_is_a_buffer_is_not_kept():
+    model = adapted()
+    base = first(model).base_layer
+    weight = base.weight.data.clone()
+    del base.weight
+    base.register_buffer("weight", weight)
+    run(model, PROMPT)
+    base.weight.mul_(2)
+    assert torch.equal(run(model, PROMPT), fresh(model, PROMPT))
+
+
+def test_injecting_twice_hooks_once():
+    base = Net()
+    for name in ("a", "b"):
+        peft.inject_adapter_in_model(duallora.DualLoraConfig(r=2, target_modules=["up"]), base, adapter_name=name)
+    assert len(base._forward_pre_hooks) == 1
 
 
 def test_unloading_leaves_no_hook_behind():

@@ -117,7 +117,9 @@ def targets(results: Results) -> str | None:
         return None
     rows = [[v.what, v.target, _worst(v), v.where, _mark(v)] for v in found]
     table = _table(["what", "target", "measured, worst cell", "which", "met"], rows, numbers=False)
-    return f"{table}\n\nMeasured on: {'; '.join(_unique(_device(results[name]) for name in NAMES if results.get(name)))}."
+    return (
+        f"{table}\n\nMeasured on: {'; '.join(_unique(_device(results[name]) for name in NAMES if results.get(name)))}."
+    )
 
 
 def _device(content: Mapping[str, Any]) -> str:

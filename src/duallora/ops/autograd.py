@@ -161,7 +161,7 @@ def _weight_gradient(
         bounds = error_bounds(p, tokens) if probe else bounds
         if sampled and seed is not None:
             chosen, weight = sample(p, wanted, int(seed))
-            dY, x = dY[chosen] * weight[:, None].to(dY.dtype), x[chosen]
+            dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
     G = x.T @ dY if fan_in_fan_out else dY.T @ x
     if probe:
         size = torch.linalg.vector_norm(G, dtype=torch.float32) ** 2
@@ -240,7 +240,7 @@ def dual_linear(
         scaling = torch.tensor(scaling, dtype=torch.float32, device=x.device)
     tokens: Tensor | None = None
     if seed is not None:
-        tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens)
+        tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
     y, _norm = _forward(
         x, W, b, *update[:4], m, probe, scaling, update.fixed_sign, list(update.initial), seed, tokens,
         update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, form, backend,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ DEFAULT_LIMIT = 4 << 30  # bytes
 _SPOTS, _SPOT_BYTES = 16, 64  # the sample of the base weight
 _HASH_BYTES_PER_THREAD = 1 << 20
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a garbage collection inside may call __del__
 _limit = DEFAULT_LIMIT
 _used = 0
 
@@ -97,6 +98,11 @@ def tensor_range(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel() * tensor.element_size()
 
 
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies and how it reads its memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -105,6 +111,8 @@ class Watch:
     """Everything that kept weights depend on, as it was: looked up again through the containers that hold it.
 
     Args:
+        owner: the module that holds the watch, known weakly, or watch and module would keep each other alive.
+        attributes: (name, value) of the owner's own attributes: compared by ``==``.
         values: (dict, key, value): compared by ``==``.
         objects: (dict, key, object): compared by identity.
         tensors: (dict, key): small tensors, compared by address and content.
@@ -113,14 +121,18 @@ class Watch:
 
     def __init__(
         self,
+        owner: Any,
+        attributes: list[tuple[str, Any]],
         values: list[tuple[dict, Any, Any]],
         objects: list[tuple[dict, Any, Any]],
         tensors: list[tuple[dict, Any]],
         bases: list[tuple[dict, Any]],
     ) -> None:
+        reference = weakref.ref(owner)
+        self.attributes = [(reference, name, value) for name, value in attributes]
         self.values, self.objects = values, objects
-        self.tensors = [(d, k, d[k].data_ptr()) for d, k in tensors]
-        self.bases = [(d, k, d[k].data_ptr(), _version(d[k])) for d, k in bases]
+        self.tensors = [(d, k, _view(d[k])) for d, k in tensors]
+        self.bases = [(d, k, _view(d[k]), _version(d[k])) for d, k in bases]
         ranges = [tensor_range(d[k]) for d, k in tensors]
         for d, k in bases:
             address, size = tensor_range(d[k])
@@ -133,7 +145,7 @@ class Watch:
     def all(cls, watches: Sequence[Watch]) -> Watch:
         """One watch over what ``watches`` saw when they were made."""
         joined = cls.__new__(cls)
-        for name in ("values", "objects", "tensors", "bases"):
+        for name in ("attributes", "values", "objects", "tensors", "bases"):
             setattr(joined, name, [entry for watch in watches for entry in getattr(watch, name)])
         joined.content = Content(
             [r for watch in watches for r in watch.content.ranges], [h for w in watches for h in w.content.hashes]
@@ -142,19 +154,23 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether everything is as it was. Addresses come before contents: the old memory may be gone."""
+        for reference, name, value in self.attributes:
+            owner = reference()
+            if owner is None or owner.__dict__.get(name) != value:
+                return False
         for d, k, value in self.values:
             if d.get(k) != value:
                 return False
         for d, k, thing in self.objects:
             if d.get(k) is not thing:
                 return False
-        for d, k, address in self.tensors:
+        for d, k, view in self.tensors:
             tensor = d.get(k)
-            if tensor is None or tensor.data_ptr() != address:
+            if tensor is None or _view(tensor) != view:
                 return False
-        for d, k, address, version in self.bases:
+        for d, k, view, version in self.bases:
             tensor = d.get(k)
-            if tensor is None or tensor.data_ptr() != address or _version(tensor) != version:
+            if tensor is None or _view(tensor) != view or _version(tensor) != version:
                 return False
         return self.content.holds()
 
@@ -165,14 +181,22 @@ class Session:
     valid = False
 
 
+class _Kept(NamedTuple):
+    weight: Tensor
+    watch: Watch
+    base: Content
+    whole: bool
+
+    @property
+    def size(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
 class EvalCache:
-    """The kept W' of one layer."""
+    """The kept W' of one layer. Threads may evaluate it at the same time: what is kept is one object, swapped whole."""
 
     def __init__(self) -> None:
-        self.weight: Tensor | None = None
-        self.watch: Watch | None = None
-        self.base: Content | None = None
-        self.dtype: torch.dtype | None = None
+        self._kept: _Kept | None = None
         self.session = Session()
 
     # A copied or unpickled layer starts without.
@@ -183,38 +207,59 @@ class EvalCache:
         return EvalCache, ()
 
     def __del__(self) -> None:
-        if self.weight is not None and _release is not None:  # None while the interpreter shuts down
-            self.drop()
+        if self._kept is not None and _release is not None:  # None while the interpreter shuts down
+            self._swap(None)
+
+    def _swap(self, kept: _Kept | None) -> None:
+        with _lock:
+            before, self._kept = self._kept, kept
+            if before is not None:
+                _release(before.size)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """What is kept, right or not."""
+        return None if self._kept is None else self._kept.weight
+
+    @property
+    def watch(self) -> Watch | None:
+        return None if self._kept is None else self._kept.watch
 
     def drop(self) -> None:
         """Give the memory back."""
-        if self.weight is not None:
-            _release(self.weight.numel() * self.weight.element_size())
-        self.weight = self.watch = self.base = None
+        self.session = Session()
+        self._swap(None)
+
+    def distrust(self) -> None:
+        """Leave the session: something changed inside the forward that it stands for."""
         self.session = Session()
 
     def find(self, x: Tensor) -> Tensor | None:
         """The kept weight if it is still right for x, else None."""
-        if self.weight is None or self.watch is None or self.base is None:
+        kept = self._kept
+        if kept is None:
             return None
         if over_limit():
             self.drop()
             return None
-        if self.weight.dtype != x.dtype or not self.watch.holds():
+        if kept.weight.dtype != x.dtype or not kept.watch.holds():
             return None
         one_token = x.dim() > 2 and x.shape[-2] == 1
-        return self.weight if one_token or self.base.holds() else None
+        return kept.weight if one_token or kept.base.holds() else None
 
-    def decodes(self, x: Tensor) -> bool:
-        """Whether x [batch, 1, in] is one token per sequence that the kept weight serves, in a valid session."""
-        return x.dim() == 3 and x.shape[1] == 1 and x.dtype == self.dtype and not torch.is_grad_enabled()
+    def decode(self, x: Tensor) -> Tensor | None:
+        """W' for x [batch, 1, in], one token per sequence, in a valid session; else None."""
+        kept = self._kept
+        if kept is None or not self.session.valid or not kept.whole or x.dim() != 3 or x.shape[1] != 1:
+            return None
+        return kept.weight if x.dtype == kept.weight.dtype and not torch.is_grad_enabled() else None
 
     def keep(self, weight: Tensor, watch: Watch, whole: bool) -> None:
         """Keep ``weight``, if memory allows; ``whole``: it is W', all that a forward multiplies by."""
         self.drop()
-        if _reserve(weight.numel() * weight.element_size()):
-            self.weight, self.watch, self.dtype = weight, watch, weight.dtype if whole else None
-            self.base = Content([tensor_range(d[k]) for d, k, *_ in watch.bases])
+        kept = _Kept(weight, watch, Content([tensor_range(d[k]) for d, k, *_ in watch.bases]), whole)
+        if _reserve(kept.size):
+            self._swap(kept)
 
 
 def _reserve(size: int) -> bool:

@@ -203,7 +203,7 @@ def build_weight(
     minus_base: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(W', norm): see :mod:`duallora.ops.recompute`, whose contract this follows."""
-    weight = torch.empty(_shape(update, fan_in_fan_out), dtype=dtype)
+    weight = torch.empty(_shape(update, fan_in_fan_out), dtype=dtype, device="cpu")
     if m is None:
         _run(W, update, fan_in_fan_out, weight, minus_base=minus_base)
         return weight, None
@@ -232,10 +232,10 @@ def weight_and_gradients(
 ) -> list[Tensor]:
     """[W', dA, dB, dC, dD, dm]: see :mod:`duallora.ops.recompute`."""
     shape = _shape(update, fan_in_fan_out)
-    weight = torch.empty(shape, dtype=dtype)
+    weight = torch.empty(shape, dtype=dtype, device="cpu")
     r1, r2 = update.A.shape[0], update.B.shape[1] if update.D is None else update.D.shape[1]
-    dL1, dR1 = torch.empty(shape[0], r1), torch.empty(r1, shape[1])
-    dL2, dR2 = torch.empty(shape[0], r2), torch.empty(r2, shape[1])
+    sizes = ((shape[0], r1), (r1, shape[1]), (shape[0], r2), (r2, shape[1]))
+    dL1, dR1, dL2, dR2 = (torch.empty(size, device="cpu") for size in sizes)
     along = "col" if fan_in_fan_out else "row"
     dora: dict[str, Tensor] = {}
     if m is not None and norm is not None:
@@ -247,7 +247,7 @@ def weight_and_gradients(
         W, update, fan_in_fan_out, weight,
         G=G, dL1=dL1, dR1=dR1, dL2=dL2, dR2=dR2, minus_base=minus_base, **dora,
     )  # fmt: skip
-    dm = torch.empty(0) if norm is None else dora[f"{along}_dot"] / norm
+    dm = torch.empty(0, device="cpu") if norm is None else dora[f"{along}_dot"] / norm
     if fan_in_fan_out:
         return [weight, dL1.T, dR1.T, dL2.T, dR2.T, dm]
     return [weight, dR1, dL1, dR2, dL2, dm]

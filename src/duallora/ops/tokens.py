@@ -54,7 +54,8 @@ def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
     above = (below[-1] - torch.cat([below.new_zeros(1), below[: m - 1]])).clamp(min=0)  # R_c for c = 0 .. m - 1
     c = (above**2 / (m - position)).argmin()
     rest, k = above[c], m - c
-    uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(p.device)
+    uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    uniform = uniform.to(p.device)
     drawn = torch.searchsorted(below, below[-1] - rest + (position - c + uniform) / k * rest, right=True)
     drawn = drawn.clamp(max=len(p) - 1).maximum(c)
     chosen = torch.where(position < c, position, drawn)
@@ -67,6 +68,8 @@ def error_bounds(p: Tensor, tokens: int) -> Tensor:
 
     p [n <= tokens]; [len(FRACTIONS)] float32, 0 where m would hold every token of p.
     """
+    if len(p) == 0:
+        return p.new_zeros(len(FRACTIONS))
     p = p.sort(descending=True).values
     rest = (p.sum() - torch.cat([p.new_zeros(1), p.cumsum(0)[:-1]])).clamp(min=0)
     m = (torch.tensor(FRACTIONS, device=p.device) * tokens).ceil()[:, None]

@@ -26,7 +26,7 @@ def spend(errors: Tensor, costs: Tensor, fraction: float) -> list[float]:
         costs: [layers] cost of a token in each layer, in * out.
         fraction: mean share over the layers, weighted by cost, that must not be exceeded.
     """
-    errors, costs = errors.double(), costs.double()
+    errors, costs = errors.double().nan_to_num(nan=0.0, posinf=0.0), costs.double()
     shares = torch.tensor(FRACTIONS, dtype=torch.float64)
     budget = max(fraction, FRACTIONS[0]) * costs.sum()
     low, high = 0.0, 1.0

@@ -47,7 +47,7 @@ def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
 def _put(weight: Tensor, value: Tensor) -> None:
     """Make ``value`` the content of ``weight``: on the CPU by handing over the memory, elsewhere by copying."""
     if weight.device.type == "cpu":
-        weight.data = value
+        weight.data = value.to(weight.dtype)  # the model may have been cast while merged
     else:
         weight.data.copy_(value)
 
@@ -113,6 +113,7 @@ class DualLoraLayer(BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._eval_cache = EvalCache()  # copy.copy would share it
         track(self)  # a copied or unpickled layer counts steps too
         if self.token_probes:
             account(self)
@@ -142,7 +143,7 @@ class DualLoraLayer(BaseTunerLayer):
         self.duallora_step[adapter_name] = torch.tensor(start, dtype=torch.int64)
         if config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
             self.duallora_tokens[adapter_name] = torch.zeros((), dtype=torch.int64)
-            self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), requires_grad=True)
+            self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), device="cpu", requires_grad=True)
             self.set_token_share(adapter_name, config.gradient_tokens)
             account(self)
         seed = layer_seed(config.init_seed, module_name)
@@ -170,7 +171,9 @@ class DualLoraLayer(BaseTunerLayer):
         """The share of the tokens that this layer's backward uses from now on."""
         if self.duallora_tokens[adapter_name].device.type != "meta":
             self.duallora_tokens[adapter_name].fill_(round(share * _WHOLE))
-        self.token_shares[adapter_name] = torch.tensor(share)  # stays on the CPU, where the backward reads it
+        self.token_shares[adapter_name] = torch.tensor(
+            share, dtype=torch.float64, device="cpu"
+        )  # stays on the CPU, where the backward reads it
 
     @torch.no_grad()
     def _base_lengths(self, adapter_name: str) -> Tensor:
@@ -190,7 +193,8 @@ class DualLoraLayer(BaseTunerLayer):
     def _base_weight(self) -> Tensor:
         """W0, also while merged."""
         if self._base_weight_before_merge is not None:
-            return self._base_weight_before_merge.to(self.get_base_layer().weight.device)
+            weight = self.get_base_layer().weight
+            return self._base_weight_before_merge.to(weight.device, weight.dtype)
         return self.get_base_layer().weight
 
     def _draw(self, adapter_name: str, seed: int) -> list[Tensor]:
@@ -238,6 +242,16 @@ class DualLoraLayer(BaseTunerLayer):
     def _apply(self, *args: Any, **kwargs: Any) -> DualLoraLayer:
         self._eval_cache.drop()
         return super()._apply(*args, **kwargs)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of this layer on or off."""
+        self._eval_cache.distrust()
+        super().enable_adapters(enabled)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Make these adapters the active ones."""
+        self._eval_cache.distrust()
+        super().set_adapter(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged one leaves the base weight first, the other merged ones stay."""
@@ -356,7 +370,7 @@ class Linear(DualLoraLayer, nn.Module):
         before = self._base_weight_before_merge
         if before is None:
             before = weight.data.cpu()
-        merged = self._merged_weight(before.to(weight.device), [*self.merged_adapters, *names])
+        merged = self._merged_weight(before.to(weight.device, weight.dtype), [*self.merged_adapters, *names])
         if safe_merge:
             for adapter in names:
                 # Sign hides an infinite D C, so the factors are checked as well as the result.
@@ -374,6 +388,7 @@ class Linear(DualLoraLayer, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._base_weight_before_merge is not None
+        self._eval_cache.drop()
         _put(self.get_base_layer().weight, self._base_weight_before_merge)
         self._base_weight_before_merge = None
         self.merged_adapters = []
@@ -394,6 +409,8 @@ class Linear(DualLoraLayer, nn.Module):
             and "forward" not in vars(base)  # patched on the instance
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
+        if self.merged and any(self.duallora_config[adapter].use_dora for adapter in adapters):
+            return "apart"  # DoRA's lengths are those of W0 + dW, not of what is merged
         form = "merged"
         for adapter in adapters:
             wanted = self.duallora_config[adapter].forward
@@ -418,7 +435,7 @@ class Linear(DualLoraLayer, nn.Module):
         if config.gradient_tokens < 1 and self.training:
             options["gradient_tokens"] = self.token_shares.get(adapter, config.gradient_tokens)
             # Drawn under no_grad too: checkpointing repeats the forward from the same state of the generator.
-            options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64)
+            options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
             if adapter in self.token_probes:
                 options["probe"] = self._probe(adapter)
         return options
@@ -441,9 +458,12 @@ class Linear(DualLoraLayer, nn.Module):
     def _watch(self, adapters: list[str]) -> Watch | None:
         """All that W' of these adapters depends on; None if some of it cannot be watched."""
         base = self.base_layer
-        own = vars(self)
-        values = [(own, name, copy.copy(own.get(name))) for name in _OWN_STATE]
-        values += [(vars(base), name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")]
+        if "weight" not in base._parameters:
+            return None
+        attributes = [(name, copy.copy(vars(self).get(name))) for name in _OWN_STATE]
+        values: list[tuple[Any, Any, Any]] = [
+            (vars(base), name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")
+        ]
         objects: list[tuple[Any, Any, Any]] = [(self._modules, "base_layer", base)]
         objects += [(vars(base), name, None) for name in ("forward", "_hf_hook")]
         tensors: list[tuple[Any, Any]] = []
@@ -458,6 +478,7 @@ class Linear(DualLoraLayer, nn.Module):
                 if parameters.get(adapter) is not None:
                     tensors.append((parameters, adapter))
             tensors.append((self.duallora_step._buffers, adapter))
+            objects.append((self.duallora_initial._modules, adapter, self.duallora_initial._modules.get(adapter)))
             if adapter in self.duallora_initial:
                 initial = self.duallora_initial[adapter]._buffers
                 tensors += [(initial, name) for name in initial]
@@ -465,7 +486,7 @@ class Linear(DualLoraLayer, nn.Module):
         watched = [d[k] for d, k in [*tensors, *bases]]
         if not all(t.device.type == "cpu" and t.is_contiguous() for t in watched):
             return None
-        return Watch(values, objects, tensors, bases)
+        return Watch(self, attributes, values, objects, tensors, bases)
 
     def _evaluate(self, x: Tensor, adapters: list[str], form: str) -> Tensor:
         """The forward without gradients for the factors: W' (dW in the added form) is kept from call to call."""
@@ -489,9 +510,10 @@ class Linear(DualLoraLayer, nn.Module):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
         cache = self._eval_cache
-        if cache.session.valid and not args and not kwargs and adapter_names is None and cache.decodes(x):
-            base = self._modules["base_layer"]  # the model was found unchanged as this forward began
-            return apply_weight(x, cache.weight, base._parameters["bias"], self.fan_in_fan_out)
+        if cache.session.valid and not (args or kwargs or adapter_names or self._forward_pre_hooks):
+            kept = cache.decode(x)
+            if kept is not None:  # the model was found unchanged as this forward began
+                return apply_weight(x, kept, self._modules["base_layer"]._parameters["bias"], self.fan_in_fan_out)
         if self.disable_adapters or adapter_names is not None:
             if self.merged:
                 self.unmerge()
@@ -528,9 +550,8 @@ class Linear(DualLoraLayer, nn.Module):
             return False
         if not torch.is_grad_enabled():
             return True
-        return not any(
-            p.requires_grad for a in adapters for p in (*self._factors(a), self.base_layer.weight) if p is not None
-        )
+        trained = [getattr(self, name).get(a) for name in self.adapter_layer_names for a in adapters]
+        return not any(p is not None and p.requires_grad for p in (*trained, self.base_layer.weight))
 
     def _add_by_row(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):

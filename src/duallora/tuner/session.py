@@ -2,14 +2,13 @@
 
 While text is generated, a forward is one token: a layer then takes microseconds, and asking in Python whether its kept
 weight (:mod:`duallora.ops.cache`) is still right takes as many. So a hook before the model's forward asks for all layers
-at once; in that forward the layers take their kept weight as it is.
+at once; in that forward the layers take their kept weight as it is. (A hook inside the model that writes to a factor in
+the middle of a one-token forward is seen in the next one.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,44 +17,50 @@ from duallora.ops.cache import Session, Watch, over_limit
 from duallora.tuner.layer import Linear
 
 
-@dataclass
-class _State:
-    session: Session = field(default_factory=Session)
-    watch: Watch | None = None
+class Forwards:
+    """The two hooks of one model and what they remember; it lives and dies with the model."""
 
+    def __init__(self) -> None:
+        self.session = Session()
+        self.watch: Watch | None = None
 
-_states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+    # A copied or unpickled model starts afresh.
+    def __deepcopy__(self, memo: Any) -> Forwards:
+        return Forwards()
+
+    def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
+        return Forwards, ()
+
+    def before(self, model: nn.Module, args: Any) -> None:
+        """Ask for all layers whether their kept weights are right."""
+        if not torch.compiler.is_compiling() and self.watch is not None:
+            self.session.valid = not (torch.is_grad_enabled() or over_limit()) and self.watch.holds()
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """End the session; if there was none, prepare the next from what the layers have kept."""
+        if torch.compiler.is_compiling():
+            return
+        if self.session.valid:
+            self.session.valid = False
+            return
+        if model.training or torch.is_grad_enabled():
+            return
+        kept = [(m._eval_cache, m._eval_cache.watch) for m in model.modules() if isinstance(m, Linear)]
+        watches = [watch for _, watch in kept if watch is not None]
+        if watches:
+            # What the layers saw when they built their weights, not what is there now.
+            self.session, self.watch = Session(), Watch.all(watches)
+            for cache, watch in kept:
+                if watch is not None:
+                    cache.session = self.session
 
 
 def watch_forwards(model: nn.Module) -> list[Any]:
-    """Register the hooks; returns their handles."""
+    """Register the hooks, once for a model; returns their handles."""
+    if any(isinstance(getattr(hook, "__self__", None), Forwards) for hook in model._forward_pre_hooks.values()):
+        return []
+    hooks = Forwards()
     return [
-        model.register_forward_pre_hook(_before),
-        model.register_forward_hook(_after, always_call=True),
+        model.register_forward_pre_hook(hooks.before),
+        model.register_forward_hook(hooks.after, always_call=True),
     ]
-
-
-def _before(model: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    state = _states.get(model)
-    if state is not None and state.watch is not None:
-        state.session.valid = not (torch.is_grad_enabled() or over_limit()) and state.watch.holds()
-
-
-def _after(model: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    state = _states.get(model)
-    if state is not None and state.session.valid:
-        state.session.valid = False
-        return
-    if model.training or torch.is_grad_enabled():
-        return
-    caches = [m._eval_cache for m in model.modules() if isinstance(m, Linear) and m._eval_cache.watch is not None]
-    if caches:
-        # What the layers saw when they built their weights, not what is there now.
-        state = _State(Session(), Watch.all([cache.watch for cache in caches if cache.watch is not None]))
-        _states[model] = state
-        for cache in caches:
-            cache.session = state.session
