@@ -55,7 +55,7 @@ def merge(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
     kind = adapter_kind(adapter)
-    with quiet_libraries(), _beside(output) as folder:
+    with quiet_libraries(), beside(output) as folder:
         model, tokenizer = evaluate.load_adapter(adapter, kind)
         _align(model)
         say(console, "adapter", f"{shown(Path(adapter))} on {model.peft_config['default'].base_model_name_or_path}")
@@ -152,19 +152,19 @@ def _align(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _beside(output: Path) -> Iterator[Path]:
+def beside(output: Path) -> Iterator[Path]:
     """A folder next to ``output`` that becomes ``output`` if all goes well and vanishes if not."""
-    beside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    building = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for path in beside.iterdir():
+        building.mkdir(parents=True)
+        yield building
+        for path in building.iterdir():
             record.flush(path)
         if output.exists():
             output.rmdir()
-        beside.rename(output)
+        building.rename(output)
         record.fsync_folder(output.parent)
     except OSError as error:
         raise DiskError(f"{error.filename or output} cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)

@@ -1,0 +1,414 @@
+"""A Dual LoRA adapter as a plain LoRA of one rank: PEFT and the serving engines load it without this package.
+
+Per layer the nearest matrix of rank k (Eckart and Young), from the smaller Gram matrix of dW [out, in] in float64:
+
+    dW^T dW = V diag(e) V^T,  e falling      A = V_k^T [k, in]      B = dW V_k [out, k]      |dW - B A|_F^2 = e_{k+1} + ...
+
+V_k has orthonormal columns, so B A is dW projected, whatever the rounding of e, and nothing is divided by a small
+singular value; with out < in the two factors change places. dW is that of the gate as saved; with DoRA it is W' - W0.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
+from duallora.train import checkpoint, evaluate, merge, record
+from duallora.train.progress import Bar, quiet_libraries, say, shown, size
+from duallora.tuner.layer import DualLoraLayer
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Scores = Callable[[Any, Any], Mapping[str, float]]
+
+ROWS = 8192  # of dW that are widened to float64 at a time
+FLOOR = 1e-12  # share of |dW|^2 below which an eigenvalue is rounding
+SHOWN_LAYERS = 12  # longer tables show the worst; the sidecar holds all
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Converted(NamedTuple):
+    """One layer: its LoRA tensors by name, and how near B A is to dW."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    shape: tuple[int, int]
+    """(out, in) of dW; a convolution's kernel counts to its inputs."""
+    rank_99: int
+    """The rank that would keep 99 % of |dW|_F^2."""
+    square: float
+    """|dW|_F^2."""
+    lost: float
+    """|dW - B A|_F^2 with the factors as they are stored."""
+
+    def facts(self) -> dict[str, Any]:
+        energy, error = _kept(self.square, self.lost)
+        shape = list(self.shape)
+        return {"name": self.name, "shape": shape, "rank_99": self.rank_99, "energy": energy, "relative_error": error}
+
+
+def convert(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: Dtype = "auto",
+    strict: bool = True,
+    scores: Scores | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Writes ``adapter`` as a plain LoRA into ``output`` and returns ``{"output", "rank", "energy", "layers", ...}``.
+
+    ``rank`` is that of every layer, zero-padded where a layer has less; ``energy`` in (0, 1] picks the smallest one
+    with which every layer keeps that share of |dW|_F^2. lora_alpha = rank, so that every reader's scale is 1.
+    ``scores(model, tokenizer)`` measures adapter, conversion and base model. The folder is built beside its place,
+    loaded from the disk by PEFT, compared tensor by tensor, and only then renamed.
+
+    Raises:
+        ConfigError: ``output`` is taken, not exactly one of ``rank`` and ``energy`` is given or it is out of range,
+            nothing was trained, or a layer is of a kind that no LoRA can hold.
+        IntegrityError: the adapter is damaged or of another base, or what PEFT reads back differs.
+        NonFiniteError: a dW, or a factor in ``dtype``, is NaN or infinite.
+    """
+    console = console or Console()
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
+    if (rank is None) == (energy is None):
+        raise ConfigError(f"rank={rank}, energy={energy}: give one of them, --rank 64 or --energy 0.99")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank={rank}: expected a whole number >= 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy={energy}: expected a share of |dW|^2 in (0, 1]")
+    kind = merge.adapter_kind(adapter)
+    source = evaluate.find(adapter)
+    assert source is not None  # adapter_kind found it
+    config = evaluate.read_config(source)
+    if str(getattr(config.peft_type, "value", config.peft_type)) != "DUALLORA":
+        raise ConfigError(f"{adapter} is a {config.peft_type} adapter; only Dual LoRA adapters are converted")
+    with quiet_libraries(), merge.beside(output) as folder:
+        model, tokenizer = evaluate.load_adapter(adapter, kind, strict=strict)
+        say(console, "adapter", f"{shown(Path(adapter))} on {escape(str(config.base_model_name_or_path))}")
+        layers = dual_layers(model)
+        rank = rank or smallest_rank(layers, float(energy or 0), console)
+        _check_size(layers, rank, output)
+        done = _convert_layers(layers, rank, dtype, console)
+        total = _total(done, rank)
+        if total["square"] == 0:
+            raise ConfigError(
+                f"{adapter} changes no weight (dW = 0 in all {len(done)} layers): there is nothing to convert. Was it "
+                "saved before its gate opened? duallora check tells"
+            )
+        tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()}
+        tensors |= _carried(model)
+        lora = lora_config(model, list(layers), rank)
+        _write(folder, lora, tensors, output)
+        if (source / "tokenizer_config.json").is_file():
+            tokenizer.save_pretrained(str(folder))
+        before = merge.probe(model, tokenizer)
+        figures = {"adapter": dict(scores(model, tokenizer))} if scores else {}
+        base = model.unload()
+        if scores and kind == "generate" and lora.bias == "none":  # else the base is left with a new head or biases
+            figures["base"] = dict(scores(base, tokenizer))
+        plain = _load(base, folder, tensors, rank)
+        after = merge.probe(plain, tokenizer)
+        if scores:
+            figures["conversion"] = dict(scores(plain, tokenizer))
+        difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(after, before, strict=True))
+        conversion = {
+            "rank": rank,
+            "energy_asked": energy,
+            "energy": total["energy"],
+            "lowest_energy": total["lowest"],
+            "relative_error": total["relative_error"],
+            "dtype": str(next(iter(done[0].tensors.values())).dtype).removeprefix("torch."),
+            "max_logit_difference": difference,
+            "scores": figures,
+            "layers": [layer.facts() for layer in done],
+        }
+        _seal(folder, source, kind, conversion)
+        written = sum(path.stat().st_size for path in folder.iterdir())
+    _show(console, done, rank)
+    say(
+        console,
+        "kept",
+        f"[bold]{total['energy']:.4%}[/] of |dW|² in all, {total['lowest']:.4%} in the worst layer; relative error "
+        f"{total['relative_error']:.2e}; largest logit difference {difference:.3g}",
+    )
+    if figures:
+        _show_scores(console, figures)
+    say(console, "converted", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
+    return {"output": str(output), "kind": kind, **conversion}
+
+
+def dual_layers(model: nn.Module) -> dict[str, DualLoraLayer]:
+    """The adapted layers by their name in the base model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {name: module for name, module in base.named_modules() if isinstance(module, DualLoraLayer)}
+
+
+def delta_matrix(name: str, layer: DualLoraLayer, adapter: str = "default") -> Tensor:
+    """dW as the matrix [out, in] that LoRA's B A stands for: an embedding's is [dim, tokens], a kernel is flattened.
+
+    Raises NonFiniteError if it holds NaN or infinities.
+    """
+    dW = layer.get_delta_weight(adapter)
+    if not bool(torch.isfinite(dW).all()):
+        raise NonFiniteError(f"dW of {name} holds NaN or infinite values: the adapter is broken; nothing was written")
+    base = layer.get_base_layer()
+    if isinstance(base, _CONVOLUTIONS):
+        return dW.flatten(1)
+    if isinstance(base, nn.Embedding) or layer.fan_in_fan_out:
+        return dW.T
+    return dW
+
+
+def eigenvalues(M: Tensor) -> Tensor:
+    """The squared singular values of M [m, n], falling, float64 on the CPU."""
+    return torch.linalg.eigvalsh(_gram(M)).flip(0).clamp(min=0).cpu()
+
+
+def rank_for(e: Tensor, energy: float) -> int:
+    """The smallest k with which the k largest of the falling ``e`` hold that share of their sum; 0 if all are 0."""
+    total = float(e.sum())
+    if total == 0:
+        return 0
+    tail = e.flip(0).cumsum(0).flip(0)  # summed from the small end; tail[k] is lost with rank k
+    return int((tail > max(1 - energy, FLOOR) * total).sum())
+
+
+def low_rank(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(A [rank, n], B [m, rank], e): B A is the nearest to M [m, n], zero-padded beyond min(m, n); float64."""
+    e, V = torch.linalg.eigh(_gram(M))
+    e, V = e.flip(0).clamp(min=0), V.flip(1)[:, :rank]
+    tall = M if M.shape[0] >= M.shape[1] else M.T
+    P = torch.cat([rows.double() @ V for rows in tall.to(V.device).split(ROWS)])
+    B, A = (P, V.T) if tall is M else (V, P.T)
+    padding = rank - A.shape[0]
+    if padding > 0:
+        A, B = nn.functional.pad(A, (0, 0, 0, padding)), nn.functional.pad(B, (0, padding))
+    return A, B, e.cpu()
+
+
+def _gram(M: Tensor) -> Tensor:
+    """M^T M, or M M^T where that is smaller, in float64."""
+    tall = M if M.shape[0] >= M.shape[1] else M.T
+    if tall.device.type == "mps":  # has no float64
+        tall = tall.cpu()
+    G = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for rows in tall.split(ROWS):
+        wide = rows.double()
+        G.addmm_(wide.T, wide)
+    return G
+
+
+def smallest_rank(layers: Mapping[str, DualLoraLayer], energy: float, console: Console) -> int:
+    """The one rank with which every layer keeps ``energy`` of its |dW|_F^2; at least 1."""
+    ranks = [
+        rank_for(eigenvalues(delta_matrix(name, layer)), energy) for name, layer in _progress(layers, console, "rank")
+    ]
+    return max(1, *ranks)
+
+
+def _convert_layers(layers: Mapping[str, DualLoraLayer], rank: int, dtype: Dtype, console: Console) -> list[Converted]:
+    return [convert_layer(name, layer, rank, dtype) for name, layer in _progress(layers, console, "convert")]
+
+
+@torch.no_grad()
+def convert_layer(name: str, layer: DualLoraLayer, rank: int, dtype: Dtype = "auto") -> Converted:
+    """The layer's LoRA factors; ``dtype="auto"`` is that of its own, float32 at least.
+
+    Raises:
+        ConfigError: a convolution that PEFT's LoRA does not follow (groups, dilation, padding mode).
+        NonFiniteError: dW or a factor is NaN or infinite.
+    """
+    base = layer.get_base_layer()
+    _refuse_odd_convolution(name, base)
+    M = delta_matrix(name, layer)
+    A, B, e = low_rank(M, rank)
+    stored = M.dtype if dtype == "auto" else getattr(torch, dtype)
+    A, B = A.to(stored), B.to(stored)
+    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise NonFiniteError(f"{name}: its factors overflow in {stored}; use --dtype bfloat16 or float32")
+    square = lost = 0.0
+    right = A.double()
+    for rows, left in zip(M.to(A.device).split(ROWS), B.split(ROWS), strict=True):
+        wide = rows.double()
+        square += float(wide.square().sum())
+        lost += float((wide - left.double() @ right).square().sum())
+    A, B = A.cpu().contiguous(), B.cpu().contiguous()
+    prefix = f"base_model.model.{name}"
+    if isinstance(base, nn.Embedding):
+        tensors = {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
+    else:
+        if isinstance(base, _CONVOLUTIONS):
+            A = A.reshape(rank, *base.weight.shape[1:])
+            B = B.reshape(*B.shape, *[1] * (base.weight.dim() - 2))
+        tensors = {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+    return Converted(name, tensors, (M.shape[0], M.shape[1]), rank_for(e, 0.99), square, lost)
+
+
+def _refuse_odd_convolution(name: str, base: nn.Module) -> None:
+    if not isinstance(base, _CONVOLUTIONS):
+        return
+    odd = {
+        "groups": base.groups != 1,
+        "dilation": set(base.dilation) != {1},
+        "padding_mode": base.padding_mode != "zeros",
+    }
+    for what in (key for key, is_odd in odd.items() if is_odd):
+        raise ConfigError(
+            f"{name} is a {type(base).__name__} with {what}={getattr(base, what)}, which PEFT's LoRA does not follow: no "
+            "plain LoRA equals this adapter. Use duallora merge instead"
+        )
+
+
+def lora_config(model: PeftModel, names: list[str], rank: int) -> LoraConfig:
+    """The configuration of the conversion: ``names`` by their last part where that selects no other module."""
+    config: Any = model.peft_config["default"]
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
+    base = model.get_base_model()
+    selected = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes]
+    return LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=suffixes if len(selected) == len(names) else sorted(names),
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in dual_layers(model).values()),
+        bias={"duallora_only": "lora_only"}.get(config.bias, config.bias),
+        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+    )
+
+
+def _carried(model: PeftModel) -> dict[str, Tensor]:
+    """What was trained in full, heads and biases, by its name in the file."""
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if "duallora_" not in name}
+
+
+def _check_size(layers: Mapping[str, DualLoraLayer], rank: int, output: Path) -> None:
+    """Says that the factors do not fit before they are computed."""
+    rows = [layer.duallora_A["default"].shape[1] + layer.duallora_B["default"].shape[0] for layer in layers.values()]
+    need = 4 * rank * sum(rows)
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise DiskError(
+            f"rank {rank} takes {size(need)}, but {size(free)} are free in {place}: lower --rank, or choose another disk"
+        )
+
+
+def _total(done: list[Converted], rank: int) -> dict[str, float]:
+    square, lost = sum(layer.square for layer in done), sum(layer.lost for layer in done)
+    energy, error = _kept(square, lost)
+    lowest = min(layer.facts()["energy"] for layer in done)
+    return {"square": square, "energy": energy, "relative_error": error, "lowest": lowest}
+
+
+def _kept(square: float, lost: float) -> tuple[float, float]:
+    """(share of |dW|_F^2 kept, |dW - B A|_F / |dW|_F); a dW of zero is kept whole."""
+    return (1 - lost / square, (lost / square) ** 0.5) if square else (1.0, 0.0)
+
+
+def _write(folder: Path, lora: LoraConfig, tensors: Mapping[str, Tensor], output: Path) -> None:
+    lora.save_pretrained(str(folder))
+    try:
+        save_file(dict(tensors), folder / evaluate.WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise DiskError(f"{output} cannot be written: {error}; free some space or choose another disk") from error
+
+
+def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor], rank: int) -> PeftModel:
+    """The written folder as PEFT loads it; IntegrityError where a tensor or a scale is not what was meant."""
+    try:
+        plain = PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise IntegrityError(f"PEFT cannot load the conversion: {error}; nothing was kept") from error
+    state = {name.replace(".default", ""): tensor for name, tensor in plain.state_dict().items()}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        found = state.get(name, state.get(f"{module}.modules_to_save.{leaf}"))
+        if found is None or not torch.equal(found.cpu().to(tensor.dtype), tensor):
+            raise IntegrityError(
+                f"PEFT reads {name} of the conversion differently than it was written; nothing was kept"
+            )
+    for name, module in plain.named_modules():
+        scale = getattr(module, "scaling", {}).get("default", 1.0) if hasattr(module, "lora_A") else 1.0
+        if scale != 1.0:
+            raise IntegrityError(f"PEFT scales {name} by {scale}, expected 1.0; nothing was kept")
+    return plain
+
+
+def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> None:
+    """The sidecar: where this came from, how near it is, and the hash of every file."""
+    (folder / "README.md").unlink(missing_ok=True)
+    record.follow_umask(folder)
+    sidecar = evaluate.read_sidecar(source)
+    kept = {key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar}
+    facts = {
+        "method": "LORA",
+        "kind": kind,
+        **kept,
+        "converted_from": {
+            "method": "DUALLORA",
+            "gate": sidecar.get("gate"),
+            evaluate.WEIGHTS: checkpoint.file_record(source / evaluate.WEIGHTS)["sha256"],
+        },
+        "conversion": conversion,
+        **record.environment(),
+        "files": {path.name: checkpoint.file_record(path) for path in sorted(folder.iterdir())},
+    }
+    record.write_json(folder / evaluate.SIDECAR, facts)
+
+
+def _progress(layers: Mapping[str, DualLoraLayer], console: Console, label: str) -> Iterator[tuple[str, DualLoraLayer]]:
+    with Bar(console, label, len(layers), unit="layer") as bar:
+        for count, item in enumerate(layers.items(), 1):
+            yield item
+            bar.update(count)
+
+
+def _show(console: Console, done: list[Converted], rank: int) -> None:
+    facts = sorted((layer.facts() for layer in done), key=lambda layer: layer["energy"])
+    worst = facts[:SHOWN_LAYERS]
+    what = "" if len(worst) == len(facts) else f"; the worst {len(worst)} of {len(facts)}"
+    table = Table(f"layer{what}", box=SIMPLE)
+    for column in ("out x in", "rank for 99 %", f"kept at rank {rank}", "relative error"):
+        table.add_column(column, justify="right")
+    for layer in worst:
+        out, inner = layer["shape"]
+        table.add_row(
+            escape(layer["name"]),
+            f"{out} x {inner}",
+            str(layer["rank_99"]),
+            f"{layer['energy']:.4%}",
+            f"{layer['relative_error']:.2e}",
+        )
+    console.print(table)
+
+
+def _show_scores(console: Console, figures: Mapping[str, Mapping[str, float]]) -> None:
+    table = Table("figure", box=SIMPLE)
+    for source in figures:
+        table.add_column(source, justify="right")
+    for name in figures["adapter"]:
+        table.add_row(name, *(f"{values[name]:,.4g}" for values in figures.values()))
+    console.print(table)
