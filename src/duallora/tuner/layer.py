@@ -67,6 +67,8 @@ class DualLoraLayer(BaseTunerLayer):
         "duallora_initial", "duallora_tokens", "token_shares", "token_probes",
     )  # fmt: skip
 
+    plain_bases: tuple[type[nn.Module], ...] = ()  # modules whose own product a subclass computes itself
+
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         self.duallora_config: dict[str, DualLoraConfig] = {}
@@ -178,7 +180,7 @@ class DualLoraLayer(BaseTunerLayer):
     @torch.no_grad()
     def _base_lengths(self, adapter_name: str) -> Tensor:
         """|W0| [out] by output row, as the kernel computes it, so that m (W0 + 0) / |W0 + 0| = W0 at the start."""
-        W = self._base_weight()
+        W = self._matrix(self._base_weight())
         device = self.duallora_A[adapter_name].device
         if "meta" in (device.type, W.device.type):
             return torch.empty(self.out_features, device="meta")  # to be loaded
@@ -196,6 +198,10 @@ class DualLoraLayer(BaseTunerLayer):
             weight = self.get_base_layer().weight
             return self._base_weight_before_merge.to(weight.device, weight.dtype)
         return self.get_base_layer().weight
+
+    def _matrix(self, W: Tensor) -> Tensor:
+        """The base weight as the matrix [out, in] ([in, out] with ``fan_in_fan_out``) that dW is added to."""
+        return W
 
     def _draw(self, adapter_name: str, seed: int) -> list[Tensor]:
         config = self.duallora_config[adapter_name]
@@ -322,21 +328,10 @@ class DualLoraLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of ``adapter`` at its present gate (W' - W0 with DoRA), in the layout of the base weight; float32 at least."""
         with torch.no_grad():
-            return self._delta(adapter, self._base_weight())
+            W = self._base_weight()
+            return self._delta(adapter, self._matrix(W)).view(W.shape)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """dW is additive, so PEFT can approximate it by a LoRA; it is of full rank, so only approximately."""
-        return True
-
-
-class Linear(DualLoraLayer, nn.Module):
-    """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        nn.Module.__init__(self)
-        DualLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **kwargs)
+    # -- merging -------------------------------------------------------------------------------------------------
 
     def _merged_weight(self, W: Tensor, adapters: list[str]) -> Tensor:
         """W0 + the sum of the adapters' updates: what the merged forward multiplies by and what merging writes."""
@@ -370,7 +365,8 @@ class Linear(DualLoraLayer, nn.Module):
         before = self._base_weight_before_merge
         if before is None:
             before = weight.data.cpu()
-        merged = self._merged_weight(before.to(weight.device, weight.dtype), [*self.merged_adapters, *names])
+        base = before.to(weight.device, weight.dtype)
+        merged = self._merged_weight(self._matrix(base), [*self.merged_adapters, *names]).view(base.shape)
         if safe_merge:
             for adapter in names:
                 # Sign hides an infinite D C, so the factors are checked as well as the result.
@@ -400,7 +396,7 @@ class Linear(DualLoraLayer, nn.Module):
         """
         base = self.base_layer
         plain = (
-            type(base) in (nn.Linear, Conv1D)
+            type(base) in self.plain_bases
             and type(base.weight) in (nn.Parameter, Tensor)
             and base.weight.is_floating_point()
             and base.weight.device.type != "meta"
@@ -424,6 +420,34 @@ class Linear(DualLoraLayer, nn.Module):
             if wanted == "added":
                 form = "added"
         return form
+
+    def _add_by_row(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(f"adapter_names names {len(adapter_names)} rows, but the batch has {len(x)}: one per row.")
+        y = y.clone()
+        for adapter in set(adapter_names).intersection(self.duallora_A):
+            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+            y[rows] += self._added(x[rows], adapter).to(y.dtype)
+        return y
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """dW is additive, so PEFT can approximate it by a LoRA; it is of full rank, so only approximately."""
+        return True
+
+    def __repr__(self) -> str:
+        return "duallora." + super().__repr__()
+
+
+class Linear(DualLoraLayer, nn.Module):
+    """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
+
+    plain_bases = (nn.Linear, Conv1D)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        DualLoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
 
     def _linear_options(self, adapter: str, form: str) -> dict[str, Any]:
         """The keyword arguments of :func:`dual_linear` for this adapter."""
@@ -552,15 +576,3 @@ class Linear(DualLoraLayer, nn.Module):
             return True
         trained = [getattr(self, name).get(a) for name in self.adapter_layer_names for a in adapters]
         return not any(p is not None and p.requires_grad for p in (*trained, self.base_layer.weight))
-
-    def _add_by_row(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(f"adapter_names names {len(adapter_names)} rows, but the batch has {len(x)}: one per row.")
-        y = y.clone()
-        for adapter in set(adapter_names).intersection(self.duallora_A):
-            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            y[rows] += self._added(x[rows], adapter).to(y.dtype)
-        return y
-
-    def __repr__(self) -> str:
-        return "duallora." + super().__repr__()
