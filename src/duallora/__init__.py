@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from duallora.ops.cache import set_eval_cache
     from duallora.tuner import DualLoraConfig, DualLoraModel, param_groups
     from duallora.tuner.fast_dora import fast_dora
+    from duallora.tuner.gradient_start import init_from_gradient
 
 _HOME = {
     "DualLoraConfig": "duallora.tuner",
@@ -32,6 +33,7 @@ _HOME = {
     "dual_linear": "duallora.ops",
     "fast_dora": "duallora.tuner.fast_dora",
     "gate": "duallora.core.gate",
+    "init_from_gradient": "duallora.tuner.gradient_start",
     "param_groups": "duallora.tuner",
     "set_eval_cache": "duallora.ops.cache",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "dual_linear",
     "fast_dora",
     "gate",
+    "init_from_gradient",
     "param_groups",
     "set_eval_cache",
 ]
