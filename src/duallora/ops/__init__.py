@@ -124,6 +124,41 @@ def dual_linear(
     return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, probe, backend)
 
 
+def dual_weight(
+    W: Tensor | None,
+    update: Update,
+    *,
+    m: Tensor | None = None,
+    fan_in_fan_out: bool = False,
+    minus_base: bool = False,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:
+    """W' = W + dW itself, differentiable in W, m and the factors: for layers whose product is not a matrix product.
+
+    Where a kernel computes it, each entry has the bits that :func:`build_weight` gives it, whatever rows come along.
+
+    Args:
+        W: [out, in], or [in, out] with ``fan_in_fan_out``; None: 0.
+        update: dW; m: as in :func:`dual_linear`.
+        minus_base: W' - W in place of W'.
+        dtype: of the result, rounded once.
+
+    Raises:
+        ValueError: an unknown option, or shapes that do not fit together.
+        RuntimeError: a backend asked for by name cannot run here.
+    """
+    check_backend_name(backend)
+    _check(W, update, m, "merged", fan_in_fan_out, 1.0)
+    if minus_base and m is None:
+        W = None
+    if backend == "reference":
+        return reference.build_weight(
+            W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
+        )[0]  # fmt: skip
+    return autograd.dual_weight(W, update, m, fan_in_fan_out, minus_base, dtype, backend)
+
+
 @torch.no_grad()
 def build_weight(
     W: Tensor,
@@ -150,4 +185,4 @@ def build_weight(
     return module.build_weight(W, update, fan_in_fan_out=fan_in_fan_out, dtype=W.dtype, m=m)[0]
 
 
-__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "keep_off_the_fast_path"]
+__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "dual_weight", "keep_off_the_fast_path"]

@@ -246,3 +246,122 @@ def dual_linear(
         update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, form, backend,
     )  # fmt: skip
     return y
+
+
+@torch.library.custom_op("duallora::dual_weight", mutates_args=())
+def _weight(
+    W: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    m: Tensor | None,
+    scaling: Tensor,
+    fixed_sign: Tensor | None,
+    initial: Sequence[Tensor],
+    magnitude: str,
+    direction: str,
+    ste_clip: str,
+    fan_in_fan_out: bool,
+    minus_base: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(W' in the layout of W, norm); norm [out] with m, else empty."""
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    build = pick(backend, update, dtype if W is None else W.dtype).build_weight
+    weight, norm = build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base)
+    return weight, A.new_empty(0) if norm is None else norm
+
+
+@_weight.register_fake
+def _(
+    W, A, B, C, D, m, _scaling, _fixed_sign, _initial, _magnitude, _direction, _clip, fan_in_fan_out, _minus, dtype, _b
+):
+    norm = A.new_empty(0) if m is None else m.new_empty(m.shape, dtype=torch.promote_types(A.dtype, torch.float32))
+    shape = (A.shape[1], B.shape[0]) if fan_in_fan_out else (B.shape[0], A.shape[1])
+    return A.new_empty(shape, dtype=dtype), norm
+
+
+@torch.library.custom_op("duallora::dual_weight_backward", mutates_args=())
+def _weight_backward(
+    G: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    m: Tensor | None,
+    norm: Tensor,
+    scaling: Tensor,
+    fixed_sign: Tensor | None,
+    initial: Sequence[Tensor],
+    magnitude: str,
+    direction: str,
+    ste_clip: str,
+    fan_in_fan_out: bool,
+    minus_base: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """[dA, dB, dC, dD, dm]; what does not exist is an empty tensor."""
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    kernel = pick(backend, update, dtype if W is None else W.dtype)
+    given = {} if m is None else {"norm": norm}
+    _, *gradients = kernel.weight_and_gradients(
+        G.contiguous(), W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base, **given
+    )
+    result = [G.new_empty(0) if f is None else g.to(f.dtype) for g, f in zip(gradients, (A, B, C, D, m), strict=True)]
+    return [g.contiguous() for g in result]
+
+
+@_weight_backward.register_fake
+def _(G, W, A, B, C, D, m, *_options):
+    return [G.new_empty(0) if f is None else f.new_empty(f.shape) for f in (A, B, C, D, m)]
+
+
+def _weight_context(ctx, inputs, output) -> None:
+    W, *factors, m, scaling, fixed_sign, initial = inputs[:9]
+    ctx.save_for_backward(W, *factors, m, output[1], scaling, fixed_sign, *initial)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[9:]
+
+
+def _weight_autograd(ctx, G: Tensor | None, _dnorm):
+    if G is None:
+        return (None,) * len(ctx.needs_input_grad)
+    W, A, B, C, D, m, norm, scaling, fixed_sign, *initial = ctx.saved_tensors
+    need_W, *need_factors = ctx.needs_input_grad[:6]
+    gradients: list[Tensor | None] = [None] * 5
+    if any(need_factors):
+        gradients = _weight_backward(
+            G, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, *ctx.options
+        )  # fmt: skip
+        gradients = [g if needed else None for g, needed in zip(gradients, need_factors, strict=True)]
+    fan_in_fan_out, minus_base = ctx.options[3:5]
+    dW = _base_gradient(G, m, norm, W, "delta" if minus_base else "merged", fan_in_fan_out) if need_W else None
+    return dW, *gradients, None, None, [None] * len(initial), *[None] * len(ctx.options)
+
+
+_weight.register_autograd(_weight_autograd, setup_context=_weight_context)
+
+
+def dual_weight(
+    W: Tensor | None,
+    update: Update,
+    m: Tensor | None,
+    fan_in_fan_out: bool,
+    minus_base: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """:func:`duallora.ops.dual_weight`, by the kernel backends."""
+    scaling = update.scaling
+    if not isinstance(scaling, Tensor):
+        scaling = torch.tensor(scaling, dtype=torch.float32, device=update.A.device)
+    weight, _norm = _weight(
+        W, *update[:4], m, scaling, update.fixed_sign, list(update.initial),
+        update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, minus_base, dtype, backend,
+    )  # fmt: skip
+    return weight
