@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "size": path.stat().st_size}
 
 
-def compare_files(folder: Path, files: Mapping[str, Any]) -> str | None:
-    """The first difference between ``folder`` and the recorded ``files`` in one line, or None."""
+def compare_files(folder: Path, files: Mapping[str, Any], ignore: Sequence[Path] = ()) -> str | None:
+    """The first difference between ``folder``, but for the folders ``ignore``, and the recorded ``files``, or None."""
     for name, expected in files.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink():
@@ -79,7 +79,7 @@ def compare_files(folder: Path, files: Mapping[str, Any]) -> str | None:
         if file_record(path)["sha256"] != expected["sha256"]:
             return f"{name} is damaged (its sha256 is not the recorded one)"
     for path in sorted(folder.rglob("*")):
-        if path.suffix in LOADABLE and str(path.relative_to(folder)) not in files:
+        if path.suffix in LOADABLE and str(path.relative_to(folder)) not in files and path.parent not in ignore:
             return f"{path.relative_to(folder)} was added after the folder was written"
     return None
 

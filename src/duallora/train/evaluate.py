@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, No
 
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
+from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, quiet_libraries
@@ -253,11 +254,13 @@ def load_adapter(
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     strict: bool = True,
+    base: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a run folder, an adapter folder, a merged model's folder, a hub id or ``builtin:``.
 
     ``dtype="auto"`` is the type the adapter was trained on. ``strict=False`` accepts another base model than the one
-    recorded; missing, unexpected or damaged weights are never accepted.
+    recorded; missing, unexpected or damaged weights are never accepted. ``base`` stands in for the base model's name
+    where the adapter's own leads nowhere here.
 
     Raises:
         ConfigError: nothing of the kind is there, or it was trained for another kind of task.
@@ -272,7 +275,7 @@ def load_adapter(
             labels = len(sidecar.get("labels", ())) or None
             model, tokenizer = load_model(str(folder), kind, dtype=dtype, num_labels=labels)
         else:
-            model, tokenizer = _load_adapter(folder, kind, dtype, strict)
+            model, tokenizer = _load_adapter(folder, kind, dtype, strict, base)
     return model.to(default_device()).eval(), tokenizer
 
 
@@ -327,23 +330,31 @@ def head_modules(model: Any) -> list[str]:
     ]
 
 
-def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool) -> tuple[Any, Any]:
+def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool, other: str | None) -> tuple[Any, Any]:
     sidecar = read_sidecar(folder)
-    shapes = _check_files(folder, sidecar)
+    shapes = check_files(folder, sidecar)
+    settings = untrusted.read(folder)
+    untrusted.check(settings, shapes, folder / "adapter_config.json")
     config = read_config(folder)
     wanted = {"generate": "CAUSAL_LM"}.get(kind, "SEQ_CLS")
     if config.task_type not in (None, wanted):
         raise ConfigError(f"{folder} was trained for {config.task_type}, this task needs {wanted} ({kind})")
     base = sidecar.get("base", {})
-    name = config.base_model_name_or_path or base.get("name")
+    name = other or config.base_model_name_or_path or base.get("name")
     if not name:
         raise ConfigError(f"{folder / 'adapter_config.json'} names no base model: set base_model_name_or_path")
     num_labels = None
     if kind != "generate":
         num_labels = len(sidecar.get("labels", ())) or _labels_of_head(shapes, kind)
     model, tokenizer = load_model(
-        name, kind, dtype=base.get("dtype", dtype), num_labels=num_labels, revision=config.revision
+        name,
+        kind,
+        dtype=base.get("dtype", dtype),
+        num_labels=num_labels,
+        revision=None if other else config.revision,
     )
+    modules = [module for module, _ in model.named_modules()]
+    untrusted.check_patterns(settings, modules, folder / "adapter_config.json")
     if sidecar.get("labels"):
         set_labels(model, sidecar["labels"])
     expected = base.get("fingerprint")
@@ -371,8 +382,11 @@ def set_labels(model: Any, labels: Sequence[str]) -> None:
     model.config.label2id = {label: index for index, label in enumerate(labels)}
 
 
-def _check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the stored tensors by name, after the recorded sizes and hashes have been compared."""
+def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the stored tensors by name, after the recorded sizes and hashes have been compared.
+
+    Raises IntegrityError naming the file that is missing, damaged, strange or no safetensors file.
+    """
     weights = folder / WEIGHTS
     if not weights.is_file():
         pickled = folder / "adapter_model.bin"
@@ -382,7 +396,9 @@ def _check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[in
                 "Ask for the adapter in safetensors form, or convert it on a machine you can afford to lose"
             )
         raise IntegrityError(f"{weights} is missing: the adapter has no weights")
-    reason = compare_files(folder, sidecar.get("files", {})) if sidecar.get("files") else None
+    # Conversions lie in folders of their own inside the adapter's; nothing that loads the adapter looks there.
+    inside = tuple(path.parent for path in folder.glob("*/adapter_config.json"))
+    reason = compare_files(folder, sidecar.get("files", {}), ignore=inside) if sidecar.get("files") else None
     if reason:
         raise IntegrityError(f"{folder}: {reason}; take a fresh copy of the adapter")
     try:
