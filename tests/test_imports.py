@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "tasks": {"tasks", "errors"},
     "train": {"train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
     "bench": {"bench", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
-    "cli": {"bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
+    "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
+    "cli": {"serve", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
 }
 
 
@@ -39,7 +40,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             is_root = node.module == "duallora"
             found |= {f"duallora.{alias.name}" for alias in node.names} if is_root else {node.module}
-    known = {"errors", "console", "core", "ops", "nn", "tuner", "tasks", "train", "bench", "cli"}
+    known = {"errors", "console", "core", "ops", "nn", "tuner", "tasks", "train", "bench", "serve", "cli"}
     return {part(m) if part(m) in known else "__root__" for m in found if m == "duallora" or m.startswith("duallora.")}
 
 

@@ -334,6 +334,45 @@ def merge(
     return run_merge(adapter, output, dtype=dtype, console=console.results)
 
 
+@app.command()
+def serve(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER...", help="Runs, adapters or models: folders, hub ids, or builtin: names."),
+    ] = None,
+    named: Annotated[
+        list[str] | None,
+        typer.Option("--name", metavar="NAME=ADAPTER", help="One more, under a name of yours; may be repeated."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; others than this machine reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="DUALLORA_API_KEY", help="Clients must send this key."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    lenient: Lenient = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Try adapters, and their base model, over OpenAI's protocol and in a page; until Ctrl-C, which is exit code 0.
+
+    [dim]Examples:[/]
+      duallora serve runs/mine
+      duallora serve runs/mine --name other=runs/other/adapter --port 9000
+    """
+    from duallora.serve import server
+
+    models = server.names(sources or (), named or ())
+    for source in models.values():
+        _refuse_misspelt(source)
+    return server.serve(
+        models, host=host, port=port, api_key=api_key, dtype=dtype, strict=not lenient, console=console.results
+    )
+
+
 @data_app.command("preview")
 def data_preview(
     name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],

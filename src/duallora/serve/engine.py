@@ -1,0 +1,388 @@
+"""Models in memory, and one generation at a time.
+
+Adapters of one base and one method share one copy of it. A single worker thread answers the requests in the order they
+came, and sets the model to the one asked for before each: no request can see another's adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from duallora.errors import ConfigError, DataError, IntegrityError
+from duallora.tasks import Example, encode, encode_prompt
+from duallora.train import evaluate, untrusted
+from duallora.train.merge import adapter_kind
+from duallora.train.models import DType
+from duallora.train.progress import quiet_libraries
+
+UNLIMITED = 1 << 30  # tokens: no cut while encoding, no limit known
+LOOK_AFTER = 0.5  # seconds between looks whether the client is still there
+CUT_CHARACTER = "\ufffd"  # what a decoder writes for the first bytes of a character whose others are still to come
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model name that requests can ask for."""
+
+    id: str
+    model: Any
+    tokenizer: Any
+    adapter: str | None
+    """PEFT's name of it; None for a model without adapters, or with all of them off."""
+    method: str
+    """"DUALLORA", "LORA", ... or "model"."""
+    parent: str | None
+    """The id of the base model of an adapter."""
+    context: int
+    """Tokens that prompt and answer may have together."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate: greedy where ``temperature`` is 0; ``stop`` holds texts that end the answer and are left out."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+class Finished(NamedTuple):
+    """The last item of an answer: why it ended ("stop" or "length") and the tokens generated, the end mark included."""
+
+    reason: str
+    tokens: int
+
+
+class Closing(Exception):
+    """The server is stopping, so this answer was not finished."""
+
+
+def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = True) -> list[Served]:
+    """What a server with these models (id -> run, adapter or model folder, hub id, ``builtin:``) offers, bases included.
+
+    Adapters of the same method on the same base share it. A base is offered under its own name (its folder's, where it
+    is a folder), unless its adapters train biases: those stay when the adapter is switched off.
+
+    Raises:
+        ConfigError: two models of one id, or one that does not generate text.
+        IntegrityError: a file is damaged, or an adapter belongs to another base.
+    """
+    served: list[Served] = []
+    shared: dict[tuple[Any, ...], Any] = {}
+    bases: dict[str, Served] = {}
+    parents: dict[str, str] = {}  # id of a base -> where it comes from
+    for name, source in sources.items():
+        folder = evaluate.find(source)
+        if folder is None or not (folder / "adapter_config.json").is_file():
+            kind = evaluate.read_sidecar(folder).get("kind", "generate") if folder else "generate"
+            _refuse_kind(source, kind)
+            model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype)
+            served.append(Served(name, model, tokenizer, None, "model", None, context_length(model, tokenizer)))
+            continue
+        config, recorded = untrusted.read(folder), evaluate.read_sidecar(folder).get("base", {})
+        _refuse_kind(source, adapter_kind(source))
+        base = str(config.get("base_model_name_or_path") or recorded.get("name"))
+        fingerprint = recorded.get("fingerprint") if strict else None
+        key = (base, config.get("revision"), recorded.get("dtype"), config.get("peft_type"), fingerprint)
+        if key in shared:
+            model, tokenizer = shared[key]
+            adapter = _attach(model, folder)
+            tokenizer = _own_tokenizer(folder) or tokenizer
+        else:
+            model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype, strict=strict)
+            shared[key], adapter = (model, tokenizer), "default"
+        context = context_length(model, tokenizer)
+        parent = Path(base).name if Path(base).is_dir() else base
+        if parents.setdefault(parent, base) != base:  # another folder of that name
+            parent = base
+        served.append(Served(name, model, tokenizer, adapter, str(config.get("peft_type")), parent, context))
+        if config.get("bias", "none") == "none":
+            bases.setdefault(parent, Served(parent, model, tokenizer, None, "model", None, context))
+    for base_served in bases.values():
+        if all(base_served.id != entry.id for entry in served):
+            served.append(base_served)
+    return served
+
+
+def _refuse_kind(source: str, kind: str) -> None:
+    if kind != "generate":
+        raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use `duallora eval {source}`")
+
+
+def _attach(model: PeftModel, folder: Path) -> str:
+    """Puts one more adapter onto a loaded base and returns PEFT's name of it; refuses damaged and foreign weights."""
+    weights, where = folder / evaluate.WEIGHTS, folder / "adapter_config.json"
+    settings = untrusted.read(folder)
+    untrusted.check(settings, evaluate.check_files(folder, evaluate.read_sidecar(folder)), where)
+    untrusted.check_patterns(settings, [module for module, _ in model.get_base_model().named_modules()], where)
+    name = f"adapter_{len(model.peft_config)}"  # an id may hold dots, a module's name may not
+    try:
+        with quiet_libraries():
+            result = model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).splitlines())[:300]
+        raise IntegrityError(f"{weights} does not fit the base model it names: {reason}") from error
+    wrong = [*result.missing_keys, *result.unexpected_keys]
+    if wrong:
+        raise IntegrityError(
+            f"{weights} does not hold the tensors of its configuration: {len(wrong)} missing or unexpected "
+            f"(first: {wrong[0]}); it belongs to another base model or configuration, or was cut"
+        )
+    model.eval()
+    return name
+
+
+def _own_tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """Tokens the model was made for, from its config, else its tokenizer's."""
+    config = model.config.get_text_config()
+    for value in (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length):
+        if isinstance(value, int) and 0 < value < UNLIMITED:
+            return value
+    return UNLIMITED
+
+
+def prompt_ids(entry: Served, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a prompt, or of a chat up to where the assistant answers, exactly as in training.
+
+    Raises DataError where the chat template refuses the chat, ConfigError where the tokenizer has none.
+    """
+    if isinstance(prompt, str):
+        ids = encode_prompt(Example(prompt=prompt), entry.tokenizer, max_length=UNLIMITED)
+        start = entry.tokenizer.bos_token_id
+        return ids or [entry.tokenizer.eos_token_id if start is None else start]  # generation begins after something
+    if not entry.tokenizer.chat_template:
+        raise ConfigError(f"{entry.id} has no chat template, so it cannot chat; send the prompt to /v1/completions")
+    asked = (*prompt, {"role": "assistant", "content": ""})
+    return encode_prompt(Example(messages=asked, where="messages"), entry.tokenizer, max_length=UNLIMITED)
+
+
+def end_tokens(entry: Served, chat: bool) -> list[int]:
+    """The tokens that end an answer: the model's and the tokenizer's, in a chat also what closes a turn."""
+    own = entry.model.generation_config.eos_token_id
+    ends = {entry.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if chat:
+        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        try:
+            last = encode(Example(messages=turns), entry.tokenizer, max_length=UNLIMITED).labels[-1]
+        except DataError:  # a template that cannot be trained with may still be talked to
+            return sorted(ends)
+        ends |= {last} & set(entry.tokenizer.all_special_ids)
+    return sorted(ends)
+
+
+class Engine:
+    """Answers requests for the models of ``served``, one at a time, in the order they came."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self.served = {entry.id: entry for entry in served}
+        self.waiting = 0
+        self.answered = 0
+        self.generated = 0
+        self.closing = threading.Event()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._present: Served | None = None
+        self._folded = ExitStack()
+
+    async def answer(
+        self,
+        entry: Served,
+        ids: Sequence[int],
+        ends: Sequence[int],
+        sampling: Sampling,
+        gone: Callable[[], Awaitable[bool]],
+    ) -> AsyncIterator[str | Finished]:
+        """The pieces of the answer to ``ids`` as they come, then one `Finished`; ends at once where ``gone()`` is true.
+
+        Leaving the iteration stops the generation after its present token. Raises what the generation raised, and
+        `Closing` where the server stops.
+        """
+        text = _Answer(entry.tokenizer, ends, sampling.stop)
+        self.waiting += 1
+        job = self._worker.submit(self._generate, entry, ids, ends, sampling, text)
+        looked = asyncio.get_running_loop().time()
+        try:
+            while True:
+                try:
+                    item = await asyncio.wait_for(text.items.get(), LOOK_AFTER)
+                except asyncio.TimeoutError:
+                    item = ""
+                if isinstance(item, BaseException):
+                    raise item
+                if item:
+                    yield item
+                if isinstance(item, Finished):
+                    self.answered += 1
+                    return
+                now = asyncio.get_running_loop().time()
+                if now - looked >= LOOK_AFTER:
+                    looked = now
+                    if await gone():
+                        return
+        finally:
+            text.unwanted = True
+            job.cancel()
+            self.waiting -= 1
+
+    def close(self) -> None:
+        """Ends the generation under way at its next token and those that wait before they begin."""
+        self.closing.set()
+        self._worker.shutdown(wait=True)
+
+    def _generate(
+        self, entry: Served, ids: Sequence[int], ends: Sequence[int], sampling: Sampling, text: _Answer
+    ) -> None:
+        try:
+            self._become(entry)
+            torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+            settings = {**evaluate.NEUTRAL_GENERATION, "max_new_tokens": sampling.max_tokens}
+            if sampling.temperature > 0:
+                # top_k: transformers' own default would leave 50 tokens to choose from.
+                settings |= {
+                    "do_sample": True,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "top_k": 0,
+                }
+            row = torch.tensor([ids], device=entry.model.device)  # [1, prompt]
+            pad = entry.tokenizer.pad_token_id
+            with torch.no_grad():
+                entry.model.generate(
+                    input_ids=row,
+                    attention_mask=torch.ones_like(row),
+                    use_cache=True,
+                    pad_token_id=ends[0] if pad is None else pad,
+                    eos_token_id=list(ends),
+                    streamer=text,
+                    stopping_criteria=StoppingCriteriaList([_Enough(text, self.closing)]),
+                    **settings,
+                )
+            self.generated += len(text.tokens)
+            text.send(Closing() if self.closing.is_set() else text.finished())
+        except BaseException as error:
+            text.send(error)
+
+    def _become(self, entry: Served) -> None:
+        """Makes the model that of ``entry`` alone.
+
+        A Dual LoRA adapter that folds bit for bit stays folded in until another is asked for: W' is not built anew in
+        each step.
+        """
+        if entry is self._present:
+            return
+        self._present = None
+        self._folded.close()
+        with ExitStack() as stack:
+            if isinstance(entry.model, PeftModel):
+                if entry.adapter is None:
+                    stack.enter_context(entry.model.disable_adapter())
+                else:
+                    entry.model.set_adapter(entry.adapter)
+                    stack.callback(_unfold, entry.model)  # also where folding stops half-way
+                    stack.enter_context(evaluate.folded(entry.model))
+            self._folded = stack.pop_all()
+        self._present = entry
+
+
+def _unfold(model: PeftModel) -> None:
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        model.unmerge_adapter()
+
+
+class _Answer(BaseStreamer):
+    """Turns tokens into text as they come, and holds text back that may be the beginning of a stop text.
+
+    transformers' own text streamers wait for the end of a word and drop a space that follows a line break with
+    SentencePiece tokenizers: the pieces would not add up to the decoded answer.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Sequence[int], stop: Sequence[str]) -> None:
+        self.items: asyncio.Queue[str | Finished | BaseException] = asyncio.Queue()
+        self.tokens: list[int] = []
+        self.stopped = self.unwanted = False
+        self._loop = asyncio.get_running_loop()
+        self._tokenizer, self._ends, self._stop = tokenizer, frozenset(ends), tuple(stop)
+        self._prompt_to_come = True
+        self._context = self._read = 0  # tokens before _read are text already; those from _context decide its spaces
+        self._held = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then each new token: [1, prompt] or [1]."""
+        if self._prompt_to_come:
+            self._prompt_to_come = False
+            return
+        self.tokens += value.flatten().tolist()
+        before, whole = self._texts()
+        if len(whole) > len(before) and not whole.endswith(CUT_CHARACTER):
+            self._context, self._read = self._read, len(self.tokens)
+            self._take(whole[len(before) :])
+
+    def end(self) -> None:
+        """No further token comes."""
+        before, whole = self._texts()
+        self._take(whole[len(before) :])
+        if not self.stopped:
+            self.send(self._held)
+
+    def finished(self) -> Finished:
+        """Why the answer ended, once it has."""
+        ended = self.stopped or bool(self.tokens and self.tokens[-1] in self._ends)
+        return Finished("stop" if ended else "length", len(self.tokens))
+
+    def send(self, item: str | Finished | BaseException) -> None:
+        """Hands an item to the event loop, from the thread that generates."""
+        self._loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+    def _texts(self) -> tuple[str, str]:
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before = self._tokenizer.decode(self.tokens[self._context : self._read], **options)
+        return before, self._tokenizer.decode(self.tokens[self._context :], **options)
+
+    def _take(self, text: str) -> None:
+        if self.stopped:
+            return
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self.send(self._held[: min(found)])
+            return
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        kept = next(
+            size
+            for size in range(min(longest, len(self._held)), -1, -1)
+            if size == 0 or any(stop.startswith(self._held[-size:]) for stop in self._stop)
+        )
+        self.send(self._held[: len(self._held) - kept])
+        self._held = self._held[len(self._held) - kept :]
+
+
+class _Enough(StoppingCriteria):
+    """Stops where the answer holds a stop text, nobody wants it any more, or the server closes."""
+
+    def __init__(self, text: _Answer, closing: threading.Event) -> None:
+        self.text, self.closing = text, closing
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        enough = self.text.stopped or self.text.unwanted or self.closing.is_set()
+        return torch.full((input_ids.shape[0],), enough, dtype=torch.bool, device=input_ids.device)
