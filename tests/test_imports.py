@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "tasks": {"tasks", "errors"},
     "train": {"train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
     "bench": {"bench", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
-    "cli": {"serve", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
+    "cli": {"serve", "export", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
 }
 
 
@@ -40,7 +41,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             is_root = node.module == "duallora"
             found |= {f"duallora.{alias.name}" for alias in node.names} if is_root else {node.module}
-    known = {"errors", "console", "core", "ops", "nn", "tuner", "tasks", "train", "bench", "serve", "cli"}
+    known = {"errors", "console", "core", "ops", "nn", "tuner", "tasks", "train", "bench", "export", "serve", "cli"}
     return {part(m) if part(m) in known else "__root__" for m in found if m == "duallora" or m.startswith("duallora.")}
 
 

@@ -261,8 +261,7 @@ def evaluate(
 
     started = time.time()
     chosen, recipe, own = _task(task, data, data_dir, source)
-    if split is None:
-        split = next(name for name in ("test", "validation", *chosen.splits) if name in chosen.splits)
+    split = split or _held_out(chosen)
     if own and data is not None:
         console.results.print(
             f"{escape(data)} is what {escape(source)} was trained on: scored on the run's own {split} rows",
@@ -271,11 +270,7 @@ def evaluate(
     batch_size = batch_size or (recipe.eval.batch_size if recipe else 16)
     max_length = max_length or (recipe.data.max_length if recipe else 512)
     limit = limit or (recipe.data.eval_limit if recipe and own else None)
-    generation = {
-        "max_new_tokens": max_new_tokens or (recipe.eval.max_new_tokens if recipe else None),
-        "num_beams": num_beams or (recipe.eval.num_beams if recipe else None),
-    }
-    generation = {name: value for name, value in generation.items() if value is not None}
+    generation = _generation(recipe, max_new_tokens, num_beams)
     examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
     model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
     chosen = _with_labels_of(model, chosen, split, examples)
@@ -371,6 +366,108 @@ def serve(
     return server.serve(
         models, host=host, port=port, api_key=api_key, dtype=dtype, strict=not lenient, console=console.results
     )
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the LoRA.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, metavar="N", help="Rank of every layer of the LoRA.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            "--energy",
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Smallest rank that keeps this share of |dW|² in every layer.",
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the factors; auto as trained.")] = "auto",
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Score adapter, LoRA and base on the run's own held-out rows.")
+    ] = False,
+    task: TaskName = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of --task, --data or --eval.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
+    num_beams: Annotated[
+        int | None, typer.Option("--num-beams", min=1, metavar="N", help="Beams; the task's own if not given.")
+    ] = None,
+    result: Annotated[
+        Path | None, typer.Option("--result", metavar="FILE", help="Write the conversion's figures as JSON.")
+    ] = None,
+    lenient: Lenient = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Turn an adapter into a plain LoRA of one rank, for PEFT, vLLM, SGLang and llama.cpp; says what each layer keeps.
+
+    [dim]Examples:[/]
+      duallora convert runs/mine -o runs/mine/lora-r64 --rank 64
+      duallora convert runs/mine -o lora --energy 0.99 --eval
+    """
+    import time
+
+    from duallora.errors import ConfigError
+
+    _refuse_misspelt(adapter)
+    if (rank is None) == (energy is None):
+        raise ConfigError("give either --rank N, or --energy SHARE to have the rank chosen")
+    if result is not None:
+        _refuse_unwritable(result)
+    from duallora.export import convert as conversion
+    from duallora.train import record
+
+    started = time.time()
+    scores = None
+    scored: dict[str, Any] = {}
+    if evaluate or task is not None or data is not None:
+        scores, scored = _scores(adapter, task, data, data_dir, split, limit, num_beams)
+    payload = conversion.convert(
+        adapter,
+        output,
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        strict=not lenient,
+        scores=scores,
+        console=console.results,
+    )
+    if result is not None:
+        settings = {"adapter": adapter, "rank": rank, "energy": energy, "dtype": dtype, **scored}
+        figures = {key: value for key, value in payload.items() if key != "output"}
+        record.write_json(result, record.result("convert", settings, figures, seeds=(), started=started))
+    return payload
+
+
+@app.command()
+def check(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run, adapter or LoRA folder, or hub id.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Base model, where the adapter's own name fails.")
+    ] = None,
+    target: Annotated[
+        Literal["vllm", "sglang", "llamacpp"] | None,
+        typer.Option("--target", help="Fail unless this engine takes the adapter."),
+    ] = None,
+    files_only: Annotated[bool, typer.Option("--files-only", help="Look at the files alone; load no model.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Is an adapter whole, finite, for this base; what does it change, and which serving engine takes it?
+
+    [dim]Examples:[/]
+      duallora check runs/mine
+      duallora check runs/mine/lora-r64 --target vllm
+    """
+    _refuse_misspelt(adapter)
+    from duallora.export.check import check as run_check
+
+    return run_check(adapter, base=base, target=target, files_only=files_only, console=console.results)
 
 
 @data_app.command("preview")
@@ -749,11 +846,58 @@ def _refuse_unwritable(file: Path) -> None:
         ) from error
 
 
+def _scores(
+    source: str,
+    task: str | None,
+    data: str | None,
+    data_dir: Path | None,
+    split: str | None,
+    limit: int | None,
+    num_beams: int | None,
+) -> tuple[Any, dict[str, Any]]:
+    """(a function of model and tokenizer that gives the task's figures, what it scores on)."""
+    from duallora.train import evaluate as evaluation
+
+    chosen, recipe, own = _task(task, data, data_dir, source)
+    split = split or _held_out(chosen)
+    limit = limit or (recipe.data.eval_limit if recipe and own else None)
+    examples = evaluation.select(chosen, split, limit)
+    generation = _generation(recipe, None, num_beams)
+
+    def scores(model: Any, tokenizer: Any) -> dict[str, float]:
+        return evaluation.evaluate(
+            model,
+            tokenizer,
+            _with_labels_of(model, chosen, split, examples),
+            split=split,
+            batch_size=recipe.eval.batch_size if recipe else 16,
+            generation=generation,
+            max_length=recipe.data.max_length if recipe else 512,
+            console=console.results,
+        ).metrics
+
+    return scores, {"task": chosen.name, "split": split, "rows": len(examples), "generation": generation}
+
+
 def _named(name: str, data_dir: Path | None) -> Task:
     """The task of that name, else the data at that path or hub id."""
     from duallora.tasks import TASKS, load_data, load_task
 
     return load_task(name, data_dir=data_dir) if name in TASKS else load_data(name)
+
+
+def _held_out(task: Task) -> str:
+    """The split to score on where none is named."""
+    return next(name for name in ("test", "validation", *task.splits) if name in task.splits)
+
+
+def _generation(recipe: Recipe | None, max_new_tokens: int | None, num_beams: int | None) -> dict[str, int]:
+    """What overrides the task's own settings for generating: the options, else the run's recipe."""
+    chosen = {
+        "max_new_tokens": max_new_tokens or (recipe.eval.max_new_tokens if recipe else None),
+        "num_beams": num_beams or (recipe.eval.num_beams if recipe else None),
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 ALL_ROWS = "all rows"  # the split of data that came without splits and that nothing here was trained on

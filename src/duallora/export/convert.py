@@ -304,7 +304,7 @@ def _carried(model: PeftModel) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if "duallora_" not in name}
 
 
-def _check_size(layers: Mapping[str, DualLoraLayer], rank: int, output: Path) -> None:
+def _check_size(layers: Mapping[str, Any], rank: int, output: Path) -> None:
     """Says that the factors do not fit before they are computed."""
     rows = [layer.duallora_A["default"].shape[1] + layer.duallora_B["default"].shape[0] for layer in layers.values()]
     need = 4 * rank * sum(rows)
@@ -362,8 +362,10 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
     (folder / "README.md").unlink(missing_ok=True)
     record.follow_umask(folder)
     sidecar = evaluate.read_sidecar(source)
-    kept = {key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar}
-    facts = {
+    kept: dict[str, Any] = {
+        key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar
+    }
+    facts: dict[str, Any] = {
         "method": "LORA",
         "kind": kind,
         **kept,

@@ -1,0 +1,386 @@
+"""Is this adapter whole, does it fit its base model, does it do anything, and which serving engine takes it?
+
+Files and configuration are judged before any model is loaded, so that a hostile adapter costs nothing; every finding is
+collected, and the exit code is that of the first failure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Console
+from rich.markup import escape
+from safetensors import safe_open
+from torch import Tensor
+
+from duallora.core.gate import closed_gate_message
+from duallora.errors import ConfigError, DualLoraError, IntegrityError, NonFiniteError
+from duallora.train import evaluate, merge, untrusted
+from duallora.train.progress import quiet_libraries, shown
+
+Target = Literal["vllm", "sglang", "llamacpp"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# vllm/config/lora.py, MaxLoRARanks; the default is 16.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
+# Initialisations that leave the base weights as they are (vllm/lora/peft_helper.py).
+VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_COLOURS = {"ok": "green", "note": "yellow", "failed": "red"}
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at; ``exit_code`` is 0 unless it ``failed``."""
+
+    name: str
+    status: str  # ok, note or failed
+    message: str
+    exit_code: int = 0
+
+
+class Verdict(NamedTuple):
+    """Whether an engine takes the files; ``reasons`` against it, and the ``flags`` to start it with."""
+
+    reasons: list[str]
+    flags: str
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+def check(
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    target: Target | None = None,
+    files_only: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Examines ``adapter`` and returns ``{"ok", "exit_code", "findings", "targets", "effect", ...}``; raises no verdict.
+
+    ``base`` stands in for the base model's name, ``files_only`` loads no model, and ``target`` makes it a failure if
+    that engine does not take the adapter.
+
+    Raises ConfigError only where ``adapter`` is no adapter at all.
+    """
+    console = console or Console()
+    folder = evaluate.find(adapter)
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to check")
+    report = _Report(console)
+    with quiet_libraries():
+        config, shapes = _files(report, folder)
+        if shapes and config:
+            for name, judge in TARGETS.items():
+                verdict = judge(config, shapes)
+                report.targets[name] = verdict
+                refused = name == target and not verdict.accepted
+                status = "failed" if refused else "ok" if verdict.accepted else "note"
+                message = verdict.flags if verdict.accepted else "not accepted: " + "; ".join(verdict.reasons)
+                report.add(name, status, escape(message), 2 if refused else 0)
+            if not report.broken and not files_only:
+                _model(report, adapter, base, config)
+    first = next((finding.exit_code for finding in report.findings if finding.exit_code), 0)
+    outcome = "[green]the adapter is sound[/]" if not first else "[red]the adapter is not to be used as it is[/]"
+    console.print(f"{shown(folder)}: {outcome}", soft_wrap=True)
+    return {
+        "ok": not first,
+        "exit_code": first,
+        "adapter": str(adapter),
+        "method": str((config or {}).get("peft_type")),
+        "base": base or (config or {}).get("base_model_name_or_path"),
+        "findings": [finding._asdict() for finding in report.findings],
+        "targets": {
+            name: {"accepted": verdict.accepted, **verdict._asdict()} for name, verdict in report.targets.items()
+        },
+        "effect": report.effect,
+    }
+
+
+class _Report:
+    """Collects the findings and shows each as it comes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.findings: list[Finding] = []
+        self.targets: dict[str, Verdict] = {}
+        self.effect: dict[str, float] | None = None
+
+    @property
+    def broken(self) -> bool:
+        """Whether something failed that makes loading the adapter pointless; a target's refusal does not."""
+        return any(finding.exit_code and finding.name not in TARGETS for finding in self.findings)
+
+    def add(self, name: str, status: str, message: str, exit_code: int = 0) -> None:
+        finding = Finding(name, status, message, exit_code)
+        self.findings.append(finding)
+        self.console.print(f"{name:<9}[{_COLOURS[status]}]{status:<6}[/] {message}", soft_wrap=True)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str], None]]:
+        """What is said inside is an ``ok``, an error of this package a failure with its exit code."""
+        try:
+            yield lambda message: self.add(name, "ok", message)
+        except DualLoraError as error:
+            self.add(name, "failed", escape(str(error)), error.exit_code)
+
+
+def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]] | None]:
+    """What can be told from the files alone: hashes, settings, values, the gate."""
+    config = shapes = None
+    with report.step("files") as say:
+        sidecar = evaluate.read_sidecar(folder)
+        shapes = evaluate.check_files(folder, sidecar)
+        known = len(sidecar.get("files", ()))
+        say(f"{known} files with the recorded hashes" if known else f"no {evaluate.SIDECAR}, so no recorded hashes")
+    if shapes is None:
+        return None, None
+    with report.step("config") as say:
+        where = folder / "adapter_config.json"
+        config = untrusted.read(folder)
+        untrusted.check(config, shapes, where)
+        untrusted.check_patterns(config, {_module(name) for name in shapes}, where)
+        settings = evaluate.read_config(folder)
+        say(escape(f"{config.get('peft_type')} on {settings.base_model_name_or_path}, {len(shapes)} tensors"))
+    if report.broken:
+        return None, None
+    with report.step("values") as say:
+        dtypes, gates = _values(folder / evaluate.WEIGHTS)
+        say(f"finite, {', '.join(sorted(dtypes))}")
+        if gates and config is not None:
+            warmup = config.get("warmup_steps", 0) if config.get("warmup") == "ramp" else 0
+            closed = closed_gate_message(min(gates), warmup)
+            report.add("gate", "note" if closed else "ok", closed or f"open (step {min(gates)} of {warmup})")
+    return config, shapes
+
+
+def _values(weights: Path) -> tuple[set[str], set[int]]:
+    """The dtypes of the stored tensors and the counters of the gate; one tensor is in memory at a time."""
+    dtypes: set[str] = set()
+    gates: set[int] = set()
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no iterator)
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point():
+                dtypes.add(str(tensor.dtype).removeprefix("torch."))
+                if not bool(torch.isfinite(tensor).all()):
+                    raise NonFiniteError(
+                        f"{weights}: {name} holds NaN or infinite values; train again with a lower rate"
+                    )
+            elif name.endswith("duallora_step"):
+                gates.add(int(tensor))
+    return dtypes, gates
+
+
+def _model(report: _Report, adapter: str | Path, base: str | None, config: Mapping[str, Any]) -> None:
+    """What needs the base model: whether the adapter fits it, and what it changes."""
+    model: Any = None
+    with report.step("base") as say:
+        kind = merge.adapter_kind(adapter)
+        model, tokenizer = evaluate.load_adapter(adapter, kind, base=base)
+        recorded = evaluate.read_sidecar(evaluate.find(adapter) or Path()).get("base", {}).get("fingerprint")
+        weights = (
+            f"the weights it was trained on ({recorded[:16]}...)" if recorded else "no recorded weights to compare"
+        )
+        say(f"every tensor fits; {weights}")
+    if model is None:
+        return
+    alive = True
+    with report.step("layers") as say:
+        dead, total = _dead_layers(model)
+        if total and len(dead) == total:
+            alive = bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
+            if not alive:
+                raise IntegrityError(f"the adapter has no effect: dW = 0 in all {total} layers")
+        if dead:
+            report.add("layers", "note", escape(f"dW = 0 in {len(dead)} of {total} layers (first: {dead[0]})"))
+        else:
+            say(f"dW is not zero in any of the {total} layers" if total else "no dW to look at")
+    if not alive:
+        return
+    with report.step("effect") as say:
+        after = merge.probe(model, tokenizer)
+        with model.disable_adapter():
+            before = merge.probe(model, tokenizer)
+        report.effect = effect = compare(before, after)
+        if effect["max"] == 0:
+            raise IntegrityError("the adapter has no effect: the logits on the probe prompts are the base model's")
+        say(
+            f"logits change by {effect['mean']:.3g} on average, {effect['max']:.3g} at most; KL from the base model "
+            f"{effect['kl']:.3g} nats per position; another first choice at {effect['changed']:.0%} of them"
+        )
+
+
+def _dead_layers(model: PeftModel) -> tuple[list[str], int]:
+    """Names of the layers whose dW is zero everywhere, and how many were looked at."""
+    dead, total = [], 0
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
+            total += 1
+            with torch.no_grad():
+                if not bool(module.get_delta_weight("default").any()):
+                    dead.append(name)
+    return dead, total
+
+
+def compare(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
+    """How far the logits ``after`` are from ``before``, both [positions, vocabulary] or [classes] per text.
+
+    ``mean`` and ``max`` of |difference|; ``kl``, the mean over positions of KL(after || before) in nats; ``changed``, the
+    share of positions whose likeliest token is another.
+    """
+    old = torch.cat([torch.atleast_2d(logits) for logits in before]).double()
+    new = torch.cat([torch.atleast_2d(logits) for logits in after]).double()
+    difference = (new - old).abs()
+    p, q = new.log_softmax(-1), old.log_softmax(-1)
+    return {
+        "mean": float(difference.mean()),
+        "max": float(difference.max()),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0)),
+        "changed": float((new.argmax(-1) != old.argmax(-1)).double().mean()),
+    }
+
+
+# -- serving engines ---------------------------------------------------------------------------------------------------
+# What follows is each engine's own source, read; none of them runs in the tests.
+
+
+def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
+    """vLLM 0.33: vllm/lora/peft_helper.py, lora_model.py, config/lora.py."""
+    if refusal := _not_a_lora(config):
+        return Verdict([refusal], "")
+    reasons = _missing(config, ("r", "lora_alpha", "target_modules"))
+    for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"):
+        if config.get(key):
+            reasons.append(f"{key}={config[key]!r} is refused")
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias={config['bias']!r}: trained biases are refused")
+    others = [name for name in config.get("modules_to_save") or () if name not in ("classifier", "score")]
+    if others:
+        reasons.append(f"modules_to_save={others}: only classifier and score are taken")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in VLLM_INITS:
+        reasons.append(f"init_lora_weights={init!r} changes the base weights, so it is refused")
+    rank = max((_ranks(config)), default=0)
+    if rank > VLLM_RANKS[-1]:
+        reasons.append(f"rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
+    reasons += _convolutions(shapes)
+    if reasons:
+        return Verdict(reasons, "")
+    flag = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
+    size = f" --max-lora-rank {flag}" if flag > VLLM_DEFAULT_RANK else ""
+    return Verdict([], f"vllm serve BASE --enable-lora{size} --lora-modules NAME=FOLDER")
+
+
+def sglang(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
+    """SGLang main, August 2026: python/sglang/srt/lora/lora_config.py, lora.py."""
+    if refusal := _not_a_lora(config):
+        return Verdict([refusal], "")
+    reasons = _missing(config, ("r", "lora_alpha", "target_modules"))
+    if config.get("use_dora"):
+        reasons.append("use_dora=True: DoRA's lengths are not applied")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        reasons.append("trained biases are not applied")
+    if config.get("use_rslora"):
+        reasons.append("use_rslora=True: the scale is taken as lora_alpha / r")
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets not in ("all-linear", "all"):
+        reasons.append(f"target_modules is the pattern {targets[:40]!r}; a list of names is expected")
+    if config.get("modules_to_save"):
+        reasons.append(f"modules_to_save={list(config['modules_to_save'])}: modules trained in full are not applied")
+    modules = {_module(name) for name in shapes}
+    # q, k and v are stacked into one matrix, gate and up into another: a k may be missing, and an up.
+    for needs, needed in (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
+        alone = [m for m in modules if m.endswith(needs) and m.removesuffix(needs) + needed not in modules]
+        if alone:
+            reasons.append(f"{needs} is adapted without {needed} in {len(alone)} layers, and they are stacked")
+    reasons += _convolutions(shapes)
+    if reasons:
+        return Verdict(reasons, "")
+    return Verdict([], "python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME=FOLDER")
+
+
+def llamacpp(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
+    """llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.h (scale = lora_alpha / rank of the tensor)."""
+    if refusal := _not_a_lora(config):
+        return Verdict([refusal], "")
+    reasons = _missing(config, ("lora_alpha",))
+    if any("lora_embedding" in name for name in shapes):
+        reasons.append("embeddings are adapted, and PEFT's layout of them is not the one its converter expects")
+    strange = [
+        name
+        for name in shapes
+        if not re.search(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_layernorm|\.norm", name)
+    ]
+    if strange:
+        reasons.append(f"{len(strange)} tensors are no lora_A or lora_B (first: {strange[0]}), so the converter exits")
+    reasons += _convolutions(shapes)
+    if not reasons:
+        ranks = {_module(name): shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight")}
+        reasons += [wrong for module, rank in ranks.items() if (wrong := _other_scale(config, module, rank))][:1]
+    if reasons:
+        return Verdict(reasons, "")
+    return Verdict(
+        [], "python convert_lora_to_gguf.py --base BASE_FOLDER FOLDER; llama-server -m BASE.gguf --lora FOLDER.gguf"
+    )
+
+
+TARGETS: dict[str, Callable[[Mapping[str, Any], Shapes], Verdict]] = {
+    "vllm": vllm,
+    "sglang": sglang,
+    "llamacpp": llamacpp,
+}
+
+
+def _not_a_lora(config: Mapping[str, Any]) -> str | None:
+    if config.get("peft_type") == "LORA":
+        return None
+    return (
+        f"{config.get('peft_type')} is not served natively, only plain LoRA is: duallora convert ADAPTER -o FOLDER --rank 64, "
+        "or duallora merge ADAPTER -o FOLDER"
+    )
+
+
+def _missing(config: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
+    missing = [key for key in keys if config.get(key) is None]
+    return [f"adapter_config.json lacks {', '.join(missing)}"] if missing else []
+
+
+def _ranks(config: Mapping[str, Any]) -> list[int]:
+    """Every rank the configuration names."""
+    return [rank for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()) if isinstance(rank, int)]
+
+
+def _convolutions(shapes: Shapes) -> list[str]:
+    found = [_module(name) for name, shape in shapes.items() if "lora_" in name and len(shape) > 2]
+    return [f"convolutions are adapted ({found[0]})"] if found else []
+
+
+def _other_scale(config: Mapping[str, Any], module: str, rank: int) -> str | None:
+    """Why llama.cpp's lora_alpha / rank is not the scale PEFT trained this module with."""
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    told = _of_pattern(config.get("rank_pattern"), module, config.get("r", rank))
+    meant = alpha / (told**0.5 if config.get("use_rslora") else told)
+    taken = config["lora_alpha"] / rank
+    if abs(meant - taken) <= 1e-6 * abs(meant):
+        return None
+    return f"{module} was trained with the scale {meant:.4g}, and lora_alpha / rank is {taken:.4g}"
+
+
+def _of_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the end of the module's name, at a dot."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _module(tensor: str) -> str:
+    """``base_model.model.model.layers.0.q_proj.lora_A.weight`` -> ``model.layers.0.q_proj``."""
+    name = tensor.removeprefix("base_model.model.")
+    return re.sub(r"\.(lora_|duallora_)\w+(\.weight|\.bias)?$", "", name)
