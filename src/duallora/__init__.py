@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from duallora.tuner import DualLoraConfig, DualLoraModel, param_groups
     from duallora.tuner.fast_dora import fast_dora
     from duallora.tuner.gradient_start import init_from_gradient
+    from duallora.tuner.quantized import dequantize
 
 _HOME = {
     "DualLoraConfig": "duallora.tuner",
     "DualLoraLinear": "duallora.nn",
     "DualLoraModel": "duallora.tuner",
     "advance_gate": "duallora.core.gate",
+    "dequantize": "duallora.tuner.quantized",
     "dual_delta": "duallora.core.equation",
     "dual_linear": "duallora.ops",
     "fast_dora": "duallora.tuner.fast_dora",
@@ -43,6 +45,7 @@ __all__ = [
     "DualLoraLinear",
     "DualLoraModel",
     "advance_gate",
+    "dequantize",
     "dual_delta",
     "dual_linear",
     "fast_dora",

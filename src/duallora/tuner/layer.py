@@ -22,11 +22,12 @@ from duallora.core.equation import Update, add_update, dual_scaling
 from duallora.core.gate import Gate, closed_gate_message, ramp, track
 from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError
-from duallora.ops import build_weight, check_backend, dual_linear, reference
+from duallora.ops import check_backend, dual_linear, dual_weight
 from duallora.ops.backends import pick
 from duallora.ops.cache import EvalCache, Watch
 from duallora.ops.reference import apply_weight
 from duallora.ops.tokens import FRACTIONS
+from duallora.tuner import quantized
 from duallora.tuner.budget import account
 from duallora.tuner.config import DualLoraConfig
 
@@ -87,7 +88,8 @@ class DualLoraLayer(BaseTunerLayer):
         self.token_probes: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self._base_weight_before_merge: Tensor | None = None
+        self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantised base
+        self.requantise: quantized.Requantise | None = None
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         base = self.get_base_layer()
         self.in_features: int
@@ -95,7 +97,7 @@ class DualLoraLayer(BaseTunerLayer):
         if isinstance(base, Conv1D):
             self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
         else:
-            self.in_features, self.out_features = base.in_features, base.out_features
+            self.in_features, self.out_features = quantized.features(base)
         self._eval_cache = EvalCache()
         self.register_load_state_dict_post_hook(_rebuild_after_load)
         track(self)
@@ -193,11 +195,13 @@ class DualLoraLayer(BaseTunerLayer):
         return norm
 
     def _base_weight(self) -> Tensor:
-        """W0, also while merged."""
-        if self._base_weight_before_merge is not None:
-            weight = self.get_base_layer().weight
-            return self._base_weight_before_merge.to(weight.device, weight.dtype)
-        return self.get_base_layer().weight
+        """W0, also while merged; of a quantised base dequantised, in float32."""
+        base, before = self.get_base_layer(), self._base_weight_before_merge
+        if isinstance(before, dict):
+            return quantized.read_held(base, before)
+        if before is not None:
+            return before.to(base.weight.device, base.weight.dtype)
+        return base.weight if quantized.storage(base) is None else quantized.read(base)
 
     def _matrix(self, W: Tensor) -> Tensor:
         """The base weight as the matrix [out, in] ([in, out] with ``fan_in_fan_out``) that dW is added to."""
@@ -315,37 +319,45 @@ class DualLoraLayer(BaseTunerLayer):
             options["initial"] = [self.duallora_initial[adapter][name] for name in "ABCD"]
         return options
 
-    def _delta(self, adapter: str, W: Tensor) -> Tensor:
-        """What ``adapter`` adds to W, in its layout, differentiable; float32 at least."""
-        update = Update(*self._arguments(adapter), **self._options(adapter))
-        m = self.duallora_m.get(adapter)
-        dtype = torch.promote_types(update.A.dtype, torch.float32)
-        base = None if m is None else W
-        return reference.build_weight(
-            base, update, fan_in_fan_out=self.fan_in_fan_out, dtype=dtype, m=m, minus_base=True
-        )[0]  # fmt: skip
+    def _build(
+        self, adapter: str, W: Tensor | None, rows: Tensor | None, dtype: torch.dtype, minus_base: bool = False
+    ) -> Tensor:
+        """W' of one adapter (W' - W0 with ``minus_base``) in the layout of W, differentiable; W is W0[rows]."""
+        update, m = Update(*self._arguments(adapter), **self._options(adapter)), self.duallora_m.get(adapter)
+        backend = self.duallora_config[adapter].backend
+        if rows is not None:
+            update, m = update.rows(rows), None if m is None else m[rows]
+        return dual_weight(
+            W, update, m=m, fan_in_fan_out=self.fan_in_fan_out, minus_base=minus_base, dtype=dtype, backend=backend
+        )
+
+    def _delta(self, adapter: str, W: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """What ``adapter`` adds to W, in its layout, differentiable; float32 at least. W is W0, or W0[rows]."""
+        return self._build(
+            adapter, W, rows, torch.promote_types(self.duallora_A[adapter].dtype, torch.float32), minus_base=True
+        )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of ``adapter`` at its present gate (W' - W0 with DoRA), in the layout of the base weight; float32 at least."""
         with torch.no_grad():
+            if adapter not in self.duallora_m and quantized.storage(self.get_base_layer()) is not None:
+                return self._delta(adapter, None)  # the weight may be one that cannot be read
             W = self._base_weight()
             return self._delta(adapter, self._matrix(W)).view(W.shape)
 
     # -- merging -------------------------------------------------------------------------------------------------
 
-    def _merged_weight(self, W: Tensor, adapters: list[str]) -> Tensor:
-        """W0 + the sum of the adapters' updates: what the merged forward multiplies by and what merging writes."""
+    def _merged_weight(self, W: Tensor, adapters: list[str], rows: Tensor | None = None) -> Tensor:
+        """W0 + the sum of the adapters' updates: what the merged forward uses and what merging writes. W is W0[rows]."""
         if len(adapters) == 1:
-            (adapter,) = adapters
-            return build_weight(
-                W, *self._arguments(adapter), **self._options(adapter), m=self.duallora_m.get(adapter),
-                fan_in_fan_out=self.fan_in_fan_out, backend=self.duallora_config[adapter].backend,
-            )  # fmt: skip
-        return add_update(W, *(self._delta(adapter, W) for adapter in adapters))
+            return self._build(adapters[0], W, rows, W.dtype)
+        return add_update(W, *(self._delta(adapter, W, rows) for adapter in adapters))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W0 + dW into the base layer. W0 itself is kept (from another device, a copy on the CPU): unmerge is exact.
+
+        A quantised base rounds W0 + dW to its grid; a warning says how much of dW that costs.
 
         Args:
             safe_merge: refuse, leaving the base weight untouched, if anything is NaN or infinite.
@@ -353,6 +365,7 @@ class DualLoraLayer(BaseTunerLayer):
 
         Raises:
             ValueError: safe_merge found a value that is not finite.
+            ConfigError: the base weight is quantised in a way that only its own forward can read.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.duallora_A]
         if not names:
@@ -361,12 +374,8 @@ class DualLoraLayer(BaseTunerLayer):
             message = closed_gate_message(int(self.duallora_step[adapter]), self._warmup_steps(adapter))
             if message:
                 warnings.warn(f"Merging a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
-        weight = self.get_base_layer().weight
-        before = self._base_weight_before_merge
-        if before is None:
-            before = weight.data.cpu()
-        base = before.to(weight.device, weight.dtype)
-        merged = self._merged_weight(self._matrix(base), [*self.merged_adapters, *names]).view(base.shape)
+        W = self._base_weight()
+        merged = self._merged_weight(self._matrix(W), [*self.merged_adapters, *names]).view(W.shape)
         if safe_merge:
             for adapter in names:
                 # Sign hides an infinite D C, so the factors are checked as well as the result.
@@ -374,8 +383,15 @@ class DualLoraLayer(BaseTunerLayer):
                 if not all(torch.isfinite(t).all() for t in tensors):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         self._eval_cache.drop()
+        base, before = self.get_base_layer(), self._base_weight_before_merge
+        if quantized.storage(base) is not None:
+            before = before or quantized.hold(base)
+            loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantise)
+            quantized.report(self, loss)
+        else:
+            before = base.weight.data.cpu() if before is None else before
+            _put(base.weight, merged)
         self._base_weight_before_merge = before
-        _put(weight, merged)
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def unmerge(self) -> None:
@@ -383,9 +399,13 @@ class DualLoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._base_weight_before_merge is not None
+        before = self._base_weight_before_merge
+        assert before is not None
         self._eval_cache.drop()
-        _put(self.get_base_layer().weight, self._base_weight_before_merge)
+        if isinstance(before, dict):
+            quantized.put_back(self.get_base_layer(), before)
+        else:
+            _put(self.get_base_layer().weight, before)
         self._base_weight_before_merge = None
         self.merged_adapters = []
 
@@ -427,7 +447,7 @@ class DualLoraLayer(BaseTunerLayer):
         y = y.clone()
         for adapter in set(adapter_names).intersection(self.duallora_A):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            y[rows] += self._added(x[rows], adapter).to(y.dtype)
+            y[rows] += self._added(x[rows], adapter, y[rows]).to(y.dtype)
         return y
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -471,13 +491,37 @@ class Linear(DualLoraLayer, nn.Module):
             self.token_probes[adapter] = torch.zeros(len(FRACTIONS), device=device, requires_grad=True)
         return self.token_probes[adapter]
 
-    def _added(self, x: Tensor, adapter: str) -> Tensor:
-        """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x."""
-        x = self.duallora_dropout[adapter](x)
-        W = self._base_weight() if self.duallora_config[adapter].use_dora else None
+    def _added(self, x: Tensor, adapter: str, y0: Tensor) -> Tensor:
+        """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x)."""
+        dropout = self.duallora_dropout[adapter]
+        x = dropout(x)
+        use_dora = self.duallora_config[adapter].use_dora
+        if use_dora and not self.merged and quantized.storage(self.base_layer) is not None:
+            if self.training and isinstance(dropout, nn.Dropout):
+                y0 = self.base_layer(x)
+            return self._added_to_quantised(x, adapter, y0)
+        W = self._base_weight() if use_dora else None
         return dual_linear(
             x, W, None, *self._arguments(adapter), **self._linear_options(adapter, "delta"), fan_in_fan_out=self.fan_in_fan_out and W is not None,
         )  # fmt: skip
+
+    def _added_to_quantised(self, x: Tensor, adapter: str, y0: Tensor) -> Tensor:
+        """x (W' - W0)^T of DoRA from y0 = x W0^T + b: with c = m / |W0 + dW|, W' - W0 = (c - 1) W0 + c dW.
+
+        So W0 is dequantised for its norms alone and nothing of it is kept for the backward.
+        """
+        update = Update(*self._arguments(adapter), **self._options(adapter))
+        with torch.no_grad():
+            W = self._base_weight()
+            ones = torch.ones(self.out_features, device=W.device)
+            norm = pick("auto", update, W.dtype).build_weight(W, update, fan_in_fan_out=False, dtype=W.dtype, m=ones)[1]
+            del W
+        c = self.duallora_m[adapter] / norm
+        options = {k: v for k, v in self._linear_options(adapter, "delta").items() if k != "m"}
+        delta = dual_linear(x, None, None, *self._arguments(adapter), **options)
+        bias = self.base_layer.bias
+        product = y0 if bias is None else y0 - bias
+        return ((c - 1) * product + c * delta).to(x.dtype)
 
     def _watch(self, adapters: list[str]) -> Watch | None:
         """All that W' of these adapters depends on; None if some of it cannot be watched."""
@@ -558,13 +602,11 @@ class Linear(DualLoraLayer, nn.Module):
                     fan_in_fan_out=self.fan_in_fan_out,
                 )  # fmt: skip
             if form == "merged":
-                weight = add_update(base.weight, *(self._delta(adapter, base.weight) for adapter in adapters))
-                return apply_weight(x, weight, base.bias, self.fan_in_fan_out)
-        y = self.base_layer(x, *args, **kwargs)
-        dtype = y.dtype
+                return apply_weight(x, self._merged_weight(base.weight, adapters), base.bias, self.fan_in_fan_out)
+        y = y0 = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            y = y + self._added(x, adapter)
-        return y.to(dtype)
+            y = y + self._added(x, adapter, y0)
+        return y.to(y0.dtype)
 
     def _may_keep(self, x: Tensor, adapters: list[str]) -> bool:
         """Whether this forward is an evaluation whose W' can be kept: no gradient for the factors, no tracing."""

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
 from duallora.ops import keep_off_the_fast_path
+from duallora.tuner import quantized
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.layer import DualLoraLayer, Linear
 from duallora.tuner.session import watch_forwards
@@ -42,10 +43,29 @@ class DualLoraModel(BaseTuner):
         self._forward_hooks_of_base = watch_forwards(self.model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        with quantized.merge_losses(self.model) as losses:
+            unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
         return unloaded
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; where weights are quantised, one warning says what rounding W0 + dW to their grid loses."""
+        with quantized.merge_losses(self.model) as losses:
+            super().merge_adapter(*args, **kwargs)
+        quantized.warn_of(losses)
+
+    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        quantized.keep_exact(model)
+        quantized.include_all_linear(peft_config, model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if getattr(child, "base_layer", None) is new_module:  # taking the adapter off; PEFT's needs a weight attribute
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _create_and_replace(
         self,
@@ -71,15 +91,21 @@ class DualLoraModel(BaseTuner):
             target.update_layer(adapter_name, **arguments)
             return
         base_layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        stored = quantized.storage(base_layer)
+        if not isinstance(base_layer, (nn.Linear, Conv1D)) and not quantized.is_quantised_linear(base_layer):
             raise ConfigError(
                 f"target module {current_key!r} is a {type(target).__name__}; Dual LoRA adapts torch.nn.Linear and "
                 "transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
             )
-        if isinstance(base_layer, nn.Linear) and type(base_layer.weight) is not nn.Parameter:
+        if stored is None and isinstance(base_layer, nn.Linear) and type(base_layer.weight) is not nn.Parameter:
             raise ConfigError(
-                f"target module {current_key!r} has a quantised weight ({type(base_layer.weight).__name__}), which "
-                "Dual LoRA does not adapt yet: load the base model unquantised."
+                f"target module {current_key!r} has a weight of an unknown kind ({type(base_layer.weight).__name__}): "
+                "load the base model unquantised, or quantise it with bitsandbytes, torchao or HQQ."
+            )
+        if stored is not None and stored.read is None and peft_config.use_dora:
+            raise ConfigError(
+                f"target module {current_key!r} is a {stored.name} layer, whose weight cannot be read; use_dora needs its "
+                "row lengths. Set use_dora=False, or load the base model unquantised."
             )
         if isinstance(parent, nn.MultiheadAttention):
             raise ConfigError(
@@ -92,6 +118,7 @@ class DualLoraModel(BaseTuner):
                 stacklevel=2,
             )
         new_module = Linear(target, adapter_name, **arguments)
+        new_module.requantise = quantized.requantiser(self.model)
         keep_off_the_fast_path(parent, new_module)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
