@@ -64,17 +64,18 @@ class DualLoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
     other_param_names = (
-        "duallora_config", "r1", "r2", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
+        "duallora_config", "r1", "r2", "alpha", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
         "duallora_initial", "duallora_tokens", "token_shares", "token_probes",
     )  # fmt: skip
 
-    plain_bases: tuple[type[nn.Module], ...] = ()  # modules whose own product a subclass computes itself
+    samples_tokens = False  # whether ``gradient_tokens`` applies
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         self.duallora_config: dict[str, DualLoraConfig] = {}
         self.r1: dict[str, int] = {}
         self.r2: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.duallora_dropout = nn.ModuleDict({})
         for name in self.adapter_layer_names:
@@ -90,6 +91,8 @@ class DualLoraLayer(BaseTunerLayer):
         self.merged_adapters = []
         self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantised base
         self.requantise: quantized.Requantise | None = None
+        self.shares_weight = False  # with another module: found out by the model
+        self._tied_weight: list[nn.Parameter] = []  # a list, or it would be registered as a parameter of this layer
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         base = self.get_base_layer()
         self.in_features: int
@@ -139,13 +142,14 @@ class DualLoraLayer(BaseTunerLayer):
         fixed = config.direction == "fixed"
         self.duallora_config[adapter_name] = config
         self.r1[adapter_name], self.r2[adapter_name] = r1, (r1 if fixed else r2)
+        self.alpha[adapter_name] = alpha
         self.scaling[adapter_name] = dual_scaling(alpha, r1, self.r2[adapter_name])
         dropout = config.duallora_dropout
         self.duallora_dropout[adapter_name] = nn.Dropout(p=dropout) if dropout > 0 else nn.Identity()
         # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
         start = 0 if config.init_weights else config.warmup_steps
         self.duallora_step[adapter_name] = torch.tensor(start, dtype=torch.int64)
-        if config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
+        if self.samples_tokens and config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
             self.duallora_tokens[adapter_name] = torch.zeros((), dtype=torch.int64)
             self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), device="cpu", requires_grad=True)
             self.set_token_share(adapter_name, config.gradient_tokens)
@@ -322,17 +326,18 @@ class DualLoraLayer(BaseTunerLayer):
     def _build(
         self, adapter: str, W: Tensor | None, rows: Tensor | None, dtype: torch.dtype, minus_base: bool = False
     ) -> Tensor:
-        """W' of one adapter (W' - W0 with ``minus_base``) in the layout of W, differentiable; W is W0[rows]."""
+        """W' of one adapter (W' - W0 with ``minus_base``) in the layout of W, differentiable; of these rows alone."""
         update, m = Update(*self._arguments(adapter), **self._options(adapter)), self.duallora_m.get(adapter)
         backend = self.duallora_config[adapter].backend
         if rows is not None:
             update, m = update.rows(rows), None if m is None else m[rows]
+            W = None if W is None else W[rows]
         return dual_weight(
             W, update, m=m, fan_in_fan_out=self.fan_in_fan_out, minus_base=minus_base, dtype=dtype, backend=backend
         )
 
     def _delta(self, adapter: str, W: Tensor | None, rows: Tensor | None = None) -> Tensor:
-        """What ``adapter`` adds to W, in its layout, differentiable; float32 at least. W is W0, or W0[rows]."""
+        """What ``adapter`` adds to W, in its layout, differentiable; float32 at least."""
         return self._build(
             adapter, W, rows, torch.promote_types(self.duallora_A[adapter].dtype, torch.float32), minus_base=True
         )
@@ -345,13 +350,44 @@ class DualLoraLayer(BaseTunerLayer):
             W = self._base_weight()
             return self._delta(adapter, self._matrix(W)).view(W.shape)
 
+    # -- scale ---------------------------------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply dW of ``adapter`` by ``scale`` instead of 1; not saved. Raises ConfigError while it is merged."""
+        if adapter in self.scaling:
+            self._scale(adapter, scale * dual_scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter]))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply dW of the active adapters by ``scale``, on top of what they are multiplied by already."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self._scale(adapter, scale * self.scaling[adapter])
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo :meth:`scale_layer`: divide by ``scale``, or with None go back to the factor of 1."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling and scale is None:
+                self.set_scale(adapter, 1.0)
+            elif adapter in self.scaling:
+                self._scale(adapter, self.scaling[adapter] / scale)  # type: ignore[operator]
+
+    def _scale(self, adapter: str, scaling: float) -> None:
+        if adapter in self.merged_adapters:
+            raise ConfigError(
+                f"adapter {adapter!r} is merged, so a new scale would not act before it is merged again: call "
+                "unmerge_adapter() first."
+            )
+        self._eval_cache.distrust()
+        self.scaling[adapter] = scaling
+
     # -- merging -------------------------------------------------------------------------------------------------
 
     def _merged_weight(self, W: Tensor, adapters: list[str], rows: Tensor | None = None) -> Tensor:
-        """W0 + the sum of the adapters' updates: what the merged forward uses and what merging writes. W is W0[rows]."""
+        """W0 + the sum of the adapters' updates: what the merged forward uses and what merging writes."""
         if len(adapters) == 1:
             return self._build(adapters[0], W, rows, W.dtype)
-        return add_update(W, *(self._delta(adapter, W, rows) for adapter in adapters))
+        base = W if rows is None else W[rows]
+        return add_update(base, *(self._delta(adapter, W, rows) for adapter in adapters))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -390,6 +426,9 @@ class DualLoraLayer(BaseTunerLayer):
             quantized.report(self, loss)
         else:
             before = base.weight.data.cpu() if before is None else before
+            if self.shares_weight and not self._tied_weight:  # the other layer keeps what both had
+                self._tied_weight.append(base.weight)
+                base.weight = nn.Parameter(torch.empty_like(base.weight), requires_grad=base.weight.requires_grad)
             _put(base.weight, merged)
         self._base_weight_before_merge = before
         self.merged_adapters = [*self.merged_adapters, *names]
@@ -404,19 +443,24 @@ class DualLoraLayer(BaseTunerLayer):
         self._eval_cache.drop()
         if isinstance(before, dict):
             quantized.put_back(self.get_base_layer(), before)
+        elif self._tied_weight:
+            own, tied = self.get_base_layer().weight, self._tied_weight.pop()
+            _put(tied, tied.data.to(own.device, own.dtype))  # in case the model was cast or moved while merged
+            self.get_base_layer().weight = tied
         else:
             _put(self.get_base_layer().weight, before)
         self._base_weight_before_merge = None
         self.merged_adapters = []
 
-    def _form(self, adapters: list[str]) -> str:
-        """How to compute the output: "merged" or "added" on the base weight itself, or "apart" through the base layer.
+    def _computes(self, base: nn.Module) -> bool:
+        """Whether this layer can stand in for the forward of ``base``."""
+        return False
 
-        The first two need a base weight that is plain and resident, and no dropout.
-        """
+    def _is_plain(self) -> bool:
+        """Whether the base layer is one whose forward this layer can compute from a weight that is plain and resident."""
         base = self.base_layer
-        plain = (
-            type(base) in self.plain_bases
+        return (
+            self._computes(base)
             and type(base.weight) in (nn.Parameter, Tensor)
             and base.weight.is_floating_point()
             and base.weight.device.type != "meta"
@@ -425,6 +469,13 @@ class DualLoraLayer(BaseTunerLayer):
             and "forward" not in vars(base)  # patched on the instance
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
+
+    def _form(self, adapters: list[str]) -> str:
+        """How to compute the output: "merged" or "added" on the base weight itself, or "apart" through the base layer.
+
+        The first two need a base weight that is plain and resident, and no dropout.
+        """
+        base, plain = self.base_layer, self._is_plain()
         if self.merged and any(self.duallora_config[adapter].use_dora for adapter in adapters):
             return "apart"  # DoRA's lengths are those of W0 + dW, not of what is merged
         form = "merged"
@@ -447,7 +498,7 @@ class DualLoraLayer(BaseTunerLayer):
         y = y.clone()
         for adapter in set(adapter_names).intersection(self.duallora_A):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            y[rows] += self._added(x[rows], adapter, y[rows]).to(y.dtype)
+            y[rows] += self._added(x[rows], adapter).to(y.dtype)
         return y
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -461,13 +512,16 @@ class DualLoraLayer(BaseTunerLayer):
 class Linear(DualLoraLayer, nn.Module):
     """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
 
-    plain_bases = (nn.Linear, Conv1D)
+    samples_tokens = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         DualLoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **kwargs)
+
+    def _computes(self, base: nn.Module) -> bool:
+        return type(base) in (nn.Linear, Conv1D)
 
     def _linear_options(self, adapter: str, form: str) -> dict[str, Any]:
         """The keyword arguments of :func:`dual_linear` for this adapter."""
@@ -491,13 +545,13 @@ class Linear(DualLoraLayer, nn.Module):
             self.token_probes[adapter] = torch.zeros(len(FRACTIONS), device=device, requires_grad=True)
         return self.token_probes[adapter]
 
-    def _added(self, x: Tensor, adapter: str, y0: Tensor) -> Tensor:
-        """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x)."""
+    def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
+        """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x) where it is known."""
         dropout = self.duallora_dropout[adapter]
         x = dropout(x)
         use_dora = self.duallora_config[adapter].use_dora
         if use_dora and not self.merged and quantized.storage(self.base_layer) is not None:
-            if self.training and isinstance(dropout, nn.Dropout):
+            if y0 is None or (self.training and isinstance(dropout, nn.Dropout)):
                 y0 = self.base_layer(x)
             return self._added_to_quantised(x, adapter, y0)
         W = self._base_weight() if use_dora else None
@@ -532,7 +586,10 @@ class Linear(DualLoraLayer, nn.Module):
         values: list[tuple[Any, Any, Any]] = [
             (vars(base), name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")
         ]
-        objects: list[tuple[Any, Any, Any]] = [(self._modules, "base_layer", base)]
+        objects: list[tuple[Any, Any, Any]] = [
+            (self._modules, "base_layer", base),
+            (vars(self), "scaling", self.scaling),
+        ]
         objects += [(vars(base), name, None) for name in ("forward", "_hf_hook")]
         tensors: list[tuple[Any, Any]] = []
         for adapter in adapters:
