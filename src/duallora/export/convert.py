@@ -152,7 +152,7 @@ def convert(
     )
     if figures:
         _show_scores(console, figures)
-    say(console, "converted", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
+    say(console, "written", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
     return {"output": str(output), "kind": kind, **conversion}
 
 
@@ -391,10 +391,12 @@ def _progress(layers: Mapping[str, DualLoraLayer], console: Console, label: str)
 def _show(console: Console, done: list[Converted], rank: int) -> None:
     facts = sorted((layer.facts() for layer in done), key=lambda layer: layer["energy"])
     worst = facts[:SHOWN_LAYERS]
-    what = "" if len(worst) == len(facts) else f"; the worst {len(worst)} of {len(facts)}"
-    table = Table(f"layer{what}", box=SIMPLE)
-    for column in ("out x in", "rank for 99 %", f"kept at rank {rank}", "relative error"):
-        table.add_column(column, justify="right")
+    if len(worst) < len(facts):
+        say(console, "layers", f"the worst {len(worst)} of {len(facts)}; all are in {evaluate.SIDECAR}")
+    table = Table(box=SIMPLE)
+    table.add_column("layer", overflow="fold")
+    for column in ("out x in", "99 % at", f"kept at {rank}", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
     for layer in worst:
         out, inner = layer["shape"]
         table.add_row(
