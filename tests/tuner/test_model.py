@@ -118,8 +118,8 @@ def test_targeting(llama):
     assert {n.rpartition(".")[2] for n in layers(default)} == {"q_proj", "v_proj"}
     with pytest.raises(ValueError, match="not found in the base model"):
         adapted(llama(), target_modules=["query"])
-    with pytest.raises(ValueError, match=r"'model\.embed_tokens' is a Embedding; Dual LoRA adapts torch\.nn\.Linear"):
-        adapted(llama(), target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"'model\.norm' is a LlamaRMSNorm; Dual LoRA adapts torch\.nn\.Linear"):
+        adapted(llama(), target_modules=["model.norm"])
 
 
 def test_the_saved_counter_decides_the_gate(llama, ids, tmp_path):

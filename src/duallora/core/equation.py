@@ -197,7 +197,7 @@ class Update(NamedTuple):
         """(out, in) of dW."""
         return self.B.shape[0], self.A.shape[1]
 
-    def rows(self, rows: slice) -> Update:
+    def rows(self, rows: slice | Tensor) -> Update:
         """The update of these output rows alone: B and D are cut, A and C shared."""
         return self._replace(
             B=self.B[rows],

@@ -48,7 +48,8 @@ class DualLoraConfig(PeftConfig):
         default=None, metadata=_help("Numerator of the scaling alpha/sqrt(r1 r2), > 0; None = 2 r.")
     )
     duallora_dropout: float = field(
-        default=0.0, metadata=_help("Dropout on the input of the dW path, in [0, 1); 0 in the paper.")
+        default=0.0,
+        metadata=_help("Dropout on the input of the dW path, in [0, 1); 0 in the paper. Embeddings have none."),
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -133,7 +134,7 @@ class DualLoraConfig(PeftConfig):
         default=1.0,
         metadata=_help(
             "Share of the tokens, in (0, 1], that form the factors' gradient: the heaviest and an unbiased sample of the "
-            "others. 1: exact. Less is faster and noisier."
+            "others. 1: exact. Less is faster and noisier. Linear layers only; the others are exact."
         ),
     )
     gradient_tokens_by: Literal["uniform", "spectrum"] = field(

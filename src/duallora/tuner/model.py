@@ -10,6 +10,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,8 @@ from duallora.errors import ConfigError
 from duallora.ops import keep_off_the_fast_path
 from duallora.tuner import quantized
 from duallora.tuner.config import DualLoraConfig
+from duallora.tuner.conv import TORCH, Conv, convolves_as_torch
+from duallora.tuner.embedding import Embedding
 from duallora.tuner.layer import DualLoraLayer, Linear
 from duallora.tuner.session import watch_forwards
 
@@ -41,10 +44,41 @@ class DualLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self._forward_hooks_of_base = watch_forwards(self.model)
+        self._find_shared_weights()
+
+    def _find_shared_weights(self) -> list[list[str]]:
+        """Tell the layers whether their weight is another module's too; returns the names of modules that share one."""
+        users: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            held = [p for p in module._parameters.values() if p is not None]
+            for parameter in [*held, *getattr(module, "_tied_weight", ())]:
+                users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        for layer in self._layers():
+            layer.shares_weight = len(users.get(id(getattr(layer.get_base_layer(), "weight", None)), ())) > 1
+        return [names for names in users.values() if len(names) > 1]
+
+    def _layers(self) -> list[DualLoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT's warns that merging changes tied weights; here the merged layer gets a weight of its own.
+        self._find_shared_weights()
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: DualLoraConfig) -> None:
+        if peft_config.modules_to_save:
+            super()._check_tied_modules(model, peft_config)
+
+    def _prepare_adapter_config(self, peft_config: DualLoraConfig, model_config: dict) -> DualLoraConfig:
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _warn_of_experts(self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        with quantized.merge_losses(self.model) as losses:
+        shared = self._find_shared_weights()
+        with quantized.merge_losses(self.model) as losses, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        _untie(unloaded, shared)
         quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
@@ -75,8 +109,14 @@ class DualLoraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
+        if parameter_name is not None:
+            raise ConfigError(
+                f"{current_key!r} is a parameter of a {type(target).__name__}, not a module; Dual LoRA adapts modules. "
+                "Take it out of the targets."
+            )
         rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
         alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
         r1, r2 = peft_config.ranks(rank_key)
@@ -87,17 +127,33 @@ class DualLoraModel(BaseTuner):
             "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
             "module_name": current_key,
         }
-        if isinstance(target, Linear):
+        if isinstance(target, DualLoraLayer):
             target.update_layer(adapter_name, **arguments)
             return
         base_layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         stored = quantized.storage(base_layer)
-        if not isinstance(base_layer, (nn.Linear, Conv1D)) and not quantized.is_quantised_linear(base_layer):
+        kind: type[Linear] | type[Embedding] | type[Conv] = Linear
+        if isinstance(base_layer, nn.Embedding):
+            kind = Embedding
+        elif isinstance(base_layer, TORCH):
+            kind = Conv
+        elif not isinstance(base_layer, (nn.Linear, Conv1D)) and not quantized.is_quantised_linear(base_layer):
             raise ConfigError(
-                f"target module {current_key!r} is a {type(target).__name__}; Dual LoRA adapts torch.nn.Linear and "
-                "transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
+                f"target module {current_key!r} is a {type(target).__name__}; Dual LoRA adapts torch.nn.Linear, Embedding, "
+                "Conv1d, Conv2d, Conv3d and transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
             )
-        if stored is None and isinstance(base_layer, nn.Linear) and type(base_layer.weight) is not nn.Parameter:
+        if kind is Embedding and base_layer.max_norm is not None:
+            raise ConfigError(
+                f"target module {current_key!r} has max_norm={base_layer.max_norm}, which rewrites its weight in every "
+                "forward, so that W0 + dW means nothing: set max_norm=None, or name it in exclude_modules."
+            )
+        if kind is Conv and not convolves_as_torch(base_layer) and peft_config.duallora_dropout > 0:
+            raise ConfigError(
+                f"target module {current_key!r} is a {type(base_layer).__name__} with a forward of its own, where "
+                f"duallora_dropout={peft_config.duallora_dropout} cannot act on the dW path alone: set it to 0, or name it "
+                "in exclude_modules."
+            )
+        if stored is None and not isinstance(base_layer, Conv1D) and type(base_layer.weight) is not nn.Parameter:
             raise ConfigError(
                 f"target module {current_key!r} has a weight of an unknown kind ({type(base_layer.weight).__name__}): "
                 "load the base model unquantised, or quantise it with bitsandbytes, torchao or HQQ."
@@ -117,7 +173,7 @@ class DualLoraModel(BaseTuner):
                 f"fan_in_fan_out=True has no effect on {current_key!r}: a torch.nn.Linear stores [out, in].",
                 stacklevel=2,
             )
-        new_module = Linear(target, adapter_name, **arguments)
+        new_module = kind(target, adapter_name, **arguments)
         new_module.requantise = quantized.requantiser(self.model)
         keep_off_the_fast_path(parent, new_module)
         if adapter_name not in self.active_adapters:
@@ -133,8 +189,7 @@ class DualLoraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names cannot be passed in training mode: call model.eval() first.")
-        layers = [module for module in self.modules() if isinstance(module, Linear)]
-        known = {name for layer in layers for name in layer.duallora_config} | {"__base__"}
+        known = {name for layer in self._layers() for name in layer.duallora_config} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -142,13 +197,73 @@ class DualLoraModel(BaseTuner):
         if isinstance(beams, int) and beams > 1:  # generate repeats each row for its beams
             adapter_names = [name for name in adapter_names for _ in range(beams)]
         hook = partial(_with_adapter_names, adapter_names=adapter_names)
-        wrapped = [m for m in self.modules() if isinstance(m, (Linear, AuxiliaryTrainingWrapper))]
+        wrapped = [m for m in self.modules() if isinstance(m, (DualLoraLayer, AuxiliaryTrainingWrapper))]
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in wrapped]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the dW of an adapter by ``scale`` in every layer: in the forward, in merging and in conversion.
+
+        Not saved. With several active adapters (``model.base_model.set_adapter([...])``) the model computes
+        W0 + sum of scale_i dW_i, and merging writes exactly that.
+
+        Raises:
+            ConfigError: there is no such adapter, or it is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ConfigError(
+                f"there is no adapter {adapter_name!r} to scale: this model has {', '.join(self.peft_config)}."
+            )
+        for layer in self._layers():
+            layer.set_scale(adapter_name, scale)
+
+    def add_weighted_adapter(self, adapters: Any = (), *_: Any, **__: Any) -> None:
+        """LoRA's; not for Dual LoRA. Always raises ConfigError, which says what does the same."""
+        raise ConfigError(
+            f"add_weighted_adapter({list(adapters)}): a weighted sum of Dual LoRA updates is no Dual LoRA update (ReLU and "
+            "Sign do not add), so it has no factors to make an adapter of. For the sum itself, exactly: "
+            "model.set_scale(name, weight) for each, then model.base_model.set_adapter([names]), which merge_and_unload() "
+            "writes as well. For one low-rank adapter, approximately: convert each to LoRA and combine those."
+        )
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    """transformers 5 keeps the experts of a layer in one 3-d parameter, which is no module to target."""
+    names = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if "expert" in (name.rpartition(".")[2] + type(module).__name__).lower()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
+    if names:
+        warnings.warn(
+            f"target_modules='all-linear' does not reach the experts of this model: {len(names)} fused parameters such as "
+            f"{names[0]!r} stay as they are, and so does what they learned. Attention and other linear layers are adapted.",
+            stacklevel=2,
+        )
+
+
+def _untie(model: nn.Module, shared: list[list[str]]) -> None:
+    """Where merging gave a tied module a weight of its own, say so in the config, or loading would tie them again."""
+    for names in shared:
+        weights = [getattr(model.get_submodule(name), "weight", None) for name in names]
+        if all(weight is weights[0] for weight in weights):
+            continue
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        tied = [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
+        for c in tied:
+            c.tie_word_embeddings = False
+        warnings.warn(
+            f"{' and '.join(names)} shared one weight; one of them was merged and now has its own"
+            + (", so tie_word_embeddings is set to False in the config." if tied else "."),
+            stacklevel=4,
+        )
 
 
 def param_groups(model: nn.Module, lr: float, direction_lr_ratio: float = 1.0) -> list[dict[str, Any]]:

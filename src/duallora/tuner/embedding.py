@@ -1,0 +1,139 @@
+"""Dual LoRA on embeddings: y = W'[ids] with W' = W0 + dW, of which only the rows of the batch are computed.
+
+    W0 [V, d]    A [r1, d]   B [V, r1]   C [r2, d]   D [V, r2]
+
+The layout is that of an output layer with the same weight. Each distinct id of a batch makes one row of W', so the
+straight-through clip sees the gradient of a weight summed over all its occurrences, as it would with the whole of W'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from duallora.errors import ConfigError
+from duallora.tuner.layer import DualLoraLayer
+
+
+def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, where) with rows[where] = ids and no id twice among the rows that are used.
+
+    Where the graph is compiled, rows has as many entries as ids: its shape must not depend on their values.
+    """
+    if not torch.compiler.is_compiling():
+        return torch.unique(ids, return_inverse=True)
+    flat, order = ids.flatten().sort()
+    rank = torch.cat([flat.new_zeros(1), (flat[1:] != flat[:-1]).to(flat.dtype)]).cumsum(0)
+    where = torch.empty_like(rank).scatter(0, order, rank)
+    return torch.zeros_like(flat).scatter(0, rank, flat), where.view(ids.shape)
+
+
+class Embedding(DualLoraLayer, nn.Module):
+    """Dual LoRA on ``nn.Embedding`` and its subclasses, which keep their scales, positions and norms.
+
+    The row of ``padding_idx`` stays as it is, like its gradient in the base layer. There is no dropout (ids cannot be
+    dropped) and no ``gradient_tokens`` (the gradient is exact). With DoRA the lengths m [V] are those of the rows.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        DualLoraLayer.__init__(self, base_layer)
+        base = self.get_base_layer()
+        self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
+
+    def _computes(self, base: nn.Module) -> bool:
+        return type(base) is nn.Embedding
+
+    def _build(
+        self, adapter: str, W: Tensor | None, rows: Tensor | None, dtype: torch.dtype, minus_base: bool = False
+    ) -> Tensor:
+        if rows is not None and self.duallora_config[adapter].direction == "dorefa":  # a mean over all of dW
+            return self._build(adapter, W, None, dtype, minus_base)[rows]
+        weight = super()._build(adapter, W, rows, dtype, minus_base)
+        padding = self.get_base_layer().padding_idx
+        if padding is None:
+            return weight
+        base = weight.new_zeros(()) if minus_base or W is None else W[padding].detach().to(dtype)
+        if rows is None:
+            weight[padding] = base
+            return weight
+        return torch.where((rows == padding)[:, None], base, weight)
+
+    def _looked_up(self, ids: Tensor, W: Tensor, adapters: list[str]) -> Tensor:
+        """W'[ids], rounded to the dtype of W as merging rounds it."""
+        rows, where = distinct(ids)
+        table = self._merged_weight(W, adapters, rows)
+        return F.embedding(where, table, scale_grad_by_freq=self.get_base_layer().scale_grad_by_freq)
+
+    def _added_rows(self, ids: Tensor, adapter: str) -> Tensor:
+        """dW[ids]."""
+        rows, where = distinct(ids)
+        W = self._base_weight() if self.duallora_config[adapter].use_dora else None
+        options = {"scale_grad_by_freq": self.get_base_layer().scale_grad_by_freq}
+        return F.embedding(where, self._delta(adapter, W, rows), **options)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """y [..., d] for ids [...]; ``adapter_names`` gives each row of the batch an adapter of its own."""
+        if self.disable_adapters or adapter_names is not None:
+            if self.merged:
+                self.unmerge()
+            if adapter_names is None:
+                return self.base_layer(x, *args, **kwargs)
+        adapters = [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+        added = any(
+            self.duallora_config[a].forward == "added" or (self.merged and a in self.duallora_m) for a in adapters
+        )
+        if adapter_names is None:
+            if not adapters:
+                return self.base_layer(x, *args, **kwargs)
+            if not (added or args or kwargs) and self._is_plain():
+                return self._looked_up(x, self.base_layer.weight, adapters)
+
+        def look_up(ids: Tensor, W: Tensor, found: Callable[[], Tensor]) -> Tensor:
+            if adapter_names is not None:
+                return self._add_by_row(ids, found(), adapter_names)
+            if not added:
+                return self._looked_up(ids, W, adapters)
+            y = found()
+            return y + sum(self._added_rows(ids, adapter) for adapter in adapters).to(y.dtype)
+
+        with _Lookup(self.get_base_layer(), look_up) as lookup:
+            y = self.base_layer(x, *args, **kwargs)
+        if not lookup.seen:
+            raise ConfigError(
+                f"{type(self.get_base_layer()).__name__} does not look its weight up through F.embedding, so Dual LoRA "
+                "cannot adapt it: name it in exclude_modules."
+            )
+        return y
+
+    def _added(self, x: Tensor, adapter: str) -> Tensor:
+        return self._added_rows(x, adapter)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion writes factors of linear layers only."""
+        return False
+
+
+class _Lookup(TorchFunctionMode):
+    """Inside it, ``look_up(ids, weight, found)`` stands for each lookup in the weight of ``base``; ``found()`` is what
+    the lookup itself gives. So a subclass keeps what it does around it, and hooks bring the weight as they always do."""
+
+    def __init__(self, base: nn.Module, look_up: Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]) -> None:
+        super().__init__()
+        self.base, self.look_up, self.seen = base, look_up, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            ids, W = (*args, *(kwargs[k] for k in ("input", "weight") if k in kwargs))[:2]
+            if W is self.base.weight:
+                self.seen = True
+                return self.look_up(ids, W, lambda: func(*args, **kwargs))
+        return func(*args, **kwargs)
