@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from duallora.train.recipe import Recipe
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Into = Literal["auto", "original", "dequantized"]
 TrainOn = Literal["answer", "all"]
 
 OUTPUT = "Output"
@@ -71,6 +72,12 @@ BENCH = Path("results/bench")
 class BenchDtype(str, Enum):  # typer takes no list of literals
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class PlanMethod(str, Enum):
+    lora = "lora"
+    dora = "dora"
+    duallora = "duallora"
 
 
 Dtypes = Annotated[
@@ -146,6 +153,7 @@ def demo(
 
 @app.command()
 def train(
+    context: typer.Context,
     config: ConfigFile = None,
     model: Model = None,
     data: Data = None,
@@ -167,6 +175,14 @@ def train(
             "under its own recipe unless -c or data is given.",
         ),
     ] = "never",
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            metavar="N|FILE",
+            help="Train in N processes on this machine, or as this accelerate config says; they share each batch.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, data and model, print the plan, train nothing.")
     ] = False,
@@ -178,7 +194,7 @@ def train(
     [dim]Examples:[/]
       duallora train --data mine.jsonl -o runs/mine
       duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=2e-3 --set r=8
-      duallora train -c recipe.yaml --resume auto
+      duallora train -c recipe.yaml --resume auto --launch 2
     """
     from duallora.train.recipe import load_recipe
 
@@ -197,13 +213,19 @@ def train(
         output=output,
         seed=seed,
     )
+    if launch is not None and not dry_run:
+        from duallora.train.launch import launch as start
+
+        return {"exit_code": start(launch, _without_option("--launch", context.find_root().obj))}
     from duallora.train import run
 
     if dry_run:
         return _plan(recipe)
     result = run.train(recipe, resume=resume, console=console.results)
     folder = escape(str(result["folder"]))
-    console.results.print(f"[dim]next: duallora eval {folder}, or duallora merge {folder} -o MERGED[/]", soft_wrap=True)
+    next_step = f"[dim]next: duallora eval {folder}, or duallora merge {folder} -o MERGED[/]"
+    if os.environ.get("RANK", "0") == "0":
+        console.results.print(next_step, soft_wrap=True)
     return result
 
 
@@ -316,6 +338,10 @@ def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the merged model.")],
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the merged weights; auto as trained.")] = "auto",
+    into: Annotated[
+        Into,
+        typer.Option("--into", help="Of a quantised base: its original weights (auto), or those it was trained on."),
+    ] = "auto",
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
@@ -326,7 +352,7 @@ def merge(
     _refuse_misspelt(adapter)
     from duallora.train.merge import merge as run_merge
 
-    return run_merge(adapter, output, dtype=dtype, console=console.results)
+    return run_merge(adapter, output, dtype=dtype, into=into, console=console.results)
 
 
 @app.command()
@@ -470,6 +496,95 @@ def check(
     return run_check(adapter, base=base, target=target, files_only=files_only, console=console.results)
 
 
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model", metavar="org/name", help="Hub id of the base model, where the adapter names a folder."
+    ),
+]
+
+
+@app.command()
+def card(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The card; the adapter's README.md if not given."),
+    ] = None,
+    base_model: BaseModel = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="org/name", help="Where the adapter will lie, for the code shown.")
+    ] = None,
+    license: Annotated[str | None, typer.Option("--license", metavar="ID", help="apache-2.0, mit, ...")] = None,
+    language: Annotated[str | None, typer.Option("--language", metavar="CODE", help="en, de, ...")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", metavar="org/name", help="Trained on; may be repeated.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", metavar="FILE", help="From `duallora eval -o`; may be repeated.")
+    ] = None,
+    data_dir: DataDir = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a card that was edited by hand.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Write the hub's README.md of an adapter: how to load it, its data, settings, seeds and figures with intervals.
+
+    [dim]Example:[/]  duallora card runs/mine --repo me/mine --license apache-2.0
+    """
+    _refuse_misspelt(adapter)
+    from duallora.export.card import card as write_card
+
+    return write_card(
+        adapter,
+        output,
+        base_model=base_model,
+        repo=repo,
+        license=license,
+        language=language,
+        datasets=datasets or (),
+        results=results or (),
+        data_dir=data_dir,
+        force=force,
+        console=console.results,
+    )
+
+
+@app.command()
+def push(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
+    repo: Annotated[
+        str, typer.Option("--to", metavar="org/name", help="Repository on the hub; made if it is not there.")
+    ],
+    upload: Annotated[
+        bool, typer.Option("--upload/--dry-run", help="Send the files; without it they are only shown.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base_model: BaseModel = None,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Check the files alone beforehand; load no model.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Show exactly what would go to the hub: adapter, card, lora-rNN/ conversions; --upload sends it.
+
+    [dim]Example:[/]  duallora push runs/mine --to me/mine --upload
+    """
+    _refuse_misspelt(adapter)
+    from duallora.export.push import push as run_push
+
+    return run_push(
+        adapter,
+        repo,
+        upload=upload,
+        private=private,
+        base_model=base_model,
+        files_only=files_only,
+        console=console.results,
+    )
+
+
 @data_app.command("preview")
 def data_preview(
     name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
@@ -569,6 +684,70 @@ def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     usable = examination.usable(checks)
     console.results.print("ready" if usable else "[red]not usable yet: see the lines marked missing[/]")
     return {"usable": usable, "checks": [check._asdict() for check in checks], "exit_code": 0 if usable else 2}
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODEL", help="llama-3-70b and its like, a hub id, folder or builtin: name."),
+    ],
+    gpus: Annotated[
+        str, typer.Option("--gpus", metavar="NxGB", help="8x80: eight GPUs of 80 GB; 2x8x80: two nodes of them.")
+    ] = "1x80",
+    method: Annotated[
+        list[PlanMethod] | None, typer.Option("--method", help="May be repeated; all three if not given.")
+    ] = None,
+    rank: Annotated[
+        int, typer.Option("--r", min=1, metavar="N", help="Dual LoRA's r; LoRA and DoRA get 2 r, as many parameters.")
+    ] = 16,
+    targets: Annotated[
+        str, typer.Option("--target-modules", metavar="A,B", help="Names by comma, or all-linear.")
+    ] = "all-linear",
+    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows per GPU and forward pass.")] = 1,
+    length: Annotated[int, typer.Option("--length", min=1, metavar="N", help="Tokens per row.")] = 2048,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option("--dtype", help="Type of the base weights.")
+    ] = "bfloat16",
+    quantization: Annotated[
+        Literal["none", "8bit", "4bit"], typer.Option("--quantization", help="Linear layers packed by bitsandbytes.")
+    ] = "none",
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", metavar="NAME", help="single, ddp, zero2, fsdp, zero3 or offload; all if not given."
+        ),
+    ] = None,
+    attention: Annotated[
+        Literal["sdpa", "eager"] | None, typer.Option("--attention", help="As transformers would choose if not given.")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
+    padded: Annotated[bool, typer.Option("--padded", help="Rows of unequal length: attention takes a mask.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Predict memory per GPU for LoRA, DoRA and Dual LoRA, and which distribution strategy fits; no download, no GPU.
+
+    [dim]Example:[/]  duallora plan --model llama-3-70b --gpus 8x80
+    """
+    from duallora.plan import planner
+
+    return planner.plan(
+        model,
+        gpus,
+        methods=[name.value for name in dict.fromkeys(method or PlanMethod)],
+        rank=rank,
+        targets=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        quantization=quantization,
+        strategy=strategy,
+        attention=attention,
+        checkpointing=checkpointing,
+        padded=padded,
+        console=console.results,
+    )
 
 
 @bench_app.command("layer")
@@ -929,6 +1108,16 @@ def _task(task: str | None, data: str | None, data_dir: Path | None, source: str
     return chosen, recipe, False
 
 
+def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
+    """The command line without an option and its value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != name and not argument.startswith(f"{name}="):
+            kept.append(argument)
+        skip = argument == name and not skip
+    return kept
+
+
 def _recipe_file(path: Path) -> Path | None:
     """The recipe of the run that ``path``, one of its checkpoints or its adapter belongs to."""
     path = path.expanduser().absolute()
@@ -1058,8 +1247,9 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
     with quiet_libraries():
         labels = len(task.labels) or None
         model, tokenizer = load_model(
-            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision
-        )
+            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision,
+            quantization=recipe.model.quantization,
+        )  # fmt: skip
         _, counts = encode_split(
             select(task, "train", recipe.data.limit),
             tokenizer,
@@ -1092,7 +1282,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``duallora`` program; leaves with the exit codes above."""
     if "_DUALLORA_COMPLETE" in os.environ:
         app(prog_name="duallora")  # the shell asks for completions
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    code = run(list(sys.argv[1:] if arguments is None else arguments))
+    if "RANK" in os.environ:
+        from duallora.train.launch import leave_outcome
+
+        leave_outcome(code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -1101,8 +1296,9 @@ def run(arguments: list[str]) -> int:
     The command is invoked without typer's own ``main``, which would fold every interrupt into exit code 130.
     """
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    as_json = "--json" in options
-    console.use_json(as_json)
+    other = int(os.environ.get("RANK", "0"))  # of several processes only the first one has the word
+    as_json = "--json" in options and not other
+    console.use_json("--json" in options)
     try:
         with _sigterm_raises():
             payload = _invoke(arguments)
@@ -1122,8 +1318,8 @@ def run(arguments: list[str]) -> int:
         if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         status = "interrupted" if code in (130, 143) else "error"
-        if message:
-            console.print_error(message, hint, label=status)
+        if message and not (other and status == "interrupted"):
+            console.print_error(message, hint, label=f"{status} in process {other}" if other else status)
         if as_json:
             console.print_json({"status": status, "exit_code": code, "error": message})
         return code
@@ -1131,7 +1327,7 @@ def run(arguments: list[str]) -> int:
 
 def _invoke(arguments: list[str]) -> dict[str, Any]:
     command: Any = typer.main.get_command(app)
-    with command.make_context("duallora", arguments) as context:
+    with command.make_context("duallora", list(arguments), obj=list(arguments)) as context:
         return command.invoke(context) or {}
 
 

@@ -1,0 +1,454 @@
+"""The hub's README.md of an adapter: what it is, how it is loaded, how it was trained, how good it is.
+
+Everything is read from the files of the adapter and its run, so the same files give the same card; nothing local (paths,
+host, time of writing) enters it. The last line holds a hash of the text: a card edited by hand is told from one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from rich.console import Console
+from rich.markup import escape
+
+from duallora.errors import ConfigError, DualLoraError, IntegrityError
+from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task
+from duallora.train import checkpoint, evaluate, record, untrusted
+from duallora.train.progress import say, shown
+
+# The hub's names of what the built-in models were made from, and their licence there.
+HUB_NAMES = {
+    "builtin:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "builtin:minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
+}
+BUILT_IN_NOTE = {
+    "builtin:smollm2-135m": "The base was the 4-bit GGUF edition of that model, widened to bfloat16: on the hub's own weights "
+    "the figures will differ a little, and the adapter's fingerprint check asks for `--lenient`."
+}
+PIPELINES = {"generate": "text-generation", "classify": "text-classification", "regress": "text-classification"}
+AUTO_CLASSES = {"generate": "AutoModelForCausalLM"}
+RESAMPLES = 1000
+LOSSES = ("loss", "perplexity", "loss_before")
+CONVERSION = re.compile(r"lora-r\d+")
+
+
+def card(
+    adapter: str | Path,
+    output: str | Path | None = None,
+    *,
+    base_model: str | None = None,
+    repo: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: Sequence[str] = (),
+    results: Sequence[str | Path] = (),
+    data_dir: str | Path | None = None,
+    force: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Writes the card to ``output`` (README.md of the adapter) and returns ``{"output", "base_model", "metadata", ...}``.
+
+    ``base_model`` is the hub id where the adapter names a folder of this machine. ``results`` are files of
+    ``duallora eval -o``, beside those found in the run folder; a figure gets a bootstrap interval where its predictions
+    can be scored again (the task's data are here and are the same).
+
+    Raises:
+        ConfigError: no adapter, no hub id for the base model, or a card that was edited by hand and no ``force``.
+        IntegrityError: the card, read back by huggingface_hub, is not what was meant.
+    """
+    console = console or Console()
+    folder = adapter_folder(adapter)
+    path = Path(output) if output is not None else folder / "README.md"
+    text, metadata, notes = build(
+        folder,
+        base_model=base_model,
+        repo=repo,
+        license=license,
+        language=language,
+        datasets=datasets,
+        results=results,
+        data_dir=data_dir,
+    )
+    if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8")):
+        raise ConfigError(
+            f"{path} was edited by hand or written by another tool; --force overwrites it, or choose -o FILE"
+        )
+    record.write_text(path, text)
+    validate(path, str(metadata["base_model"]))
+    for note in notes:
+        say(console, "note", escape(note))
+    say(console, "card", f"[bold]{shown(path)}[/], base model {escape(str(metadata['base_model']))}")
+    return {"output": str(path), "base_model": metadata["base_model"], "metadata": metadata, "notes": notes}
+
+
+def build(
+    folder: Path,
+    *,
+    base_model: str | None = None,
+    repo: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    datasets: Sequence[str] = (),
+    results: Sequence[str | Path] = (),
+    data_dir: str | Path | None = None,
+) -> tuple[str, dict[str, Any], list[str]]:
+    """(the card's text, its front matter, what a person should still see to) for the adapter in ``folder``."""
+    settings = untrusted.read(folder)
+    sidecar, run = evaluate.read_sidecar(folder), _run(folder)
+    local = settings.get("base_model_name_or_path") or sidecar.get("base", {}).get("name")
+    base = hub_id(base_model or local)
+    if base is None:
+        raise ConfigError(
+            f"the base model is {base_model or local!r}, which is no name on the hub: give it with --base-model org/name"
+        )
+    kind = sidecar.get("kind") or ("classify" if settings.get("task_type") == "SEQ_CLS" else "generate")
+    task = str(sidecar.get("task") or "")
+    found = _datasets(task, run) if not datasets else list(datasets)
+    scores = [*_validation(run, sidecar), *_results(folder, results, task, data_dir)]
+    others = conversions(folder)
+    license = license or ("apache-2.0" if local in HUB_NAMES else None)
+    language = language or ("en" if task in TASKS else None)
+    data = ModelCardData(
+        library_name="peft",
+        base_model=base,
+        base_model_relation="adapter",
+        pipeline_tag=PIPELINES[kind],
+        tags=[f"base_model:adapter:{base}", "duallora", "dual-lora", "transformers", *(["lora"] if others else [])],
+        datasets=found or None,
+        license=license,
+        language=language,
+        model_name=repo or _title(folder, task),
+        eval_results=_eval_results(scores, found, kind, task) or None,
+    )
+    if not data.eval_results:
+        data.pop("model_name")
+    notes = []
+    if license is None:
+        notes.append("no licence is named: choose one with --license (apache-2.0, mit, ...)")
+    if not found:
+        notes.append("no data set is named: --dataset org/name if it is on the hub")
+    body = _body(folder, settings, sidecar, run, base, str(local), kind, repo, scores, others)
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return f"{text}\n{_mark(text)}\n", data.to_dict(), notes
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder of a native Dual LoRA adapter; ConfigError for anything else."""
+    folder = evaluate.find(adapter)
+    if folder is None or not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} is a model, not an adapter: a card is written for an adapter")
+    if untrusted.read(folder).get("peft_type") != "DUALLORA":
+        raise ConfigError(f"{adapter} is no Dual LoRA adapter; name the adapter that it was converted from")
+    return folder
+
+
+def hub_id(name: str | None) -> str | None:
+    """The hub's id of a base model; None for a folder of this machine or nothing at all."""
+    if not name:
+        return None
+    if name in HUB_NAMES:
+        return HUB_NAMES[name]
+    if name.startswith((".", "~", "/", "builtin:")) or "\\" in name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def conversions(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """``lora-rNN`` -> (folder, what duallora convert recorded), for those made from this very adapter.
+
+    They lie in the adapter's folder, or beside it in the run's.
+    """
+    places = [folder, folder.parent] if (folder.parent / "run.json").is_file() else [folder]
+    ours = (
+        checkpoint.file_record(folder / evaluate.WEIGHTS)["sha256"] if (folder / evaluate.WEIGHTS).is_file() else None
+    )
+    found = {}
+    for place in places:
+        for path in place.iterdir():
+            if not CONVERSION.fullmatch(path.name) or not (path / "adapter_config.json").is_file():
+                continue
+            sidecar = evaluate.read_sidecar(path)
+            if "conversion" in sidecar and sidecar.get("converted_from", {}).get(evaluate.WEIGHTS) == ours:
+                found[path.name] = (path, sidecar["conversion"])
+    return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("lora-r"))))
+
+
+def is_ours(text: str) -> bool:
+    """Whether the card was written here and not touched since."""
+    body, _, last = text.rstrip("\n").rpartition("\n")
+    return last == _mark(body)
+
+
+def validate(path: Path, base_model: str) -> None:
+    """Reads the card as the hub's own library does.
+
+    Raises IntegrityError where the front matter is not readable, or lacks library_name, base_model or pipeline_tag.
+    """
+    try:
+        data = ModelCard.load(path).data
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"{path}: the front matter cannot be read back: {error}") from error
+    expected = {"library_name": "peft", "base_model": base_model}
+    wrong = [
+        f"{key} is {data.get(key)!r}, expected {value!r}" for key, value in expected.items() if data.get(key) != value
+    ]
+    if data.get("pipeline_tag") not in PIPELINES.values():
+        wrong.append(f"pipeline_tag is {data.get('pipeline_tag')!r}")
+    if wrong:
+        raise IntegrityError(f"{path}: {'; '.join(wrong)}")
+
+
+def _mark(text: str) -> str:
+    return f"<!-- duallora card {hashlib.sha256(text.encode()).hexdigest()[:32]} -->"
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """run.json of the run the adapter belongs to; empty where it came without one."""
+    path = folder.parent / "run.json"
+    return dict(record.read_json(path)) if folder.name == "adapter" and path.is_file() else {}
+
+
+def _title(folder: Path, task: str) -> str:
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return name or f"Dual LoRA {task}".strip()
+
+
+def _datasets(task: str, run: dict[str, Any]) -> list[str]:
+    """The hub's names of the data the adapter was trained on, where they are known."""
+    if task in TASKS:
+        loader = e2e if task == "e2e" else commonsense if task in commonsense.PROTOCOLS else glue
+        return re.findall(r"^hub ([\w./-]+)", loader.load(task, None).source)
+    path = run.get("recipe", {}).get("data", {}).get("path")
+    return [path] if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else []
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run's own figures on its held-out rows."""
+    metrics = run.get("result", {}).get("metrics", {})
+    chosen = {name: value for name, value in metrics.items() if not name.startswith(("train_", "tokens_"))}
+    if not chosen:
+        return []
+    rows = run.get("data", {}).get("validation")
+    return [{"split": "validation", "n": rows, "metrics": chosen, "intervals": {}, "seeds": [run.get("seed")]}]
+
+
+def _results(folder: Path, files: Sequence[str | Path], task: str, data_dir: str | Path | None) -> list[dict[str, Any]]:
+    """The figures of ``duallora eval -o`` files: those named, and those in the run folder that are of this adapter."""
+    own = [path for place in (folder, folder.parent) for path in sorted(place.glob("*.json")) if _run(folder)]
+    found = []
+    for path in dict.fromkeys([*map(Path, files), *own]):
+        named = path in map(Path, files)
+        try:
+            result = record.read_json(path)
+        except (OSError, ValueError) as error:
+            if named:
+                raise ConfigError(f"{path} is no result of duallora eval -o: {error}") from None
+            continue
+        if not isinstance(result, dict) or result.get("kind") != "eval" or "metrics" not in result:
+            if named:
+                raise ConfigError(f"{path} is no result of duallora eval -o; expected its kind to be 'eval'")
+            continue
+        source = evaluate.find(result["source"]) if Path(str(result.get("source"))).is_dir() else None
+        if not named and (source is None or source.resolve() != folder.resolve()):
+            continue
+        examples = _examples(result, data_dir)
+        intervals = {}
+        if examples is not None:
+            main = result["main_metric"]
+            intervals[main] = interval(examples[0], main, result["predictions"], examples[1])
+        found.append(
+            {key: result.get(key) for key in ("task", "split", "n", "metrics", "recipe")} | {"intervals": intervals}
+        )
+    return found
+
+
+def _examples(result: dict[str, Any], data_dir: str | Path | None) -> tuple[Task, list[Example]] | None:
+    """The task and the rows that were scored, if they are here and are the same; None otherwise."""
+    name, split, predictions = result.get("task"), result.get("split"), result.get("predictions") or []
+    if name not in TASKS or len(predictions) < 2:
+        return None
+    try:
+        task = load_task(str(name), data_dir=data_dir)
+        if task.fingerprint(str(split)) != result.get("data", {}).get(split):
+            return None
+    except (DualLoraError, OSError, ValueError, KeyError):  # no data here: the figures stand without an interval
+        return None
+    return task, list(task.splits[str(split)][: len(predictions)])
+
+
+def interval(task: Task, metric: str, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
+    """[low, high]: the 95 % percentile bootstrap interval of ``metric`` over the rows."""
+    import numpy
+    from scipy.stats import bootstrap
+
+    def value(rows: Any) -> float:
+        return task.metrics([predictions[row] for row in rows], [examples[row] for row in rows])[metric]
+
+    rows = numpy.arange(len(predictions))
+    found = bootstrap(
+        (rows,),
+        value,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        random_state=numpy.random.default_rng(0),
+    )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, task: str) -> list[EvalResult]:
+    """The model-index: every figure that is no loss."""
+    pipeline = PIPELINES[kind]
+    return [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=datasets[0] if datasets else "private",
+            dataset_name=task or "the run's own data",
+            dataset_split=score["split"],
+            metric_type=name,
+            metric_name=name,
+            metric_value=round(float(value), 4),
+        )
+        for score in scores
+        for name, value in score["metrics"].items()
+        if name not in LOSSES
+    ]
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _body(
+    folder: Path,
+    settings: dict[str, Any],
+    sidecar: dict[str, Any],
+    run: dict[str, Any],
+    base: str,
+    local: str,
+    kind: str,
+    repo: str | None,
+    scores: list[dict[str, Any]],
+    others: dict[str, tuple[Path, dict[str, Any]]],
+) -> str:
+    title = repo.partition("/")[2] if repo else _title(folder, str(sidecar.get("task") or ""))
+    parts = [
+        f"# {title}",
+        f"A [Dual LoRA](https://arxiv.org/abs/2512.03402) adapter for [{base}](https://huggingface.co/{base}). Each adapted "
+        "weight is W0 + s ReLU(B A) . Sign(D C): one pair of factors says how far an entry moves, the other in which direction.",
+        _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ()))),
+        _plain_lora(others, base, repo or "ORG/NAME"),
+        _training(settings, sidecar, run, local),
+        _figures(scores),
+        "## Citation\n\n```bibtex\n@misc{duallora,\n  title = {Dual LoRA},\n  note = {arXiv:2512.03402},\n"
+        "  url = {https://arxiv.org/abs/2512.03402}\n}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(base: str, kind: str, repo: str, labels: int) -> str:
+    auto = AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification")
+    extra = f", num_labels={labels or 1}" if kind != "generate" else ""
+    return f"""## Use
+
+```bash
+pip install duallora
+```
+
+```python
+import duallora  # registers the method; without it PEFT says KeyError: 'DUALLORA'
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained("{base}"{extra})
+model = PeftModel.from_pretrained(base, "{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```"""
+
+
+def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], base: str, repo: str) -> str:
+    if not others:
+        return ""
+    lines = [
+        "## Without duallora: plain LoRA",
+        "",
+        "The same update as a LoRA of one rank, for PEFT alone, vLLM, SGLang and llama.cpp. dW of Dual LoRA has a high rank, "
+        "so a LoRA keeps a part of it: the table says which, and what the figures become.",
+        "",
+        "| folder | rank | of \\|dW\\|² kept | in the worst layer | relative error | adapter | as LoRA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (_, facts) in others.items():
+        cells = [
+            ", ".join(f"{metric} {value:.4g}" for metric, value in facts.get("scores", {}).get(which, {}).items())
+            or "-"
+            for which in ("adapter", "conversion")
+        ]
+        lines.append(
+            f"| `{name}/` | {facts['rank']} | {facts['energy']:.2%} | {facts['lowest_energy']:.2%} | "
+            f"{facts['relative_error']:.2e} | {' | '.join(cells)} |"
+        )
+    first = next(iter(others))
+    return "\n".join(
+        [*lines, "", "```python", f'model = PeftModel.from_pretrained(base, "{repo}", subfolder="{first}")', "```"]
+    )
+
+
+def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, Any], local: str) -> str:
+    recipe = run.get("recipe", {})
+    train, data = recipe.get("train", {}), run.get("data", {})
+    versions = sidecar.get("versions") or run.get("versions") or {}
+    ranks = [settings.get(name) or settings.get("r") for name in ("r1", "r2")]
+    targets = settings.get("target_modules")
+    rows = {
+        "ranks r1, r2": f"{ranks[0]}, {ranks[1]}",
+        "alpha": settings.get("alpha"),
+        "target modules": ", ".join(sorted(targets)) if isinstance(targets, list) else targets,
+        "trained parameters": f"{run['parameters']['trainable']:,}" if "parameters" in run else None,
+        "task": sidecar.get("task"),
+        "rows trained on": f"{data['train']:,}" if "train" in data else None,
+        "data (sha256)": ", ".join(f"{split} {digest[:16]}" for split, digest in sidecar.get("data", {}).items()),
+        "base weights (sha256)": (sidecar.get("base", {}).get("fingerprint") or "")[:16],
+        "optimizer steps": sidecar.get("steps"),
+        "batch": train.get("batch_size", 0) * train.get("gradient_accumulation_steps", 1) or None,
+        "learning rate": train.get("learning_rate"),
+        "dtype of the base": sidecar.get("base", {}).get("dtype"),
+        "seed": run.get("seed"),
+        "hardware": run.get("device"),
+        "time": f"{run['result']['seconds']:,.0f} s" if run.get("result", {}).get("seconds") else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "commit of duallora": sidecar.get("commit"),
+    }
+    table = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]
+    text = ["## Training", "", "| | |", "|---|---|", *table]
+    if local in BUILT_IN_NOTE:
+        text += ["", BUILT_IN_NOTE[local]]
+    return "\n".join(text)
+
+
+def _figures(scores: list[dict[str, Any]]) -> str:
+    if not scores:
+        return "## Figures\n\nNone were recorded with the adapter."
+    lines = ["## Figures", "", "| figure | value | 95 % interval | rows | split |", "|---|---|---|---|---|"]
+    for score in scores:
+        for name, value in score["metrics"].items():
+            low_high = score["intervals"].get(name)
+            shown_interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else ""
+            lines.append(f"| {name} | {float(value):.4g} | {shown_interval} | {score['n']} | {score['split']} |")
+    intervals = any(score["intervals"] for score in scores)
+    how = f"percentile bootstrap over the rows, {RESAMPLES:,} resamples; " if intervals else ""
+    return "\n".join(
+        [*lines, "", f"One training run ({how}no spread over seeds). `loss_before` is the base model's loss."]
+    )
