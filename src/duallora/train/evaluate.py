@@ -255,12 +255,14 @@ def load_adapter(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     strict: bool = True,
     base: str | None = None,
+    quantized: bool = True,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a run folder, an adapter folder, a merged model's folder, a hub id or ``builtin:``.
 
     ``dtype="auto"`` is the type the adapter was trained on. ``strict=False`` accepts another base model than the one
     recorded; missing, unexpected or damaged weights are never accepted. ``base`` stands in for the base model's name
-    where the adapter's own leads nowhere here.
+    where the adapter's own leads nowhere here. ``quantized=False`` loads an adapter trained on a base that was quantised
+    as it was loaded (``model.quantization``) on the unquantised base, whose weights are then not those recorded.
 
     Raises:
         ConfigError: nothing of the kind is there, or it was trained for another kind of task.
@@ -275,7 +277,7 @@ def load_adapter(
             labels = len(sidecar.get("labels", ())) or None
             model, tokenizer = load_model(str(folder), kind, dtype=dtype, num_labels=labels)
         else:
-            model, tokenizer = _load_adapter(folder, kind, dtype, strict, base)
+            model, tokenizer = _load_adapter(folder, kind, dtype, strict, base, quantized)
     return model.to(default_device()).eval(), tokenizer
 
 
@@ -330,7 +332,9 @@ def head_modules(model: Any) -> list[str]:
     ]
 
 
-def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool, other: str | None) -> tuple[Any, Any]:
+def _load_adapter(
+    folder: Path, kind: Kind, dtype: str, strict: bool, other: str | None, quantized: bool
+) -> tuple[Any, Any]:
     sidecar = read_sidecar(folder)
     shapes = check_files(folder, sidecar)
     settings = untrusted.read(folder)
@@ -352,13 +356,14 @@ def _load_adapter(folder: Path, kind: Kind, dtype: str, strict: bool, other: str
         dtype=base.get("dtype", dtype),
         num_labels=num_labels,
         revision=None if other else config.revision,
+        quantization=base.get("quantization") if quantized else None,
     )
     modules = [module for module, _ in model.named_modules()]
     untrusted.check_patterns(settings, modules, folder / "adapter_config.json")
     if sidecar.get("labels"):
         set_labels(model, sidecar["labels"])
     expected = base.get("fingerprint")
-    if strict and expected:
+    if strict and expected and (quantized or not base.get("quantization")):
         found = weights_fingerprint(model)
         if found != expected:
             raise IntegrityError(

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import evaluate, record
 from duallora.train.progress import quiet_libraries, say, shown, size
+from duallora.tuner.quantized import dequantize, storage
 
 # Texts of several lengths and kinds; what they say does not matter, only that both models read the same tokens.
 PROBES = (
@@ -28,6 +29,7 @@ PROBES = (
     "name : The Vaults | Type : pub | price : more than £30 | near : Café Adriatic ||",
     "1, 1, 2, 3, 5, 8, 13,",
 )
+Into = Literal["auto", "original", "dequantized"]
 # Above this share of the logits' own size, the two are different models and not one model rounded twice.
 TOLERANCE = 0.05
 
@@ -37,6 +39,7 @@ def merge(
     output: str | Path,
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    into: Into = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Writes ``adapter`` and its base as one model into ``output`` and returns ``{"output", "max_logit_difference", ...}``.
@@ -45,8 +48,13 @@ def merge(
     adapter on probe prompts, and only then renamed. In the adapter's own dtype the largest difference is 0.0 exactly
     where the adapter's forward is the merged one; ``dtype`` rounds the merged weights and the difference with them.
 
+    Nothing is merged into quantised weights, whose grid would round dW away. Of an adapter trained on a quantised base
+    ``into`` chooses the weights: "original" loads the base unquantised, "dequantized" takes the values it was trained on;
+    "auto" is the original where the base was quantised as it was loaded. How far the logits are from those of the adapter
+    on its quantised base is reported and returned as ``quantized_logit_difference``.
+
     Raises:
-        ConfigError: ``output`` is taken, or ``adapter`` is no adapter.
+        ConfigError: ``output`` is taken, ``adapter`` is no adapter, or there are no such weights to merge into.
         IntegrityError: the adapter is damaged or belongs to another base, or the reloaded model differs from it.
         NonFiniteError: a merged weight is NaN or infinite.
     """
@@ -56,9 +64,10 @@ def merge(
         raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
     kind = adapter_kind(adapter)
     with quiet_libraries(), beside(output) as folder:
-        model, tokenizer = evaluate.load_adapter(adapter, kind)
+        model, tokenizer, kept, as_trained = _on_plain_weights(adapter, kind, into)
         _align(model)
-        say(console, "adapter", f"{shown(Path(adapter))} on {model.peft_config['default'].base_model_name_or_path}")
+        name = model.peft_config["default"].base_model_name_or_path
+        say(console, "adapter", f"{shown(Path(adapter))} on {name}" + (f" ({kept} weights)" if kept else ""))
         before = probe(model, tokenizer)
         try:
             merged = cast(PeftModel, model).merge_and_unload(safe_merge=True)
@@ -77,16 +86,26 @@ def merge(
         difference, relative = _compare(folder, kind, saved_dtype, device, tokenizer, before)
         source = evaluate.find(adapter)
         sidecar = evaluate.read_sidecar(source) if source else {}
-        facts = {
+        facts: dict[str, Any] = {
             "merged_from": {key: sidecar[key] for key in ("method", "task", "kind", "steps", "base") if key in sidecar},
             "kind": kind,
             "labels": sidecar.get("labels", []),
             "dtype": str(saved_dtype).removeprefix("torch."),
             "max_logit_difference": difference,
         }
+        if kept:
+            facts |= {"weights": kept, "quantized_logit_difference": _difference(before, as_trained)[0]}
         record.write_json(folder / evaluate.SIDECAR, {**facts, **record.environment()})
         record.follow_umask(folder)
         total = sum(path.stat().st_size for path in folder.iterdir())
+    if kept:
+        far, share = _difference(before, as_trained)
+        say(
+            console,
+            "base",
+            f"the adapter was trained on quantised weights, this model has the {kept} ones: logits differ by up to "
+            f"[bold]{far:.3g}[/] ({share:.1%} of their size)",
+        )
     equal = "[green]identical[/]" if difference == 0 else f"{relative:.1e} of the logits' size"
     say(
         console,
@@ -94,7 +113,31 @@ def merge(
         f"reloaded from disk: largest logit difference to the adapter [bold]{difference:g}[/] ({equal})",
     )
     say(console, "merged", f"[bold]{shown(output)}[/] ({size(total)}, {facts['dtype']}), loads with plain transformers")
-    return {"output": str(output), "max_logit_difference": difference, "dtype": facts["dtype"], "kind": kind}
+    result = {"output": str(output), "max_logit_difference": difference, "dtype": facts["dtype"], "kind": kind}
+    return {**result, **{key: facts[key] for key in ("weights", "quantized_logit_difference") if key in facts}}
+
+
+def _on_plain_weights(adapter: str | Path, kind: evaluate.Kind, into: Into) -> tuple[Any, Any, str, list[torch.Tensor]]:
+    """(model, tokenizer, which weights, the logits on the quantised base); the last two empty where nothing is quantised."""
+    model, tokenizer = evaluate.load_adapter(adapter, kind)
+    if not any(storage(module) for module in model.modules()):
+        if into != "auto":
+            raise ConfigError(
+                f"--into {into} chooses among weights, but the base of {adapter} is not quantised: leave it out"
+            )
+        return model, tokenizer, "", []
+    as_trained = probe(model, tokenizer)
+    source = evaluate.find(adapter)
+    quantised_on_loading = source and evaluate.read_sidecar(source).get("base", {}).get("quantization")
+    if into == "original" and not quantised_on_loading:
+        raise ConfigError(
+            f"the base model of {adapter} is stored quantised, so its original weights are not known: use --into dequantized"
+        )
+    if into == "dequantized" or not quantised_on_loading:
+        return dequantize(model), tokenizer, "dequantized", as_trained
+    del model  # two models would not fit where one just does
+    model, tokenizer = evaluate.load_adapter(adapter, kind, quantized=False)
+    return model, tokenizer, "original", as_trained
 
 
 def adapter_kind(adapter: str | Path) -> evaluate.Kind:
@@ -129,16 +172,20 @@ def _compare(
     except (OSError, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"the merged model cannot be read back: {error}; nothing was kept") from error
     _align(model)
-    after = probe(model, tokenizer)
-    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(after, before, strict=True))
-    scale = max(float(b.double().abs().max()) for b in before)
-    relative = difference / max(scale, 1e-30)
+    difference, relative = _difference(probe(model, tokenizer), before)
     if not math.isfinite(difference) or relative > TOLERANCE:
         raise IntegrityError(
             f"the merged model's logits differ from the adapter's by up to {difference:g} ({relative:.0%} of their size); "
             f"at most {TOLERANCE:.0%} was expected, so nothing was kept. Merge in the dtype it was trained in"
         )
     return difference, relative
+
+
+def _difference(logits: list[torch.Tensor], reference: list[torch.Tensor]) -> tuple[float, float]:
+    """The largest absolute difference, and its share of the reference's largest size."""
+    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(logits, reference, strict=True))
+    scale = max(float(b.double().abs().max()) for b in reference)
+    return difference, difference / max(scale, 1e-30)
 
 
 def _align(model: torch.nn.Module) -> None:

@@ -27,15 +27,24 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TorchAoConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from duallora.errors import ConfigError, DiskError, IntegrityError
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
+from duallora.tuner.quantized import keep_exact, stored_tensors
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+QUANTIZATIONS = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torchao-int8": "torchao"}  # their packages
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +73,7 @@ def load_model(
     dtype: DType = "auto",
     num_labels: int | None = None,
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) for a ``builtin:`` name, a local folder or a hub id, on the CPU and in eval mode.
 
@@ -72,14 +82,21 @@ def load_model(
     dtype: of the weights. "auto" is float32, except for generation on a CUDA machine, where a 16-bit checkpoint stays
         as it is stored.
     num_labels: number of classes; None keeps the checkpoint's own. Regression has one output.
+    quantization: one of `QUANTIZATIONS`: linear weights but the head's are quantised as they are read, on the CPU, so
+        that the codes do not depend on the machine's accelerator. ``dtype`` is then what the layers compute in.
 
-    Raises ConfigError for a name that leads nowhere or a model of the wrong architecture, IntegrityError where the
+    Raises ConfigError for a name that leads nowhere, a model of the wrong architecture or a quantisation that cannot run
+    here, IntegrityError where the
     checkpoint lacks weights of the body.
     """
     source = resolve(name)
-    config = _from_pretrained(AutoConfig, name, source, revision)
+    config = load_config(name, revision=revision)
     tokenizer = load_tokenizer(name, revision=revision)
     options: dict[str, Any] = {"dtype": _dtype(dtype, kind, config)}
+    if quantization is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ConfigError(f"{name} is stored quantised: leave model.quantization (now {quantization!r}) unset")
+        options |= {"quantization_config": _quantization(quantization, options["dtype"]), "device_map": {"": "cpu"}}
     if kind == "generate":
         if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
             raise ConfigError(
@@ -101,7 +118,14 @@ def load_model(
         model.name_or_path = model.config.name_or_path = name
     if model.config.pad_token_id is None:  # classifiers of causal models find the last token by it
         model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "is_quantized", False):
+        keep_exact(model)
     return model.eval(), tokenizer
+
+
+def load_config(name: str, *, revision: str | None = None) -> Any:
+    """The model's transformers config, without its weights; raises as `load_model`."""
+    return _from_pretrained(AutoConfig, name, resolve(name), revision)
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Any:
@@ -147,10 +171,10 @@ def weights_fingerprint(model: Any) -> str:
     """sha256 (hex) over names, shapes, dtypes and bytes of the weights; call it before adapters are put on.
 
     Of a sequence classifier only the body enters: its head is drawn anew for each run and saved with the adapter.
-    Tied weights count once.
+    Tied weights count once. Of a quantised weight the codes and scales enter.
     """
     body = model.base_model if type(model).__name__.endswith("ForSequenceClassification") else model
-    weights = sorted(body.named_parameters())
+    weights = sorted(stored_tensors(body).items())
 
     def digest(weight: torch.Tensor) -> bytes:
         plain = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -179,6 +203,24 @@ def _dtype(dtype: DType, kind: Kind, config: Any) -> torch.dtype:
         return stored
     # A CPU gains little speed from 16 bits, and updates below half a unit of them would be rounded away.
     return torch.float32
+
+
+def _quantization(name: str, dtype: torch.dtype) -> Any:
+    """transformers' configuration of a quantisation, or ConfigError."""
+    if name not in QUANTIZATIONS:
+        raise ConfigError(f"model.quantization is {name!r}; expected one of {', '.join(QUANTIZATIONS)} or null")
+    package = QUANTIZATIONS[name]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"model.quantization={name} needs the {package} package: pip install {package}")
+    if name == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "bnb-4bit":  # as QLoRA (arXiv 2305.14314): NormalFloat4, its scales quantised once more
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def _from_pretrained(factory: Any, name: str, source: str, revision: str | None, **options: Any) -> Any:

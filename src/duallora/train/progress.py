@@ -115,6 +115,9 @@ def shown(path: Path) -> str:
     return escape(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
+QUIET = ("accelerate", "peft", "datasets", "bitsandbytes", "torchao", "torch.utils._pytree")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences the load reports, bars and advice of the libraries below, which name things the user never chose.
@@ -123,7 +126,7 @@ def quiet_libraries() -> Iterator[None]:
     """
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in ("accelerate", "peft", "datasets")]
+    loggers = [logging.getLogger(name) for name in QUIET]
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     levels = [logger.level for logger in loggers]
     transformers_logging.set_verbosity_error()

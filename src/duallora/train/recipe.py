@@ -31,6 +31,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Rank = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8"]
 
 
 def setting(default: Any, description: str) -> Any:
@@ -52,6 +53,9 @@ class ModelSection(Section):
     name: Text = setting("builtin:smollm2-135m", "Hub id, local folder, builtin:smollm2-135m or builtin:minilm-l6.")
     dtype: Dtype = setting("auto", "Type of the base weights; auto keeps the checkpoint's own (float32 on CPU).")
     revision: Text | None = setting(None, "Branch, tag or commit of a hub model; null is its main branch.")
+    quantization: Quantization | None = setting(
+        None, "How linear weights are stored: bnb-4bit (QLoRA's nf4), bnb-8bit, torchao-int8; null as the checkpoint."
+    )
 
 
 class AdapterSection(Section):
@@ -305,6 +309,9 @@ SYNONYMS = {
     "model_name_or_path": "model.name",
     "base_model": "model.name",
     "torch_dtype": "model.dtype",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "quantization_config": "model.quantization",
     "dataset": "data.path",
     "dataset_name": "data.path",
     "dataset_path": "data.path",
@@ -752,6 +759,8 @@ def _escape(match: re.Match[str]) -> str:
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
+    if values["model"]["quantization"] is None:  # a later setting: runs from before it keep their fingerprint
+        del values["model"]["quantization"]
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

@@ -137,7 +137,7 @@ class _Run:
             "seed": recipe.seed,
             "recipe": recipe.model_dump(mode="json"),
             "fingerprints": fingerprints,
-            "model": {"name": recipe.model.name, "revision": recipe.model.revision, "dtype": dtype},
+            "model": {**recipe.model.model_dump(include={"name", "revision", "quantization"}), "dtype": dtype},
             "parameters": dict(zip(("trainable", "total"), adapted.get_nb_trainable_parameters(), strict=True)),
             "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
             "steps": steps,
@@ -186,17 +186,18 @@ class _Run:
         recipe = self.recipe
         labels = {"classify": len(task.labels) or None, "regress": 1}.get(task.kind)
         model, tokenizer = load_model(
-            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision
-        )
+            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision,
+            quantization=recipe.model.quantization,
+        )  # fmt: skip
         if task.labels:
             evaluate.set_labels(model, task.labels)
-        count = sum(parameter.numel() for parameter in model.parameters())
+        count = model.num_parameters()  # also of packed codes
         device, dtype = evaluate.default_device(), str(model.dtype).removeprefix("torch.")
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else record.device_name()
         say(
             self.console,
             "model",
-            f"{escape(recipe.model.name)}: {type(model).__name__}, {amount(count)} parameters, {dtype}, {where}",
+            f"{escape(recipe.model.name)}: {type(model).__name__}, {amount(count)} parameters, {recipe.model.quantization or dtype}, {where}",
         )
         return model, tokenizer
 

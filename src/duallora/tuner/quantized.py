@@ -269,6 +269,22 @@ def requantiser(model: nn.Module) -> Requantise | None:
     return getattr(config, "get_apply_tensor_subclass", None)
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that the weights of ``model`` consist of, by name: parameters, and codes and scales of quantised ones."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for name, layer in model.named_modules():
+        if storage(layer) is None:
+            continue
+        for key, tensor in layer.state_dict().items():
+            key = f"{name}.{key}"
+            if hasattr(tensor, "__tensor_flatten__"):  # torchao's stand for several
+                found.pop(key, None)
+                found |= {f"{key}.{part}": getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+            else:
+                found[key] = tensor
+    return found
+
+
 # -- what a merge loses ------------------------------------------------------------------------------------------------
 
 _losses: ContextVar[list[tuple[nn.Module, float]] | None] = ContextVar("duallora_merge_losses", default=None)
