@@ -57,6 +57,12 @@ class OutOfMemoryError(DualLoraError):
     exit_code = 8
 
 
+class LostProcessError(DualLoraError):
+    """Another process of a run in several processes has ended."""
+
+    exit_code = 9
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float; True and False are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

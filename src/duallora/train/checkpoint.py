@@ -18,10 +18,11 @@ import torch
 from transformers import TrainerCallback
 
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
+from duallora.train.launch import ALONE, MAX_PROCESSES, Processes
 from duallora.train.record import flush, follow_umask, fsync_folder, read_json, write_json
 
 MANIFEST = "MANIFEST.json"
-REQUIRED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+REQUIRED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 # Trainer and PEFT pick up files of these kinds by name, so a stray one could be loaded in place of a listed one.
 LOADABLE = {".bin", ".pt", ".pth", ".safetensors", ".pkl"}
 # A pickle of Python objects that only old Trainer versions read back; nothing here ever opens it.
@@ -93,14 +94,20 @@ def verify(folder: Path) -> str | None:
         digest = manifest.pop("digest")
         files = manifest["files"]
         whole = digest == _digest(manifest) and isinstance(files, dict) and isinstance(manifest["step"], int)
+        whole = whole and manifest.get("processes", 1) in range(1, MAX_PROCESSES + 1)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         return f"{MANIFEST} is damaged"
-    for name in REQUIRED:
+    for name in (*REQUIRED, *rng_files(manifest.get("processes", 1))):
         if name not in files:
             return f"{name} was not saved, so an exact resume is impossible"
     return compare_files(folder, files)
+
+
+def rng_files(processes: int) -> list[str]:
+    """The files in which Trainer keeps the state of each process's generators."""
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -173,26 +180,36 @@ def refuse_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint Trainer has just written and rotates the old ones (Trainer's own rotation must be off)."""
+    """Seals each checkpoint Trainer has just written and rotates the old ones (Trainer's own rotation must be off).
 
-    def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any]):
-        self.folder, self.keep, self.fingerprints = folder, keep, fingerprints
+    Of several processes each has written the state of its generators; the first one seals when all have.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any], processes: Processes = ALONE):
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.fingerprints = {**fingerprints, "processes": processes.count}
 
     def on_step_end(self, args, state, control, **kwargs):
         # A folder of this number from an earlier, broken attempt may hold files this save will not overwrite.
-        stale = self.folder / f"checkpoint-{state.global_step}"
-        if control.should_save and stale.exists():
-            shutil.rmtree(stale)
+        if control.should_save:
+            stale = self.folder / f"checkpoint-{state.global_step}"
+            if self.processes.main and stale.exists():
+                shutil.rmtree(stale)
+            self.processes.barrier()
 
     def on_save(self, args, state, control, model=None, **kwargs):
         folder = self.folder / f"checkpoint-{state.global_step}"
         try:
             require_finite(model, f"step {state.global_step}")
         except NonFiniteError:
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.processes.main:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        commit(folder, step=state.global_step, fingerprints=self.fingerprints)
-        rotate(self.folder, self.keep)
+        self.processes.barrier()
+        if self.processes.main:
+            commit(folder, step=state.global_step, fingerprints=self.fingerprints)
+            rotate(self.folder, self.keep)
+        self.processes.barrier()  # nobody leaves before it is sealed
 
 
 def require_finite(model: torch.nn.Module, when: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -25,12 +25,14 @@ from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteErr
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
+from duallora.train.launch import ALONE, Processes
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
 Kind = Literal["generate", "classify", "regress"]
+T = TypeVar("T")
 
 # What a model's own generation config might say otherwise.
 NEUTRAL_GENERATION: dict[str, Any] = {
@@ -67,8 +69,9 @@ def evaluate(
     generation: Mapping[str, Any] | None = None,
     max_length: int = 512,
     console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> EvalResult:
-    """Scores ``model`` on the first ``limit`` examples of a split.
+    """Scores ``model`` on the first ``limit`` examples of a split; several ``processes`` share the batches out.
 
     ``generation`` overrides the task's own arguments for transformers' ``generate``. The loss is the mean over trained
     tokens (nats per token) for tasks that generate, over rows otherwise.
@@ -80,17 +83,16 @@ def evaluate(
     """
     examples = select(task, split, limit)
     rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
     with inference(model):
         if task.kind == "generate":
-            loss = _finite(answer_loss(model, tokenizer, rows, batch_size=batch_size, console=console), split)
+            loss = _finite(answer_loss(model, tokenizer, rows, **shared), split)
             settings = {**task.generation, **(generation or {})}
-            texts = generate(
-                model, tokenizer, examples, batch_size=batch_size, max_length=max_length, console=console, **settings
-            )
+            texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
             predictions: list[Any] = [task.extract(text) if task.extract else text.strip() for text in texts]
             losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         else:
-            logits = classify(model, tokenizer, rows, batch_size=batch_size, console=console)
+            logits = classify(model, tokenizer, rows, **shared)
             losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
     return EvalResult({**task.metrics(predictions, examples), **losses}, predictions, examples)
@@ -113,12 +115,17 @@ def loss_on(
     *,
     batch_size: int = 16,
     console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> float:
-    """The loss alone, over rows of `encode_split`: per trained token (generate) or per row."""
+    """The loss alone, over rows of `encode_split`: per trained token (generate) or per row.
+
+    The same to the bit in one process and in several, which share the batches out.
+    """
+    shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
     with inference(model):
         if kind == "generate":
-            return answer_loss(model, tokenizer, rows, batch_size=batch_size, console=console)
-        return _row_loss(classify(model, tokenizer, rows, batch_size=batch_size, console=console), rows, kind)
+            return answer_loss(model, tokenizer, rows, **shared)
+        return _row_loss(classify(model, tokenizer, rows, **shared), rows, kind)
 
 
 def select(task: Task, split: str, limit: int | None = None) -> list[Example]:
@@ -138,20 +145,26 @@ def answer_loss(
     *,
     batch_size: int = 16,
     console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> float:
     """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
     collate = Collator(tokenizer)
-    total, tokens = 0.0, 0
-    with torch.no_grad(), _bar(console, "loss", len(rows)) as advance:
-        for chosen in _by_length([len(row["input_ids"]) for row in rows], batch_size):
+    batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
+    sums: dict[int, tuple[float, int]] = {}
+    with torch.no_grad(), _bar(console, "loss", len(rows), processes) as advance:
+        for number, chosen in _own(batches, processes):
             batch = _on_device(collate([rows[index] for index in chosen]), model)
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, :-1]
             trained = labels != IGNORE
             # Only the trained positions are widened to float32: [trained, vocabulary], not [batch, length, vocabulary].
-            total += F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()
-            tokens += int(trained.sum())
+            loss = F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()
+            sums[number] = loss, int(trained.sum())
             advance(len(chosen))
+    sums = _united(sums, processes)
+    total, tokens = 0.0, 0
+    for number in range(len(batches)):  # in one order, whoever computed them
+        total, tokens = total + sums[number][0], tokens + sums[number][1]
     return total / tokens
 
 
@@ -163,6 +176,7 @@ def generate(
     batch_size: int = 16,
     max_length: int = 512,
     console: Console | None = None,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> list[str]:
     """The text the model adds to each prompt, in the order of ``examples``; greedy unless ``settings`` say otherwise.
@@ -178,10 +192,11 @@ def generate(
     ends = sorted({*_end_tokens(model, tokenizer), *_turn_ends(examples, tokenizer, max_length)})
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
-    texts = [""] * len(prompts)
+    texts: dict[int, str] = {}
+    batches = _by_length([len(prompt["input_ids"]) for prompt in prompts], batch_size)
     # A decoding step multiplies few rows, so building W' anew in each would cost more than the step itself.
-    with torch.no_grad(), folded(model), _bar(console, "generate", len(prompts)) as advance:
-        for chosen in _by_length([len(prompt["input_ids"]) for prompt in prompts], batch_size):
+    with torch.no_grad(), folded(model), _bar(console, "generate", len(prompts), processes) as advance:
+        for _, chosen in _own(batches, processes):
             batch = _on_device(collate([prompts[index] for index in chosen]), model)
             output = model.generate(
                 **batch,
@@ -196,7 +211,8 @@ def generate(
             for index, answer in zip(chosen, answers, strict=True):
                 texts[index] = answer
             advance(len(chosen))
-    return texts
+    texts = _united(texts, processes)
+    return [texts[index] for index in range(len(prompts))]
 
 
 def classify(
@@ -206,18 +222,21 @@ def classify(
     *,
     batch_size: int = 16,
     console: Console | None = None,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Logits [rows, labels] in float32 on the CPU, in the order of ``rows``."""
     collate = Collator(tokenizer)
-    logits: list[torch.Tensor | None] = [None] * len(rows)
-    with torch.no_grad(), _bar(console, "classify", len(rows)) as advance:
-        for chosen in _by_length([len(row["input_ids"]) for row in rows], batch_size):
+    batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
+    logits: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), _bar(console, "classify", len(rows), processes) as advance:
+        for _, chosen in _own(batches, processes):
             batch = _on_device(collate([rows[index] for index in chosen]), model)
             batch.pop("labels", None)
             for index, row in zip(chosen, model(**batch).logits.float().cpu(), strict=True):
                 logits[index] = row
             advance(len(chosen))
-    return torch.stack([row for row in logits if row is not None])
+    logits = _united(logits, processes)
+    return torch.stack([logits[index] for index in range(len(rows))])
 
 
 @contextmanager
@@ -527,15 +546,26 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def _own(batches: Sequence[list[int]], processes: Processes) -> list[tuple[int, list[int]]]:
+    """(number, batch) of this process's share of the batches."""
+    return list(enumerate(batches))[processes.index :: processes.count]
+
+
+def _united(own: dict[int, T], processes: Processes) -> dict[int, T]:
+    """What all processes have found, by number."""
+    return {number: value for part in processes.gather(own) for number, value in part.items()}
+
+
 def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @contextmanager
-def _bar(console: Console | None, label: str, total: int) -> Iterator[Any]:
+def _bar(console: Console | None, label: str, total: int, processes: Processes) -> Iterator[Any]:
     if console is None:
         yield lambda count: None
         return
     with Bar(console, label, total, unit="row") as bar:
-        yield lambda count: bar.update(bar.done + count)
+        # The others are about as far as this process.
+        yield lambda count: bar.update(min(total, bar.done + count * processes.count))

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -29,6 +29,7 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
+from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -43,8 +44,9 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from duallora.tasks import Collator, Task, encode_split, load_data, load_task
+from duallora.tasks import IGNORE, Collator, Task, encode_split, load_data, load_task
 from duallora.train import checkpoint, evaluate, record
+from duallora.train.launch import ALONE, Processes, shares, together
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml
@@ -63,6 +65,8 @@ class Interrupted(KeyboardInterrupt):
 def train(recipe: Recipe, *, resume: str = "never", console: Console | None = None) -> dict[str, Any]:
     """Trains ``recipe`` into its run folder and returns ``{"status", "folder", "adapter", "steps", "metrics", ...}``.
 
+    Started in several processes (`duallora.train.launch`), it shares the rows of each step out among them.
+
     ``resume``: "never" starts a new run; "auto" continues the folder's run from its newest whole checkpoint, or starts
     one; a path names a checkpoint (or a run folder). A resumed run ends bit for bit where the uninterrupted one does.
 
@@ -71,38 +75,46 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
         DataError, IntegrityError, LockedError, DiskError, OutOfMemoryError: see `duallora.errors`.
         NonFiniteError: a loss, gradient or weight became NaN or infinite; nothing of that step was saved.
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
+        LostProcessError: another process of the run has ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: a run is one process. For several devices put DualLoraConfig into "
-            "your own Trainer script and start that with `accelerate launch`"
-        )
-    console = console or Console()
-    folder, source = _folder_and_source(recipe, resume)
-    recipe = recipe.model_copy(update={"output": str(folder)})
-    with _plain_errors(recipe, folder), _locked(folder), Stopping() as stopping, quiet_libraries():
-        return _Run(recipe, folder, source, stopping, console).go()
+    with together() as processes:
+        console = (console or Console()) if processes.main else Console(quiet=True)
+        folder, source = processes.from_main(lambda: _folder_and_source(recipe, resume))
+        recipe = recipe.model_copy(update={"output": str(folder)})
+        with _plain_errors(recipe, folder), ExitStack() as held, quiet_libraries():
+            processes.from_main(lambda: held.enter_context(_locked(folder)))
+            stopping = held.enter_context(Stopping(processes))
+            return _Run(recipe, folder, source, stopping, console, processes).go()
 
 
 class _Run:
     """The state the steps of one run share."""
 
-    def __init__(self, recipe: Recipe, folder: Path, source: str | Path, stopping: Stopping, console: Console):
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        source: str | Path,
+        stopping: Stopping,
+        console: Console,
+        processes: Processes = ALONE,
+    ):
         self.recipe, self.folder, self.source = recipe, folder, source
-        self.stopping, self.console = stopping, console
+        self.stopping, self.console, self.processes = stopping, console, processes
         self.checkpoints = folder / "checkpoints"
         self.began = False  # whether a training step may have been taken
         self.facts: dict[str, Any] = {}
 
     def go(self) -> dict[str, Any]:
-        previous = self._previous()
+        previous = self.processes.from_main(self._previous)
         if previous and previous.get("status") == "done":
             say(self.console, "done", f"this run is finished already: [bold]{shown(self.folder)}[/]")
             return previous["result"]
         try:
             return self._train(previous)
         except BaseException as error:
-            self._record_failure(error, previous)
+            if self.processes.main:
+                self._record_failure(error, previous)
             raise
 
     def _train(self, previous: dict[str, Any] | None) -> dict[str, Any]:
@@ -110,7 +122,7 @@ class _Run:
         started = time.time()
         say(console, "run", f"[bold]{shown(self.folder)}[/]" + (" (resumed)" if previous else ""))
 
-        check_settings(recipe)
+        check_settings(recipe, self.processes)
         task = load(recipe, console)
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
         model, tokenizer = self._load_model(task)
@@ -121,7 +133,7 @@ class _Run:
             "data": {split: task.fingerprint(split) for split in ("train", "validation") if split in task.splits},
             "base": base,
         }
-        start = self._resume_from(previous, fingerprints)
+        start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
 
         steps, lr_warmup = schedule(recipe, len(rows))
         dtype = str(model.dtype).removeprefix("torch.")
@@ -131,6 +143,7 @@ class _Run:
         self.facts = {
             "status": "running",
             "pid": os.getpid(),
+            "processes": self.processes.count,
             **record.environment(),
             "started": (previous or {}).get("started", record.now()),
             "resumed": [*(previous or {}).get("resumed", ()), *([record.now()] if previous else ())],
@@ -143,13 +156,14 @@ class _Run:
             "steps": steps,
             "loss_before": _loss_before(previous, recipe),
         }
-        record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
-        record.write_json(self.folder / "run.json", self.facts)
+        if self.processes.main:
+            record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
+        self._write_facts()
 
         adapted.to(evaluate.default_device())
         if held_out and self.facts["loss_before"] is None:
             self.facts["loss_before"] = self._loss(adapted, tokenizer, held_out, task, "before")
-            record.write_json(self.folder / "run.json", self.facts)
+            self._write_facts()
 
         trained = self._fit(adapted, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
         adapter = self._save(adapted, tokenizer, task, steps, dtype)
@@ -163,22 +177,26 @@ class _Run:
             "trainable_parameters": self.facts["parameters"]["trainable"],
             "seconds": round(time.time() - started, 1),
         }
-        record.write_json(
-            self.folder / "metrics.json",
-            record.result(
-                "train",
-                self.facts["recipe"],
-                metrics,
-                seeds=[recipe.seed],
-                started=started,
-                data=fingerprints["data"],
-                base=base,
-            ),
-        )
-        record.write_json(
-            self.folder / "run.json", {**self.facts, "status": "done", "finished": record.now(), "result": result}
-        )
-        return result
+        if self.processes.main:
+            record.write_json(
+                self.folder / "metrics.json",
+                record.result(
+                    "train",
+                    self.facts["recipe"],
+                    metrics,
+                    seeds=[recipe.seed],
+                    started=started,
+                    data=fingerprints["data"],
+                    base=base,
+                    processes=self.processes.count,
+                ),
+            )
+        self._write_facts(status="done", finished=record.now(), result=result)
+        return self.processes.from_main(lambda: result)
+
+    def _write_facts(self, **more: Any) -> None:
+        if self.processes.main:
+            record.write_json(self.folder / "run.json", {**self.facts, **more})
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -194,6 +212,8 @@ class _Run:
         count = model.num_parameters()  # also of packed codes
         device, dtype = evaluate.default_device(), str(model.dtype).removeprefix("torch.")
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else record.device_name()
+        if self.processes.count > 1:
+            where += f", {self.processes.count} processes"
         say(
             self.console,
             "model",
@@ -247,37 +267,41 @@ class _Run:
     def _fit(self, model, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
         """Trains to ``steps`` from ``start`` (a checkpoint or None); the figures of the training itself."""
         recipe = self.recipe
+        processes = self.processes
         log = JsonLines(self.folder / "log.jsonl")
-        log.drop_after(_step_of(start) if start else 0)
+        if processes.main:
+            log.drop_after(_step_of(start) if start else 0)
         if start is not None and _step_of(start) >= steps:
             # Trainer would take one more step here if the last one was not the last of its epoch.
             set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
             return log.summary()
         callbacks: list[TrainerCallback] = [
             self.stopping,
-            checkpoint.SealCheckpoints(self.checkpoints, recipe.train.save_total_limit, fingerprints),
-            log,
+            checkpoint.SealCheckpoints(self.checkpoints, recipe.train.save_total_limit, fingerprints, processes),
         ]
         trainer = _Trainer(
             model=model,
-            args=_arguments(recipe, self.checkpoints, steps, lr_warmup),
-            train_dataset=rows,
+            args=_arguments(recipe, self.checkpoints, steps, lr_warmup, processes),
+            train_dataset=[*rows, nothing_to_learn(rows[0], task.kind)],
             data_collator=Collator(tokenizer),
-            callbacks=callbacks,
+            callbacks=[*callbacks, log] if processes.main else callbacks,
+            compute_loss_func=None if task.kind == "generate" else partial(row_loss, task.kind),
         )
+        trainer.processes, trainer.kind = processes, task.kind
+        if processes.index:  # each draws its own dropout and tokens
+            set_seed((recipe.seed + processes.index) % 2**32)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        if "tensorboard" in recipe.train.report_to:
+        if "tensorboard" in recipe.train.report_to and processes.main:
             from torch.utils.tensorboard import SummaryWriter
             from transformers.integrations import TensorBoardCallback
 
             trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(self.folder / "tb"))))
         if task.kind != "generate":
-            # The heads average over the batch and ignore the row count Trainer hands them; told so, it divides by
-            # the accumulation steps itself. Left alone it would sum the micro-batches' means.
-            trainer.model_accepts_loss_kwargs = False
+            trainer.model_accepts_loss_kwargs = False  # the loss is `row_loss`; the model's forward knows no row count
         if recipe.train.eval_steps and held_out:
-            loss = partial(evaluate.loss_on, model, tokenizer, held_out, task.kind, batch_size=recipe.eval.batch_size)
+            options: dict[str, Any] = {"batch_size": recipe.eval.batch_size, "processes": processes}
+            loss = partial(evaluate.loss_on, model, tokenizer, held_out, task.kind, **options)
             trainer.add_callback(LossDuringTraining(trainer, loss, recipe.train.eval_steps))
         show = ShowTraining(self.console, trainer)
         trainer.add_callback(FiniteGradients(trainer))
@@ -288,10 +312,11 @@ class _Run:
         finally:
             show.close()
             self.stopping.training = False
-        if self.stopping.number is not None:
-            raise Interrupted(self.stopping.number, f"stopped after step {trainer.state.global_step} of {steps}")
+        number = self.stopping.agreed()
+        if number is not None:
+            raise Interrupted(number, f"stopped after step {trainer.state.global_step} of {steps}")
         checkpoint.require_finite(model, f"step {steps}")
-        figures = log.summary()
+        figures = processes.from_main(log.summary)
         say(
             self.console,
             "trained",
@@ -302,6 +327,8 @@ class _Run:
 
     def _save(self, model: PeftModel, tokenizer, task: Task, steps: int, dtype: str) -> Path:
         target, beside = self.folder / "adapter", self.folder / ".adapter.tmp"
+        if not self.processes.main:
+            return target
         shutil.rmtree(beside, ignore_errors=True)
         model.save_pretrained(str(beside), save_embedding_layers=False)
         tokenizer.save_pretrained(str(beside))
@@ -352,6 +379,7 @@ class _Run:
             generation={name: value for name, value in chosen.items() if value is not None},
             max_length=recipe.data.max_length,
             console=self.console,
+            processes=self.processes,
         )
         self._say_loss("after", result.metrics["loss"], task)
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
@@ -359,9 +387,9 @@ class _Run:
         return {"loss_before": self.facts["loss_before"], **result.metrics}
 
     def _loss(self, model, tokenizer, held_out, task: Task, label: str) -> float:
-        loss = evaluate.loss_on(
-            model, tokenizer, held_out, task.kind, batch_size=self.recipe.eval.batch_size, console=self.console
-        )
+        options: dict[str, Any] = {"console": self.console, "processes": self.processes}
+        options["batch_size"] = self.recipe.eval.batch_size
+        loss = evaluate.loss_on(model, tokenizer, held_out, task.kind, **options)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the loss on the {len(held_out):,} validation rows is {loss} {label} training: the model itself gives "
@@ -402,7 +430,11 @@ class _Run:
             before = previous["recipe"]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is damaged; restore it, or start a new run in another folder with -o") from None
-        checkpoint.refuse_drift(before, self.recipe.model_dump(mode="json"))
+        after = self.recipe.model_dump(mode="json")
+        if previous.get("status") != "done":  # each process has generators of its own
+            before = {**before, "processes (--launch)": previous.get("processes", 1)}
+            after["processes (--launch)"] = self.processes.count
+        checkpoint.refuse_drift(before, after)
         return previous
 
     def _resume_from(self, previous: dict[str, Any] | None, fingerprints: dict[str, Any]) -> Path | None:
@@ -492,14 +524,21 @@ def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup
     return adapted
 
 
-def _arguments(recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int, processes: Processes = ALONE
+) -> TrainingArguments:
     options = recipe.train
+    batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.count)
     try:
         return TrainingArguments(
             output_dir=str(checkpoints),
             max_steps=steps,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            average_tokens_across_devices=processes.count > 1,
+            # Only biases outside the adapted layers may have no part in the loss (a pooler's).
+            ddp_find_unused_parameters=recipe.adapter.bias == "all",
+            ddp_broadcast_buffers=False,  # the gates count the same steps everywhere
             learning_rate=options.learning_rate,
             lr_scheduler_type=options.lr_scheduler,
             warmup_steps=lr_warmup,
@@ -537,9 +576,9 @@ def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
     return steps, math.ceil((options.lr_warmup_ratio or 0) * steps) if warmup is None else warmup
 
 
-def check_settings(recipe: Recipe) -> None:
+def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
     """ConfigError now, before anything heavy is loaded, for what transformers would refuse when training starts."""
-    _arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0)
+    _arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0, processes=processes)
     trackers = [name for name in recipe.train.report_to if name != "tensorboard"]
     try:
         for callback in get_reporting_integration_callbacks(trackers):
@@ -560,23 +599,39 @@ class _Trainer(Trainer):
 
     model: PeftModel
     lr_scheduler: Any
+    processes = ALONE
+    kind: evaluate.Kind = "generate"
     tokens = 0
+    step_tokens = 0
     step_loss = 0.0
     logged = (0, 0.0)  # tokens and time at the last line of the log
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.tokens += int(inputs["attention_mask"].sum())
+        self.step_tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss += float(loss)
-        if not math.isfinite(self.step_loss):
-            raise self.non_finite("loss", self.step_loss)
+        if self.processes.count == 1:  # several stop together: see FiniteGradients
+            self.require_finite("loss", self.step_loss)
         return loss
+
+    def require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise self.non_finite(what, value)
 
     def _get_train_sampler(self, train_dataset=None):
         rows: Any = self.train_dataset
-        # By optimizer step, so that a smaller batch with more accumulation is the same run.
-        count = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LikeLengths([len(row["input_ids"]) for row in rows], count, self.args.seed)
+        lengths = [len(row["input_ids"]) for row in rows[:-1]]  # the last one is `nothing_to_learn`
+        # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
+        at_once = self.args.train_batch_size * self.processes.count
+        step = at_once * self.args.gradient_accumulation_steps
+        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.count > 1 else 1)
+        return self.sampler
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if self.kind == "generate":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        own = sum(int(has_label(batch["labels"]).sum()) for batch in batch_samples)
+        return torch.tensor(sum(count for (count,) in self.processes.numbers([own])), device=device)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -588,6 +643,8 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir=None, _internal_call=False):
+        if not self.args.should_save:
+            return
         # PEFT's own default asks the hub whether the vocabulary grew.
         self.model.save_pretrained(str(output_dir or self.args.output_dir), save_embedding_layers=False)
 
@@ -602,20 +659,42 @@ class _Trainer(Trainer):
         )
 
 
+def nothing_to_learn(row: dict[str, Any], kind: evaluate.Kind) -> dict[str, Any]:
+    """A row of one token that adds nothing to any loss: it fills the last step, where processes would lack rows."""
+    nothing: dict[str, Any] = {"generate": [IGNORE], "classify": IGNORE, "regress": math.nan}
+    return {**{key: row[key][:1] for key in row if key != "labels"}, "labels": nothing[kind]}
+
+
+def has_label(labels: torch.Tensor) -> torch.Tensor:
+    """Which rows of a batch [rows] of class ids or targets are to be learnt."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
+
+
+def row_loss(kind: evaluate.Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
+    learnt = has_label(labels)
+    logits, labels = outputs["logits"][learnt].float(), labels[learnt]
+    if kind == "classify":
+        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+    return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum") / num_items_in_batch
+
+
 class LikeLengths(torch.utils.data.Sampler[int]):
     """A random order in which the rows of a step have like lengths, so that little is padding.
 
     Rows are drawn at random into groups of ``GROUP`` batches; a group is sorted, cut into batches, and the batches of
     the epoch are drawn at random again. The order depends on seed and epoch alone, so a resumed run finds it again.
+    The last batch is filled to a multiple of ``fill_to`` with the number after the last row's.
     """
 
     GROUP = 8
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, fill_to: int = 1):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.filling = [len(lengths)] * (-len(lengths) % fill_to)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + len(self.filling)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -631,7 +710,7 @@ class LikeLengths(torch.utils.data.Sampler[int]):
             group = sorted(order[start : min(start + span, whole)], key=lambda row: self.lengths[row])
             batches += [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
         draw.shuffle(batches)
-        return itertools.chain(*batches, order[whole:])
+        return itertools.chain(*batches, order[whole:], self.filling)
 
 
 class FiniteGradients(TrainerCallback):
@@ -641,10 +720,24 @@ class FiniteGradients(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer = self.trainer
+        told = trainer.processes.numbers([trainer.step_loss, trainer.step_tokens])
+        trainer.tokens += round(sum(tokens for _, tokens in told))
+        trainer.step_tokens = 0
+        trainer.step_loss = sum(loss for loss, _ in told) / len(told)
+        trainer.require_finite("loss", trainer.step_loss)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            raise self.trainer.non_finite("grad_norm", norm)
+        trainer.require_finite("grad_norm", float(torch.nn.utils.get_total_norm(gradients)))
+        share_token_errors(model, trainer.processes)
+
+
+def share_token_errors(model: torch.nn.Module, processes: Processes) -> None:
+    """Gives every process the same sampling errors, so that the token budget is spent alike (gradient_tokens_by)."""
+    probes = [probe for module in model.modules() for probe in getattr(module, "token_probes", {}).values()]
+    probes = [probe for probe in probes if probe.grad is not None]
+    if probes and processes.count > 1:
+        for probe, error in zip(probes, processes.mean(torch.stack([p.grad for p in probes])), strict=True):
+            probe.grad = error
 
 
 class LossDuringTraining(TrainerCallback):
@@ -711,6 +804,10 @@ class ShowTraining(TrainerCallback):
         self.bar: Bar | None = None
         self.loss: float | None = None
 
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate's shards of a loader, shortened for a resumed run, hide the sampler from Trainer.
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.monotonic()
         self.trainer.logged = (0, self.began)
@@ -740,12 +837,14 @@ class ShowTraining(TrainerCallback):
 class Stopping(TrainerCallback):
     """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop. A second one leaves at once.
 
-    Outside of training there is nothing to finish, so `Interrupted` is raised on the spot.
+    Outside of training there is nothing to finish, so `Interrupted` is raised on the spot. Of several processes it is
+    enough that one is asked: all stop after the same step.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self.number: int | None = None
         self.training = False
         self.before: dict[int, Any] = {}
@@ -768,8 +867,12 @@ class Stopping(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.training = True
 
+    def agreed(self) -> int | None:
+        """The signal that came to any of the processes, or None."""
+        return round(max(number for (number,) in self.processes.numbers([self.number or 0]))) or None
+
     def on_step_end(self, args, state, control, **kwargs):
-        if self.number is not None:
+        if self.agreed() is not None:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
