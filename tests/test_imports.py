@@ -18,12 +18,14 @@ MAY_IMPORT = {
     "ops": {"ops", "core"},
     "nn": {"ops", "core", "errors"},
     "tuner": {"tuner", "ops", "core", "errors"},
+    "methods": {"methods", "tuner", "ops", "core", "errors"},
     "tasks": {"tasks", "errors"},
     "train": {"train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
     "bench": {"bench", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
-    "cli": {"serve", "export", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
+    "plan": {"plan", "train", "errors", "__root__"},
+    "cli": {"serve", "export", "plan", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
 }
 
 
@@ -41,7 +43,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             is_root = node.module == "duallora"
             found |= {f"duallora.{alias.name}" for alias in node.names} if is_root else {node.module}
-    known = {"errors", "console", "core", "ops", "nn", "tuner", "tasks", "train", "bench", "export", "serve", "cli"}
+    known = MAY_IMPORT.keys()
     return {part(m) if part(m) in known else "__root__" for m in found if m == "duallora" or m.startswith("duallora.")}
 
 
