@@ -74,11 +74,11 @@ class DualLoraModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        shared = self._find_shared_weights()
+        shared, configs = self._find_shared_weights(), _tying_configs(self.model)
         with quantized.merge_losses(self.model) as losses, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
-        _untie(unloaded, shared)
+        _untie(unloaded, shared, configs)
         quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
@@ -248,20 +248,24 @@ def _warn_of_experts(model: nn.Module) -> None:
         )
 
 
-def _untie(model: nn.Module, shared: list[list[str]]) -> None:
+def _tying_configs(model: nn.Module) -> list[Any]:
+    """The configs (of the model, of its text part) that tie the word embeddings."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
+
+
+def _untie(model: nn.Module, shared: list[list[str]], configs: list[Any]) -> None:
     """Where merging gave a tied module a weight of its own, say so in the config, or loading would tie them again."""
     for names in shared:
         weights = [getattr(model.get_submodule(name), "weight", None) for name in names]
         if all(weight is weights[0] for weight in weights):
             continue
-        config: Any = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        tied = [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
-        for c in tied:
-            c.tie_word_embeddings = False
+        for config in configs:
+            config.tie_word_embeddings = False
+        remedy = ": tie_word_embeddings is now False in the model's config" if configs else ""
         warnings.warn(
-            f"{' and '.join(names)} shared one weight; one of them was merged and now has its own"
-            + (", so tie_word_embeddings is set to False in the config." if tied else "."),
+            f"{' and '.join(names)} shared one weight; with an adapter merged into it each has its own{remedy}.",
             stacklevel=4,
         )
 

@@ -1,0 +1,279 @@
+"""Dual LoRA on embeddings: rows of the batch against the whole weight, clip, padding, subclasses, merging."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+import duallora
+from duallora import DualLoraConfig
+from duallora.core.equation import dual_delta
+from duallora.tuner.embedding import Embedding, distinct
+
+V, D = 100, 63
+IDS = torch.tensor([[3, 3, 3, 99, 5], [0, 7, 3, 5, 98]])  # 3 four times, 5 twice
+
+
+def adapted(base: nn.Module | None = None, seed: int = 7, **options) -> tuple[peft.PeftModel, Embedding]:
+    """An embedding at gate 3/4 with factors far from their start."""
+    torch.manual_seed(seed)
+    base = base or nn.Embedding(V, D)
+    config = {
+        "r1": 4,
+        "r2": 3,
+        "alpha": 10,
+        "warmup_steps": 4,
+        "init_std": 0.5,
+        "init_seed": 11,
+        "target_modules": ["0"],
+    }
+    model = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(**{**config, **options}))
+    duallora.advance_gate(model, 3)
+    layer = model.base_model.model[0]
+    if options.get("warmup") == "residual":
+        for name in "ABCD":
+            getattr(layer, f"duallora_{name}")["default"].data.add_(0.3 * torch.randn(1))
+    return model, layer
+
+
+def factors(layer: Embedding) -> list[torch.Tensor]:
+    return [p["default"] for n in "ABCD" if "default" in (p := getattr(layer, f"duallora_{n}"))]
+
+
+@pytest.fixture(autouse=True)
+def _gate_warnings_are_expected():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*whose gate is not open")
+        yield
+
+
+@pytest.mark.parametrize("ste_clip", ["chain", "update"])
+def test_layer_agrees_with_the_oracle_where_the_clip_acts_on_the_sum_over_occurrences(ste_clip):
+    """One-hot rows times W' in float64 loops. Clipping each occurrence on its own would give id 3 four times too much."""
+    _, layer = adapted(ste_clip=ste_clip)
+    y = layer(IDS)
+    dY = torch.randn_like(y)
+    A, B, C, D_ = (f.detach() for f in factors(layer))
+    onehot = F.one_hot(IDS.flatten(), V).double()
+    W = layer.get_base_layer().weight.detach()
+    want, (_, _, dBt, dAt, dDt, dCt) = oracle.dual_linear(
+        onehot, W.T, None, [B.T, A.T, D_.T, C.T], 0.75 * 10 / 12**0.5, dY.view(-1, D), ste_clip=ste_clip
+    )
+    torch.testing.assert_close(y.double().view(-1, D), want, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(y, factors(layer), dY)
+    for g, w in zip(got, (dAt.T, dBt.T, dCt.T, dDt.T), strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)
+
+
+VARIANTS = [
+    {},
+    {"use_dora": True},
+    {"warmup": "residual"},
+    {"direction": "fixed"},
+    {"direction": "xnor"},
+    {"direction": "dorefa"},
+    {"direction": "identity"},
+    {"magnitude": "sigmoid"},
+    {"backend": "reference"},
+    {"forward": "added"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_rows_of_the_batch_are_rows_of_the_whole_weight(options):
+    """y and all gradients as from the whole W' [V, d]; the means of xnor (a row) and dorefa (all) are not the batch's."""
+    _, layer = adapted(**options)
+    leaves = factors(layer) + list(layer.duallora_m.values())
+    y = layer(IDS)
+    dY = torch.randn_like(y)
+    got = torch.autograd.grad(y, leaves, dY, allow_unused=True)
+
+    config = layer.duallora_config["default"]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    m = wide.pop() if config.use_dora else None
+    A, B, C, D_ = wide if len(wide) == 4 else (*wide, None, None)
+    kwargs = {k: v for k, v in layer._options("default").items() if k != "initial"}
+    s = layer.scaling["default"] * (0.75 if config.warmup == "ramp" else 1)
+    W = layer.get_base_layer().weight.detach().double()
+    whole = W + dual_delta(A, B, C, D_, s, **kwargs)
+    if config.warmup == "residual":
+        whole = whole - dual_delta(*[layer.duallora_initial["default"][n].double() for n in "ABCD"], s, **kwargs)
+    if m is not None:
+        whole = whole * (m / whole.detach().norm(dim=1))[:, None]
+    want = F.embedding(IDS, whole)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5)
+    wide += [] if m is None else [m]
+    for g, w in zip(got, torch.autograd.grad(want, wide, dY.double()), strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-3, atol=1e-4)
+    delta = layer.get_delta_weight("default")
+    assert delta.shape == (V, D)
+    torch.testing.assert_close(delta.double(), (whole - W).detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", VARIANTS[:-1], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_rows_have_the_bits_of_the_unmerged(dtype, options):
+    model, layer = adapted(nn.Embedding(V, D).to(dtype), **options)
+    before = layer.get_base_layer().weight.clone()
+    want = model(IDS)
+    assert want.dtype == dtype
+    assert not torch.equal(want, F.embedding(IDS, before))
+    layer.merge(safe_merge=True)
+    assert torch.equal(model(IDS), want)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, before)
+    assert torch.equal(model.merge_and_unload()(IDS), want)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"forward": "added"}], ids=str)
+def test_the_padding_row_stays_and_gets_no_gradient(options):
+    """dW is of low rank inside: without care the row of padding_idx would move as A and C move."""
+    base = nn.Embedding(V, D, padding_idx=5)
+    base.weight.data[5] = 0.5
+    model, layer = adapted(base, **options)
+    y = model(IDS)
+    assert torch.equal(y[0, 4], torch.full((D,), 0.5))
+    y[IDS == 5].sum().backward()
+    assert all(not f.grad.any() for f in factors(layer) if f.grad is not None)
+    assert not layer.get_delta_weight("default")[5].any()
+    layer.merge()
+    assert torch.equal(model(IDS), y) or options.get("forward") == "added"
+    assert torch.equal(layer.get_base_layer().weight[5], torch.full((D,), 0.5))
+
+
+def test_gradients_are_scaled_by_frequency_where_the_base_layer_asks_for_it():
+    _, plain = adapted()
+    _, scaled = adapted(nn.Embedding(V, D, scale_grad_by_freq=True))
+    dY = 1e-3 * torch.randn(2, 5, D)  # below the clip, so that the gradient is linear in it
+    counts = torch.tensor([(i == IDS).sum() for i in IDS.flatten()]).view(2, 5, 1)
+    want = torch.autograd.grad(plain(IDS), factors(plain), dY / counts)
+    for g, w in zip(torch.autograd.grad(scaled(IDS), factors(scaled), dY), want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+
+
+def test_max_norm_is_refused():
+    with pytest.raises(duallora.errors.ConfigError, match=r"'0' has max_norm=1\.0, which rewrites.*set max_norm=None"):
+        adapted(nn.Embedding(V, D, max_norm=1.0))
+
+
+class Normed(nn.Embedding):
+    """Not linear in its weight."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.normalize(super().forward(ids), dim=-1)
+
+
+class Unseen(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weight[ids]
+
+
+SUBCLASSES = {
+    "gemma": lambda: Gemma3TextScaledWordEmbedding(V, D, 0, embed_scale=D**0.5),
+    "bart": lambda: BartScaledWordEmbedding(V, D, 1, embed_scale=3.7),
+    "normed": lambda: Normed(V, D),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", SUBCLASSES)
+def test_a_subclass_does_to_the_adapted_rows_what_it_does_to_its_own(kind, dtype):
+    """A scale or a norm acts on W0 + dW: to the bit what the subclass itself gives with the merged weight."""
+    base = SUBCLASSES[kind]().to(dtype)
+    merged = copy.deepcopy(base)
+    model, layer = adapted(base)
+    merged.weight.data = (base.weight.float() + layer.get_delta_weight("default")).to(dtype)
+    assert torch.equal(model(IDS), merged(IDS))
+    _, added = adapted(copy.deepcopy(base), forward="added")
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(added(IDS), merged(IDS), rtol=tolerance, atol=tolerance * 8)
+
+
+def test_positions_worked_out_inside_the_base_layer_are_adapted():
+    """OPT's takes an attention mask, not ids."""
+    base = OPTLearnedPositionalEmbedding(V - 2, D)
+    _, layer = adapted(copy.deepcopy(base))
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    want = copy.deepcopy(base)
+    want.weight.data += layer.get_delta_weight("default")
+    torch.testing.assert_close(layer(mask, 0), want(mask, 0))
+    assert not torch.equal(layer(mask, 0), base(mask, 0))
+
+
+def test_a_base_layer_that_looks_up_by_itself_is_refused():
+    """Rather than left silently unadapted."""
+    model, _ = adapted(Unseen(V, D))
+    with pytest.raises(duallora.errors.ConfigError, match=r"Unseen does not look its weight up through F\.emb"):
+        model(IDS)
+
+
+@pytest.mark.parametrize("kind", [None, "gemma"])
+def test_hooks_of_the_base_layer_run(kind):
+    _, layer = adapted(SUBCLASSES[kind]() if kind else None)
+    want = layer(IDS)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(layer(IDS), want)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", [None, "gemma"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_one_adapter_per_row_of_the_batch(kind, options):
+    model, layer = adapted(SUBCLASSES[kind]() if kind else None, **options)
+    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=0, target_modules=["0"], init_std=0.5, **options))
+    model.eval()
+    ids = IDS.repeat(2, 1)[:3]
+    alone = {"__base__": layer.base_layer(ids)}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(ids)
+    names = ["other", "__base__", "default"]
+    with model.base_model._enable_peft_forward_hooks(adapter_names=names):
+        mixed = model.base_model.model(ids)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+
+
+def test_distinct_ids_have_the_same_rows_where_the_graph_is_compiled():
+    """The compiled form must not depend on the values for its shapes; dW of an id is then computed once as well."""
+    torch._dynamo.reset()
+    compiled = torch.compile(distinct, fullgraph=True, backend="eager")
+    for ids in (IDS, torch.zeros(2, 5, dtype=torch.int64), torch.randperm(V)[:10].view(2, 5)):
+        rows, where = compiled(ids)
+        assert rows.shape == (10,)
+        assert torch.equal(rows[where], ids)
+        assert len(where.unique()) == len(ids.unique())
+        rows, where = distinct(ids)
+        assert torch.equal(rows[where], ids)
+        assert len(rows) == len(ids.unique())
+
+
+def test_compiles_whole():
+    _, layer = adapted()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    want = layer(IDS)
+    y = compiled(IDS)
+    assert torch.equal(y, want)
+    dY = torch.randn_like(y)
+    got = torch.autograd.grad(y, factors(layer), dY)
+    for g, w in zip(got, torch.autograd.grad(want, factors(layer), dY), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_leaves_ids_alone_and_conversion_to_lora_is_declined():
+    model, layer = adapted(duallora_dropout=0.9)
+    assert torch.equal(model.train()(IDS), model.eval()(IDS))
+    assert not layer.supports_lora_conversion()
+    assert repr(layer).startswith("duallora.Embedding(")
