@@ -391,11 +391,7 @@ def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], base: str, repo:
         "|---|---|---|---|---|---|---|",
     ]
     for name, (_, facts) in others.items():
-        cells = [
-            ", ".join(f"{metric} {value:.4g}" for metric, value in facts.get("scores", {}).get(which, {}).items())
-            or "-"
-            for which in ("adapter", "conversion")
-        ]
+        cells = [_main_figures(facts.get("scores", {}).get(which, {})) for which in ("adapter", "conversion")]
         lines.append(
             f"| `{name}/` | {facts['rank']} | {facts['energy']:.2%} | {facts['lowest_energy']:.2%} | "
             f"{facts['relative_error']:.2e} | {' | '.join(cells)} |"
@@ -404,6 +400,12 @@ def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], base: str, repo:
     return "\n".join(
         [*lines, "", "```python", f'model = PeftModel.from_pretrained(base, "{repo}", subfolder="{first}")', "```"]
     )
+
+
+def _main_figures(scores: dict[str, float]) -> str:
+    """The task's first figure and the loss."""
+    names = [*[name for name in scores if name not in LOSSES][:1], *[name for name in scores if name == "loss"]]
+    return ", ".join(f"{name} {scores[name]:.4g}" for name in names) or "not measured"
 
 
 def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, Any], local: str) -> str:
@@ -418,7 +420,7 @@ def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, 
         "target modules": ", ".join(sorted(targets)) if isinstance(targets, list) else targets,
         "trained parameters": f"{run['parameters']['trainable']:,}" if "parameters" in run else None,
         "task": sidecar.get("task"),
-        "rows trained on": f"{data['train']:,}" if "train" in data else None,
+        "rows of training data": f"{data['train']:,}" if "train" in data else None,
         "data (sha256)": ", ".join(f"{split} {digest[:16]}" for split, digest in sidecar.get("data", {}).items()),
         "base weights (sha256)": (sidecar.get("base", {}).get("fingerprint") or "")[:16],
         "optimizer steps": sidecar.get("steps"),

@@ -79,13 +79,7 @@ def check(
     with quiet_libraries():
         config, shapes = _files(report, folder)
         if shapes and config:
-            for name, judge in TARGETS.items():
-                verdict = judge(config, shapes)
-                report.targets[name] = verdict
-                refused = name == target and not verdict.accepted
-                status = "failed" if refused else "ok" if verdict.accepted else "note"
-                message = verdict.flags if verdict.accepted else "not accepted: " + "; ".join(verdict.reasons)
-                report.add(name, status, escape(message), 2 if refused else 0)
+            _targets(report, config, shapes, target)
             if not report.broken and not files_only:
                 _model(report, adapter, base, config)
     first = next((finding.exit_code for finding in report.findings if finding.exit_code), 0)
@@ -160,6 +154,20 @@ def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[s
             closed = closed_gate_message(min(gates), warmup)
             report.add("gate", "note" if closed else "ok", closed or f"open (step {min(gates)} of {warmup})")
     return config, shapes
+
+
+def _targets(report: _Report, config: Mapping[str, Any], shapes: Shapes, target: Target | None) -> None:
+    """Every engine's verdict; a refusal by the one asked for is a failure."""
+    report.targets = {name: judge(config, shapes) for name, judge in TARGETS.items()}
+    for name, verdict in report.targets.items():
+        asked = name == target
+        if verdict.accepted:
+            report.add(name, "ok", escape(verdict.flags))
+        elif asked or config.get("peft_type") == "LORA":
+            status, code = ("failed", 2) if asked else ("note", 0)
+            report.add(name, status, escape("not accepted: " + "; ".join(verdict.reasons)), code)
+    if config.get("peft_type") != "LORA" and target is None:
+        report.add("serving", "note", escape(str(_not_a_lora(config))))
 
 
 def _values(weights: Path) -> tuple[set[str], set[int]]:

@@ -294,7 +294,7 @@ def lora_config(model: PeftModel, names: list[str], rank: int) -> LoraConfig:
         target_modules=suffixes if len(selected) == len(names) else sorted(names),
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in dual_layers(model).values()),
         bias={"duallora_only": "lora_only"}.get(config.bias, config.bias),
-        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+        modules_to_save=list(dict.fromkeys(config.modules_to_save)) if config.modules_to_save else None,
     )
 
 
