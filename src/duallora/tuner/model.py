@@ -188,7 +188,13 @@ class DualLoraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names cannot be passed in training mode: call model.eval() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
+        if any(layer.merged for layer in self._layers()):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         known = {name for layer in self._layers() for name in layer.duallora_config} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
