@@ -65,6 +65,11 @@ class Conv(DualLoraLayer, nn.Module):
         dW = self._delta(adapter, W).view(self.kernel_shape).to(x.dtype)
         return base._conv_forward(self.duallora_dropout[adapter](x), dW, None)
 
+    def _with_update(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
+        if self._is_plain() and not convolves_as_torch(self.base_layer):
+            return self._convolve(x, [adapter])
+        return super()._with_update(x, y, adapter)
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y [batch, out, ...] for x [batch, in, ...]; ``adapter_names`` gives each row an adapter of its own."""
         if self.disable_adapters or adapter_names is not None:

@@ -72,9 +72,9 @@ class Embedding(DualLoraLayer, nn.Module):
         table = self._merged_weight(W, adapters, rows)
         return F.embedding(where, table, scale_grad_by_freq=self.get_base_layer().scale_grad_by_freq)
 
-    def _added_rows(self, ids: Tensor, adapter: str) -> Tensor:
+    def _added(self, x: Tensor, adapter: str) -> Tensor:
         """dW[ids]."""
-        rows, where = distinct(ids)
+        rows, where = distinct(x)
         W = self._base_weight() if self.duallora_config[adapter].use_dora else None
         options = {"scale_grad_by_freq": self.get_base_layer().scale_grad_by_freq}
         return F.embedding(where, self._delta(adapter, W, rows), **options)
@@ -102,7 +102,7 @@ class Embedding(DualLoraLayer, nn.Module):
             if not added:
                 return self._looked_up(ids, W, adapters)
             y = found()
-            return y + sum(self._added_rows(ids, adapter) for adapter in adapters).to(y.dtype)
+            return y + sum(self._added(ids, adapter) for adapter in adapters).to(y.dtype)
 
         with _Lookup(self.get_base_layer(), look_up) as lookup:
             y = self.base_layer(x, *args, **kwargs)
@@ -112,9 +112,6 @@ class Embedding(DualLoraLayer, nn.Module):
                 "cannot adapt it: name it in exclude_modules."
             )
         return y
-
-    def _added(self, x: Tensor, adapter: str) -> Tensor:
-        return self._added_rows(x, adapter)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion writes factors of linear layers only."""

@@ -266,6 +266,33 @@ class DualLoraLayer(BaseTunerLayer):
         """Make these adapters the active ones."""
         self._eval_cache.distrust()
         super().set_adapter(*args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self.duallora_A:
+                self._take_over_counters(adapter)
+
+    @torch.no_grad()
+    def _take_over_counters(self, adapter: str) -> None:
+        """If ``adapter`` is new and its factors are a copy of another's, copy that one's counter and seed too.
+
+        TRL's DPOTrainer makes its reference "ref" from the adapter to be trained by ``named_parameters()`` alone. With
+        its gate left at 0 the reference would silently be the base model.
+        """
+        for other, config in self.duallora_config.items():
+            if other == adapter or config is not self.duallora_config[adapter]:
+                continue
+            pairs = list(zip(self._factors(adapter), self._factors(other), strict=True))
+            if any(f is not None and f.device.type == "meta" for pair in pairs for f in pair):
+                continue
+            behind = int(self.duallora_step[adapter]) == 0 and any(
+                adapter in held and other in held and int(held[adapter]) != int(held[other])
+                for held in (self.duallora_step, self.duallora_seed)
+            )
+            if behind and all(a is None or b is None or torch.equal(a, b) for a, b in pairs):
+                for held in (self.duallora_step, self.duallora_seed):
+                    if other in held:
+                        held[adapter].copy_(held[other])
+                self.rebuild_from_seed(adapter)
+                return
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged one leaves the base weight first, the other merged ones stay."""
@@ -494,12 +521,23 @@ class DualLoraLayer(BaseTunerLayer):
 
     def _add_by_row(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
-            raise ValueError(f"adapter_names names {len(adapter_names)} rows, but the batch has {len(x)}: one per row.")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         y = y.clone()
         for adapter in set(adapter_names).intersection(self.duallora_A):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            y[rows] += self._added(x[rows], adapter).to(y.dtype)
+            y[rows] = self._with_update(x[rows], y[rows], adapter)
         return y
+
+    def _with_update(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
+        """The output of these rows with ``adapter``, from that without."""
+        return y + self._added(x, adapter).to(y.dtype)
+
+    def _added(self, x: Tensor, adapter: str) -> Tensor:
+        """What ``adapter`` adds to the output."""
+        raise NotImplementedError
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """dW is additive, so PEFT can approximate it by a LoRA; it is of full rank, so only approximately."""

@@ -1,0 +1,269 @@
+"""Dual LoRA on convolutions: against slow loops, the base layer's own convolution, subclasses, merging."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import duallora
+from duallora import DualLoraConfig
+from duallora.tuner.conv import Conv
+
+SCALING = 0.75 * 10 / 12**0.5
+
+
+def adapted(base: nn.Module, **options) -> tuple[peft.PeftModel, Conv]:
+    """A convolution at gate 3/4 with factors far from their start."""
+    torch.manual_seed(7)
+    config = {
+        "r1": 4,
+        "r2": 3,
+        "alpha": 10,
+        "warmup_steps": 4,
+        "init_std": 0.5,
+        "init_seed": 5,
+        "target_modules": ["0"],
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*a larger rank adds")
+        model = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(**{**config, **options}))
+    duallora.advance_gate(model, 3)
+    layer = model.base_model.model[0]
+    if options.get("warmup") == "residual":
+        for name in "ABCD":
+            getattr(layer, f"duallora_{name}")["default"].data.add_(0.1)
+    return model, layer
+
+
+def factors(layer: Conv) -> list[torch.Tensor]:
+    return [getattr(layer, f"duallora_{name}")["default"] for name in "ABCD"]
+
+
+@pytest.fixture(autouse=True)
+def _gate_warnings_are_expected():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*whose gate is not open")
+        yield
+
+
+def test_layer_agrees_with_the_oracle():
+    """As a linear layer on the patches that the kernel sees: y, dx and the factors' gradients."""
+    geometry = {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 3)}
+    _, layer = adapted(nn.Conv2d(3, 5, (2, 3), **geometry))
+    x = torch.randn(2, 3, 6, 7, requires_grad=True)
+    y = layer(x)
+    dY = torch.randn_like(y)
+    options = {k: geometry[k] for k in geometry}
+    patches = F.unfold(x.detach(), (2, 3), **options).transpose(1, 2).reshape(-1, 18)
+    base = layer.get_base_layer()
+    want, (dpatches, _, *gradients) = oracle.dual_linear(
+        patches, base.weight.detach().flatten(1), base.bias.detach(), [f.detach() for f in factors(layer)], SCALING,
+        dY.flatten(2).transpose(1, 2).reshape(-1, 5),
+    )  # fmt: skip
+    torch.testing.assert_close(y.double().flatten(2), want.view(2, -1, 5).transpose(1, 2), rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(y, [x, *factors(layer)], dY)
+    dx = F.fold(dpatches.view(2, -1, 18).transpose(1, 2), (6, 7), (2, 3), **options)
+    for g, w in zip(got, [dx, *gradients], strict=True):
+        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-4)
+
+
+KINDS = {
+    "1d": lambda: (nn.Conv1d(6, 9, 3, stride=2, padding=1, bias=False), (2, 6, 11)),
+    "2d-groups": lambda: (nn.Conv2d(6, 9, 3, groups=3, padding="same", padding_mode="reflect"), (2, 6, 7, 5)),
+    "2d-depthwise": lambda: (nn.Conv2d(6, 12, (5, 3), groups=6, padding=2, dilation=(1, 2)), (2, 6, 9, 8)),
+    "2d-1x1": lambda: (nn.Conv2d(7, 5, 1), (2, 7, 4, 4)),
+    "2d-channels-last": lambda: (nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), (2, 4, 6, 6)),
+    "3d": lambda: (nn.Conv3d(3, 4, (2, 3, 1), groups=1, padding_mode="circular", padding=(1, 1, 0)), (2, 3, 4, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("forward", ["auto", "added"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_geometry_convolves_with_w0_plus_dw(kind, forward):
+    """The expected dW is the oracle's, in the layout of the kernel; the convolution is the base layer's."""
+    base, shape = KINDS[kind]()
+    want = copy.deepcopy(base)
+    _, layer = adapted(base, forward=forward)
+    delta = torch.tensor(oracle.delta(*[f.double().tolist() for f in factors(layer)], SCALING))
+    want.weight.data += delta.view(base.weight.shape)
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer(x), want(x), rtol=1e-4, atol=1e-5)
+    got = layer.get_delta_weight("default")
+    assert got.shape == base.weight.shape
+    torch.testing.assert_close(got.double(), delta.view(base.weight.shape).double(), rtol=1e-4, atol=1e-5)
+
+
+VARIANTS = [
+    {},
+    {"use_dora": True},
+    {"warmup": "residual"},
+    {"direction": "fixed"},
+    {"direction": "xnor"},
+    {"magnitude": "sigmoid"},
+    {"backend": "reference"},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), [("2d-groups", torch.float32), ("1d", torch.bfloat16)])
+def test_merged_convolution_has_the_bits_of_the_unmerged(kind, dtype, options):
+    base, shape = KINDS[kind]()
+    model, layer = adapted(base.to(dtype), **options)
+    x = torch.randn(shape, dtype=dtype)
+    before, want = base.weight.clone(), model(x)
+    assert not torch.equal(want, base(x))
+    layer.merge(safe_merge=True)
+    assert torch.equal(model(x), want)
+    layer.unmerge()
+    assert torch.equal(base.weight, before)
+    assert torch.equal(model.merge_and_unload()(x), want)
+
+
+def test_dora_scales_whole_kernels():
+    """m starts at the length of each flattened kernel, so the start is the base layer; then rows of W0 + dW have it."""
+    base, shape = KINDS["2d-groups"]()
+    x = torch.randn(shape)
+    want = base(x)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(r=2, target_modules=["0"], use_dora=True))
+    layer = model.base_model.model[0]
+    torch.testing.assert_close(layer.duallora_m["default"].detach(), base.weight.flatten(1).norm(dim=1).detach())
+    torch.testing.assert_close(model(x), want, rtol=1e-6, atol=1e-6)
+    _, layer = adapted(base, use_dora=True)
+    layer.duallora_m["default"].data.mul_(1.5)
+    lengths = (base.weight + layer.get_delta_weight("default")).flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, layer.duallora_m["default"].detach())
+
+
+class Standardised(nn.Conv2d):
+    """Not linear in its weight, with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return F.conv2d(x, self.weight - mean, self.bias, padding=1)
+
+
+class Named(nn.Conv2d):
+    """A subclass that changes nothing."""
+
+
+def test_a_subclass_runs_its_own_forward_on_w0_plus_dw():
+    base = Standardised(3, 4, 3)
+    want = copy.deepcopy(base)
+    _, layer = adapted(base)
+    want.weight.data += layer.get_delta_weight("default")
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(layer(x), want(x))
+    y = layer(x)
+    assert all(g.any() for g in torch.autograd.grad(y.square().sum(), factors(layer)))
+    layer.merge()
+    assert torch.equal(layer(x), y)
+
+
+def test_what_a_subclass_cannot_do_is_refused():
+    """Its forward is not known to be linear, so dW cannot go beside it."""
+    with pytest.raises(duallora.errors.ConfigError, match=r"Standardised with a forward of its own.*dropout=0\.1"):
+        adapted(Standardised(3, 4, 3), duallora_dropout=0.1)
+    adapted(Named(3, 4, 3), duallora_dropout=0.1)
+    _, layer = adapted(Standardised(3, 4, 3), forward="added")
+    with pytest.raises(duallora.errors.ConfigError, match="can only run on W0"):
+        layer(torch.randn(1, 3, 5, 5))
+
+
+def test_dropout_acts_on_the_update_alone():
+    base, shape = KINDS["2d-groups"]()
+    model, layer = adapted(base, duallora_dropout=0.5)
+    x = torch.randn(shape)
+    assert not torch.equal(model.train()(x), model(x))
+    want = model.eval()(x)
+    layer.merge()
+    assert torch.equal(model(x), want)
+    _, layer = adapted(KINDS["1d"]()[0], duallora_dropout=0.999999, init_weights=False)
+    layer.train()
+    x = torch.randn(KINDS["1d"]()[1])
+    assert torch.equal(layer(x), layer.base_layer(x))  # all of the path's input dropped, nothing of the base layer's
+
+
+def test_hooks_of_the_base_layer_run():
+    base, shape = KINDS["2d-groups"]()
+    _, layer = adapted(base)
+    x = torch.randn(shape)
+    want, seen = layer(x), []
+    base.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_one_adapter_per_row_of_the_batch(standardised):
+    model, layer = adapted(Standardised(6, 9, 3) if standardised else KINDS["2d-groups"]()[0])
+    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=0, target_modules=["0"], init_std=0.5))
+    model.eval()
+    x = torch.randn(3, 6, 7, 5)
+    alone = {"__base__": layer.base_layer(x)}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(x)
+    names = ["other", "__base__", "default"]
+    with model.base_model._enable_peft_forward_hooks(adapter_names=names):
+        mixed = model.base_model.model(x)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_and_merging_agree():
+    base, shape = KINDS["2d-groups"]()
+    model, layer = adapted(base)
+    x = torch.randn(shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = model(x)
+        assert want.dtype == torch.bfloat16
+        layer.merge()
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("kind", ["2d-groups", "1d"])
+def test_compiles_whole(kind):
+    base, shape = KINDS[kind]()
+    _, layer = adapted(base)
+    torch._dynamo.reset()
+    x = torch.randn(shape)
+    y, want = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    assert torch.equal(y, want)
+    dY = torch.randn_like(y)
+    got = torch.autograd.grad(y, factors(layer), dY)
+    for g, w in zip(got, torch.autograd.grad(want, factors(layer), dY), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_other_kinds_of_modules_are_refused_by_name():
+    for module, name in itertools.product(
+        (nn.ConvTranspose2d(3, 4, 3), nn.EmbeddingBag(7, 3), nn.LayerNorm(3), nn.Bilinear(3, 3, 2)), ("0",)
+    ):
+        kind = type(module).__name__
+        with pytest.raises(
+            duallora.errors.ConfigError, match=rf"'{name}' is a {kind}; Dual LoRA adapts .*exclude_modules"
+        ):
+            peft.get_peft_model(nn.Sequential(module), DualLoraConfig(r=2, target_modules=[name]))
+
+
+def test_sampled_gradients_do_not_apply_and_conversion_to_lora_is_declined():
+    """gradient_tokens is for linear layers: the same exact gradients here, and no share to learn."""
+    base, shape = KINDS["1d"]()
+    x, dY = torch.randn(shape), torch.randn(2, 9, 6)
+    gradients = []
+    for options in ({}, {"gradient_tokens": 0.1, "gradient_tokens_by": "spectrum"}):
+        _, layer = adapted(copy.deepcopy(base), **options)
+        gradients.append(torch.autograd.grad(layer.train()(x), factors(layer), dY))
+        assert not layer.token_probes
+    assert all(torch.equal(g, w) for g, w in zip(*gradients, strict=True))
+    assert not layer.supports_lora_conversion()
+    assert repr(layer).startswith("duallora.Conv(")
