@@ -188,9 +188,7 @@ class DualLoraModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
-            )
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
         if any(layer.merged for layer in self._layers()):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
