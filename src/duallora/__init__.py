@@ -90,13 +90,18 @@ class _RegisterWithPeft(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module("duallora.tuner.register").register()
+            _register()
 
         spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
         return spec
 
 
+def _register() -> None:
+    for module in ("duallora.tuner.register", "duallora.methods.rule"):
+        importlib.import_module(module).register()
+
+
 if "peft" in sys.modules:
-    importlib.import_module("duallora.tuner.register").register()
+    _register()
 else:
     sys.meta_path.insert(0, _RegisterWithPeft())

@@ -1,0 +1,80 @@
+"""Methods that add virtual tokens instead of changing the model: PEFT's own.
+
+* Prefix tuning (arXiv 2101.00190): keys and values [P_k; K], [P_v; V] in every layer, P from an MLP while it is trained.
+* P-tuning v2 (arXiv 2110.07602): the same without the MLP (PEFT's ``PromptEncoderConfig`` is P-tuning v1).
+* Prompt tuning (arXiv 2104.08691): [P; E(x)], virtual tokens before the embedded input.
+
+``options["num_virtual_tokens"]`` is 20 (ours; the papers tune it by task), the MLP's width the model's. The first two need a model that
+takes past keys and values: DeBERTa-v2 and v3 do not. None can be merged.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+
+from duallora.errors import ConfigError, check_rank
+from duallora.methods import Method, MethodSpec
+
+NO_MERGE = "its virtual tokens are inputs, not weights. Keep it as an adapter."
+
+
+def prefix(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
+    """Prefix tuning, or with prefix_projection=False P-tuning v2."""
+    _needs_cache(model, spec)
+    options = dict(spec.options)
+    check_rank("num_virtual_tokens", options["num_virtual_tokens"])
+    if options["prefix_projection"] and "encoder_hidden_size" not in options:
+        options["encoder_hidden_size"] = model.config.hidden_size  # type: ignore[union-attr, attr-defined]
+    return get_peft_model(model, PrefixTuningConfig(task_type=spec.task_type, **options))  # type: ignore[arg-type]
+
+
+def prompt(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
+    """Prompt tuning."""
+    check_rank("num_virtual_tokens", spec.options["num_virtual_tokens"])
+    return get_peft_model(model, PromptTuningConfig(task_type=spec.task_type, **spec.options))  # type: ignore[arg-type]
+
+
+def _needs_cache(model: nn.Module, spec: MethodSpec) -> None:
+    """ConfigError unless the model, or its trunk under a head, takes ``past_key_values``."""
+    trunk = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    for part in (model, trunk):
+        if part is not None and "past_key_values" in inspect.signature(part.forward).parameters:
+            return
+    raise ConfigError(
+        f"{spec.name}: {type(model).__name__} takes no past_key_values, so no prefix can be set before its keys and values. "
+        "Use method 'prompt', or a method that changes weights."
+    )
+
+
+PREFIX = Method(
+    name="prefix",
+    title="Prefix tuning",
+    paper="2101.00190",
+    equation="K, V <- [P_k; K], [P_v; V], P = MLP(E)",
+    attach=prefix,
+    defaults={"num_virtual_tokens": 20, "prefix_projection": True},
+    no_merge=NO_MERGE,
+)
+P_TUNING_V2 = Method(
+    name="p-tuning-v2",
+    title="P-tuning v2",
+    paper="2110.07602",
+    equation="K, V <- [P_k; K], [P_v; V]",
+    attach=prefix,
+    defaults={"num_virtual_tokens": 20, "prefix_projection": False},
+    no_merge=NO_MERGE,
+)
+PROMPT = Method(
+    name="prompt",
+    title="Prompt tuning",
+    paper="2104.08691",
+    equation="[P; E(x)]",
+    attach=prompt,
+    defaults={"num_virtual_tokens": 20},
+    no_merge=NO_MERGE,
+)
+METHODS = {"prefix": PREFIX, "p-tuning-v2": P_TUNING_V2, "prompt": PROMPT}
