@@ -1,0 +1,155 @@
+"""Tied weights: merging one side leaves the other, unmerging ties them again, a merged model says that they came apart."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+
+from duallora import DualLoraConfig
+from duallora.tuner import DualLoraLayer
+
+SIDES = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]]
+
+
+def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 2) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+def adapted(base: torch.nn.Module, ids: torch.Tensor, targets: list[str], **options) -> peft.PeftModel:
+    torch.manual_seed(7)
+    config = {"r1": 4, "r2": 3, "alpha": 10, "warmup_steps": 2, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, DualLoraConfig(**{**config, **options}))
+    train(model, ids)
+    return model.eval()
+
+
+def weights(model: peft.PeftModel) -> tuple[torch.Tensor, torch.Tensor]:
+    base = model.get_base_model()
+    return base.get_input_embeddings().weight, base.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("targets", SIDES, ids=str)
+def test_merging_a_side_leaves_the_other_and_unmerging_ties_them_again(llama, ids, targets):
+    model = adapted(llama(tie_word_embeddings=True), ids, targets)
+    want, before = model(ids).logits, weights(model)[0].clone()
+    assert weights(model)[0] is weights(model)[1]
+    for _ in range(2):
+        model.merge_adapter()
+        for weight, name in zip(weights(model), ("embed_tokens", "lm_head"), strict=True):
+            assert torch.equal(weight, before) == (name not in targets)
+        assert torch.equal(model(ids).logits, want)
+        model.unmerge_adapter()
+        assert weights(model)[0] is weights(model)[1]
+        assert torch.equal(weights(model)[0], before)
+        assert torch.equal(model(ids).logits, want)
+
+
+def test_the_sides_come_back_in_any_order_and_cast(llama, ids):
+    """One side unmerged while the other is still merged must find W0; so must both after a cast."""
+    model = adapted(llama(tie_word_embeddings=True), ids, SIDES[2])
+    before = weights(model)[0].clone()
+    layers = [m for m in model.modules() if isinstance(m, DualLoraLayer)]
+    embedding, head = layers[0], layers[-1]
+    for first, second in ((embedding, head), (head, embedding)):
+        first.merge()
+        model.base_model._find_shared_weights()  # as any merge_adapter in between would
+        second.merge()
+        first.unmerge()
+        assert torch.equal(first.get_base_layer().weight, before)
+        assert not torch.equal(second.get_base_layer().weight, before)
+        second.unmerge()
+        assert weights(model)[0] is weights(model)[1]
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert weights(model)[0] is weights(model)[1]
+    assert torch.equal(weights(model)[0], before.bfloat16())
+
+
+def test_a_copied_merged_model_ties_its_own_weights_again(llama, ids):
+    model = adapted(llama(tie_word_embeddings=True), ids, SIDES[2])
+    model.merge_adapter()
+    clone = copy.deepcopy(model)
+    clone.unmerge_adapter()
+    assert weights(clone)[0] is weights(clone)[1]
+    model.unmerge_adapter()
+    assert weights(clone)[0] is not weights(model)[0]
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("targets", SIDES, ids=str)
+def test_the_merged_model_reloads_as_the_adapter_computed(llama, ids, tmp_path, targets, merged_before):
+    model = adapted(llama(tie_word_embeddings=True), ids, targets)
+    want = model(ids).logits
+    if merged_before:
+        model.merge_adapter()
+    with pytest.warns(
+        UserWarning, match=r"model\.embed_tokens and lm_head shared one weight.*tie_word_embeddings is now F"
+    ) as caught:
+        merged = model.merge_and_unload()
+    assert not any("no longer tied after merging" in str(w.message) for w in caught)
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], SIDES[0]], ids=str)
+def test_nothing_is_untied_where_nothing_was_merged_into_it(llama, ids, targets):
+    model = adapted(llama(tie_word_embeddings=True), ids, targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base = model.merge_and_unload() if targets == ["q_proj"] else model.unload()
+    assert base.config.tie_word_embeddings
+    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("targets", SIDES, ids=str)
+def test_adapters_of_tied_weights_save_and_reload(llama, ids, tmp_path, targets):
+    model = adapted(llama(tie_word_embeddings=True), ids, targets)
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        again = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path, low_cpu_mem_usage=low)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        # PEFT saves embeddings that are targets; its loading without copies puts each side's in a tensor of its own.
+        assert torch.equal(*weights(again)) if low else weights(again)[0] is weights(again)[1]
+
+
+def test_three_modules_of_one_weight(tmp_path):
+    """T5 ties its encoder's and decoder's embeddings and its head."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=31,
+        d_model=12,
+        d_kv=4,
+        d_ff=16,
+        num_layers=1,
+        num_heads=3,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    base = T5ForConditionalGeneration(config)
+    ids = torch.randint(1, 31, (2, 5))
+    targets = r"decoder\.embed_tokens|.*\.q"
+    model = adapted(base, ids, targets, task_type="SEQ_2_SEQ_LM").eval()
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    want = model(**inputs).logits
+    model.merge_adapter()
+    assert torch.equal(model(**inputs).logits, want)
+    model.unmerge_adapter()
+    shared = model.get_base_model().shared.weight
+    assert model.get_base_model().decoder.embed_tokens.weight is shared
+    with pytest.warns(UserWarning, match=r"decoder\.embed_tokens.*shared one weight"):
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(**inputs).logits, want)
