@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -1300,7 +1300,9 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in options and not other
     console.use_json("--json" in options)
     try:
-        with _sigterm_raises():
+        # With --json stdout is the JSON line's alone, whatever a library prints (DeepSpeed does on import).
+        aside = redirect_stdout(sys.stderr) if "--json" in options else nullcontext()
+        with _sigterm_raises(), aside:
             payload = _invoke(arguments)
         code = payload.pop("exit_code", 0)
         if as_json and payload:

@@ -8,7 +8,7 @@ import torch
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.train import checkpoint, record
 
-FILES = ("adapter_config.json", *checkpoint.REQUIRED)
+FILES = ("adapter_config.json", *checkpoint.REQUIRED, *checkpoint.rng_files(1))
 
 
 def make(folder, step, files=FILES):
@@ -53,6 +53,17 @@ def test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_taken(tmp_p
     assert len(reasons) == 1
     assert name in reasons[0]
     assert "checkpoint-10" in reasons[0]
+
+
+def test_the_generators_of_every_process_belong_to_a_checkpoint(tmp_path):
+    for count, present in ((2, 2), (3, 2)):
+        path = tmp_path / f"checkpoint-{count}"
+        path.mkdir()
+        for name in (*checkpoint.REQUIRED, *checkpoint.rng_files(present)):
+            (path / name).write_text(name)
+        checkpoint.commit(path, step=count, fingerprints={"processes": count})
+    assert checkpoint.verify(tmp_path / "checkpoint-2") is None
+    assert checkpoint.verify(tmp_path / "checkpoint-3").startswith("rng_state_2.pth was not saved")
 
 
 def test_none_left_is_an_error_that_deletes_nothing(tmp_path):

@@ -376,7 +376,7 @@ def test_a_full_disk_and_too_little_memory_are_said_in_words(make_recipe, consol
 def test_a_lone_process_that_is_told_of_others_is_refused_before_anything_is_touched(make_recipe, console, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe = make_recipe()
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but RANK, .* is not set: start with .*--launch 2"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, but RANK, .* is not set: start with .*--launch 2"):
         run.train(recipe, console=console)
     assert not Path(recipe.output).exists()
 

@@ -140,10 +140,13 @@ def together() -> Iterator[Processes]:
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # without it accelerate takes processes on CPUs for strangers
     met = dist.is_initialized()
+    if not met:
+        AcceleratorState._reset_state(reset_partial_state=True)  # it may have been asked before there were others
     if STARTER in os.environ and os.name == "posix":
         threading.Thread(target=_stop_with, args=(int(os.environ[STARTER]),), daemon=True).start()
     try:
@@ -167,7 +170,7 @@ def together() -> Iterator[Processes]:
     else:
         if not met and dist.is_initialized():
             dist.destroy_process_group()
-            PartialState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def refuse_sharding(environment: Mapping[str, str]) -> None:

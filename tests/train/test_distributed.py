@@ -1,0 +1,413 @@
+"""Several processes make the run that one would make: same rows, same weights, one folder, one voice, one end."""
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from test_run import WEIGHTS, _without_model_dropout, equal, kill_with, log, weights
+
+from duallora import cli
+from duallora.console import exit_code_for
+from duallora.errors import ConfigError, LostProcessError
+from duallora.train import checkpoint, evaluate, launch, record, run
+
+slow = pytest.mark.skipif("DUALLORA_SLOW" not in os.environ, reason="slow: `make distributed` runs it")
+FORK = multiprocessing.get_context("fork")
+LIMIT = 100  # seconds for a pair of processes, on a busy machine
+
+
+def one_of_a_pair(index, port, recipe, resume, plant, results):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(meeting, RANK=str(index), LOCAL_RANK=str(index))
+    console = Console(file=io.StringIO(), width=200)
+    if plant is not None:
+        plant(index)
+    try:
+        outcome = {"result": run.train(recipe, resume=resume, console=console), "code": 0}
+    except BaseException as error:
+        outcome = {"error": f"{type(error).__name__}: {error}", "code": exit_code_for(error)}
+    outcome |= {"said": console.file.getvalue(), "ended": time.time()}
+    (results / f"{index}.json").write_text(json.dumps(outcome))
+    os._exit(outcome["code"])
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """``pair(recipe, resume, plant)`` trains in two processes; their outcomes, None for one that was killed."""
+    started = []
+
+    def both(recipe, resume="never", plant=None):
+        results = tmp_path / f"pair-{len(started)}"
+        results.mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = [
+            FORK.Process(target=one_of_a_pair, args=(index, port, recipe, resume, plant, results)) for index in (0, 1)
+        ]
+        started.extend(processes)
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        assert [process.exitcode is None for process in processes] == [False, False], "a process hangs"
+        files = [results / f"{index}.json" for index in (0, 1)]
+        return [json.loads(file.read_text()) if file.exists() else None for file in files]
+
+    yield both
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def at_step(step, rank, action):
+    """A plant: before ``step`` (counted from 1) process ``rank`` does ``action(trainer)``."""
+
+    def plant(index):
+        plain = run._Trainer.training_step
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if index == rank and self.state.global_step + 1 == step:
+                action(self)
+            return plain(self, model, inputs, num_items_in_batch)
+
+        run._Trainer.training_step = training_step
+
+    return plant
+
+
+def relative_difference(first, second):
+    """The largest over the tensors of |a - b| / |a|."""
+    assert first.keys() == second.keys()
+    a, b = ([tensors[name].double() for name in first] for tensors in (first, second))
+    return max(float((x - y).norm() / x.norm().clamp(min=1e-12)) for x, y in zip(a, b, strict=True))
+
+
+PLAIN = (
+    "adapter.duallora_dropout=0",
+    "train.learning_rate=1e-3",
+    "train.batch_size=3",
+    "train.gradient_accumulation_steps=2",
+    "train.max_steps=20",
+    "train.save_steps=100",
+)
+
+
+def test_two_processes_train_score_and_write_what_one_does(make_recipe, console, pair, tmp_path):
+    """21 rows, 6 a step: each epoch ends with 3 rows for two processes, and 20 steps are five epochs."""
+    settings = (
+        *PLAIN,
+        "data.eval_fraction=0.17",
+        "train.eval_steps=7",
+        "eval.metrics=true",
+        "train.report_to=[tensorboard]",
+    )
+    alone = run.train(make_recipe(*settings, output=tmp_path / "one"), console=console)
+    first, second = pair(make_recipe(*settings, output=tmp_path / "two"))
+    assert first["code"] == second["code"] == 0, (first, second)
+    assert relative_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
+    assert {int(v) for name, v in weights(tmp_path / "two").items() if name.endswith("duallora_step")} == {20}
+    assert first["result"] == second["result"] == record.read_json(tmp_path / "two" / "run.json")["result"]
+    assert second["said"] == ""
+    assert "2 processes" in first["said"]
+    figures, expected = first["result"]["metrics"], alone["metrics"]
+    assert figures["loss_before"] == expected["loss_before"]  # the same batches, added in the same order
+    assert figures["bleu"] == expected["bleu"]
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    for ours, theirs in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    names = [
+        sorted(str(p.relative_to(f)) for f in [tmp_path / n] for p in f.rglob("*") if "events" not in p.name)
+        for n in ("one", "two")
+    ]
+    assert set(names[1]) - set(names[0]) == {f"checkpoints/checkpoint-20/rng_state_{index}.pth" for index in (0, 1)}
+    assert set(names[0]) - set(names[1]) == {"checkpoints/checkpoint-20/rng_state.pth"}
+    assert len(list((tmp_path / "two" / "tb").glob("events*"))) == 1
+    assert record.read_json(tmp_path / "two" / "run.json")["processes"] == 2
+    model, _ = evaluate.load_adapter(tmp_path / "two", "generate")  # one process opens what two have written
+    assert launch.is_main()
+    assert math.isfinite(sum(float(p.sum()) for p in model.parameters()))
+
+
+def test_a_classifier_in_two_processes_is_the_one_of_one_process(make_recipe, console, pair, tmp_path):
+    """The head's loss is a mean over rows: 19 rows, 4 a step, leave a last step of 3."""
+    settings = (
+        "adapter.duallora_dropout=0",
+        "train.batch_size=4",
+        "train.gradient_accumulation_steps=1",
+        "train.max_steps=12",
+    )
+    recipe = _without_model_dropout(make_recipe(*settings, kind="classify", output=tmp_path / "one"), tmp_path, 0.0)
+    run.train(recipe, console=console)
+    first, second = pair(recipe.model_copy(update={"output": str(tmp_path / "two")}))
+    assert first["code"] == second["code"] == 0, (first, second)
+    assert any("classifier" in name for name in weights(tmp_path / "one"))
+    assert relative_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-5
+    assert first["result"]["metrics"]["loss_before"] == record.read_json(tmp_path / "one" / "run.json")["loss_before"]
+
+
+def test_stopped_then_killed_then_finished_equals_the_straight_run_bit_for_bit(make_recipe, pair, tmp_path):
+    """Dropout and sampled tokens differ by process, so a resumed run needs the generators of each, and one budget."""
+    settings = (
+        "train.batch_size=3",
+        "train.max_steps=12",
+        "train.save_steps=3",
+        "adapter.gradient_tokens=0.5",
+        "adapter.gradient_tokens_by=spectrum",
+    )
+    straight = make_recipe(*settings, output=tmp_path / "straight")
+    assert [outcome["code"] for outcome in pair(straight)] == [0, 0]
+
+    recipe = make_recipe(*settings)
+    folder = Path(recipe.output)
+    # The second process alone is asked to stop, in the second epoch.
+    outcomes = pair(recipe, plant=at_step(5, 1, kill_with(signal.SIGTERM)))
+    assert [outcome["code"] for outcome in outcomes] == [143, 143], outcomes
+    assert "--resume auto" in outcomes[0]["said"]
+    assert [step for step, _ in checkpoint.checkpoints(folder / "checkpoints")] == [5, 3]
+    assert checkpoint.verify(folder / "checkpoints" / "checkpoint-5") is None
+    assert record.read_json(folder / "run.json")["status"] == "interrupted"
+    with pytest.raises(ConfigError, match=r"processes \(--launch\): 2 -> 1"):
+        run.train(recipe, resume="auto", console=Console(quiet=True))
+
+    began = time.time()
+    survivor, victim = pair(recipe, resume="auto", plant=at_step(8, 1, kill_with(signal.SIGKILL)))
+    assert victim is None
+    assert survivor["code"] == LostProcessError.exit_code, survivor
+    assert survivor["ended"] - began < 60
+    assert record.read_json(folder / "run.json")["status"] == "failed"
+
+    outcomes = pair(recipe, resume="auto")
+    assert [outcome["code"] for outcome in outcomes] == [0, 0], outcomes
+    assert "from checkpoint-6" in outcomes[0]["said"]
+    assert equal(weights(folder), weights(straight.output))
+    assert [line["step"] for line in log(folder)] == [line["step"] for line in log(straight.output)]
+
+
+def nan_loss(trainer):
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * torch.nan
+
+
+def test_a_loss_that_is_nan_in_one_process_stops_both_before_the_step(make_recipe, pair):
+    recipe = make_recipe("train.batch_size=4")
+    outcomes = pair(recipe, plant=at_step(5, 1, nan_loss))
+    assert [outcome["code"] for outcome in outcomes] == [5, 5], outcomes
+    assert all("loss is nan in step 5" in outcome["error"] for outcome in outcomes)
+    folder = Path(recipe.output)
+    assert [step for step, _ in checkpoint.checkpoints(folder / "checkpoints")] == [4, 2]
+    assert all(torch.isfinite(t).all() for f in folder.rglob(WEIGHTS) for t in load_file(f).values())
+
+
+def test_a_mistake_that_the_first_process_finds_ends_all_with_its_error(make_recipe, pair, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    outcomes = pair(make_recipe("train.batch_size=4", output=tmp_path / "home"))
+    assert [outcome["code"] for outcome in outcomes] == [2, 2]
+    assert all("thesis.tex" in outcome["error"] for outcome in outcomes)
+
+
+# -- without a second process -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes", "expected"),
+    [
+        (8, 1, 1, (8, 1)),
+        (8, 3, 1, (8, 3)),
+        (8, 1, 2, (4, 1)),
+        (2, 2, 2, (2, 1)),
+        (4, 3, 2, (3, 2)),
+        (1, 8, 4, (1, 2)),
+        (7, 2, 2, (7, 1)),
+    ],
+)
+def test_the_rows_of_a_step_are_shared_out_whole(batch_size, accumulation, processes, expected):
+    assert launch.shares(batch_size, accumulation, processes) == expected
+    batch, steps = expected
+    assert batch * steps * processes == batch_size * accumulation
+    assert batch <= batch_size  # what fits one process alone fits it here
+
+
+def test_rows_that_cannot_be_shared_evenly_are_refused_with_the_number_to_choose():
+    with pytest.raises(ConfigError, match=r"makes 9 rows a step, which 2 processes .* a multiple of 2"):
+        launch.shares(3, 3, 2)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(21, 6), (24, 6), (1, 8), (5, 2)])
+def test_an_epoch_holds_every_row_once_and_is_filled_at_its_end_only(rows, at_once):
+    lengths = [row * 37 % 101 for row in range(rows)]
+    order = list(run.LikeLengths(lengths, at_once, seed=3, fill_to=at_once))
+    assert order[:rows] == list(run.LikeLengths(lengths, at_once, seed=3))
+    assert sorted(order[:rows]) == list(range(rows))
+    assert order[rows:] == [rows] * (-rows % at_once)
+    assert len(order) == len(run.LikeLengths(lengths, at_once, seed=3, fill_to=at_once))
+
+
+@pytest.mark.parametrize("kind", ["classify", "regress"])
+def test_the_shares_of_a_heads_loss_add_up_to_its_mean_over_rows(kind):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3 if kind == "classify" else 1, generator=generator, dtype=torch.float64)
+    if kind == "classify":
+        labels, filler = torch.tensor([0, 2, 1, 1, 0]), torch.tensor([-100, -100])
+        rows = [-row.log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)]
+    else:
+        labels, filler = torch.tensor([0.5, -100.0, 3.0, 1.0, 0.0]), torch.tensor([math.nan, math.nan])
+        rows = [(row[0] - label) ** 2 for row, label in zip(logits, labels, strict=True)]
+    mean = sum(float(row) for row in rows) / 5
+    count = torch.tensor(5)
+    parts = [
+        run.row_loss(kind, {"logits": logits[:3]}, labels[:3], count),
+        run.row_loss(kind, {"logits": torch.cat([logits[3:], logits[:2]])}, torch.cat([labels[3:], filler]), count),
+        run.row_loss(kind, {"logits": logits[:2]}, filler, count),
+    ]
+    assert float(sum(parts)) == pytest.approx(mean, rel=1e-6)
+    assert parts[2] == 0
+
+
+@pytest.mark.parametrize("variable", sorted(launch.SHARDING))
+def test_strategies_that_shard_the_model_are_refused_by_name(make_recipe, monkeypatch, variable, console):
+    meeting = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**meeting, variable: "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{launch.SHARDING[variable]}.*examples/distributed"):
+        run.train(make_recipe(), console=console)
+
+
+def test_mixed_precision_is_the_recipes_to_decide():
+    with pytest.raises(ConfigError, match=r"mixed_precision=bf16.*model\.dtype"):
+        launch.refuse_sharding({"ACCELERATE_MIXED_PRECISION": "bf16"})
+    launch.refuse_sharding({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
+
+
+@pytest.mark.parametrize("how", ["0", "1000000", "absent.yaml", "-1"])
+def test_launch_says_what_it_takes(how):
+    with pytest.raises(ConfigError, match=rf"--launch {how}: expected .*accelerate config"):
+        launch.launch(how, ["train"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["train", "--launch", "2", "-o", "runs/a"], ["train", "-o", "runs/a"]),
+        (["train", "--data", "a", "--launch=2"], ["train", "--data", "a"]),
+        (["train", "--launch", "--launch", "-c", "f"], ["train", "-c", "f"]),
+    ],
+)
+def test_the_processes_get_the_command_line_without_launch(arguments, kept):
+    assert cli._without_option("--launch", arguments) == kept
+
+
+def start(code):
+    return launch._start([sys.executable, "-c", code], os.environ)
+
+
+def test_the_launcher_waits_for_the_slow_and_ends_those_a_failed_one_leaves_behind(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    began = time.monotonic()
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    assert launch._wait([start("raise SystemExit(5)"), start("import time; time.sleep(60)"), start(deaf)]) == [
+        5,
+        -signal.SIGTERM,
+        -signal.SIGKILL,
+    ]
+    assert time.monotonic() - began < 20
+    assert launch._wait([start(""), start("import time; time.sleep(1)")]) == [0, 0]  # done early is no failure
+
+
+def test_the_launcher_passes_a_signal_on_to_all_and_keeps_its_own_handlers():
+    listen = (
+        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(143)); print(flush=True); time.sleep(60)"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, start_new_session=True) for _ in "ab"
+    ]
+    for child in children:
+        child.stdout.readline()  # listening
+    before = signal.getsignal(signal.SIGTERM)
+    stopper = FORK.Process(
+        target=lambda parent: (time.sleep(0.3), os.kill(parent, signal.SIGTERM)), args=(os.getpid(),)
+    )
+    stopper.start()
+    assert launch._wait(children) == [143, 143]
+    stopper.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# -- the program itself -----------------------------------------------------------------------------------------------
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(recipe, folder, *more):
+    record.write_text(folder / "r.yaml", run.recipe_yaml(recipe))
+    return [sys.executable, "-m", "duallora.cli", "train", "-c", str(folder / "r.yaml"), "--json", *more]
+
+
+def test_launched_processes_print_one_line_of_json_and_give_their_exit_code(make_recipe, tmp_path):
+    recipe = make_recipe("train.max_steps=2", "train.batch_size=2", output=tmp_path / "run")
+    done = subprocess.run(
+        command(recipe, tmp_path, "--launch", "2"), capture_output=True, text=True, timeout=200, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["status"] == "done"
+    assert done.stderr.count("trained  ") == 1
+    assert record.read_json(tmp_path / "run" / "run.json")["processes"] == 2
+
+
+@slow
+def test_a_signal_to_the_launcher_saves_and_the_same_command_resumes(make_recipe, tmp_path):
+    recipe = make_recipe("train.max_steps=400", "train.batch_size=2", "train.save_steps=1000", output=tmp_path / "run")
+    line = command(recipe, tmp_path, "--launch", "2", "--resume", "auto")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        for _ in range(600):
+            if (tmp_path / "run" / "log.jsonl").exists():
+                break
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert json.loads(stdout)["status"] == "interrupted"
+    assert stderr.count("interrupted") == 1
+    (step, path) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0]
+    assert checkpoint.verify(path) is None
+    assert step < 400
+
+
+@slow
+def test_an_accelerate_config_starts_the_same_run_and_its_exit_code_comes_back(make_recipe, tmp_path):
+    file = tmp_path / "cpu.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\n"
+        "machine_rank: 0\nnum_processes: 2\nmixed_precision: 'no'\nmain_training_function: main\nrdzv_backend: static\n"
+    )
+    recipe = make_recipe("train.max_steps=2", output=tmp_path / "run")
+    for expected in (0, 2):  # the second time the folder is taken
+        done = subprocess.run(
+            command(recipe, tmp_path, "--launch", str(file)),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=ENVIRONMENT,
+        )
+        assert done.returncode == expected, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == expected
+    assert record.read_json(tmp_path / "run" / "run.json")["processes"] == 2
