@@ -96,7 +96,9 @@ class DualLoraModel(BaseTuner):
         quantized.include_all_linear(peft_config, model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if getattr(child, "base_layer", None) is new_module:  # taking the adapter off; PEFT's needs a weight attribute
+        # PEFT's wants a weight attribute where an adapter is taken off, and moves an 8-bit layer's factors, be they on meta.
+        taken_off, state = getattr(child, "base_layer", None) is new_module, getattr(child, "state", None)
+        if taken_off or state is not None:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -1,0 +1,533 @@
+"""Quantised bases: bitsandbytes, torchao and HQQ on the CPU. The oracle dequantises with the library and adds by hand.
+
+A library that is not installed skips its tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+
+import oracle
+import peft
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import duallora
+from duallora.errors import ConfigError
+from duallora.tuner import quantized
+from duallora.tuner.layer import Linear
+
+BITSANDBYTES = ["nf4", "fp4", "int8"]
+KINDS = [*BITSANDBYTES, "torchao-int8", "torchao-int4", "hqq"]
+LIBRARY = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": "bitsandbytes", "hqq": "hqq"}
+EXACT = ["nf4", "torchao-int8", "hqq"]  # one of each library, and their evaluation rounds no activations
+OPTIONS = {"r1": 3, "r2": 5, "alpha": 7, "target_modules": "all-linear", "warmup_steps": 4, "init_seed": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Widths that are no multiples of 32 or 64: bitsandbytes' packed and blocked kernels need care there."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=40, intermediate_size=70, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(folder):
+    """``base(kind)``: the model with every linear layer but the head quantised."""
+
+    def build(kind: str, dtype: torch.dtype = torch.float32, as_loaded: bool = False) -> LlamaForCausalLM:
+        library = LIBRARY.get(kind, "torchao")
+        pytest.importorskip(library, reason=f"{library} is not installed")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        if kind == "hqq":
+            return hqq(LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval(), dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantization(kind, dtype), device_map={"": "cpu"}, dtype=dtype
+        )
+        if not as_loaded:  # some CPUs would pack its weights in an evaluation without adapters, see below
+            quantized.keep_exact(model)
+        return model
+
+    return build
+
+
+def quantization(kind, dtype=torch.float32):
+    if kind.startswith("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis
+        from transformers import TorchAoConfig
+
+        int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0))
+        return TorchAoConfig(Int8WeightOnlyConfig() if kind == "torchao-int8" else int4)
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=kind == "nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def hqq(model, dtype):
+    """transformers 5 quantises nothing with HQQ, so its layers are put in by hand."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, child = name.rpartition(".")
+            config = BaseQuantizeConfig(nbits=4, group_size=8)
+            setattr(model.get_submodule(parent), child, HQQLinear(module, config, compute_dtype=dtype, device="cpu"))
+    return model
+
+
+def library_weight(layer) -> torch.Tensor:
+    """W0 [out, in] in float64, dequantised by the library (8-bit: by the formula of LLM.int8)."""
+    if hasattr(layer, "W_q"):
+        return layer.dequantize().double()
+    weight = layer.weight
+    if weight.dtype == torch.uint8:
+        import bitsandbytes
+
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).double()
+    if weight.dtype == torch.int8:
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data.double() * scales.double()[:, None] / 127
+    return weight.dequantize().double()
+
+
+def adapted(model, **options):
+    model = peft.get_peft_model(model, duallora.DualLoraConfig(**{**OPTIONS, **options}))
+    duallora.advance_gate(model, 3)
+    torch.manual_seed(3)
+    for layer in layers(model):
+        for A in layer.duallora_A.values():
+            A.data.normal_(std=0.5)
+        for B in layer.duallora_B.values():
+            B.data.normal_(std=0.1)
+        for m in layer.duallora_m.values():
+            m.data.mul_(torch.linspace(0.8, 1.3, len(m)))
+    return model
+
+
+def layers(model) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def delta(layer, adapter="default") -> torch.Tensor:
+    """dW in float64 by the oracle, without DoRA."""
+    factors = [factor.detach().tolist() for factor in layer._factors(adapter)]
+    scaling = layer.scaling[adapter] * min(1, int(layer.duallora_step[adapter]) / OPTIONS["warmup_steps"])
+    return torch.tensor(oracle.delta(*factors, scaling), dtype=torch.float64)
+
+
+def stored(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in quantized.stored_tensors(model).items() if "duallora_" not in name}
+
+
+def assert_same_bits(model, before) -> None:
+    now = stored(model)
+    assert now.keys() == before.keys()
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+# -- one layer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_what_the_oracle_says_of_its_dequantised_weight(base, kind, use_dora):
+    """In mid-ramp, r1 != r2, with a bias: y and the gradients of x, of the factors and of m."""
+    model = adapted(base(kind), use_dora=use_dora).train()
+    layer = model.base_model.model.model.layers[1].self_attn.k_proj
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    dY = torch.randn(5, layer.out_features)
+    W, bias = library_weight(layer.base_layer), layer.base_layer.bias.detach()
+    m = layer.duallora_m["default"].detach() if use_dora else None
+    factors = [factor.detach() for factor in layer._factors("default")]
+    want, gradients = oracle.dual_linear(x.detach(), W, bias, factors, 0.75 * 7 / 15**0.5, dY, m=m)
+    y = layer(x)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    leaves = [x, *layer._factors("default"), *([layer.duallora_m["default"]] if use_dora else [])]
+    for got, g in zip(torch.autograd.grad(y, leaves, dY), [gradients[0], *gradients[2:]], strict=True):
+        torch.testing.assert_close(got.double(), g, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", EXACT)
+def test_in_bfloat16_the_update_is_rounded_once(base, kind, use_dora):
+    """The factors stay in float32; the layer's output is that of the base layer plus dW's, to bfloat16's 2^-8."""
+    model = adapted(base(kind, torch.bfloat16), use_dora=use_dora)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    assert {factor.dtype for factor in layer._factors("default")} == {torch.float32}
+    W, x = library_weight(layer.base_layer), torch.randn(7, layer.in_features, dtype=torch.bfloat16)
+    m = layer.duallora_m["default"].detach() if use_dora else None
+    factors = [factor.detach() for factor in layer._factors("default")]
+    want, _ = oracle.dual_linear(x, W, None, factors, 0.75 * 7 / 15**0.5, torch.zeros(7, 40), m=m)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - want).norm() < 2**-7 * want.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_keeps_no_dequantised_weight_for_the_backward(base, kind):
+    """Beyond what the base layer itself keeps, no tensor of W0's size is saved, with DoRA neither."""
+    model = adapted(base(kind), use_dora=True, duallora_dropout=0.1).train()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+
+    def saved(module) -> int:
+        large = []
+        x = torch.randn(2, layer.in_features, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (large.append(t.shape) if t.numel() == layer.in_features * layer.out_features else None, t)[1],
+            lambda t: t,
+        ):
+            module(x)
+        return len(large)
+
+    forwards = 2  # dropout gives the DoRA path an input, and a base product, of its own
+    assert saved(layer) <= forwards * saved(layer.base_layer)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_start_is_the_quantised_model_to_the_bit(base, ids, kind, use_dora):
+    model = base(kind)
+    want = logits(model, ids)
+    model = peft.get_peft_model(model, duallora.DualLoraConfig(**OPTIONS, use_dora=use_dora))
+    assert torch.equal(logits(model, ids), want)
+
+
+# -- the model ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_means_every_quantised_layer_and_not_the_head(base, kind):
+    model = adapted(base(kind))
+    assert len(layers(model)) == 14
+    assert not isinstance(model.base_model.model.lm_head, BaseTunerLayer)
+    assert all(parameter.requires_grad == ("duallora_" in name) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_saved_and_reloaded_it_gives_the_same_bits(base, ids, tmp_path, kind):
+    """Prepared as PEFT prescribes, with gradient checkpointing."""
+    model = peft.prepare_model_for_kbit_training(base(kind))
+    model = peft.get_peft_model(model, duallora.DualLoraConfig(**OPTIONS)).train()
+    before = stored(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.05
+    assert_same_bits(model, before)
+    want = logits(model.eval(), ids)
+    model.save_pretrained(tmp_path)
+    for lean in (False, True):
+        fresh = peft.prepare_model_for_kbit_training(base(kind))
+        loaded = peft.PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=lean).eval()
+        assert torch.equal(logits(loaded, ids), want)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_checkpointing_changes_no_gradient_and_autocast_little(base, ids, kind):
+    """HQQ's own backward takes no mixed types, with or without adapters."""
+    found = {}
+    for mode in ("plain", "checkpointed", *(["autocast"] if kind != "hqq" else [])):
+        model = adapted(base(kind)).train()
+        if mode == "checkpointed":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found[mode] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert torch.equal(found["plain"], found["checkpointed"])
+    if kind != "hqq":
+        assert (found["autocast"] - found["plain"]).norm() < 0.1 * found["plain"].norm()
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_two_adapters_add_up_and_rows_choose_theirs(base, ids, kind):
+    """One of them with DoRA, whose change of W0 must not count the other's."""
+    model = adapted(base(kind))
+    model.add_adapter("other", duallora.DualLoraConfig(**{**OPTIONS, "r1": 2, "r2": 4, "init_seed": 2}, use_dora=True))
+    for layer in layers(model):
+        layer.duallora_B["other"].data.normal_(std=0.1)
+        layer.duallora_m["other"].data.mul_(1.2)
+    duallora.advance_gate(model, 3)
+    model.eval()
+    single = []
+    for name in ("default", "other"):
+        model.base_model.set_adapter(name)
+        single.append(logits(model, ids))
+    rows = logits(model, ids, adapter_names=["other", "__base__", "default"])
+    with model.disable_adapter():
+        plain = logits(model, ids)
+    for row, want in zip(rows, (single[1][0], plain[1], single[0][2]), strict=True):
+        torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-4)
+    model.base_model.set_adapter(["default", "other"])
+    layer = layers(model)[3]
+    W = library_weight(layer.base_layer) + sum(layer.get_delta_weight(name).double() for name in ("default", "other"))
+    x = torch.randn(4, layer.in_features)
+    want = x.double() @ W.T + (0 if layer.base_layer.bias is None else layer.base_layer.bias.double())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_training_goes_on_after_an_evaluation(base, ids, kind):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks the weights of an evaluated model: dequantised they would be noise,
+    widths that are no multiples of 32 fail, and the next training step has no gradient for x."""
+    model = base(kind, as_loaded=True)
+    want = [library_weight(module) for module in model.modules() if quantized.storage(module)]
+    model = adapted(model, target_modules=["q_proj"])
+    logits(model.eval(), ids)
+    got = [library_weight(module) for module in model.modules() if quantized.storage(module)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "duallora_B" in n)
+
+
+# -- merging ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_quantises_the_sum_says_what_is_lost_and_comes_back(base, ids, kind):
+    """The merged weight is the library's own quantisation of W0 + dW; the warning's figures are those of float64."""
+    model = adapted(base(kind)).eval()
+    before, unmerged = stored(model), logits(model, ids)
+    W0 = {name: library_weight(module.base_layer) for name, module in named_layers(model)}
+    dW = {name: delta(module) for name, module in named_layers(model)}
+    with pytest.warns(UserWarning, match="Merged into quantised weights") as caught:
+        model.merge_adapter()
+    caught = [w for w in caught if "quantised" in str(w.message)]
+    assert len(caught) == 1, "one for the call, not one for each layer"
+    lost = {}
+    for name, module in named_layers(model):
+        W = library_weight(module.base_layer)
+        same = (W - requantised(kind, W0[name] + dW[name])).abs() < 1e-5
+        assert same.double().mean() > 0.99  # a sum in the middle between two values of the grid may go either way
+        lost[name] = float((W - W0[name] - dW[name]).norm() / dW[name].norm())
+    worst = max(lost, key=lost.__getitem__)
+    assert 0 < lost[worst] < 0.5
+    middle = sorted(lost.values())[len(lost) // 2]
+    assert f"{middle:.0%} of dW at the median of 14 layers, {lost[worst]:.0%} in {worst}" in str(caught[0].message)
+    merged = logits(model, ids)
+    assert not torch.equal(merged, unmerged)
+    layer = layers(model)[0]
+    torch.testing.assert_close(layer.get_delta_weight("default").double(), delta(layer), rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert_same_bits(model, before)
+    assert torch.equal(logits(model, ids), unmerged)
+
+
+def named_layers(model):
+    return [(name, module) for name, module in model.base_model.model.named_modules() if isinstance(module, Linear)]
+
+
+def requantised(kind, W) -> torch.Tensor:
+    """W quantised by the library in a layer of its own."""
+    linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
+    linear.weight.data.copy_(W)
+    linear.requires_grad_(False)
+    if kind == "hqq":
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        config = BaseQuantizeConfig(nbits=4, group_size=8)
+        return library_weight(HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"))
+    if kind.startswith("torchao"):
+        from torchao.quantization import quantize_
+
+        quantize_(linear, quantization(kind).get_apply_tensor_subclass())
+        return library_weight(linear)
+    import bitsandbytes
+
+    cls = bitsandbytes.nn.Linear8bitLt if kind == "int8" else bitsandbytes.nn.Linear4bit
+    options = (
+        {"has_fp16_weights": False} if kind == "int8" else {"quant_type": kind, "compress_statistics": kind == "nf4"}
+    )
+    new = cls(W.shape[1], W.shape[0], bias=False, **options)
+    new.load_state_dict(linear.state_dict())
+    return library_weight(new.to("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:Merged into quantised weights")
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_in_two_calls_is_merging_in_one(base, ids, kind):
+    """The second merge starts from W0 and not from the rounded sum; deleting one leaves the other merged."""
+    model = adapted(base(kind), target_modules=["q_proj", "down_proj"])
+    before = stored(model)
+    other = {**OPTIONS, "r1": 2, "r2": 4, "init_seed": 2, "target_modules": ["q_proj"], "init_weights": False}
+    model.add_adapter("other", duallora.DualLoraConfig(**{**other, "init_std": 0.3}))
+    model.base_model.set_adapter(["default", "other"])
+    model.eval().merge_adapter()
+    both = stored(model)
+    model.unmerge_adapter()
+    model.merge_adapter(["default"])
+    alone = stored(model)
+    model.merge_adapter(["other"])
+    assert_same_bits(model, both)
+    for layer in layers(model):
+        if "other" in layer.duallora_A:
+            layer.delete_adapter("other")
+    assert layers(model)[0].merged_adapters == ["default"]
+    assert_same_bits(model, alone)
+    model.unmerge_adapter()
+    assert_same_bits(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:Merged into quantised weights")
+@pytest.mark.parametrize("kind", KINDS)
+def test_unloading_leaves_the_librarys_own_layers_with_their_bias(base, ids, kind):
+    model = adapted(base(kind), use_dora=kind in EXACT).eval()
+    classes = [type(layer.base_layer) for layer in layers(model)]
+    model.merge_adapter()
+    want = logits(model, ids)
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Merged into quantised weights"):
+        merged = model.merge_and_unload()
+    assert torch.equal(logits(merged, ids), want)
+    found = [module for module in merged.modules() if quantized.storage(module)]
+    assert [type(module) for module in found] == classes
+    assert not any("duallora" in name for name in merged.state_dict())
+    taken_off = adapted(base(kind)).unload()
+    assert torch.equal(logits(taken_off, ids), logits(base(kind), ids))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantised_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tmp_path, kind, use_dora):
+    model = adapted(base(kind), use_dora=use_dora).eval()
+    want = [layer.get_delta_weight("default") for layer in layers(model)]
+    W0 = [library_weight(layer.base_layer) for layer in layers(model)]
+    quantised = logits(model, ids)
+    assert duallora.dequantize(model) is model
+    assert all(type(layer.base_layer) is nn.Linear for layer in layers(model))
+    for layer, W, dW in zip(layers(model), W0, want, strict=True):
+        torch.testing.assert_close(layer.base_layer.weight.double(), W, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(layer.get_delta_weight("default"), dW, rtol=1e-5, atol=1e-6)
+    plain = logits(model, ids)
+    # bitsandbytes' 8-bit kernel rounds x to 8 bits as well; the others compute with the dequantised weight.
+    assert (plain - quantised).norm() < (0.02 if kind == "int8" else 1e-5) * quantised.norm()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Merged into")
+        merged = model.merge_and_unload()
+    assert torch.equal(logits(merged, ids), plain)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), plain)
+
+
+@pytest.mark.filterwarnings("ignore:Merged into quantised weights")
+def test_dequantising_while_merged_is_refused(base):
+    model = adapted(base("nf4"))
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="unmerge_adapter"):
+        duallora.dequantize(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_adapter_leaves_the_quantised_weights_alone(base, kind):
+    model = adapted(base(kind))
+    before = stored(model)
+    layers(model)[-1].duallora_B["default"].data[0, 0] = torch.nan
+    last = layers(model)[-1]
+    with pytest.raises(ValueError, match="NaNs detected"):
+        last.merge(safe_merge=True)
+    assert not last.merged
+    assert_same_bits(model, before)
+
+
+def test_a_copy_made_while_merged_unmerges_too(base, ids):
+    model = adapted(base("nf4")).eval()
+    want = logits(model, ids)
+    with pytest.warns(UserWarning, match="Merged into"):
+        model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert torch.equal(logits(twin, ids), want)
+    assert layers(model)[0].merged
+
+
+# -- what cannot be read or written ------------------------------------------------------------------------------------
+
+
+class GPTQ(nn.Module):
+    """The outside of GPTQModel's layers: no weight attribute, codes [in, out], a forward of its own."""
+
+    __module__ = "gptqmodel.nn_modules.qlinear.torch"
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = in_features, out_features, None
+        self.register_buffer("qweight", torch.randint(-8, 8, (in_features, out_features), dtype=torch.int32))
+
+    def forward(self, x):
+        return x @ self.qweight.to(x.dtype) / 16
+
+
+def test_a_layer_only_its_library_can_read_is_adapted_and_not_merged():
+    torch.manual_seed(0)
+    net = nn.Sequential(GPTQ(12, 20), nn.Tanh(), GPTQ(20, 7))
+    model = adapted(net, target_modules="all-linear")
+    assert len(layers(model)) == 2
+    layer, x = layers(model)[0], torch.randn(3, 12, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(
+        y.double(), (x @ layer.base_layer.qweight.float() / 16 + x @ delta(layer).T.float()).double()
+    )
+    torch.autograd.grad(y.sum(), [x, *layer._factors("default")])
+    torch.testing.assert_close(layer.get_delta_weight("default").double(), delta(layer), rtol=1e-5, atol=1e-6)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError, match=r"GPTQModel weight cannot be dequantised.*duallora merge"):
+            merge()
+    with pytest.raises(ConfigError, match="GPTQModel layer, which cannot be dequantised"):
+        duallora.dequantize(model)
+    with pytest.raises(ConfigError, match="use_dora=False"):
+        adapted(nn.Sequential(GPTQ(12, 20)), target_modules=["0"], use_dora=True)
+
+
+def test_torchao_weights_of_an_unknown_configuration_are_not_written(ids):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7)).requires_grad_(False)
+    torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
+    model = adapted(net, target_modules=["0"])
+    x = torch.randn(3, 12)
+    want = model(x)
+    with pytest.raises(ConfigError, match="TorchAoConfig"):
+        model.merge_adapter()
+    assert torch.equal(model(x), want)
+    torch.testing.assert_close(duallora.dequantize(model)(x), want)
+
+
+def test_a_quantised_embedding_is_refused():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    net = nn.Sequential(bitsandbytes.nn.EmbeddingNF4(64, 64).to("cpu"))
+    with pytest.raises(ConfigError, match="Params4bit"):
+        adapted(net, target_modules=["0"])
