@@ -266,33 +266,6 @@ class DualLoraLayer(BaseTunerLayer):
         """Make these adapters the active ones."""
         self._eval_cache.distrust()
         super().set_adapter(*args, **kwargs)
-        for adapter in self.active_adapters:
-            if adapter in self.duallora_A:
-                self._take_over_counters(adapter)
-
-    @torch.no_grad()
-    def _take_over_counters(self, adapter: str) -> None:
-        """If ``adapter`` is new and its factors are a copy of another's, copy that one's counter and seed too.
-
-        TRL's DPOTrainer makes its reference "ref" from the adapter to be trained by ``named_parameters()`` alone. With
-        its gate left at 0 the reference would silently be the base model.
-        """
-        for other, config in self.duallora_config.items():
-            if other == adapter or config is not self.duallora_config[adapter]:
-                continue
-            pairs = list(zip(self._factors(adapter), self._factors(other), strict=True))
-            if any(f is not None and f.device.type == "meta" for pair in pairs for f in pair):
-                continue
-            behind = int(self.duallora_step[adapter]) == 0 and any(
-                adapter in held and other in held and int(held[adapter]) != int(held[other])
-                for held in (self.duallora_step, self.duallora_seed)
-            )
-            if behind and all(a is None or b is None or torch.equal(a, b) for a, b in pairs):
-                for held in (self.duallora_step, self.duallora_seed):
-                    if other in held:
-                        held[adapter].copy_(held[other])
-                self.rebuild_from_seed(adapter)
-                return
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged one leaves the base weight first, the other merged ones stay."""
