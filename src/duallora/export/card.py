@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
 from rich.markup import escape
+from yaml import YAMLError  # what huggingface_hub reads front matter with
 
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
 from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task
@@ -196,7 +197,7 @@ def validate(path: Path, base_model: str) -> None:
     """
     try:
         data = ModelCard.load(path).data
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{path}: the front matter cannot be read back: {error}") from error
     expected = {"library_name": "peft", "base_model": base_model}
     wrong = [

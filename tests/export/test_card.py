@@ -1,0 +1,186 @@
+"""The card is what the hub reads, is the same for the same files, names nothing of this machine, and spares a person's edits."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
+
+from duallora import cli
+from duallora.errors import ConfigError, IntegrityError
+from duallora.export import card, convert
+from duallora.tasks import load_data, load_task
+
+BASE = "org/tiny-llama"
+
+
+@pytest.fixture
+def run(run_folder, tmp_path) -> Path:
+    """A copy of the run, to write a card into."""
+    return Path(shutil.copytree(run_folder, tmp_path / "runs" / "sums"))
+
+
+def test_the_hubs_own_library_reads_what_was_meant(run, console):
+    convert.convert(run, run / "lora-r2", rank=2)
+    result = card.card(
+        run, base_model=BASE, repo="me/sums", license="mit", language="en", datasets=["me/sums"], console=console
+    )
+    path = run / "adapter" / "README.md"
+    assert result["output"] == str(path)
+    front = metadata_load(path)
+    assert front["library_name"] == "peft"
+    assert front["base_model"] == BASE
+    assert front["base_model_relation"] == "adapter"
+    assert front["pipeline_tag"] == "text-generation"
+    assert {"duallora", "lora", f"base_model:adapter:{BASE}"} <= set(front["tags"])
+    assert (front["license"], front["language"], front["datasets"]) == ("mit", "en", ["me/sums"])
+    (index,) = front["model-index"]
+    facts = json.loads((run / "run.json").read_text())
+    figures = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    own = facts["result"]["metrics"]
+    assert figures
+    assert figures == {name: pytest.approx(own[name], abs=1e-4) for name in figures}
+    assert not {"loss", "perplexity", "train_seconds"} & set(figures)
+    text = ModelCard.load(path).text
+    assert text.index("import duallora") < text.index('PeftModel.from_pretrained(base, "me/sums")')
+    assert "pip install duallora" in text
+    assert f"| trained parameters | {facts['parameters']['trainable']:,} |" in text
+    assert facts["fingerprints"]["data"]["train"][:16] in text
+    assert "| seed | 0 |" in text
+    assert "`lora-r2/` | 2 |" in text
+    assert 'subfolder="lora-r2"' in text
+    assert "One training run" in text
+    assert "arXiv:2512.03402" in text
+    for local in (
+        str(run),
+        str(Path.home()),
+        str(run.parent),
+        facts["recipe"]["model"]["name"],
+        facts["recipe"]["data"]["path"],
+    ):
+        assert local not in path.read_text()
+
+
+def test_the_same_files_give_the_same_bytes_and_an_edit_is_spared(run, console):
+    path = run / "adapter" / "README.md"
+    card.card(run, base_model=BASE, console=console)
+    first = path.read_bytes()
+    card.card(run, base_model=BASE, console=console)
+    assert path.read_bytes() == first
+    edited = first.decode().replace("## Training", "## My own words")
+    path.write_text(edited)
+    with pytest.raises(ConfigError, match=r"edited by hand.*--force"):
+        card.card(run, base_model=BASE, console=console)
+    assert path.read_text() == edited
+    card.card(run, base_model=BASE, force=True, console=console)
+    assert path.read_bytes() == first
+    path.write_text("# A form of another tool\n")
+    with pytest.raises(ConfigError, match="another tool"):
+        card.card(run, base_model=BASE, console=console)
+
+
+def test_a_base_model_of_this_machine_needs_a_name_on_the_hub(run, tmp_path):
+    with pytest.raises(ConfigError, match="--base-model org/name"):
+        card.card(run)
+    assert not (run / "adapter" / "README.md").exists()
+    assert card.hub_id("builtin:smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.hub_id("org/name") == "org/name"
+    assert card.hub_id("gpt2") == "gpt2"
+    for name in ("/models/llama", "./llama", "~/llama", "a/b/c", "builtin:other", "", None, "..", "org/na me"):
+        assert card.hub_id(name) is None, name
+
+
+def test_only_conversions_of_this_very_adapter_are_named(run, make_adapter):
+    convert.convert(run, run / "lora-r3", rank=3)
+    convert.convert(run, run / "lora-r20", rank=20)
+    convert.convert(run, run / "adapter" / "lora-r1", rank=1)
+    convert.convert(run, run / "lora-mine", rank=1)
+    convert.convert(make_adapter(), run / "lora-r5", rank=5)
+    assert list(card.conversions(run / "adapter")) == ["lora-r1", "lora-r3", "lora-r20"]
+
+
+def test_a_bootstrap_interval_is_that_of_the_binomial(tmp_path):
+    """60 of 100 right: 0.6 +- 1.96 sqrt(0.24 / 100), in percent."""
+    rows = [json.dumps({"text": f"row {i}", "label": "yes" if i < 60 else "no"}) for i in range(100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    task = load_data(str(tmp_path / "rows.jsonl"), eval_fraction=0.5)
+    examples = [*task.splits["train"], *task.splits["validation"]]
+    yes = task.labels.index("yes")
+    low, high = card.interval(task, "accuracy", [yes] * 100, examples)
+    half = 1.96 * math.sqrt(0.24 / 100) * 100
+    assert low == pytest.approx(60 - half, abs=1.5)
+    assert high == pytest.approx(60 + half, abs=1.5)
+    assert card.interval(task, "accuracy", [yes] * 100, examples) == [low, high]
+
+
+@pytest.fixture
+def e2e_folder(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "data" / "e2e_nlg"
+    folder.mkdir(parents=True)
+    for name in ("train", "valid", "test"):
+        lines = [f"name : Place {i} | area : town||Place {i} is a place in the town number {i} ." for i in range(12)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    monkeypatch.delenv("DUALLORA_DATA", raising=False)
+    return folder.parent
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_figure_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_folder, console, monkeypatch, same):
+    monkeypatch.setattr(card, "RESAMPLES", 60)
+    task = load_task("e2e", data_dir=e2e_folder)
+    examples = list(task.splits["test"])[:9]
+    predictions = [e.references[0] if i % 3 else "Place is wrong" for i, e in enumerate(examples)]
+    metrics = task.metrics(predictions, examples)
+    result = {
+        "kind": "eval",
+        "source": str(run),
+        "task": "e2e",
+        "split": "test",
+        "n": 9,
+        "main_metric": "bleu",
+        "metrics": metrics,
+        "predictions": predictions,
+        "recipe": {},
+        "data": {"test": task.fingerprint("test") if same else "0" * 64},
+    }
+    (run / "scores.json").write_text(json.dumps(result))
+    card.card(run, base_model=BASE, data_dir=e2e_folder, console=console)
+    lines = (run / "adapter" / "README.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| bleu |") and "test" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert float(cells[1]) == pytest.approx(metrics["bleu"], rel=1e-3)
+    if same:
+        low, high = map(float, cells[2].split(" to "))
+        assert low < metrics["bleu"] < high
+    else:
+        assert cells[2] == ""
+    with pytest.raises(ConfigError, match="no result of duallora eval"):
+        card.card(run, base_model=BASE, results=[run / "run.json"], force=True)
+
+
+def test_broken_front_matter_is_not_called_a_card(tmp_path):
+    for text in (
+        "---\nlibrary_name: [\n---\n",
+        "---\nlibrary_name: peft\nbase_model: other/base\n---\n",
+        "no front matter",
+    ):
+        (tmp_path / "README.md").write_text(text)
+        with pytest.raises(IntegrityError):
+            card.validate(tmp_path / "README.md", BASE)
+
+
+def test_the_verb_and_a_folder_that_is_no_native_adapter(run, tmp_path, capsys):
+    convert.convert(run, run / "lora-r2", rank=2)
+    assert cli.run(["card", str(run / "lora-r2"), "--base-model", BASE]) == 2
+    assert "converted from" in capsys.readouterr().err
+    line = ["card", str(run), "--base-model", BASE, "-o", str(tmp_path / "card.md"), "--license", "mit", "--json"]
+    assert cli.run(line) == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["metadata"]["license"] == "mit"
+    assert payload["notes"] == ["no data set is named: --dataset org/name if it is on the hub"]
+    assert (tmp_path / "card.md").is_file()
