@@ -464,9 +464,14 @@ def convert(
         console=console.results,
     )
     if result is not None:
-        settings = {"adapter": adapter, "rank": rank, "energy": energy, "dtype": dtype, **scored}
+        fingerprints = scored.pop("data", {})
+        settings = {"adapter": Path(adapter).name, "rank": rank, "energy": energy, "dtype": dtype, **scored}
         figures = {key: value for key, value in payload.items() if key != "output"}
-        record.write_json(result, record.result("convert", settings, figures, seeds=(), started=started))
+        base = payload["trained"].get("base", {}).get("fingerprint")
+        record.write_json(
+            result,
+            record.result("convert", settings, figures, seeds=(), started=started, data=fingerprints, base=base),
+        )
     return payload
 
 
@@ -1055,7 +1060,8 @@ def _scores(
             console=console.results,
         ).metrics
 
-    return scores, {"task": chosen.name, "split": split, "rows": len(examples), "generation": generation}
+    facts = {"task": chosen.name, "split": split, "rows": len(examples), "generation": generation}
+    return scores, {**facts, "data": {split: chosen.fingerprint(split)}}
 
 
 def _named(name: str, data_dir: Path | None) -> Task:

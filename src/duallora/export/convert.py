@@ -141,7 +141,7 @@ def convert(
             "scores": figures,
             "layers": [layer.facts() for layer in done],
         }
-        _seal(folder, source, kind, conversion)
+        trained = _seal(folder, source, kind, conversion)
         written = sum(path.stat().st_size for path in folder.iterdir())
     _show(console, done, rank)
     say(
@@ -153,7 +153,7 @@ def convert(
     if figures:
         _show_scores(console, figures)
     say(console, "written", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
-    return {"output": str(output), "kind": kind, **conversion}
+    return {"output": str(output), "kind": kind, "trained": trained, **conversion}
 
 
 def dual_layers(model: nn.Module) -> dict[str, DualLoraLayer]:
@@ -357,8 +357,8 @@ def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor], rank: in
     return plain
 
 
-def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> None:
-    """The sidecar: where this came from, how near it is, and the hash of every file."""
+def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> dict[str, Any]:
+    """Writes the sidecar: where this came from, how near it is, the hash of every file; returns what the adapter's says."""
     (folder / "README.md").unlink(missing_ok=True)
     record.follow_umask(folder)
     sidecar = evaluate.read_sidecar(source)
@@ -379,6 +379,7 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
         "files": {path.name: checkpoint.file_record(path) for path in sorted(folder.iterdir())},
     }
     record.write_json(folder / evaluate.SIDECAR, facts)
+    return kept
 
 
 def _progress(layers: Mapping[str, DualLoraLayer], console: Console, label: str) -> Iterator[tuple[str, DualLoraLayer]]:
