@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
@@ -64,7 +64,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_whole)]
 
 
 class StreamOptions(BaseModel):
@@ -93,14 +103,14 @@ class Part(BaseModel):
     """A piece of a message; only text can be read here."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     """A turn of a chat. What clients send back of earlier answers (refusal, annotations) is left aside."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
     tool_calls: None = None
     function_call: None = None
     audio: None = None
@@ -122,7 +132,7 @@ class CompletionAsked(Asked):
     """POST /v1/completions: one prompt, as text or as token ids."""
 
     prompt: (
-        str | Annotated[list[str], Field(min_length=1, max_length=1)] | Annotated[list[int], Field(min_length=1)]
+        Text | Annotated[list[Text], Field(min_length=1, max_length=1)] | Annotated[list[int], Field(min_length=1)]
     ) = ""
 
 
@@ -218,6 +228,10 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return _invalid(error.errors()).response()
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return _failed(error).response()
 
     app.add_middleware(_Guard, api_key=api_key, only_host=only_host)
     return app
@@ -383,11 +397,10 @@ def _refuse_unknown(asked: Asked) -> None:
 
 
 def _invalid(errors: Any) -> Refused:
-    """The first fault of a request body, named by where it stands."""
-    fault = errors[0]
-    where = ".".join(
-        str(part) for part in fault["loc"] if part != "body" and not str(part).startswith(("list[", "str"))
-    )
+    """The fault of a request body, by where it stands: of a value of several forms, of the form it comes nearest to."""
+    fault = max(errors, key=lambda error: len(error["loc"]))
+    parts = [str(part) for part in fault["loc"] if part not in ("body", "str")]
+    where = ".".join(part for part in parts if part.isidentifier() or part.isdecimal())  # not "list[str]" and its like
     if fault["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON (character {where}): {fault['ctx']['error']}")
     if not where:
@@ -479,7 +492,7 @@ class _Guard:
                 return Refused(403, f"pages of {origin} may not use this server")
         if self.api_key is not None and path.startswith("/v1/"):
             given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not secrets.compare_digest(given.encode(), self.api_key.encode()):
+            if not secrets.compare_digest(given.encode("latin-1"), self.api_key.encode()):
                 return Refused(401, "the API key is missing or wrong", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > BODY_LIMIT:

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from duallora.errors import ConfigError, DataError, IntegrityError
-from duallora.tasks import Example, encode, encode_prompt
+from duallora.tasks import IGNORE, Example, encode, encode_prompt
 from duallora.train import evaluate, untrusted
 from duallora.train.merge import adapter_kind
 from duallora.train.models import DType
@@ -184,10 +183,12 @@ def end_tokens(entry: Served, chat: bool) -> list[int]:
     if chat:
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         try:
-            last = encode(Example(messages=turns), entry.tokenizer, max_length=UNLIMITED).labels[-1]
+            labels = encode(Example(messages=turns), entry.tokenizer, max_length=UNLIMITED).labels
         except DataError:  # a template that cannot be trained with may still be talked to
             return sorted(ends)
-        ends |= {last} & set(entry.tokenizer.all_special_ids)
+        trained = [label for label in labels if label != IGNORE]  # a line break may follow the mark, untrained
+        added = {token for token, mark in entry.tokenizer.added_tokens_decoder.items() if mark.special}
+        ends |= set(trained[-1:]) & {*added, *entry.tokenizer.all_special_ids}
     return sorted(ends)
 
 
@@ -217,7 +218,7 @@ class Engine:
         Leaving the iteration stops the generation after its present token. Raises what the generation raised, and
         `Closing` where the server stops.
         """
-        text = _Answer(entry.tokenizer, ends, sampling.stop)
+        text = _Answer(entry.tokenizer, ends, sampling, self.closing)
         self.waiting += 1
         job = self._worker.submit(self._generate, entry, ids, ends, sampling, text)
         looked = asyncio.get_running_loop().time()
@@ -245,9 +246,11 @@ class Engine:
             self.waiting -= 1
 
     def close(self) -> None:
-        """Ends the generation under way at its next token and those that wait before they begin."""
+        """Ends the generation under way at its next token and those that wait before they begin; unfolds the adapter."""
         self.closing.set()
         self._worker.shutdown(wait=True)
+        self._present = None
+        self._folded.close()
 
     def _generate(
         self, entry: Served, ids: Sequence[int], ends: Sequence[int], sampling: Sampling, text: _Answer
@@ -273,10 +276,10 @@ class Engine:
                     use_cache=True,
                     pad_token_id=ends[0] if pad is None else pad,
                     eos_token_id=list(ends),
-                    streamer=text,
-                    stopping_criteria=StoppingCriteriaList([_Enough(text, self.closing)]),
+                    stopping_criteria=StoppingCriteriaList([text]),
                     **settings,
                 )
+            text.end()
             self.generated += len(text.tokens)
             text.send(Closing() if self.closing.is_set() else text.finished())
         except BaseException as error:
@@ -309,29 +312,33 @@ def _unfold(model: PeftModel) -> None:
         model.unmerge_adapter()
 
 
-class _Answer(BaseStreamer):
-    """Turns tokens into text as they come, and holds text back that may be the beginning of a stop text.
+class _Answer(StoppingCriteria):
+    """Turns tokens into text as they come, holds text back that may be the beginning of a stop text, and says when to stop.
 
-    transformers' own text streamers wait for the end of a word and drop a space that follows a line break with
-    SentencePiece tokenizers: the pieces would not add up to the decoded answer.
+    A criterion and not a streamer: some versions of transformers hand a token to the streamer only after the criteria
+    were asked, which is one token too late for a stop text. Their text streamers also wait for the end of a word and
+    drop a space that follows a line break with SentencePiece tokenizers: the pieces would not add up to the answer.
     """
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, ends: Sequence[int], sampling: Sampling, closing: threading.Event) -> None:
         self.items: asyncio.Queue[str | Finished | BaseException] = asyncio.Queue()
         self.tokens: list[int] = []
         self.stopped = self.unwanted = False
         self._loop = asyncio.get_running_loop()
-        self._tokenizer, self._ends, self._stop = tokenizer, frozenset(ends), tuple(stop)
-        self._prompt_to_come = True
+        self._tokenizer, self._ends, self._sampling, self._closing = tokenizer, frozenset(ends), sampling, closing
         self._context = self._read = 0  # tokens before _read are text already; those from _context decide its spaces
         self._held = ""
 
-    def put(self, value: torch.Tensor) -> None:
-        """The prompt, then each new token: [1, prompt] or [1]."""
-        if self._prompt_to_come:
-            self._prompt_to_come = False
-            return
-        self.tokens += value.flatten().tolist()
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Takes the newest token of ``input_ids`` [1, length]; true [1] where it is to be the last."""
+        if not self.ended() and len(self.tokens) < self._sampling.max_tokens:  # a check may come a step late on a GPU
+            self.put(int(input_ids[0, -1]))
+        enough = self.stopped or self.unwanted or self._closing.is_set()
+        return torch.full((1,), enough, dtype=torch.bool, device=input_ids.device)
+
+    def put(self, token: int) -> None:
+        """The next token of the answer."""
+        self.tokens.append(token)
         before, whole = self._texts()
         if len(whole) > len(before) and not whole.endswith(CUT_CHARACTER):
             self._context, self._read = self._read, len(self.tokens)
@@ -344,10 +351,13 @@ class _Answer(BaseStreamer):
         if not self.stopped:
             self.send(self._held)
 
+    def ended(self) -> bool:
+        """Whether the model ended the answer, or a stop text did."""
+        return self.stopped or bool(self.tokens and self.tokens[-1] in self._ends)
+
     def finished(self) -> Finished:
         """Why the answer ended, once it has."""
-        ended = self.stopped or bool(self.tokens and self.tokens[-1] in self._ends)
-        return Finished("stop" if ended else "length", len(self.tokens))
+        return Finished("stop" if self.ended() else "length", len(self.tokens))
 
     def send(self, item: str | Finished | BaseException) -> None:
         """Hands an item to the event loop, from the thread that generates."""
@@ -362,27 +372,16 @@ class _Answer(BaseStreamer):
         if self.stopped:
             return
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [at for stop in self._sampling.stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
             self.send(self._held[: min(found)])
             return
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        longest = max((len(stop) - 1 for stop in self._sampling.stop), default=0)
         kept = next(
             size
             for size in range(min(longest, len(self._held)), -1, -1)
-            if size == 0 or any(stop.startswith(self._held[-size:]) for stop in self._stop)
+            if size == 0 or any(stop.startswith(self._held[-size:]) for stop in self._sampling.stop)
         )
         self.send(self._held[: len(self._held) - kept])
         self._held = self._held[len(self._held) - kept :]
-
-
-class _Enough(StoppingCriteria):
-    """Stops where the answer holds a stop text, nobody wants it any more, or the server closes."""
-
-    def __init__(self, text: _Answer, closing: threading.Event) -> None:
-        self.text, self.closing = text, closing
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        enough = self.text.stopped or self.text.unwanted or self.closing.is_set()
-        return torch.full((input_ids.shape[0],), enough, dtype=torch.bool, device=input_ids.device)
