@@ -361,6 +361,9 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     for module in model.modules():
         if "hf_quantizer" in vars(module):
             module.hf_quantizer.remove_quantization_config(module)
+        if "_weight_conversions" in vars(module):  # how transformers would write back the file of codes it read
+            kept = [c for c in module._weight_conversions if not any(map(_of_quantiser, getattr(c, "operations", ())))]
+            module._weight_conversions = kept or None
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if flag in vars(module):
                 setattr(module, flag, False)
@@ -378,3 +381,7 @@ def _plain_linear(layer: Any, dtype: torch.dtype) -> nn.Linear:
 
         add_hook_to_module(new, layer._hf_hook)
     return new.train(layer.training)
+
+
+def _of_quantiser(operation: Any) -> bool:
+    return hasattr(operation, "hf_quantizer")
