@@ -1289,7 +1289,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if "_DUALLORA_COMPLETE" in os.environ:
         app(prog_name="duallora")  # the shell asks for completions
     code = run(list(sys.argv[1:] if arguments is None else arguments))
-    if "RANK" in os.environ:
+    if "DUALLORA_OUTCOME" in os.environ:
         from duallora.train.launch import leave_outcome
 
         leave_outcome(code)

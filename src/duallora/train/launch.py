@@ -254,7 +254,7 @@ def launch(how: str, arguments: Sequence[str]) -> int:
 
 def leave_outcome(code: int) -> None:
     """Tells :func:`launch` the exit code of this process, if it is the first of a launched run."""
-    if is_main() and "RANK" in os.environ and OUTCOME in os.environ:
+    if is_main() and OUTCOME in os.environ:
         with contextlib.suppress(OSError):  # on another machine than the launcher
             Path(os.environ[OUTCOME]).write_text(str(code))
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import peft
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -71,7 +72,23 @@ class DualLoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: DualLoraConfig, model_config: dict) -> DualLoraConfig:
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _warn_of_experts(self.model)
+        trained = peft_config.bias != "none" and not peft_config.inference_mode
+        if trained and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ConfigError(
+                f"PEFT {peft.__version__} does not save the biases of bias={peft_config.bias!r}, so they would be trained "
+                "and lost: upgrade to peft >= 0.21, or set bias='none' and name the modules in modules_to_save."
+            )
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is saved. PEFT 0.21 looks for the names of modules, which FSDP1 has changed, in a state dict that it has
+        not: nothing would be found, and an empty adapter saved."""
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        if any("_fsdp_wrapped_module" in name for name, _ in model.named_modules()):
+            state_dict: dict[str, Any] = kwargs["state_dict"]
+            found |= {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+        return found
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         shared, configs = self._find_shared_weights(), _tying_configs(self.model)
