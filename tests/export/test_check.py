@@ -218,6 +218,14 @@ def test_deep_and_huge_json_is_refused(mine):
     assert "1,048" in message(report, "config")
     path.write_text("[1, 2]")
     assert checking.check(mine)["exit_code"] == 4
+    (mine / "duallora.json").write_text("[" * 100_000)
+    assert findings(checking.check(mine)) == {"files": ("failed", 4)}
+
+
+def test_convert_is_as_wary_as_check(mine, tmp_path):
+    (mine / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        convert.convert(mine, tmp_path / "lora", rank=1)
 
 
 def test_every_verb_that_loads_an_adapter_has_the_same_guard(mine):

@@ -330,7 +330,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(read_json(path))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise IntegrityError(
             f"{path} is damaged ({error}); restore it, or delete it to load without its checks"
         ) from None
@@ -435,6 +435,7 @@ def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int
 def read_config(folder: Path) -> PeftConfig:
     """``adapter_config.json``; IntegrityError where it is unreadable or of a kind PEFT does not know."""
     path = folder / "adapter_config.json"
+    untrusted.read(folder)  # bounded first: PEFT parses whatever is there
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
