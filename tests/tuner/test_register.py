@@ -57,8 +57,11 @@ def test_registering_twice_is_harmless_and_a_rival_is_refused(monkeypatch):
         "import duallora, importlib.util; importlib.util.find_spec('peft'); import peft",
         "import duallora; from transformers import Trainer; import peft; duallora.DualLoraConfig()",
         "from duallora import DualLoraConfig; import peft",
+        "import duallora.methods.rule, peft",
     ],
 )
 def test_every_order_of_imports_registers(code):
-    check = "; assert peft.PeftType('DUALLORA') in peft.PEFT_TYPE_TO_CONFIG_MAPPING"
+    check = "".join(
+        f"; assert peft.PeftType({name!r}) in peft.PEFT_TYPE_TO_CONFIG_MAPPING" for name in ("DUALLORA", "DUALLORA_RULE")
+    )
     subprocess.run([sys.executable, "-c", code + check], check=True)

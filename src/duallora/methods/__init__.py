@@ -18,6 +18,7 @@ import peft  # noqa: F401  (first: importing PEFT registers our types, which imp
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from duallora.errors import ConfigError
 
@@ -210,11 +211,10 @@ def load(model: nn.Module, folder: str | Path) -> Any:
     """``model`` (the base as it was before training) with what :meth:`Adapted.save` wrote."""
     if (Path(folder) / "adapter_config.json").is_file():
         return PeftModel.from_pretrained(model, str(folder))
-    if not hasattr(type(model), "from_pretrained"):
-        raise ConfigError(
-            f"{folder} holds a whole model, and {type(model).__name__} has no from_pretrained to read it."
-        )
-    return type(model).from_pretrained(str(folder), dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"{folder} holds a whole model, and {type(model).__name__} is none of transformers'.")
+    attention = model.config._attn_implementation
+    return type(model).from_pretrained(str(folder), dtype=model.dtype, attn_implementation=attention)
 
 
 def _shown(spec: MethodSpec) -> str:

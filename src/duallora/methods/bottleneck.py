@@ -52,7 +52,7 @@ class AfterMlp(Rule):
 
     def __init__(self, config: RuleConfig, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)
-        self.norm = nn.LayerNorm(out_features)
+        self.gain, self.shift = nn.Parameter(torch.ones(out_features)), nn.Parameter(torch.zeros(out_features))
         self.D = nn.Parameter(torch.empty(config.r, out_features).normal_(std=0.02))
         self.b = nn.Parameter(torch.zeros(config.r))
         self.U = self.start(torch.empty(out_features, config.r), config)
@@ -60,7 +60,8 @@ class AfterMlp(Rule):
 
     def forward(self, h: Tensor, prompt: Tensor | None = None) -> Tensor:
         """[..., d] -> [..., d]."""
-        return F.relu(self.norm(h) @ self.D.T + self.b) @ self.U.T + self.c
+        normed = F.layer_norm(h, (self.out_features,), self.gain, self.shift)
+        return F.relu(normed @ self.D.T + self.b) @ self.U.T + self.c
 
 
 NO_MERGE = "it adds a nonlinear function of the activations, not a change of a weight. Keep it as an adapter."

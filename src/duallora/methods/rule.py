@@ -68,7 +68,7 @@ class RuleConfig(PeftConfig):
 class Rule(nn.Module):
     """What a method adds to a layer's output; one object per layer and adapter, with the trained parameters.
 
-    A subclass makes them in ``__init__`` and computes in ``forward(h, prompt)``: ``h`` [..., in] (or [..., out] with
+    A subclass makes them in ``__init__``, as its own attributes (PEFT's file format loses those of modules inside), and computes in ``forward(h, prompt)``: ``h`` [..., in] (or [..., out] with
     ``reads_output``) gives [..., out]. ``prompt`` [batch, length] marks the prompt's tokens for ``reads_prompt``.
     """
 

@@ -1,0 +1,310 @@
+"""Each method's output against its paper's equation, computed apart: numpy float64, loops where indices are the point."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from duallora import methods
+from duallora.methods import MethodSpec, apply
+from duallora.methods.mora import MoRA
+from duallora.methods.rule import Prompt, RuleConfig
+
+X = torch.randn(5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def put(tiny, name: str, **settings):
+    """The method on one linear layer [7, 10] in float64, every parameter random, and its base weight and bias."""
+    model = tiny()
+    W, b = model.lin.weight.detach().numpy().copy(), model.lin.bias.detach().numpy().copy()
+    adapted = apply(model, MethodSpec(name, target_modules=["lin"], task_type=None, **settings)).model.double().eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for n, p in adapted.named_parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3 + (1 if "magnitude" in n else 0))
+    return adapted, W, b
+
+
+def value(model, part: str) -> np.ndarray:
+    (found,) = [p for n, p in [*model.named_parameters(), *model.named_buffers()] if f".{part}." in f".{n}."]
+    return found.detach().double().numpy()
+
+
+def check(model, expected: np.ndarray) -> None:
+    with torch.no_grad():
+        np.testing.assert_allclose(model(X).numpy(), expected, rtol=0, atol=1e-6)
+
+
+def check_merged(model, expected: np.ndarray) -> None:
+    check(model, expected)
+    check(model.merge_and_unload(), expected)
+
+
+def test_lora_and_lora_plus(tiny):
+    for name in ("lora", "lora+"):
+        model, W, b = put(tiny, name, r=3, alpha=7.0)
+        A, B = value(model, "lora_A.default.weight"), value(model, "lora_B.default.weight")
+        check_merged(model, X.numpy() @ (W + 7 / 3 * B @ A).T + b)
+
+
+def test_dora(tiny):
+    model, W, b = put(tiny, "dora", r=3, alpha=7.0)
+    A, B = value(model, "lora_A.default.weight"), value(model, "lora_B.default.weight")
+    m = value(model, "lora_magnitude_vector.default.weight")
+    moved = W + 7 / 3 * B @ A
+    rows = np.array([m[i] * moved[i] / math.sqrt(sum(w * w for w in moved[i])) for i in range(7)])
+    check_merged(model, X.numpy() @ rows.T + b)
+
+
+@pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="PEFT has HiRA from 0.20 on")
+def test_hira(tiny):
+    model, W, b = put(tiny, "hira", r=3)
+    A, B = value(model, "hira_A.default"), value(model, "hira_B.default")
+    expected = [[W[i, j] * (1 + sum(B[i, k] * A[k, j] for k in range(3))) for j in range(10)] for i in range(7)]
+    check_merged(model, X.numpy() @ np.array(expected).T + b)
+
+
+def test_vera(tiny):
+    model, W, b = put(tiny, "vera", r=3)
+    A, B = value(model, "vera_A.default")[:, :10], value(model, "vera_B.default")[:7]
+    d, bb = value(model, "vera_lambda_d.default"), value(model, "vera_lambda_b.default")
+    check_merged(model, X.numpy() @ (W + np.diag(bb) @ B @ np.diag(d) @ A).T + b)
+
+
+def test_randlora(tiny):
+    """(alpha/r) sum_j B_j L_j A G_j with n = ceil(7 / 2) bases, A on the narrow side (out), so the sum is transposed.
+
+    PEFT's layout pairs row (k, j) of A with the column of B that has the same place in its own order (j', k'): the bases
+    are random, so this is the paper's sum with other draws.
+    """
+    model, W, b = put(tiny, "randlora", r=2, alpha=7.0)
+    A, B = (value(model, f"randlora_{x}.default") for x in "AB")
+    L, G = value(model, "randlora_lambda.default"), value(model, "randlora_gamma.default")
+    assert (A.shape, B.shape, L.shape, G.shape) == ((2, 1, 7), (10, 4, 2), (2, 4), (4, 7))
+    delta = np.zeros((10, 7))
+    for k in range(2):
+        for j in range(4):
+            place = k * 4 + j
+            delta += L[k, j] * np.outer(B[:, place // 2, place % 2], A[k, 0] * G[j])
+    check_merged(model, X.numpy() @ (W + 7 / 2 * delta.T).T + b)
+
+
+def mora_by_hand(x, M, out: int, kind: str) -> list[float]:
+    """One token, entry by entry: groups of rhat, the last filled up from the start of x."""
+    size = len(M)
+    n = -(-len(x) // size)
+    groups = [[x[(g * size + i) % len(x)] for i in range(size)] for g in range(n)]
+    if kind == "sharing":
+        summed = [sum(group[i] for group in groups) for i in range(size)]
+        done = [sum(M[o][i] * summed[i] for i in range(size)) for o in range(size)]
+    else:
+        done = []
+        for g, group in enumerate(groups):
+            turned = list(group)
+            for i in range(size // 2):
+                angle = g * 10000 ** (-2 * i / size)
+                u, v = group[i], group[i + size // 2]
+                turned[i] = u * math.cos(angle) - v * math.sin(angle)
+                turned[i + size // 2] = v * math.cos(angle) + u * math.sin(angle)
+            done += [sum(M[o][i] * turned[i] for i in range(size)) for o in range(size)]
+    return [done[o % len(done)] for o in range(out)]
+
+
+@pytest.mark.parametrize("kind", ["sharing", "rotation"])
+@pytest.mark.parametrize("r", [1, 2, 5])  # rhat 4, 6 (5.8), 9 or 8 (9.2): groups that fill up, exceed and fall short
+def test_mora(tiny, kind, r):
+    model, W, b = put(tiny, "mora", r=r, options={"kind": kind})
+    M = value(model, "M")
+    assert len(M) == {("sharing", 1): 4, ("sharing", 2): 6, ("sharing", 5): 9}.get((kind, r), {1: 4, 2: 6, 5: 8}[r])
+    added = np.array([mora_by_hand(list(x), M, 7, kind) for x in X.numpy()])
+    check_merged(model, X.numpy() @ W.T + b + added)
+
+
+@pytest.mark.parametrize("kind", ["sharing", "rotation"])
+def test_mora_where_the_output_is_wider_than_all_groups(kind):
+    rule = MoRA(RuleConfig(rule="mora", r=1, options={"kind": kind}, init_weights=False), 3, 40).double()
+    x = torch.randn(3, dtype=torch.float64)
+    expected = mora_by_hand(x.tolist(), rule.M.detach().numpy(), 40, kind)
+    np.testing.assert_allclose(rule(x).detach().numpy(), expected, atol=1e-6)
+
+
+def test_flora_core(tiny):
+    model, W, b = put(tiny, "flora-core", r=2, options={"scale": 1.5, "r_in": 3})
+    A, G, B = (value(model, n) for n in ("A", "G", "B"))
+    assert (A.shape, G.shape, B.shape) == ((7, 2), (2, 3), (10, 3))
+    check_merged(model, X.numpy() @ (W + 1.5 * A @ G @ B.T).T + b)
+
+
+def test_adapter_p(tiny):
+    model, W, b = put(tiny, "adapter-p", r=3, options={"scale": 1.5})
+    D, U = value(model, "D"), value(model, "U")
+    check(model, X.numpy() @ W.T + b + 1.5 * np.tanh(X.numpy() @ D.T) @ U.T)
+
+
+def test_adapter_l(tiny):
+    """Here after a linear layer instead of an MLP: it reads that layer's output."""
+    model, W, b = put(tiny, "adapter-l", r=3)
+    D, bias, U, c, gain, shift = (value(model, n) for n in ("D", "b", "U", "c", "gain", "shift"))
+    y = X.numpy() @ W.T + b
+    mean, var = y.mean(1, keepdims=True), y.var(1, keepdims=True)
+    normed = (y - mean) / np.sqrt(var + 1e-5) * gain + shift
+    check(model, y + np.maximum(normed @ D.T + bias, 0) @ U.T + c)
+
+
+def gram_schmidt(V: np.ndarray) -> np.ndarray:
+    rows: list[np.ndarray] = []
+    for v in V:
+        for row in rows:
+            v = v - (v @ row) * row
+        rows.append(v / math.sqrt(v @ v))
+    return np.array(rows)
+
+
+def test_loreft(tiny):
+    """h + R^T (W h + b - R h) on the layer's output at the first 1 and last 2 tokens of each prompt."""
+    model, W0, b0 = put(tiny, "loreft", r=3, options={"first": 1, "last": 2})
+    V, W, b = value(model, "V"), value(model, "W"), value(model, "b")
+    R = gram_schmidt(V)
+    np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-12)
+    x = torch.randn(2, 6, 10, dtype=torch.float64)
+    layer = model.base_model.model.lin
+    layer.prompt.mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
+    edited = [[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1]]
+    y = x.numpy() @ W0.T + b0
+    expected = y + (y @ W.T + b - y @ R.T) @ R * np.array(edited)[..., None]
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-12)
+
+
+def test_the_prompt_is_what_is_attended_and_not_trained_on():
+    prompt, none = Prompt(), None
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    labels = torch.tensor([[-100, -100, 3, 3, 3], [-100, -100, -100, -100, 3]])
+    prompt.see(none, (ids,), {})
+    assert prompt.mask.all()
+    prompt.see(none, (), {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])})
+    assert prompt.mask.int().tolist() == mask.tolist()
+    prompt.see(none, (), {"inputs_embeds": torch.zeros(2, 5, 3), "attention_mask": mask, "labels": labels})
+    assert prompt.mask.int().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]
+    with pytest.raises(methods.ConfigError, match="labels of a row train on all of its tokens"):
+        prompt.see(none, (), {"input_ids": ids, "labels": torch.ones(2, 5, dtype=torch.long)})
+
+
+def test_generating_with_loreft_edits_the_prompt_alone(llama):
+    """The logits while generating, one token at a time over a cache, are those of the whole text with its answer marked."""
+    torch.manual_seed(0)
+    model = apply(llama(), MethodSpec("loreft", r=3, options={"first": 2, "last": 2})).model.eval()
+    ids = torch.randint(3, 67, (2, 6))
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, output_scores=True,
+        return_dict_in_generate=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    labels = out.sequences.clone()
+    labels[:, :6] = -100
+    with torch.no_grad():
+        whole = model(input_ids=out.sequences, labels=labels).logits[:, 5:-1]
+    torch.testing.assert_close(torch.stack(out.scores, 1), whole, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("K", [0, 2])
+def test_delta_lora_is_the_papers_algorithm(tiny, K):
+    """The paper's loop, W changed after every step from K on, against ours, which never touches W: same outputs, same factors."""
+    spec = MethodSpec(
+        "delta-lora", r=3, alpha=7.0, target_modules=["lin"], task_type=None, options={"lambda_": 0.5, "start": K}
+    )
+    adapted = apply(tiny(), spec)
+    model = adapted.model.double()
+    W0, b0 = (p.detach().numpy().copy() for p in (model.base_model.model.lin.weight, model.base_model.model.lin.bias))
+    rule = model.base_model.model.lin.duallora_rule_parts["default"]
+    A, B, W = rule.A.detach().numpy().copy(), rule.B.detach().numpy().copy(), W0.copy()
+    optimizer = torch.optim.SGD(methods.trained(model), lr=0.05)
+    target = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    s, x, t = 7 / 3, X.numpy(), target.numpy()
+    for step in range(5):
+        y = model(X)
+        np.testing.assert_allclose(y.detach().numpy(), x @ W.T + b0 + s * x @ A.T @ B.T, atol=1e-12)
+        (y - target).square().sum().mul(0.5).backward()
+        G = (x @ W.T + b0 + s * x @ A.T @ B.T - t).T @ x  # dL/dW'
+        A_next, B_next = A - 0.05 * s * B.T @ G, B - 0.05 * s * G @ A.T
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= K:
+            W = W + 0.5 * s * (B_next @ A_next - B @ A)
+        A, B = A_next, B_next
+        np.testing.assert_allclose(rule.A.detach().numpy(), A, atol=1e-12)
+    assert abs(W - W0).max() > 1e-3
+    check(model.merge_and_unload(), x @ (W + s * B @ A).T + b0)
+
+
+def test_conv1d_merges_in_its_own_layout():
+    torch.manual_seed(0)
+    gpt2 = GPT2Config(vocab_size=67, n_embd=36, n_layer=1, n_head=6, n_positions=32, resid_pdrop=0.0)
+    ids = torch.randint(0, 67, (2, 9))
+    for name in ("mora", "flora-core", "delta-lora"):
+        spec = MethodSpec(name, r=3, target_modules=["c_attn", "c_proj"], options={"init_weights": False})
+        model = apply(GPT2LMHeadModel(gpt2), spec).model.eval()
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits
+            torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_prompt_tuning_is_the_base_model_on_longer_input(llama, batch):
+    adapted = apply(llama(), MethodSpec("prompt", options={"num_virtual_tokens": 3})).model.eval()
+    P = next(p for p in adapted.parameters() if p.requires_grad)
+    base, ids = llama(), batch["input_ids"]
+    with torch.no_grad():
+        embedded = torch.cat([P.expand(2, 3, 36), base.get_input_embeddings()(ids)], 1)
+        expected = base(inputs_embeds=embedded).logits
+        found = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(found[:, -11:], expected[:, -11:], rtol=0, atol=1e-6)
+
+
+def test_a_prefix_is_seen_by_every_query():
+    """One layer, one head, by hand: softmax over [P_k; K], values [P_v; V], no mask between them (P-tuning v2 on BERT)."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=4, intermediate_size=6, num_hidden_layers=1, num_attention_heads=1, num_labels=2,
+        max_position_embeddings=16, attn_implementation="eager",
+    )  # fmt: skip
+    spec = MethodSpec("p-tuning-v2", task_type="SEQ_CLS", options={"num_virtual_tokens": 2})
+    adapted = apply(BertForSequenceClassification(config), spec).model.eval().double()
+    attention = adapted.get_base_model().bert.encoder.layer[0].attention.self
+    seen = {}
+    attention.register_forward_hook(lambda m, args, out: seen.update(h=args[0], y=out[0]))
+    with torch.no_grad():
+        adapted(input_ids=torch.tensor([[3, 5, 7]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+        P = next(p for n, p in adapted.named_parameters() if "prompt_encoder" in n).reshape(
+            2, 2, 4
+        )  # [tokens, k or v, d]
+        h = seen["h"][0]
+        q, k, v = attention.query(h), attention.key(h), attention.value(h)
+        keys, values = torch.cat([P[:, 0], k]), torch.cat([P[:, 1], v])
+        expected = (q @ keys.T / 2).softmax(-1) @ values  # sqrt(4) = 2
+    torch.testing.assert_close(seen["y"][0], expected, rtol=0, atol=1e-6)
+
+
+def test_corda_takes_the_components_that_matter_least(llama, batch):
+    """By hand: W C = U S V^T over the calibration tokens; kpm's start is the part of W in its r smallest components."""
+    pytest.importorskip("attr", reason="PEFT's CorDA needs attrs")
+    base = llama()
+    layer = base.model.layers[0].self_attn.q_proj
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda m, args, out: seen.append(args[0].detach()[0].double()))
+    for row, start in ((0, 0), (1, 3)):  # as PEFT sees them: one text at a time, no padding
+        base(batch["input_ids"][row : row + 1, start:])
+    handle.remove()
+    C = sum((x / x.max().abs()).T @ (x / x.max().abs()) for x in seen) / 2
+    C = C + 0.01 * C.diagonal().mean() * torch.eye(36)
+    W = layer.weight.detach().double()
+    U, S, Vh = torch.linalg.svd(W @ C)
+    smallest = U[:, -4:] @ torch.diag(S[-4:]) @ Vh[-4:] @ torch.linalg.inv(C)
+    spec = MethodSpec("corda", r=4, target_modules=["q_proj"])
+    adapted = apply(base, spec, batches=[batch]).model
+    delta = adapted.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").detach().double()
+    torch.testing.assert_close(delta, smallest, rtol=0, atol=1e-4)

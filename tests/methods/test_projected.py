@@ -1,0 +1,187 @@
+"""GaLore, GaRare and Flora against their papers' loops in numpy, and what survives a checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from duallora.errors import ConfigError
+from duallora.methods import MethodSpec, apply
+from duallora.methods.projected import Flora, ProjectedAdamW, _gaussian, targeted
+
+STEPS = 5
+
+
+def gradients(shape, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(STEPS)]
+
+
+def drive(optimizer, parameter, all_gradients) -> list[np.ndarray]:
+    """The steps; the projection each of them used."""
+    used = []
+    for gradient in all_gradients:
+        parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+        if "P" in optimizer.state[parameter]:
+            used.append(optimizer.state[parameter]["P"].double().numpy())
+    return used
+
+
+def adam_by_hand(W, G, P, scale, lr, wd):
+    """Algorithm 2 of the GaLore paper with decoupled decay, the projections given; tall matrices from the right."""
+    m = v = 0.0
+    for t, (g, p) in enumerate(zip(G, P, strict=True), start=1):
+        R = g @ p if len(g) >= len(g[0]) else p.T @ g
+        m, v = 0.9 * m + 0.1 * R, 0.999 * v + 0.001 * R * R
+        N = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        W = W - lr * wd * W - lr * scale * (N @ p.T if len(g) >= len(g[0]) else p @ N)
+    return W
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (5,)])
+def test_unprojected_parameters_get_torchs_adamw(shape):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    drive(ProjectedAdamW([ours], 0.01, weight_decay=0.1), ours, gradients(shape))
+    drive(torch.optim.AdamW([theirs], 0.01, weight_decay=0.1), theirs, gradients(shape))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
+def test_galore_is_its_algorithm(shape):
+    """P: the leading singular vectors of the gradients of steps 1, 3, 5 (gap 2), of the smaller side; moments kept."""
+    G = gradients(shape)
+    W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    start = W.detach().double().numpy().copy()
+    optimizer = ProjectedAdamW([W], 0.01, weight_decay=0.1, rank=3, gap=2, scale=0.25)
+    P = drive(optimizer, W, G)
+    for t, g in enumerate(G):
+        U, _, Vt = np.linalg.svd(G[t - t % 2].double().numpy())
+        leading = Vt[:3].T if shape[0] >= shape[1] else U[:, :3]
+        np.testing.assert_allclose(
+            abs(leading.T @ P[t]), np.eye(3), atol=1e-5, err_msg=str(g.shape)
+        )  # up to their signs
+    expected = adam_by_hand(start, [g.double().numpy() for g in G], P, 0.25, 0.01, 0.1)
+    np.testing.assert_allclose(W.detach().numpy(), expected, atol=1e-6)
+    assert optimizer.state[W]["exp_avg"].shape == ((shape[0], 3) if shape[0] >= shape[1] else (3, shape[1]))
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "orthogonal"])
+def test_garare_is_galore_with_a_random_projection(projection):
+    G = gradients((9, 6))
+    W = nn.Parameter(torch.randn(9, 6, generator=torch.Generator().manual_seed(1)))
+    start = W.detach().double().numpy().copy()
+    P = drive(ProjectedAdamW([W], 0.01, rank=3, gap=2, scale=0.5, projection=projection), W, G)
+    assert np.array_equal(P[0], P[1])
+    assert not np.allclose(P[1], P[2])
+    if projection == "orthogonal":
+        np.testing.assert_allclose(P[2].T @ P[2], np.eye(3), atol=1e-6)
+    expected = adam_by_hand(start, [g.double().numpy() for g in G], P, 0.5, 0.01, 0.0)
+    np.testing.assert_allclose(W.detach().numpy(), expected, atol=1e-6)
+
+
+def test_a_random_projection_is_the_identity_on_average():
+    """E[P P^T] = I for P ~ N(0, 1/rank): the mean of 4,000 draws, whose entries spread by 1/sqrt(rank 4,000)."""
+    mean = sum(P @ P.T for P in (_gaussian(7, k, 5, 3, torch.device("cpu")) for k in range(4000))) / 4000
+    torch.testing.assert_close(mean, torch.eye(5), rtol=0, atol=5 * math.sqrt(2 / (3 * 4000)))
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_flora_is_its_algorithm(shape, scaled):
+    """Adafactor with momentum in r = 3 dimensions, carried to a new projection after every second step."""
+    G = gradients(shape)
+    W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    w = W.detach().double().numpy().copy()
+    optimizer = Flora([W], 0.05, rank=3, kappa=2, scale_parameter=scaled, weight_decay=0.1, seed=9)
+    drive(optimizer, W, G)
+    seed, tall = optimizer.state[W]["seed"], shape[0] >= shape[1]
+    P = [_gaussian(seed, k, 6, 3, torch.device("cpu")).double().numpy() for k in range(4)]
+    M = np.zeros((shape[0], 3) if tall else (3, shape[1]))
+    rows, columns = np.zeros(shape[0]), np.zeros(shape[1])
+    for t, g in enumerate((g.double().numpy() for g in G), start=1):
+        beta2 = 1 - t**-0.8
+        rows = beta2 * rows + (1 - beta2) * (g * g + 1e-30).mean(1)
+        columns = beta2 * columns + (1 - beta2) * (g * g + 1e-30).mean(0)
+        u = g / np.sqrt(rows[:, None] * columns[None, :] / rows.mean())
+        p = P[(t - 1) // 2]
+        whole = M @ p.T if tall else p @ M
+        update = 0.1 * u + 0.9 * whole
+        if t % 2 == 0:
+            p = P[t // 2]
+            M = whole @ p if tall else p.T @ whole
+        M = 0.9 * M + 0.1 * (u @ p if tall else p.T @ u)
+        update = update / max(1.0, math.sqrt((update**2).mean()))
+        lr = 0.05 * (max(1e-3, math.sqrt((w**2).mean())) if scaled else 1.0)
+        w = w - 0.05 * 0.1 * w - lr * update
+    np.testing.assert_allclose(W.detach().numpy(), w, atol=2e-6)
+    assert optimizer.state[W]["exp_avg"].numel() == 3 * 9
+
+
+@pytest.mark.parametrize("name", ["galore", "garare", "flora-optimizer"])
+def test_a_resumed_run_is_the_same_to_the_bit(name, llama, batch):
+    """In bfloat16, where torch would load the float32 states rounded; the checkpoint lies between two projections."""
+    options = {"kappa": 4} if name == "flora-optimizer" else {"gap": 4}
+
+    def build():
+        adapted = apply(llama(torch.bfloat16), MethodSpec(name, r=3, options=options))
+        return adapted.model, adapted.optimizer(1e-2, weight_decay=0.1)
+
+    def go(model, optimizer, steps):
+        for _ in range(steps):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, optimizer = build()
+    go(whole, optimizer, 6)
+    first, optimizer = build()
+    go(first, optimizer, 3)
+    second, resumed = build()
+    second.load_state_dict(first.state_dict())
+    torch.manual_seed(99)
+    resumed.load_state_dict(optimizer.state_dict())
+    dtypes = {
+        v.dtype for s in resumed.state.values() for v in s.values() if torch.is_tensor(v) and v.is_floating_point()
+    }
+    assert dtypes == {torch.float32}
+    go(second, resumed, 3)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(whole.model.layers[0].mlp.up_proj.weight, first.model.layers[0].mlp.up_proj.weight)
+
+
+def test_what_is_projected_is_what_is_targeted(llama):
+    """all-linear: every matrix of the trunk, neither the embedding nor the output layer, tied or not."""
+    model = llama()
+    names = {id(p): n for n, p in model.named_parameters()}
+    all_linear = {names[id(p)] for p in targeted(model, "all-linear")}
+    assert len(all_linear) == 2 * 7
+    assert all(n.startswith("model.layers.") for n in all_linear)
+    assert {names[id(p)] for p in targeted(model, ["q_proj"])} == {
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)
+    }
+    assert [names[id(p)] for p in targeted(model, r".*\.1\.mlp\.up_proj")] == ["model.layers.1.mlp.up_proj.weight"]
+    adapted = apply(model, MethodSpec("galore", r=3))
+    optimizer = adapted.optimizer(1e-3)
+    ranks = {names[id(p)]: g["rank"] for g in optimizer.param_groups for p in g["params"]}
+    assert ranks == {n: 3 if n in all_linear else 0 for n in names.values()}
+
+
+def test_optimizer_settings_are_checked():
+    W = nn.Parameter(torch.zeros(2, 2))
+    for make, message in (
+        (
+            lambda: ProjectedAdamW([W], 0.1, projection="qr"),
+            "projection='qr': expected one of svd, gaussian, orthogonal",
+        ),
+        (lambda: ProjectedAdamW([W], 0.1, gap=0), "gap=0: expected"),
+        (lambda: ProjectedAdamW([W], 0.1, scale=-1.0), r"scale=-1\.0: expected"),
+        (lambda: Flora([W], 0.1, kappa=0), "kappa=0: expected"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()
