@@ -307,7 +307,8 @@ def test_sampling_follows_the_seed_over_the_whole_vocabulary(client, expected):
     after = drawn()
     assert drawn(seed=7) == whole != drawn(seed=8)
     assert drawn() != after
-    assert text_of(client, temperature=1, top_p=1e-6) == SAYS["a"]
+    for sampled in ({"temperature": 1, "top_p": 1e-6}, {"temperature": 1, "top_p": 0}, {"temperature": 1e-40}):
+        assert text_of(client, **sampled) == SAYS["a"]
 
 
 @pytest.mark.parametrize(
@@ -636,6 +637,17 @@ def test_adapters_lora_and_merged_models_stand_side_by_side(folders, tmp_path, b
         assert client.get("/v1/models/lora").json()["method"] == "LORA"
 
 
+def test_an_adapter_that_came_second_has_the_bits_it_has_alone(folders):
+    """PEFT gives a second adapter float32 factors, whatever the type that was asked for."""
+    alone, _ = evaluate.load_adapter(folders / "b", "generate", dtype="bfloat16")
+    served = engine.load({name: str(folders / name) for name in SAYS}, dtype="bfloat16")
+    running, second, ids = engine.Engine(served), served[1], torch.arange(5)[None]
+    running._become(second)
+    with torch.no_grad():
+        assert torch.equal(second.model(input_ids=ids).logits, alone(input_ids=ids).logits)
+    running.close()
+
+
 def test_an_adapter_that_changed_biases_leaves_no_base_to_offer(folders, tmp_path, base_folder):
     """Switching such an adapter off does not give the base back, so it is not called one."""
     config = LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
@@ -694,6 +706,18 @@ def test_names_come_from_folders_and_must_differ(tmp_path):
 
 
 # -- the verb --------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_what_is_wrong_in_the_command_load_nothing_heavy():
+    code = (
+        "import sys\nfrom duallora import cli\n"
+        "codes = [cli.run(line.split()) for line in ('serve --help', 'serve', 'serve a a', 'serve x --port 70000')]\n"
+        "print(codes, [name for name in ('torch', 'transformers', 'fastapi') if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[0, 2, 2, 2] []"
+    assert "Examples:" in done.stdout
+    assert "--json" in done.stdout
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch, capsys):

@@ -29,6 +29,7 @@ from duallora.train.progress import quiet_libraries
 
 UNLIMITED = 1 << 30  # tokens: no cut while encoding, no limit known
 LOOK_AFTER = 0.5  # seconds between looks whether the client is still there
+COLDEST = 1e-4  # temperatures below are greedy: logits divided by them would overflow
 CUT_CHARACTER = "\ufffd"  # what a decoder writes for the first bytes of a character whose others are still to come
 
 
@@ -101,6 +102,8 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
         if key in shared:
             model, tokenizer = shared[key]
             adapter = _attach(model, folder)
+            if dtype != "auto":  # PEFT gives new factors float32
+                model.to(getattr(torch, dtype))
             tokenizer = _own_tokenizer(folder) or tokenizer
         else:
             model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype, strict=strict)
@@ -256,10 +259,12 @@ class Engine:
         self, entry: Served, ids: Sequence[int], ends: Sequence[int], sampling: Sampling, text: _Answer
     ) -> None:
         try:
+            if self.closing.is_set():
+                raise Closing
             self._become(entry)
             torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
             settings = {**evaluate.NEUTRAL_GENERATION, "max_new_tokens": sampling.max_tokens}
-            if sampling.temperature > 0:
+            if sampling.temperature >= COLDEST:
                 # top_k: transformers' own default would leave 50 tokens to choose from.
                 settings |= {
                     "do_sample": True,

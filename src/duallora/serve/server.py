@@ -9,14 +9,16 @@ import socket
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from duallora.errors import ConfigError
-from duallora.train.models import DType
 from duallora.train.progress import quiet_libraries, say
+
+if TYPE_CHECKING:
+    from duallora.train.models import DType
 
 GRACE = 5  # seconds that open connections get once the server is to stop
 
