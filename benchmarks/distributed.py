@@ -189,6 +189,7 @@ def pair(names: list[str], folder: Path, **options: Any) -> None:
     Raises:
         RuntimeError: a process failed or did not end in time.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
