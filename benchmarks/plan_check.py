@@ -4,7 +4,7 @@ Each cell is a process of its own (`duallora.bench.memory` says why) that takes 
 more whose peak above what is resident is read. The prediction is made for the very same step: CPU kernels, gradients
 that come to life in it. A cell that the file holds is not measured again.
 
-    python benchmarks/plan_check.py --output results/plan.json [--only TEXT]
+    python benchmarks/plan_check.py --output results/plan.json [--only TEXT] [--page docs/scale.md]
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ SMOLLM2 = "smollm2-135m"
 
 
 def cells() -> list[dict[str, Any]]:
-    """model, method, batch, length, dtype, checkpointing, padded of every cell, the quickest first."""
-    shapes: list[tuple[str, int, int, str, bool, bool]] = []
-    for model in SMALL:
-        shapes.append((model, 4, 256, "float32", False, False))
-        shapes.append((model, 2, 512, "bfloat16", False, False))
+    """model, method, batch, length, dtype, checkpointing, padded of every cell."""
     llama, qwen, gpt2 = SMALL
-    shapes += [(llama, 8, 256, "float32", True, False), (gpt2, 4, 256, "float32", True, False)]
-    shapes += [(qwen, 3, 320, "float32", False, True), (qwen, 1, 1024, "bfloat16", True, False)]
-    shapes += [(SMOLLM2, 2, 128, "float32", False, False), (SMOLLM2, 4, 128, "bfloat16", False, False)]
-    shapes += [(SMOLLM2, 4, 128, "float32", True, False), (SMOLLM2, 8, 128, "float32", False, False)]
+    shapes: list[tuple[str, int, int, str, bool, bool]] = [
+        (llama, 4, 256, "float32", False, False),
+        (SMOLLM2, 2, 128, "float32", False, False),
+        (qwen, 2, 512, "bfloat16", False, False),
+        (gpt2, 4, 256, "float32", False, False),
+        (llama, 8, 256, "float32", True, False),
+        (qwen, 3, 320, "float32", False, True),
+        (SMOLLM2, 4, 128, "bfloat16", False, False),
+        (gpt2, 2, 512, "bfloat16", True, False),
+        (SMOLLM2, 4, 128, "float32", True, False),
+    ]
     names = ("model", "batch", "length", "dtype", "checkpointing", "padded")
     return [{**dict(zip(names, shape, strict=True)), "method": method} for shape in shapes for method in METHODS]
 
@@ -112,10 +115,31 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table(found: list[dict[str, Any]]) -> str:
+    """Rows of shapes, a column of measured MB and of predicted / measured for each method."""
+    lines = ["| model, batch x length | " + " | ".join(f"{m}, MB | ratio" for m in METHODS) + " |"]
+    lines.append("| --- |" + " ---: | ---: |" * len(METHODS))
+    rows: dict[str, dict[str, str]] = {}
+    for entry in found:
+        cell = entry["cell"]
+        more = [cell["dtype"]] + [name for name in ("checkpointing", "padded") if cell[name]]
+        row = rows.setdefault(f"{cell['model']}: {cell['batch']} x {cell['length']}, {', '.join(more)}", {})
+        row[cell["method"]] = f"{entry['measured_bytes'] / 1e6:.0f} | {entry['ratio']:.3f}"
+    lines += [f"| {name} | " + " | ".join(row.get(m, "| ") for m in METHODS) + " |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def fill(page: Path, text: str) -> None:
+    begin, end = "<!-- plan:check -->", "<!-- /plan:check -->"
+    before, _, rest = page.read_text().partition(begin)
+    record.write_text(page, f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/plan.json"))
     parser.add_argument("--only", default="", help="cells whose JSON holds this text")
+    parser.add_argument("--page", type=Path, help="page whose table is filled in, such as docs/scale.md")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -144,6 +168,8 @@ def main() -> None:
         facts = record.result("plan", {"rank": 8}, summary(found), seeds=[0], started=started, cells=found)
         record.write_json(arguments.output, facts)
         print(f"{now['ratio']:.3f}  {now['measured_bytes'] / 1e6:8.1f} MB  {cell}", flush=True)
+    if arguments.page:
+        fill(arguments.page, table(found))
 
 
 if __name__ == "__main__":

@@ -115,14 +115,14 @@ class Planner:
         self.config, self.gpus, self.quantization = config, gpus, quantization
         self.options = {**options, "dequantised": quantization != "none"}
         self.depths = depths_of(config)
-        self._traced: dict[Setting, Traced] = {}
+        self._traced: dict[tuple[str, bool], Traced] = {}
 
     def traced(self, method: str, strategy: str) -> Traced:
         apart = method == "duallora" and (strategy in SHARDED or self.quantization != "none")
-        setting = Setting(method, apart=apart, **self.options)
-        if setting not in self._traced:
-            self._traced[setting] = Traced(self.config, setting, self.depths)
-        return self._traced[setting]
+        if (method, apart) not in self._traced:
+            setting = Setting(method, apart=apart, **self.options)
+            self._traced[method, apart] = Traced(self.config, setting, self.depths)
+        return self._traced[method, apart]
 
     def need(self, method: str, strategy: str, batch: int, length: int) -> Need:
         traced = self.traced(method, strategy)
