@@ -288,7 +288,8 @@ class RuleModel(BaseTuner):
                 "transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
             )
         prompt = self._watch_prompts() if method.rule.reads_prompt else Prompt()  # type: ignore[attr-defined]
-        width = peft_config.options.get("width", self.get_model_config(self.model).get("hidden_size"))
+        config = getattr(self.model, "config", None)
+        width = peft_config.options.get("width", getattr(config, "hidden_size", None))
         layer = RuleLayer(target, adapter_name, peft_config, width, prompt)
         keep_off_the_fast_path(parent, layer)
         if adapter_name not in self.active_adapters:
