@@ -1,6 +1,6 @@
 """A training loop of one's own with accelerate: accumulation, and a stop in the middle that changes nothing.
 
-python examples/accelerate_loop.py                          built-in SmolLM2-135M, offline, under half a minute on a CPU
+python examples/accelerate_loop.py                          the built-in SmolLM2-135M: offline, a CPU will do
 python examples/accelerate_loop.py meta-llama/Llama-3.2-1B  any model of the hub, or a local folder
 accelerate launch examples/accelerate_loop.py               several devices, as `accelerate config` says
 """

@@ -1,6 +1,6 @@
 """Preference optimisation with TRL's DPOTrainer: the reference model is the same model with its adapter disabled.
 
-    python examples/dpo_trl.py                          built-in SmolLM2-135M, offline, under half a minute on a CPU
+    python examples/dpo_trl.py                          the built-in SmolLM2-135M: offline, a CPU will do
     python examples/dpo_trl.py meta-llama/Llama-3.2-1B  any model of the hub, or a local folder
 
 Prefers numbers written as words to digits, then saves the adapter, loads it again and merges it.

@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer: `peft_config=DualLoraConfig(...)` is the only line that is ours.
 
-    python examples/sft_trl.py                          built-in SmolLM2-135M, offline, under half a minute on a CPU
+    python examples/sft_trl.py                          the built-in SmolLM2-135M: offline, a CPU will do
     python examples/sft_trl.py meta-llama/Llama-3.2-1B  any model of the hub, or a local folder
 
 Teaches the model to write numbers as words, then saves the adapter, loads it again and merges it.

@@ -1,6 +1,6 @@
 """transformers' Trainer: wrap the model, train, keep the best checkpoint, save.
 
-python examples/trainer.py                          built-in SmolLM2-135M, offline, under half a minute on a CPU
+python examples/trainer.py                          the built-in SmolLM2-135M: offline, a CPU will do
 python examples/trainer.py meta-llama/Llama-3.2-1B  any model of the hub, or a local folder
 """
 
