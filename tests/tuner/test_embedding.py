@@ -277,3 +277,20 @@ def test_dropout_leaves_ids_alone_and_conversion_to_lora_is_declined():
     assert torch.equal(model.train()(IDS), model.eval()(IDS))
     assert not layer.supports_lora_conversion()
     assert repr(layer).startswith("duallora.Embedding(")
+
+
+def test_positions_shared_by_the_batch_take_one_adapter_per_row(gpt2, ids):
+    """GPT-2 looks its positions up once for all rows."""
+    torch.manual_seed(0)
+    options = {"warmup_steps": 0, "init_std": 0.3, "target_modules": ["wpe", "wte", "c_attn"]}
+    model = peft.get_peft_model(gpt2(), DualLoraConfig(r1=4, r2=3, init_seed=1, **options))
+    model.add_adapter("other", DualLoraConfig(r=2, init_seed=2, **options))
+    model.eval()
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(ids).logits
+    names = ["other", "default", "other"]
+    mixed = model(ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)

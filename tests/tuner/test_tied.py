@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
+import duallora
 from duallora import DualLoraConfig
 from duallora.tuner import DualLoraLayer
 
@@ -122,6 +123,20 @@ def test_adapters_of_tied_weights_save_and_reload(llama, ids, tmp_path, targets)
         assert torch.equal(again(ids).logits, model(ids).logits)
         # PEFT saves embeddings that are targets; its loading without copies puts each side's in a tensor of its own.
         assert torch.equal(*weights(again)) if low else weights(again)[0] is weights(again)[1]
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_merged_embeddings_are_not_saved_with_the_adapter(llama, ids, tmp_path):
+    """PEFT saves the weights of embeddings that are targets as they are: W0 + dW would get dW again."""
+    model = adapted(llama(tie_word_embeddings=True), ids, SIDES[0])
+    model.merge_adapter()
+    with pytest.raises(
+        duallora.errors.ConfigError, match=r"names embed_tokens.*dW twice.*unmerge_adapter\(\) and save"
+    ):
+        model.save_pretrained(tmp_path)
+    other = adapted(llama(), ids, ["q_proj"])
+    other.merge_adapter()
+    other.save_pretrained(tmp_path)
 
 
 def test_three_modules_of_one_weight(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.peft_types import PeftType
 
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
@@ -192,7 +193,23 @@ class DualLoraConfig(PeftConfig):
             raise ConfigError("warmup='residual' is not defined for direction='fixed': use warmup='ramp'.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet."""
+        """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet.
+
+        Raises:
+            ConfigError: PEFT has just saved an embedding's weight with dW merged into it.
+        """
+        targets: set[str] = self.target_modules if isinstance(self.target_modules, set) else set()
+        merged = any(
+            layer.merged_adapters and any(config is self for config in layer.duallora_config.values())
+            for layer in tracked_layers()
+            if hasattr(layer, "duallora_config")
+        )
+        if merged and targets.intersection(EMBEDDING_LAYER_NAMES):
+            raise ConfigError(
+                f"target_modules names {' and '.join(sorted(targets.intersection(EMBEDDING_LAYER_NAMES)))}, whose whole "
+                "weight PEFT saves with the adapter; merged as it is, it would hold dW twice when loaded: call "
+                "unmerge_adapter() and save again."
+            )
         super().save_pretrained(save_directory, **kwargs)
         if self.warmup != "ramp":
             return

@@ -98,7 +98,10 @@ class Embedding(DualLoraLayer, nn.Module):
 
         def look_up(ids: Tensor, W: Tensor, found: Callable[[], Tensor]) -> Tensor:
             if adapter_names is not None:
-                return self._add_by_row(ids, found(), adapter_names)
+                y = found()
+                if len(ids) == 1:  # positions, the same for all rows of the batch
+                    ids, y = (t.expand(len(adapter_names), *t.shape[1:]) for t in (ids, y))
+                return self._add_by_row(ids, y, adapter_names)
             if not added:
                 return self._looked_up(ids, W, adapters)
             y = found()
