@@ -32,9 +32,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import duallora
 from duallora import DualLoraConfig
 from duallora.train import record
+from duallora.tuner.layer import DualLoraLayer
 
 STEPS, ROWS, LENGTH, VOCABULARY, RATE, WARMUP = 20, 4, 12, 100, 2e-3, 6
 LIMIT = 200  # seconds for a pair
+FORMS: list[str] = []  # how the first layer computed its output, forward by forward
 
 
 def base() -> LlamaForCausalLM:
@@ -49,7 +51,10 @@ def base() -> LlamaForCausalLM:
 def adapted(**options: Any) -> PeftModel:
     """The model and adapter that every process starts with."""
     settings: dict[str, Any] = {"r1": 3, "r2": 5, "alpha": 10, "target_modules": "all-linear", "warmup_steps": WARMUP}
-    return get_peft_model(base(), DualLoraConfig(**{**settings, "init_seed": 0, **options}))
+    model = get_peft_model(base(), DualLoraConfig(**{**settings, "init_seed": 0, **options}))
+    first = next(module for module in model.modules() if isinstance(module, DualLoraLayer))
+    first.register_forward_pre_hook(lambda layer, _: FORMS.append(layer._form(["default"])))
+    return model
 
 
 def rows(step: int) -> torch.Tensor:
@@ -175,6 +180,7 @@ def _one_of_a_pair(rank: int, port: int, names: list[str], folder: Path, options
             if rank == 0:
                 model.save_pretrained(str(folder / name), state_dict=whole)
             (folder / f"{name}.{rank}.gate").write_text(repr(duallora.gate(model)))
+            (folder / f"{name}.{rank}.form").write_text(FORMS[-1])
             torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:
@@ -245,7 +251,9 @@ def main() -> None:
             pair([name], Path(folder))
             gates = [float((Path(folder) / f"{name}.{rank}.gate").read_text()) for rank in (0, 1)]
             found = difference(one, adapter(Path(folder) / name))
-            figures[name] = {"difference": found, "gates": gates, "seconds": round(time.monotonic() - began, 1)}
+            form = (Path(folder) / f"{name}.0.form").read_text()
+            seconds = round(time.monotonic() - began, 1)
+            figures[name] = {"difference": found, "gates": gates, "form": form, "seconds": seconds}
             print(f"{name:<22} {found:.2e}  gates {gates}", flush=True)
     scene = {
         "steps": STEPS,

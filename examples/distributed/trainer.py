@@ -27,8 +27,8 @@ class CountSteps(TrainerCallback):
             advance_gate(trainer.accelerator.unwrap_model(model))
 
 
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-ONES = "one two three four five six seven eight nine".split()
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+ONES = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 texts = [f"{10 * (t + 2) + o + 1} is {ten}-{one}." for t, ten in enumerate(TENS) for o, one in enumerate(ONES)]
 
 # Before the model: under ZeRO-3 and FSDP the arguments decide how its weights are loaded.

@@ -181,6 +181,9 @@ def test_stopped_then_killed_then_finished_equals_the_straight_run_bit_for_bit(m
     assert [step for step, _ in checkpoint.checkpoints(folder / "checkpoints")] == [5, 3]
     assert checkpoint.verify(folder / "checkpoints" / "checkpoint-5") is None
     assert record.read_json(folder / "run.json")["status"] == "interrupted"
+    files = [folder / "checkpoints" / "checkpoint-5" / name for name in checkpoint.rng_files(2)]
+    states = [torch.load(file, weights_only=False)["cpu"] for file in files]
+    assert not torch.equal(*states)
     with pytest.raises(ConfigError, match=r"processes \(--launch\): 2 -> 1"):
         run.train(recipe, resume="auto", console=Console(quiet=True))
 
@@ -394,11 +397,7 @@ def test_a_signal_to_the_launcher_saves_and_the_same_command_resumes(make_recipe
 
 @slow
 def test_an_accelerate_config_starts_the_same_run_and_its_exit_code_comes_back(make_recipe, tmp_path):
-    file = tmp_path / "cpu.yaml"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 1\n"
-        "machine_rank: 0\nnum_processes: 2\nmixed_precision: 'no'\nmain_training_function: main\nrdzv_backend: static\n"
-    )
+    file = Path(__file__).parents[2] / "examples" / "distributed" / "ddp.yaml"
     recipe = make_recipe("train.max_steps=2", output=tmp_path / "run")
     for expected in (0, 2):  # the second time the folder is taken
         done = subprocess.run(

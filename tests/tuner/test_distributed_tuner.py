@@ -63,6 +63,12 @@ def test_the_gate_is_open_in_every_process_and_its_counter_is_saved(scene, train
     assert steps == [scene.STEPS] * 14
 
 
+def test_inside_a_forward_the_layer_holds_its_whole_weight_and_takes_the_fast_form(trained):
+    assert {strategy: (trained / f"{strategy}.1.form").read_text() for strategy in QUICK} == dict.fromkeys(
+        QUICK, "merged"
+    )
+
+
 @pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
 def test_what_shards_have_saved_one_process_opens_and_merges(scene, one, trained, strategy):
     model = PeftModel.from_pretrained(scene.base(), str(trained / strategy)).eval()
@@ -95,3 +101,5 @@ def test_deepspeed_trains_the_adapter_of_one_process(scene, one, tmp_path, strat
     scene.pair([strategy], tmp_path)
     assert scene.difference(one, scene.adapter(tmp_path / strategy)) < 1e-6
     assert [(tmp_path / f"{strategy}.{rank}.gate").read_text() for rank in (0, 1)] == ["1.0", "1.0"]
+    # A ZeRO-3 shard is gathered by the base layer's own forward.
+    assert (tmp_path / f"{strategy}.1.form").read_text() == ("apart" if "zero3" in strategy else "merged")
