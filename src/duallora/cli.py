@@ -1327,7 +1327,8 @@ def run(arguments: list[str]) -> int:
         if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         status = "interrupted" if code in (130, 143) else "error"
-        if message and not (other and status == "interrupted"):
+        told = code in (9, 130, 143)  # the first process, or whoever waits for them all, says it
+        if message and not (other and told):
             console.print_error(message, hint, label=f"{status} in process {other}" if other else status)
         if as_json:
             console.print_json({"status": status, "exit_code": code, "error": message})

@@ -184,8 +184,10 @@ class TrainSection(Section):
 
     epochs: Positive = setting(1.0, "Passes over the training rows; max_steps, where set, decides instead.")
     max_steps: Count | None = setting(None, "Optimizer steps; null counts them from epochs.")
-    batch_size: Count = setting(8, "Examples per device in one forward pass (measured: fits 2 CPU cores).")
-    gradient_accumulation_steps: Count = setting(1, "Forward passes per optimizer step.")
+    batch_size: Count = setting(8, "Examples in one forward pass at most (measured: fits 2 CPU cores).")
+    gradient_accumulation_steps: Count = setting(
+        1, "Forward passes per optimizer step; several processes share its rows out."
+    )
     learning_rate: Positive = setting(
         4e-3, "Peak learning rate (measured on SmolLM2-135M; the paper tunes it per task and prints none)."
     )
