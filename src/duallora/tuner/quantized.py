@@ -165,12 +165,6 @@ def _read_8bit(layer: Any) -> Tensor:
 def _write_8bit(layer: Any, W: Tensor, _: Requantise | None) -> None:
     old = layer.weight
     layer.weight = type(old)(W.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
-    _use_8bit(layer)
-
-
-def _use_8bit(layer: Any) -> None:
-    """Let the layer's state, by which it computes, point to the codes and scales of its weight."""
-    layer.state.CB, layer.state.SCB = layer.weight.CB, layer.weight.SCB
 
 
 def _write_torchao(layer: Any, W: Tensor, requantise: Requantise | None) -> None:
@@ -235,8 +229,8 @@ def put_back(layer: Any, held: dict[str, Any]) -> None:
     for name, value in held.items():
         moved = isinstance(value, nn.Parameter) and value.device != device
         setattr(layer, name, value.to(device) if moved else value)
-    if storage(layer) is _BNB_8BIT:
-        _use_8bit(layer)
+    if storage(layer) is _BNB_8BIT:  # which computes by its state, as does a backward under way
+        layer.state.CB, layer.state.SCB = layer.weight.CB, layer.weight.SCB
 
 
 def read_held(layer: nn.Module, held: dict[str, Any]) -> Tensor:
