@@ -243,6 +243,10 @@ def test_heads_and_biases_are_carried_over(make_adapter, tmp_path):
 
     result = convert.convert(folder, tmp_path / "lora", rank=32, scores=scores)
     assert result["max_logit_difference"] < 1e-5
+    for a, b in zip(
+        *(merge.probe(*evaluate.load_adapter(f, "classify")) for f in (folder, tmp_path / "lora")), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # both on a base that never held the trained biases
     assert list(result["scores"]) == ["adapter", "conversion"]  # the base has no trained head to score
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for name, tensor in changed.items():
@@ -380,9 +384,11 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(native, make_ad
     assert [path.name for path in output.iterdir()] == ["mine"]
 
 
-def test_a_plain_lora_is_not_converted_again(native, full, tmp_path):
+def test_a_plain_lora_or_a_model_is_not_converted(native, full, tmp_path):
     with pytest.raises(ConfigError, match="only Dual LoRA"):
         convert.convert(full[0], tmp_path / "again", rank=2)
+    with pytest.raises(ConfigError, match="nothing to convert"):
+        convert.convert(base_of(native), tmp_path / "again", rank=2)
 
 
 def test_the_verb_scores_adapter_base_and_conversion(run_folder, tmp_path, capsys, monkeypatch):

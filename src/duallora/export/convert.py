@@ -95,10 +95,11 @@ def convert(
         raise ConfigError(f"rank={rank}: expected a whole number >= 1")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy={energy}: expected a share of |dW|^2 in (0, 1]")
-    kind = merge.adapter_kind(adapter)
     source = evaluate.find(adapter)
-    assert source is not None  # adapter_kind found it
+    if source is None or not (source / "adapter_config.json").is_file():
+        raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to convert")
     config = evaluate.read_config(source)
+    kind = merge.adapter_kind(source)
     if str(getattr(config.peft_type, "value", config.peft_type)) != "DUALLORA":
         raise ConfigError(f"{adapter} is a {config.peft_type} adapter; only Dual LoRA adapters are converted")
     with quiet_libraries(), merge.beside(output) as folder:
@@ -108,7 +109,7 @@ def convert(
         rank = rank or smallest_rank(layers, float(energy or 0), console)
         _check_size(layers, rank, output)
         done = _convert_layers(layers, rank, dtype, console)
-        total = _total(done, rank)
+        total = _total(done)
         if total["square"] == 0:
             raise ConfigError(
                 f"{adapter} changes no weight (dW = 0 in all {len(done)} layers): there is nothing to convert. Was it "
@@ -316,7 +317,7 @@ def _check_size(layers: Mapping[str, Any], rank: int, output: Path) -> None:
         )
 
 
-def _total(done: list[Converted], rank: int) -> dict[str, float]:
+def _total(done: list[Converted]) -> dict[str, float]:
     square, lost = sum(layer.square for layer in done), sum(layer.lost for layer in done)
     energy, error = _kept(square, lost)
     lowest = min(layer.facts()["energy"] for layer in done)
