@@ -1,0 +1,194 @@
+"""What the trainers of transformers and TRL do around a model leaves the gate and the factors right."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import duallora
+from duallora import DualLoraConfig
+from duallora.tuner import DualLoraLayer
+
+trl = pytest.importorskip("trl")
+from datasets import Dataset  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Saving a Dual LoRA adapter whose gate is not open")
+
+OPTIONS = {"r1": 4, "r2": 3, "alpha": 10, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_seed": 3}
+WORDS = [f"{n} and {n + 1} make {2 * n + 1}." for n in range(24)]
+
+
+def config(**options) -> DualLoraConfig:
+    return DualLoraConfig(**{**OPTIONS, "warmup_steps": 5, **options})
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 36, "intermediate_size": 63, "num_hidden_layers": 2, "num_attention_heads": 6}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=260, num_key_value_heads=2, pad_token_id=0, **shape))
+
+
+def arguments(cls, folder, **options):
+    """One pass of 6 steps over 24 rows, unless told otherwise."""
+    common = {
+        "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-2, "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    if cls is not TrainingArguments:
+        common |= {"gradient_checkpointing": False, "bf16": False}
+    return cls(str(folder), **{**common, **options})
+
+
+def steps(model, adapter="default") -> set[int]:
+    return {int(m.duallora_step[adapter]) for m in model.modules() if isinstance(m, DualLoraLayer)}
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+
+
+def same(first, second) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def fit(folder, resume=None, rows=24, **options) -> Trainer:
+    ids = torch.randint(1, 260, (rows, 9), generator=torch.Generator().manual_seed(2))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    model = peft.get_peft_model(base(), config())
+    trainer = Trainer(model, arguments(TrainingArguments, folder, **options), train_dataset=data, eval_dataset=data[:4])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def test_a_run_resumed_in_mid_ramp_ends_where_the_straight_one_ends(tmp_path):
+    """Bit for bit, with the counter: from step 3 of a ramp of 5."""
+    straight = fit(tmp_path / "a", save_strategy="steps", save_steps=3)
+    assert steps(straight.model) == {6}
+    saved = load_file(tmp_path / "a" / "checkpoint-3" / "adapter_model.safetensors")
+    assert {int(value) for name, value in saved.items() if "duallora_step" in name} == {3}
+    resumed = fit(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    assert same(state(resumed.model), state(straight.model))
+
+
+def test_the_best_checkpoint_comes_back_with_its_own_gate(tmp_path):
+    """The loss falls, so by the largest loss the first checkpoint is best: its gate is 2/5, the last one's is 1."""
+    trainer = fit(
+        tmp_path, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert steps(trainer.model) == {2}
+    assert duallora.gate(trainer.model) == pytest.approx(0.4)
+    want = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert same(state(trainer.model), want)
+
+
+def sft(folder, tokenizer, rows=None, **options) -> trl.SFTTrainer:
+    data = Dataset.from_list(rows or [{"text": text} for text in WORDS])
+    settings = arguments(trl.SFTConfig, folder, max_length=64, **options)
+    return trl.SFTTrainer(base(), settings, train_dataset=data, processing_class=tokenizer, peft_config=config())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packing": True, "packing_strategy": "wrapped"},
+        {"neftune_noise_alpha": 5.0},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_sft_trains_every_layer_and_counts_its_steps(tiny_tokenizer, tmp_path, options):
+    trainer = sft(tmp_path, tiny_tokenizer, max_steps=3, **options)
+    before = state(trainer.model)
+    trainer.train()
+    after = state(trainer.model)
+    assert steps(trainer.model) == {3}
+    assert before.keys() == after.keys()
+    assert [n for n in before if torch.equal(before[n], after[n])] == []  # every factor and counter moved
+    assert all(value.dtype == torch.float32 for name, value in after.items() if "duallora_step" not in name)
+
+
+def test_checkpointing_inside_sft_changes_no_loss(tiny_tokenizer, tmp_path):
+    def losses(**options) -> list[float]:
+        trainer = sft(tmp_path, tiny_tokenizer, max_steps=3, seed=1, **options)
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    plain = losses()
+    assert len(plain) == 3
+    assert losses(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}) == plain
+
+
+PREFERENCES = [
+    {"prompt": f"{n} and {n}?", "chosen": f" {2 * n}", "rejected": f" {2 * n + 1}, I think"} for n in range(8)
+]
+
+
+def dpo(folder, tokenizer, model, **options) -> trl.DPOTrainer:
+    peft_config = None if isinstance(model, peft.PeftModel) else config(**options.pop("adapter", {}))
+    settings = arguments(trl.DPOConfig, folder, max_steps=2, **options)
+    data = Dataset.from_list(PREFERENCES)
+    return trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_dpo_takes_the_base_model_as_its_reference(tiny_tokenizer, tmp_path, precompute):
+    """At the start policy and reference agree, so the first loss is ln 2 even with an adapter that acts at once."""
+    trainer = dpo(tmp_path, tiny_tokenizer, base(), precompute_ref_log_probs=precompute)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+    assert losses[1] != losses[0]
+    assert steps(trainer.model) == {2}
+
+
+def trained(ids) -> tuple[peft.PeftModel, torch.Tensor, torch.Tensor]:
+    """A model with a trained adapter, its logits, and those of its base."""
+    model = peft.get_peft_model(base(), config(warmup_steps=2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(ids).logits
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert (logits - plain).abs().max() > 1e-3
+    return model, logits, plain
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(1, 260, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+def test_dpo_after_merging_has_the_trained_model_as_its_reference(ids, tiny_tokenizer, tmp_path):
+    """The documented way from SFT to DPO."""
+    model, logits, _ = trained(ids)
+    merged = model.merge_and_unload()
+    trainer = dpo(tmp_path, tiny_tokenizer, merged, adapter={"init_seed": 4})
+    with torch.no_grad(), trainer.model.eval().disable_adapter():
+        assert torch.equal(trainer.model(ids).logits, logits)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_dpo_of_an_unmerged_adapter_would_have_the_base_as_its_reference(ids, tiny_tokenizer, tmp_path):
+    """What docs/examples.md warns of: TRL copies parameters whose name holds ".default.", as LoRA's do and ours do not.
+
+    When this fails, TRL makes a true copy and the warning can go.
+    """
+    model, _, plain = trained(ids)
+    dpo(tmp_path, tiny_tokenizer, model)
+    model.set_adapter("ref")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, plain)
