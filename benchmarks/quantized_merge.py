@@ -79,7 +79,7 @@ def measure(name: str, task: Any) -> tuple[dict[str, Any], str]:
     figures["loss_unmerged"] = loss(model)
     figures["loss_merged_on_the_grid"], lost = _on_the_grid(model, loss)
     figures["lost_share_of_dW"] = {
-        "median": sorted(lost.values())[len(lost) // 2], "worst": max(lost.values()), "worst_layer": max(lost, key=lost.get),
+        "median": sorted(lost.values())[len(lost) // 2], "worst": max(lost.values()), "worst_layer": max(lost, key=lost.__getitem__),
     }  # fmt: skip
     on_original = adapted(original)
     set_peft_model_state_dict(on_original, get_peft_model_state_dict(model))
