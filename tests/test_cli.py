@@ -42,6 +42,8 @@ VERBS = [
     "check",
     "card",
     "push",
+    "serve",
+    "plan",
     "doctor",
     "data preview",
     "data check",

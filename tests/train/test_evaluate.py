@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,3 +356,13 @@ def test_a_loss_that_is_not_finite_is_an_error_and_not_a_score(trained, task):
         model.get_base_model().model.norm.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="the loss on the validation rows is nan"):
         evaluate.evaluate(model, tokenizer, task, split="validation", max_length=64, generation=SHORT)
+
+
+def test_a_chats_turn_mark_ends_an_answer_though_a_line_break_follows_it(tiny_tokenizer):
+    """ChatML writes a line break after <|im_end|>, and this tokenizer, like many, does not list the mark as its own."""
+    mark, own = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"), tiny_tokenizer.eos_token_id
+    assert mark != own
+    assert mark not in tiny_tokenizer.all_special_ids
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, own]))
+    assert evaluate.end_tokens(model, tiny_tokenizer, chat=True) == sorted({7, own, mark})
+    assert evaluate.end_tokens(model, tiny_tokenizer, chat=False) == sorted({7, own})

@@ -28,7 +28,8 @@ from starlette.exceptions import HTTPException
 
 from duallora.console import exit_code_for
 from duallora.errors import ConfigError, DataError
-from duallora.serve.engine import Closing, Engine, Finished, Sampling, Served, end_tokens, prompt_ids
+from duallora.serve.engine import Closing, Engine, Finished, Sampling, Served, prompt_ids
+from duallora.train.evaluate import end_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -269,9 +270,8 @@ async def _answer(
         stop,
         asked.seed,
     )
-    pieces = _timed(
-        engine.answer(entry, ids, end_tokens(entry, is_chat), sampling, request.is_disconnected), entry, log
-    )
+    ends = end_tokens(entry.model, entry.tokenizer, chat=is_chat)
+    pieces = _timed(engine.answer(entry, ids, ends, sampling, request.is_disconnected), entry, log)
     name = "chat.completion" if is_chat else "text_completion"
     head = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",

@@ -20,8 +20,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from duallora.errors import ConfigError, DataError, IntegrityError
-from duallora.tasks import IGNORE, Example, encode, encode_prompt
+from duallora.errors import ConfigError, IntegrityError
+from duallora.tasks import Example, encode_prompt
 from duallora.train import evaluate, untrusted
 from duallora.train.merge import adapter_kind
 from duallora.train.models import DType
@@ -177,22 +177,6 @@ def prompt_ids(entry: Served, prompt: str | Sequence[Mapping[str, str]]) -> list
         raise ConfigError(f"{entry.id} has no chat template, so it cannot chat; send the prompt to /v1/completions")
     asked = (*prompt, {"role": "assistant", "content": ""})
     return encode_prompt(Example(messages=asked, where="messages"), entry.tokenizer, max_length=UNLIMITED)
-
-
-def end_tokens(entry: Served, chat: bool) -> list[int]:
-    """The tokens that end an answer: the model's and the tokenizer's, in a chat also what closes a turn."""
-    own = entry.model.generation_config.eos_token_id
-    ends = {entry.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    if chat:
-        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
-        try:
-            labels = encode(Example(messages=turns), entry.tokenizer, max_length=UNLIMITED).labels
-        except DataError:  # a template that cannot be trained with may still be talked to
-            return sorted(ends)
-        trained = [label for label in labels if label != IGNORE]  # a line break may follow the mark, untrained
-        added = {token for token, mark in entry.tokenizer.added_tokens_decoder.items() if mark.special}
-        ends |= set(trained[-1:]) & {*added, *entry.tokenizer.all_special_ids}
-    return sorted(ends)
 
 
 class Engine:

@@ -44,6 +44,7 @@ NEUTRAL_GENERATION: dict[str, Any] = {
     "no_repeat_ngram_size": 0,
 }
 
+WHOLE = 1 << 30  # tokens: nothing is cut
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
 
@@ -189,7 +190,7 @@ def generate(
     collate = Collator(tokenizer, side="left")
     settings = {**NEUTRAL_GENERATION, **settings}
     own_ngrams = settings.pop("no_repeat_ngram_size")
-    ends = sorted({*_end_tokens(model, tokenizer), *_turn_ends(examples, tokenizer, max_length)})
+    ends = end_tokens(model, tokenizer, chat=any(example.messages for example in examples))
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
     texts: dict[int, str] = {}
@@ -213,6 +214,22 @@ def generate(
             advance(len(chosen))
     texts = _united(texts, processes)
     return [texts[index] for index in range(len(prompts))]
+
+
+def end_tokens(model: Any, tokenizer, *, chat: bool) -> list[int]:
+    """The tokens that end an answer: the model's and the tokenizer's, in a chat also what closes a turn."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if chat:
+        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        try:
+            labels = encode(Example(messages=turns), tokenizer, max_length=WHOLE).labels
+        except DataError:  # a template that cannot be trained with may still be talked to
+            return sorted(ends)
+        trained = [label for label in labels if label != IGNORE]  # a line break may follow the mark, untrained
+        added = {token for token, mark in tokenizer.added_tokens_decoder.items() if mark.special}
+        ends |= set(trained[-1:]) & {*added, *tokenizer.all_special_ids}
+    return sorted(ends)
 
 
 def classify(
@@ -526,19 +543,6 @@ class _OwnNGrams(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores if self.inner is None else self.inner(input_ids[:, self.start :], scores)
-
-
-def _turn_ends(examples: Sequence[Example], tokenizer: Any, max_length: int) -> set[int]:
-    """The special tokens that close a chat's answers in training; they need not be the tokenizer's end of text."""
-    chats = [example for example in examples[:8] if example.messages]
-    last = {encode(example, tokenizer, max_length=max_length).labels[-1] for example in chats}
-    return last & set(tokenizer.all_special_ids)
-
-
-def _end_tokens(model: Any, tokenizer) -> list[int]:
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
