@@ -4,6 +4,7 @@ The scene is `benchmarks/distributed.py`, which writes the table of docs/distrib
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 import duallora
 
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "distributed.py"
+REPOSITORY = Path(__file__).parents[2]
+SOURCE = REPOSITORY / "benchmarks" / "distributed.py"
 slow = pytest.mark.skipif("DUALLORA_SLOW" not in os.environ, reason="slow: `make distributed` runs it")
 
 # Trained in one pair of processes: starting it is what takes the time.
@@ -80,6 +82,16 @@ def test_what_shards_have_saved_one_process_opens_and_merges(scene, one, trained
         logits = model(input_ids=ids).logits
         torch.testing.assert_close(logits, expected(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
         assert torch.equal(model.merge_and_unload()(input_ids=ids).logits, logits)
+
+
+def test_the_docs_show_the_differences_that_were_recorded():
+    text = (REPOSITORY / "docs" / "distributed.md").read_text()
+    figures = json.loads((REPOSITORY / "results" / "distributed.json").read_text())["metrics"]
+    for strategy, figure in figures.items():
+        if strategy != "training_moved":
+            shown = f"{figure['difference']:.1e}".replace("e-0", "e-") if figure["difference"] < 1e-3 else "0.04"
+            assert f"| {shown} | verified" in text, strategy
+    assert f"by {figures['training_moved']:.2f}." in text
 
 
 @slow
