@@ -23,7 +23,7 @@ from duallora import DualLoraConfig
 
 # PEFT's Stable Diffusion helpers import it at module level; no test that needs it is selected.
 diffusers: Any = sys.modules.setdefault("diffusers", types.ModuleType("diffusers"))
-diffusers.StableDiffusionPipeline, diffusers.__version__ = None, "0"
+diffusers.StableDiffusionPipeline, diffusers.__version__ = type("StableDiffusionPipeline", (), {}), "0"
 
 RENAMED = {
     "lora_alpha": "alpha",
