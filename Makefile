@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo quick test check fmt bench docs clean
+QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: demo quick test check peft-suite compat distributed fmt bench docs clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -13,7 +15,16 @@ quick: $(VENV)/.ready  ## the same story with a small encoder, in about a minute
 	$(BIN)/duallora demo --quick
 
 test: check            ## lint, types and tests
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+peft-suite: $(VENV)/.dev  ## PEFT's own tests with DualLoraConfig in the place of its configs
+	$(BIN)/python tests/peft_suite/run.py
+
+compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers that are supported
+	$(BIN)/python tests/compat/run.py
+
+distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, killed ranks
+	$(QUIET) $(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
