@@ -15,7 +15,7 @@ quick: $(VENV)/.ready  ## the same story with a small encoder, in about a minute
 	$(BIN)/duallora demo --quick
 
 test: check            ## lint, types and tests
-	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(QUIET) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 peft-suite: $(VENV)/.dev  ## PEFT's own tests with DualLoraConfig in the place of its configs
 	$(BIN)/python tests/peft_suite/run.py
@@ -24,7 +24,7 @@ compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers t
 	$(BIN)/python tests/compat/run.py
 
 distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, killed ranks
-	$(QUIET) $(BIN)/python -m pytest -m slow
+	DUALLORA_SLOW=1 $(QUIET) $(BIN)/python -m pytest tests/tuner/test_distributed_tuner.py tests/train/test_distributed.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
