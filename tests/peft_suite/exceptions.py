@@ -20,6 +20,8 @@ SMALL_STEPS = (
     "the gradients of C and D carry the factor ReLU(B A), about 1e-3 at the start, so three SGD steps behind a ReLU move "
     "them by less than the test's 1e-4"
 )
+BY_NAME = "asserts LoRA's class name, PEFT type or parameter count"
+STATUS = "test_tuners_utils.py::TestModelAndLayerStatus::"
 CUSTOM = "test_custom_models.py::TestPeftCustomModel::"
 
 EXCEPTIONS = {
@@ -39,6 +41,10 @@ EXCEPTIONS = {
     CUSTOM + "test_disable_adapters[Embedding + transformers Conv1D 1 LoRA-*": DEAD,
     CUSTOM + "test_disable_adapters_with_merging[Embedding + transformers Conv1D 1 LoRA-*": DEAD,
     CUSTOM + "test_only_params_are_updated[Embedding + transformers Conv1D 2 *": SMALL_STEPS,
+    STATUS + "test_module_type_*": BY_NAME,
+    STATUS + "test_adapter_model_type_*": BY_NAME,
+    STATUS + "test_peft_types_*": BY_NAME,
+    STATUS + "test_nb_params_*": BY_NAME,
 }
 
 # Tests that build a LoraConfig themselves but are about PEFT and any tuner.
