@@ -655,6 +655,32 @@ def test_an_adapter_that_changed_biases_leaves_no_base_to_offer(folders, tmp_pat
     assert [entry.id for entry in engine.load({"c": str(tmp_path / "c")})] == ["c"]
 
 
+@pytest.mark.parametrize("change", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("order", ["cd", "dc"])
+def test_an_adapter_that_changed_its_base_shares_it_with_no_other(tmp_path, base_folder, change, order):
+    torch.manual_seed(2)
+    biased = LlamaForCausalLM(LlamaConfig.from_pretrained(base_folder, attention_bias=True))
+    biased.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "base")
+    for name, settings in {"c": change, "d": {"init_lora_weights": False}}.items():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.requires_grad and "bias" in parameter_name:
+                    parameter.fill_(0.5)
+        model.save_pretrained(tmp_path / name)
+    served = engine.load({name: str(tmp_path / name) for name in order})
+    assert [entry.id for entry in served] == [*order, "base"]
+    running, ids = engine.Engine(served), torch.arange(5)[None]
+    with torch.no_grad():
+        for entry in served:
+            alone, _ = evaluate.load_adapter(tmp_path / entry.id, "generate")
+            running._become(entry)
+            assert torch.equal(entry.model(input_ids=ids).logits, alone(input_ids=ids).logits)
+    running.close()
+
+
 def test_bad_sources_are_refused_before_anything_is_served(folders, tmp_path, tiny_encoder_folder):
     second = tmp_path / "second"
     shutil.copytree(folders / "b", second)

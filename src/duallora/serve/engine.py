@@ -75,8 +75,8 @@ class Closing(Exception):
 def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = True) -> list[Served]:
     """What a server with these models (id -> run, adapter or model folder, hub id, ``builtin:``) offers, bases included.
 
-    Adapters of the same method on the same base share it. A base is offered under its own name (its folder's, where it
-    is a folder), unless its adapters train biases: those stay when the adapter is switched off.
+    Adapters of the same method on the same base share it, and it is offered under its own name (its folder's, where it
+    is a folder). One that changes its base for good, as trained biases do, has a base of its own that is not offered.
 
     Raises:
         ConfigError: two models of one id, or one that does not generate text.
@@ -98,7 +98,8 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
         _refuse_kind(source, adapter_kind(source))
         base = str(config.get("base_model_name_or_path") or recorded.get("name"))
         fingerprint = recorded.get("fingerprint") if strict else None
-        key = (base, config.get("revision"), recorded.get("dtype"), config.get("peft_type"), fingerprint)
+        weights = (base, config.get("revision"), recorded.get("dtype"), str(recorded.get("quantization")), fingerprint)
+        key = (*weights, config.get("peft_type"), None if _leaves_base(config) else name)
         if key in shared:
             model, tokenizer = shared[key]
             adapter = _attach(model, folder)
@@ -113,7 +114,7 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
         if parents.setdefault(parent, base) != base:  # another folder of that name
             parent = base
         served.append(Served(name, model, tokenizer, adapter, str(config.get("peft_type")), parent, context))
-        if config.get("bias", "none") == "none":
+        if _leaves_base(config):
             bases.setdefault(parent, Served(parent, model, tokenizer, None, "model", None, context))
     for base_served in bases.values():
         if all(base_served.id != entry.id for entry in served):
@@ -124,6 +125,13 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
 def _refuse_kind(source: str, kind: str) -> None:
     if kind != "generate":
         raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use `duallora eval {source}`")
+
+
+def _leaves_base(config: Mapping[str, Any]) -> bool:
+    """Whether the base is itself again once the adapter is off: not with trained biases, PiSSA and its like, new layers."""
+    own_start = config.get("init_lora_weights", True)
+    subtracts = isinstance(own_start, str) and own_start != "gaussian"
+    return config.get("bias", "none") == "none" and not subtracts and not config.get("layer_replication")
 
 
 def _attach(model: PeftModel, folder: Path) -> str:
