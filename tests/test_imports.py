@@ -20,12 +20,12 @@ MAY_IMPORT = {
     "tuner": {"tuner", "ops", "core", "errors"},
     "methods": {"methods", "tuner", "ops", "core", "errors"},
     "tasks": {"tasks", "errors"},
-    "train": {"train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
-    "bench": {"bench", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "bench": {"methods", "bench", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
     "plan": {"plan", "train", "errors", "__root__"},
-    "cli": {"serve", "export", "plan", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
+    "cli": {"methods", "serve", "export", "plan", "bench", "train", "tasks", "tuner", "errors", "console", "__root__"},
 }
 
 

@@ -166,6 +166,10 @@ def train(
         typer.Option("--output", "-o", metavar="DIR", help="Run folder; runs/<date-time>-<model>-<data> if not given."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of data order and factors.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="duallora, or a method to compare with: lora, dora, hira, ..."),
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[
         str,
@@ -203,9 +207,10 @@ def train(
         config = _recipe_file(Path(resume))
         if config is not None:
             output = output or config.parent  # the recipe's own may name the place before the folder was moved
+    chosen = [*(overrides or ()), *([f"adapter.method={method}"] if method else ())]
     recipe = load_recipe(
         config,
-        overrides or (),
+        chosen,
         model=model,
         data=data,
         task=task,

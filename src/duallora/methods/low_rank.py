@@ -16,7 +16,9 @@ that does the same on the untouched base model.
 
 from __future__ import annotations
 
+import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import peft
 import torch
 from peft import LoraConfig, RandLoraConfig, VeraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
 from duallora.methods import Adapted, Method, MethodSpec
@@ -36,6 +39,19 @@ def _common(spec: MethodSpec, prefix: str, alpha: bool = True) -> dict[str, Any]
     return {**fields, "task_type": spec.task_type, **spec.options}
 
 
+def _without_exclusion(model: nn.Module, spec: MethodSpec) -> MethodSpec:
+    """``exclude_modules`` for configs that lack it: "all-linear" becomes the list of what is left."""
+    options = dict(spec.options)
+    pattern = options.pop("exclude_modules", None)
+    if pattern is None or spec.target_modules != "all-linear":
+        return spec
+    excluded = re.compile(pattern if isinstance(pattern, str) else rf"(.*\.)?({'|'.join(map(re.escape, pattern))})")
+    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    left = [n for n in linear if not excluded.fullmatch(n) and model.get_submodule(n) is not output]
+    return replace(spec, target_modules=left, options=options)
+
+
 def lora(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """LoRA; ``options`` are LoraConfig's fields."""
     return get_peft_model(model, LoraConfig(**_common(spec, "lora")))  # type: ignore[arg-type]
@@ -44,9 +60,7 @@ def lora(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
 def lora_plus(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """LoRA; the ratio is the optimizer's."""
     options = {k: v for k, v in spec.options.items() if k != "lr_ratio"}
-    return lora(
-        model, MethodSpec(spec.name, spec.r, spec.alpha, spec.dropout, spec.target_modules, spec.task_type, options)
-    )
+    return lora(model, replace(spec, options=options))
 
 
 def lora_plus_groups(model: Any, spec: MethodSpec, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -68,11 +82,13 @@ def hira(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
 
 def randlora(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """RandLoRA; a larger r means fewer parameters."""
+    spec = _without_exclusion(model, spec)
     return get_peft_model(model, RandLoraConfig(**_common(spec, "randlora")))  # type: ignore[arg-type]
 
 
 def vera(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """VeRA."""
+    spec = _without_exclusion(model, spec)
     return get_peft_model(model, VeraConfig(**_common(spec, "vera", alpha=False)))  # type: ignore[arg-type]
 
 

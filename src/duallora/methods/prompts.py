@@ -58,6 +58,7 @@ PREFIX = Method(
     attach=prefix,
     defaults={"num_virtual_tokens": 20, "prefix_projection": True},
     no_merge=NO_MERGE,
+    no_resume="PEFT saves what the MLP gives, not the MLP.",
 )
 P_TUNING_V2 = Method(
     name="p-tuning-v2",

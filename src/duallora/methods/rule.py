@@ -305,6 +305,14 @@ class RuleModel(BaseTuner):
         yield
 
 
+def reads_labels(model: Any) -> bool:
+    """Whether the model must see the labels to know which tokens are the prompt's, also where the caller wants no loss."""
+    return any(
+        isinstance(layer, RuleLayer) and any(rule.reads_prompt for rule in layer.duallora_rule_parts.values())
+        for layer in model.modules()
+    )
+
+
 def attach(model: nn.Module, spec: methods.MethodSpec, batches: Any = None) -> Any:
     """``Method.attach`` of every method with a rule: options that RuleConfig has go there, the others to the rule."""
     known = {"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "init_weights"}

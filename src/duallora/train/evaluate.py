@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
+from duallora.methods.rule import reads_labels
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
@@ -152,11 +153,14 @@ def answer_loss(
     collate = Collator(tokenizer)
     batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
     sums: dict[int, tuple[float, int]] = {}
+    seen = reads_labels(model)
     with torch.no_grad(), _bar(console, "loss", len(rows), processes) as advance:
         for number, chosen in _own(batches, processes):
             batch = _on_device(collate([rows[index] for index in chosen]), model)
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, :-1]
+            length = batch["labels"].shape[1]
+            labels = (batch["labels"] if seen else batch.pop("labels"))[:, 1:]
+            # Virtual tokens stand before the text's own.
+            logits = model(**batch).logits[:, -length:-1]
             trained = labels != IGNORE
             # Only the trained positions are widened to float32: [trained, vocabulary], not [batch, length, vocabulary].
             loss = F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()

@@ -68,9 +68,13 @@ def merge(
         _align(model)
         name = model.peft_config["default"].base_model_name_or_path
         say(console, "adapter", f"{shown(Path(adapter))} on {name}" + (f" ({kept} weights)" if kept else ""))
+        if not hasattr(model.base_model, "merge_and_unload"):
+            raise ConfigError(f"{adapter} holds virtual tokens, inputs and no weights: there is nothing to merge")
         before = probe(model, tokenizer)
         try:
             merged = cast(PeftModel, model).merge_and_unload(safe_merge=True)
+        except ConfigError as error:
+            raise ConfigError(f"{adapter} cannot be merged: {error}") from error
         except ValueError as error:
             raise NonFiniteError(f"{adapter} cannot be merged: {error}") from error
         if dtype != "auto":

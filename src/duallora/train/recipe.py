@@ -58,9 +58,18 @@ class ModelSection(Section):
     )
 
 
-class AdapterSection(Section):
-    """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C)."""
+# Settings of the adapter that every method reads; the others are Dual LoRA's own.
+SHARED = (
+    "method", "options", "r", "alpha", "duallora_dropout", "target_modules", "exclude_modules", "modules_to_save",
+    "layers_to_transform",
+)  # fmt: skip
 
+
+class AdapterSection(Section):
+    """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C); or another method's."""
+
+    method: Text = setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora.")
+    options: dict[Text, Any] = setting({}, "Settings of another method beyond these, such as {lr_ratio: 16} of lora+.")
     r: Rank = setting(16, "Rank of both groups (paper: 16 for LLaMA, 8 for GLUE).")
     r1: Rank | None = setting(None, "Rank of the magnitude group B A; null is r (paper: r1 = r2).")
     r2: Rank | None = setting(None, "Rank of the direction group D C; null is r (paper: r1 = r2).")
@@ -120,6 +129,22 @@ class AdapterSection(Section):
         "uniform", "The same share in every layer, or one budget spent where it lowers the sampling error most."
     )
     bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
+
+    @model_validator(mode="after")
+    def _belongs_to_the_method(self) -> AdapterSection:
+        if self.method == "duallora":
+            if self.options:
+                raise ValueError(
+                    "adapter.options is for other methods: Dual LoRA's settings are keys of adapter itself"
+                )
+            return self
+        for name, field in type(self).model_fields.items():
+            if name not in SHARED and getattr(self, name) != field.get_default(call_default_factory=True):
+                raise ValueError(
+                    f"adapter.{name} = {_show(getattr(self, name))} is a setting of Dual LoRA, but adapter.method is "
+                    f'"{self.method}": leave it out (what {self.method} takes besides is adapter.options)'
+                )
+        return self
 
     @model_validator(mode="after")
     def _options_agree(self) -> AdapterSection:
@@ -763,6 +788,8 @@ def fingerprint(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json", exclude={"output"})
     if values["model"]["quantization"] is None:  # a later setting: runs from before it keep their fingerprint
         del values["model"]["quantization"]
+    if recipe.adapter.method == "duallora":  # as are these
+        del values["adapter"]["method"], values["adapter"]["options"]
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

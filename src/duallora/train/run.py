@@ -35,6 +35,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import duallora
+from duallora import methods
 from duallora.errors import (
     ConfigError,
     DataError,
@@ -137,8 +138,13 @@ class _Run:
 
         steps, lr_warmup = schedule(recipe, len(rows))
         dtype = str(model.dtype).removeprefix("torch.")
-        adapted = adapt(model, recipe, task.kind, lr_warmup)
-        self._announce_adapter(adapted, steps)
+        method = put(model, recipe, task.kind, lr_warmup)
+        adapted = method.model
+        if start is not None and method.method.no_resume:
+            raise ConfigError(
+                f"{method.method.title} cannot be resumed: {method.method.no_resume} Start a new run with -o"
+            )
+        self._announce_adapter(method, steps)
 
         self.facts = {
             "status": "running",
@@ -165,7 +171,7 @@ class _Run:
             self.facts["loss_before"] = self._loss(adapted, tokenizer, held_out, task, "before")
             self._write_facts()
 
-        trained = self._fit(adapted, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
+        trained = self._fit(method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
         adapter = self._save(adapted, tokenizer, task, steps, dtype)
         metrics = {**trained, **self._figures(adapted, tokenizer, task, held_out)}
         result = {
@@ -237,24 +243,14 @@ class _Run:
         say(self.console, "tokens", message)
         return rows, held_out
 
-    def _announce_adapter(self, model: PeftModel, steps: int) -> None:
-        config = cast(duallora.DualLoraConfig, model.peft_config["default"])
+    def _announce_adapter(self, method: methods.Adapted, steps: int) -> None:
+        model = method.model
         trainable, total = model.get_nb_trainable_parameters()
-        layers = len([module for module in model.modules() if hasattr(module, "duallora_A")])
-        ranks = (
-            f"r {config.r}"
-            if not (config.r1 or config.r2)
-            else f"r1 {config.r1 or config.r}, r2 {config.r2 or config.r}"
-        )
-        opening = {"ramp": f"gate opens over {config.warmup_steps} of {steps} steps"}.get(
-            config.warmup, f"warm-up: {config.warmup}"
-        )
-        say(
-            self.console,
-            "adapter",
-            f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers: {amount(trainable)} trainable "
-            f"parameters ({trainable / total:.2%}); {opening}",
-        )
+        title, opening = method.method.title, ""
+        if method.method.name == "duallora":
+            title, opening = self._dual_lora(model, steps)
+        share = f"{amount(trainable)} trainable parameters ({trainable / total:.2%})"
+        say(self.console, "adapter", f"{title}: {share}{opening}")
         need, free = 12 * trainable, shutil.disk_usage(self.folder).free  # float32 factors and AdamW's two moments
         if free < 3 * need:
             say(
@@ -264,9 +260,22 @@ class _Run:
                 "free some, or lower train.save_total_limit[/]",
             )
 
-    def _fit(self, model, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
+    def _dual_lora(self, model: PeftModel, steps: int) -> tuple[str, str]:
+        config = cast(duallora.DualLoraConfig, model.peft_config["default"])
+        layers = len([module for module in model.modules() if hasattr(module, "duallora_A")])
+        ranks = (
+            f"r {config.r}"
+            if not (config.r1 or config.r2)
+            else f"r1 {config.r1 or config.r}, r2 {config.r2 or config.r}"
+        )
+        opening = {"ramp": f"gate opens over {config.warmup_steps} of {steps} steps"}.get(
+            config.warmup, f"warm-up: {config.warmup}"
+        )
+        return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
+
+    def _fit(self, method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
         """Trains to ``steps`` from ``start`` (a checkpoint or None); the figures of the training itself."""
-        recipe = self.recipe
+        recipe, model = self.recipe, method.model
         processes = self.processes
         log = JsonLines(self.folder / "log.jsonl")
         if processes.main:
@@ -287,7 +296,7 @@ class _Run:
             callbacks=[*callbacks, log] if processes.main else callbacks,
             compute_loss_func=None if task.kind == "generate" else partial(row_loss, task.kind),
         )
-        trainer.processes, trainer.kind = processes, task.kind
+        trainer.processes, trainer.kind, trainer.method = processes, task.kind, method
         if processes.index:  # each draws its own dropout and tokens
             set_seed((recipe.seed + processes.index) % 2**32)
         trainer.remove_callback(PrinterCallback)
@@ -321,7 +330,7 @@ class _Run:
             self.console,
             "trained",
             f"{steps:,} steps in {clock(figures.get('train_seconds', 0))}, "
-            f"last loss {figures.get('train_loss', math.nan):.3f}, gate {duallora.gate(model):.2f}",
+            f"last loss {figures.get('train_loss', math.nan):.3f}, gate {gate(model):.2f}",
         )
         return figures
 
@@ -338,12 +347,12 @@ class _Run:
         record.write_json(
             beside / evaluate.SIDECAR,
             {
-                "method": "DUALLORA",
+                "method": self.recipe.adapter.method.upper(),
                 "kind": task.kind,
                 "task": task.name,
                 "labels": list(task.labels),
                 "steps": steps,
-                "gate": duallora.gate(model),
+                "gate": gate(model),
                 "base": {**self.facts["model"], "dtype": dtype, "fingerprint": self.facts["fingerprints"]["base"]},
                 "data": self.facts["fingerprints"]["data"],
                 "recipe": self.facts["fingerprints"]["recipe"],
@@ -503,7 +512,19 @@ def load(recipe: Recipe, console: Console) -> Task:
 
 def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> PeftModel:
     """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full."""
-    fields = recipe.adapter.model_dump()
+    return put(model, recipe, kind, lr_warmup).model
+
+
+def put(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> methods.Adapted:
+    """`adapt`, with what the method says of its optimizer."""
+    name = recipe.adapter.method
+    method = methods.get(name)
+    if name in ("full", "galore", "garare", "flora-optimizer", "corda"):
+        raise ConfigError(
+            f"adapter.method={name}: {method.title} {'starts from calibration data' if name == 'corda' else 'trains the whole model'}, "
+            "which this verb does not do; use duallora.methods.apply in Python (docs/methods.md)"
+        )
+    fields = recipe.adapter.model_dump(exclude={"method", "options"})
     if fields["warmup_steps"] == "auto":
         fields["warmup_steps"] = max(1, lr_warmup)
     if kind != "generate":
@@ -514,14 +535,40 @@ def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup
         if fields["exclude_modules"] is None and fields["target_modules"] == "all-linear":
             fields["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
     task_type = "CAUSAL_LM" if kind == "generate" else "SEQ_CLS"
-    config = duallora.DualLoraConfig(**fields, task_type=task_type, revision=recipe.model.revision)
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"adapter.target_modules={recipe.adapter.target_modules!r}: {error}") from error
+    if name == "duallora":
+        config = duallora.DualLoraConfig(**fields, task_type=task_type, revision=recipe.model.revision)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"adapter.target_modules={recipe.adapter.target_modules!r}: {error}") from error
+        found = methods.Adapted(adapted, method, methods.MethodSpec(name))
+    else:
+        found = methods.apply(model, other(recipe, method, fields, task_type))
+    config = found.model.peft_config["default"]
     # The name the user gave, not the local folder it resolved to: the adapter may be loaded on another machine.
-    adapted.peft_config["default"].base_model_name_or_path = recipe.model.name
-    return adapted
+    config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+    return found
+
+
+def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_type: str) -> methods.MethodSpec:
+    """The recipe's settings as those of another method than Dual LoRA; ``fields`` are the adapter section's."""
+    values = {"r": fields["r"], "alpha": fields["alpha"], "dropout": fields["duallora_dropout"] or None}
+    values["target_modules"] = fields["target_modules"]
+    untouched = type(recipe.adapter)()
+    for name, key in (("r", "r"), ("target_modules", "target_modules")):
+        # What a method has not got, or has a better place for, is its own where the recipe says nothing else.
+        if values[name] == getattr(untouched, key) and (name not in method.defaults or (method.rule and name != "r")):
+            values[name] = None
+    options = dict(recipe.adapter.options)
+    if "target_modules" in method.defaults:
+        chosen = ("exclude_modules", "modules_to_save", "layers_to_transform")
+        options |= {name: fields[name] for name in chosen if fields[name] is not None}
+    return methods.MethodSpec(method.name, task_type=task_type, options=options, **values)
+
+
+def gate(model: Any) -> float:
+    """Dual LoRA's gate; 1 for methods that have none."""
+    return duallora.gate(model) if any(hasattr(m, "duallora_step") for m in model.modules()) else 1.0
 
 
 def _arguments(
@@ -601,10 +648,17 @@ class _Trainer(Trainer):
     lr_scheduler: Any
     processes = ALONE
     kind: evaluate.Kind = "generate"
+    method: methods.Adapted | None = None
     tokens = 0
     step_tokens = 0
     step_loss = 0.0
     logged = (0, 0.0)  # tokens and time at the last line of the log
+
+    def create_optimizer(self, *args, **kwargs):
+        method = self.method
+        if self.optimizer is None and method is not None and method.spec.name != "duallora" and method.method.groups:
+            self.optimizer = method.optimizer(self.args.learning_rate, self.args.weight_decay)  # rates of its own
+        return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += int(inputs["attention_mask"].sum())
@@ -639,7 +693,7 @@ class _Trainer(Trainer):
             self.logged = (self.tokens, time.monotonic())
             seconds = self.logged[1] - moment
             speed = (self.tokens - tokens) / max(seconds, 1e-9)
-            logs = {**logs, "gate": duallora.gate(self.model), "tokens_per_second": speed, "seconds": seconds}
+            logs = {**logs, "gate": gate(self.model), "tokens_per_second": speed, "seconds": seconds}
         super().log(logs, start_time)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -824,7 +878,7 @@ class ShowTraining(TrainerCallback):
                 state.global_step,
                 loss=f"{self.loss:.3f}",
                 lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
-                gate=f"{duallora.gate(model):.2f}",
+                gate=f"{gate(model):.2f}",
                 **{"tok/s": f"{speed:,.0f}"},
             )
 

@@ -1,0 +1,133 @@
+"""`duallora train --method`: the other methods through the same run, files and checks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from duallora.errors import ConfigError
+from duallora.train import evaluate, merge, run
+from duallora.train.recipe import load_recipe, recipe_yaml
+
+# What make_recipe sets beyond the settings every method has, put back.
+PLAIN = ("adapter.r1=null", "adapter.warmup_steps=auto")
+NO_RANK = ("adapter.r=16", "adapter.alpha=null", "adapter.duallora_dropout=0.0")
+
+
+def settings(name: str, *more: str) -> list[str]:
+    """Overrides that make a recipe one of method ``name``; those without rank or scale get the section's defaults back."""
+    bare = {
+        "loreft": NO_RANK[1:],
+        "prompt": NO_RANK,
+        "prefix": NO_RANK,
+        "p-tuning-v2": NO_RANK,
+        "delta-lora": NO_RANK[2:],
+        "hira": NO_RANK[1:],
+    }
+    return [f"adapter.method={name}", *PLAIN, *bare.get(name, ()), *more]
+
+
+@pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])
+def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_recipe, console, tmp_path):
+    """The rest of the run after a stop at step 2 (optimizer, rates, Delta-LoRA's counter, a prompt's tensors) as the whole one."""
+    own = {"lora+": "{lr_ratio: 4}", "delta-lora": "{start: 3}", "prompt": "{num_virtual_tokens: 3}"}.get(name, "{}")
+    steps = ["train.max_steps=4", f"adapter.options={own}"]
+    whole = run.train(make_recipe(*settings(name, *steps)), console=console)
+    folder = tmp_path / "run"
+    stopped = tmp_path / "stopped"
+    shutil.copytree(folder, stopped)
+    shutil.rmtree(stopped / "adapter")
+    shutil.rmtree(stopped / "checkpoints" / "checkpoint-4")
+    facts = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
+    again = run.train(make_recipe(*settings(name, *steps), output=stopped), resume="auto", console=console)
+    first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, stopped))
+    assert first.keys() == second.keys()
+    assert len(first) > 0
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
+
+    model, tokenizer = evaluate.load_adapter(folder, "generate")
+    assert json.loads((folder / "adapter" / evaluate.SIDECAR).read_text())["method"] == name.upper()
+    task = run.load(make_recipe(*settings(name)), console)
+    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
+    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=1e-6)
+    if name in ("lora+", "delta-lora"):
+        assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
+    else:
+        with pytest.raises(ConfigError, match="merge"):
+            merge.merge(folder, tmp_path / "merged", console=console)
+
+
+def test_prefix_tuning_says_that_it_cannot_be_resumed(make_recipe, console, tmp_path):
+    recipe = make_recipe(*settings("prefix", "train.max_steps=2"))
+    run.train(recipe, console=console)
+    folder = tmp_path / "run"
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
+    with pytest.raises(ConfigError, match="Prefix tuning cannot be resumed: PEFT saves what the MLP gives"):
+        run.train(recipe, resume="auto", console=console)
+    assert evaluate.load_adapter(folder, "generate")
+
+
+@pytest.mark.parametrize("name", ["vera", "adapter-l"])
+def test_a_classifier_with_another_method_trains_its_head(name, make_recipe, console):
+    more = ["train.max_steps=2"]
+    if name == "adapter-l":
+        more += ["adapter.target_modules=[output]", *NO_RANK[1:]]
+    recipe = make_recipe(*settings(name, *NO_RANK[1:], *more), kind="classify")
+    result = run.train(recipe, console=console)
+    tensors = load_file(f"{result['adapter']}/adapter_model.safetensors")
+    assert any("classifier" in key for key in tensors)
+    model, _ = evaluate.load_adapter(result["folder"], "classify")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_lora_plus_gets_its_rates_from_the_run(make_recipe, console, monkeypatch):
+    """Through Trainer, whose own optimizer would give all factors one rate."""
+    seen = {}
+    step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        seen["rates"] = sorted({group["lr"] for group in self.param_groups})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    recipe = make_recipe(
+        *settings("lora+", "train.max_steps=1", "train.lr_warmup_steps=0", "adapter.options={lr_ratio: 4}")
+    )
+    run.train(recipe, console=console)
+    assert len(seen["rates"]) == 2
+    assert seen["rates"][1] == pytest.approx(4 * seen["rates"][0])
+
+
+def test_a_recipe_of_another_method_is_written_and_read_back(make_recipe, tmp_path):
+    recipe = make_recipe(*settings("lora+", "adapter.options={lr_ratio: 4}"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_yaml(recipe))
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("adapter.method=lora", "adapter.warmup_steps=auto"), "adapter.r1 = 3 is a setting of Dual LoRA"),
+        (("adapter.options={lr_ratio: 4}",), "adapter.options is for other methods"),
+    ],
+)
+def test_settings_of_two_methods_are_not_mixed(make_recipe, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_recipe(*changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("full", "trains the whole model"), ("corda", "starts from calibration data"), ("lroa", "nearest: lora")],
+)
+def test_what_the_verb_cannot_train_is_said(make_recipe, console, name, message):
+    with pytest.raises(ConfigError, match=message):
+        run.train(make_recipe(*settings(name)), console=console)
