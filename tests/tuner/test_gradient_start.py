@@ -157,3 +157,41 @@ def test_a_layer_the_batches_never_reach_keeps_its_start_and_is_named(llama, ids
     with pytest.warns(UserWarning, match=r"7 of 14 layers saw no gradient.*layers\.1\.self_attn\.q_proj"):
         duallora.init_from_gradient(model, batches(ids), loss)
     assert torch.equal(layer.duallora_D["default"], kept)
+
+
+def test_checkpointed_training_starts_alike(llama, ids):
+    """For checkpointing PEFT makes the embeddings' output require a gradient: no layer is where the graph begins."""
+    starts = []
+    for checkpointing in (False, True):
+        base = llama().train()
+        if checkpointing:
+            base.gradient_checkpointing_enable()
+        model = adapted(base, init_seed=5)
+        duallora.init_from_gradient(model, batches(ids))
+        starts.append([m.duallora_D["default"] @ m.duallora_C["default"] for m in layers(model).values()])
+    assert all(torch.equal(*pair) for pair in zip(*starts, strict=True))
+
+
+class Branches(torch.nn.Module):
+    """Two layers side by side; ``used`` is False: the loss sees neither."""
+
+    def __init__(self, used: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.used = torch.nn.Linear(6, 5), torch.nn.Linear(6, 5), used
+
+    def forward(self, x):
+        return self.a(x).sum() + (0 * self.b(x)).sqrt().sum() if self.used else x.sum()  # b: 0 * infinity
+
+
+def test_no_layer_is_changed_where_one_gradient_is_not_finite():
+    model = adapted(Branches(), target_modules=["a", "b"])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(NonFiniteError, match=r"b: the calibration gradient"):
+        duallora.init_from_gradient(model, [torch.ones(2, 6)], lambda m, x: m(x))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_batches_that_reach_no_layer_change_nothing_and_say_so():
+    model = adapted(Branches(used=False), target_modules=["a", "b"])
+    with pytest.warns(UserWarning, match="2 of 2 layers saw no gradient"):
+        duallora.init_from_gradient(model, [torch.ones(2, 6)], lambda m, x: m(x))

@@ -95,24 +95,25 @@ def init_from_gradient(
         seed = layer_seed(layer.duallora_config[adapters[0]].init_seed, name)
         sketches[name] = _Sketch(layer, rank, seed, layer.duallora_A[adapters[0]].device)
     count = 0
-    with _calibrating(model, {name: (layer, sketches[name]) for name, (layer, _) in chosen.items()}) as leaves:
+    with _calibrating(model, {name: (layer, sketches[name]) for name, (layer, _) in chosen.items()}):
         for count, batch in enumerate(batches, 1):
             loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
             if not torch.isfinite(loss):
                 raise NonFiniteError(
                     f"the loss of calibration batch {count} is {loss.item()}: expected a finite number."
                 )
-            loss.backward(inputs=leaves)
-            leaves.clear()
+            if loss.requires_grad:
+                loss.backward()  # to the activations where the graph begins: no parameter requires a gradient
     if not count:
         raise ConfigError("batches is empty: init_from_gradient needs at least one calibration batch.")
-    blind = []
-    for name, (layer, adapters) in chosen.items():
-        sketch = sketches.pop(name)
+    for name, sketch in sketches.items():  # all of them before any layer is changed
         if not sketch.Y.isfinite().all() or not sketch.Z.isfinite().all():
             raise NonFiniteError(
                 f"{name}: the calibration gradient is NaN or infinite. Calibrate in float32 or bfloat16."
             )
+    blind = []
+    for name, (layer, adapters) in chosen.items():
+        sketch = sketches.pop(name)
         if not sketch.Y.any():
             blind.append(name)
             continue
@@ -144,15 +145,13 @@ def _check(name: str, layer: Linear, adapter: str) -> None:
 
 
 @contextmanager
-def _calibrating(model: nn.Module, layers: dict[str, tuple[Linear, _Sketch]]) -> Iterator[list[Tensor]]:
-    """Base model alone, no parameter trained, each layer's x and dY into its sketch; yields the graph's leaves."""
-    leaves: list[Tensor] = []
+def _calibrating(model: nn.Module, layers: dict[str, tuple[Linear, _Sketch]]) -> Iterator[None]:
+    """Base model alone, no parameter trained, each layer's x and dY into its sketch."""
 
     def watch(module: nn.Module, args: Any, output: Tensor, sketch: _Sketch) -> Tensor:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
         if not output.requires_grad:  # nothing trained lies before this layer: the graph begins here
-            leaves.append(output.detach().requires_grad_())
-            output = leaves[-1] * 1  # no leaf, which the model might write to
+            output = output.detach().requires_grad_() * 1  # no leaf, which the model might write to
         output.register_hook(lambda dY: sketch.add(x, dY.reshape(-1, dY.shape[-1])))
         return output
 
@@ -168,7 +167,7 @@ def _calibrating(model: nn.Module, layers: dict[str, tuple[Linear, _Sketch]]) ->
         for parameter in trained:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            yield leaves
+            yield
     finally:
         for handle in handles:
             handle.remove()
