@@ -464,6 +464,63 @@ def test_a_broken_adapter_leaves_the_quantised_weights_alone(base, kind):
     assert_same_bits(model, before)
 
 
+@pytest.mark.parametrize("when", ["within", "after"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_that_fails_leaves_the_layer_with_the_weight_it_had(base, kind, when, monkeypatch):
+    """The library runs out of memory within its quantisation, or as what it made is read."""
+    model = adapted(base(kind), target_modules=["k_proj"])
+    layer, before = layers(model)[1], stored(model)
+    x = torch.randn(3, layer.in_features)
+    want = layer(x)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    if when == "after":
+        read = quantized.read
+        monkeypatch.setattr(quantized, "read", lambda base: read(base) if torch.equal(base(x), plain) else fail())
+        plain = layer.base_layer(x)
+    elif kind == "hqq":
+        monkeypatch.setattr(type(layer.base_layer), "quantize", fail)
+    elif kind.startswith("torchao"):
+        layer.requantise = fail
+    else:
+        monkeypatch.setattr(type(layer.base_layer.weight), "_quantize" if kind != "int8" else "to", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer.merge()
+    monkeypatch.undo()
+    assert not layer.merged
+    assert_same_bits(model, before)
+    assert torch.equal(layer(x), want)
+
+
+@pytest.mark.filterwarnings("error:Merged into quantised weights")
+def test_a_merge_whose_warning_is_an_error_is_known_to_be_merged(base):
+    model = adapted(base("nf4"), target_modules=["k_proj"])
+    before = stored(model)
+    with pytest.raises(UserWarning, match="Merged into"):
+        layers(model)[0].merge()
+    assert layers(model)[0].merged
+    model.unmerge_adapter()
+    assert_same_bits(model, before)
+
+
+def test_dequantising_replaces_all_layers_or_none(base, monkeypatch):
+    """Some torchao tensors turn out unreadable only when they are read."""
+    model, read = base("torchao-int8"), quantized.read
+    before, last = stored(model), model.model.layers[1].mlp.down_proj
+
+    def read_all_but_one(layer):
+        if layer is last:
+            raise ConfigError("cannot be dequantised")
+        return read(layer)
+
+    monkeypatch.setattr(quantized, "read", read_all_but_one)
+    with pytest.raises(ConfigError, match="cannot be dequantised"):
+        duallora.dequantize(model)
+    assert_same_bits(model, before)
+
+
 def test_a_copy_made_while_merged_unmerges_too(base, ids):
     model = adapted(base("nf4")).eval()
     want = logits(model, ids)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from duallora.core.equation import Update, add_update, dual_scaling
 from duallora.core.gate import Gate, closed_gate_message, ramp, track
 from duallora.core.init import draw_factors, draw_signs, layer_seed
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, is_number
 from duallora.ops import check_backend, dual_linear, dual_weight
 from duallora.ops.backends import pick
 from duallora.ops.cache import EvalCache, Watch
@@ -355,6 +355,7 @@ class DualLoraLayer(BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply dW of ``adapter`` by ``scale`` instead of 1; not saved. Raises ConfigError while it is merged."""
         if adapter in self.scaling:
+            self.check_scale(adapter, scale)
             self._scale(adapter, scale * dual_scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter]))
 
     def scale_layer(self, scale: float) -> None:
@@ -371,12 +372,18 @@ class DualLoraLayer(BaseTunerLayer):
             elif adapter in self.scaling:
                 self._scale(adapter, self.scaling[adapter] / scale)  # type: ignore[operator]
 
-    def _scale(self, adapter: str, scaling: float) -> None:
+    def check_scale(self, adapter: str, scale: float) -> None:
+        """Raise ConfigError unless dW of ``adapter`` can be multiplied by ``scale``."""
+        if not is_number(scale):
+            raise ConfigError(f"scale={scale!r} for adapter {adapter!r}: expected a finite number.")
         if adapter in self.merged_adapters:
             raise ConfigError(
                 f"adapter {adapter!r} is merged, so a new scale would not act before it is merged again: call "
                 "unmerge_adapter() first."
             )
+
+    def _scale(self, adapter: str, scaling: float) -> None:
+        self.check_scale(adapter, scaling)
         self._eval_cache.distrust()
         self.scaling[adapter] = scaling
 
@@ -419,11 +426,10 @@ class DualLoraLayer(BaseTunerLayer):
                 if not all(torch.isfinite(t).all() for t in tensors):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         self._eval_cache.drop()
-        base, before = self.get_base_layer(), self._base_weight_before_merge
+        base, before, loss = self.get_base_layer(), self._base_weight_before_merge, None
         if quantized.storage(base) is not None:
             before = before or quantized.hold(base)
             loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantise)
-            quantized.report(self, loss)
         else:
             before = base.weight.data.cpu() if before is None else before
             if self.shares_weight and not self._tied_weight:  # the other layer keeps what both had
@@ -432,6 +438,8 @@ class DualLoraLayer(BaseTunerLayer):
             _put(base.weight, merged)
         self._base_weight_before_merge = before
         self.merged_adapters = [*self.merged_adapters, *names]
+        if loss is not None:
+            quantized.report(self, loss)
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit, whatever happened to the gate or the factors since."""

@@ -224,8 +224,9 @@ def hold(layer: nn.Module) -> dict[str, Any]:
 
 
 def put_back(layer: Any, held: dict[str, Any]) -> None:
-    """Undo every :func:`write` since ``held`` was taken."""
-    device = layer.weight.device if hasattr(layer, "weight") else layer.W_q.device
+    """Undo every :func:`write` since ``held`` was taken, also one that failed half way."""
+    first = next(iter(held))
+    device = getattr(layer, first, held[first]).device
     for name, value in held.items():
         moved = isinstance(value, nn.Parameter) and value.device != device
         setattr(layer, name, value.to(device) if moved else value)
@@ -247,13 +248,19 @@ def read_held(layer: nn.Module, held: dict[str, Any]) -> Tensor:
 def write(layer: nn.Module, W: Tensor, dW_norm: float, requantise: Requantise | None = None) -> float:
     """Make W [out, in] the layer's weight, on its grid, and return |weight - W| / |dW|: the share of dW that is lost.
 
-    1 means that rounding moved the weight as far as the update did. Infinite where dW is 0 and rounding is not.
+    1 means that rounding moved the weight as far as the update did. Infinite where dW is 0 and rounding is not. Whatever
+    the library raises, as for want of memory, the layer then has the weight it had.
     """
     found = storage(layer)
     assert found is not None
     assert found.write is not None
-    found.write(layer, W, requantise)
-    error = float(torch.linalg.vector_norm(read(layer) - W))
+    held = hold(layer)
+    try:
+        found.write(layer, W, requantise)
+        error = float(torch.linalg.vector_norm(read(layer) - W))
+    except BaseException:
+        put_back(layer, held)
+        raise
     return error / dW_norm if dW_norm > 0 else (float("inf") if error else 0.0)
 
 
@@ -347,9 +354,10 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         plain = (p.dtype for n, p in model.named_parameters() if p.is_floating_point() and "duallora_" not in n)
         dtype = next(plain, torch.float32)
     new: dict[int, nn.Linear] = {}
-    for name, module, _ in layers:
+    for _, module, _ in layers:
         if id(module) not in new:  # layers may be shared
             new[id(module)] = _plain_linear(module, dtype)
+    for name, module, _ in layers:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new[id(module)])
     for module in model.modules():
