@@ -143,12 +143,34 @@ def test_two_processes_train_score_and_write_what_one_does(make_recipe, console,
     assert math.isfinite(sum(float(p.sum()) for p in model.parameters()))
 
 
-def test_a_classifier_in_two_processes_is_the_one_of_one_process(make_recipe, console, pair, tmp_path):
-    """The head's loss is a mean over rows: 19 rows, 4 a step, leave a last step of 3."""
+@pytest.mark.parametrize("quantization", ["null", "torchao-int8"])
+def test_two_micro_batches_in_each_of_two_processes_make_the_step_of_one(
+    make_recipe, console, pair, tmp_path, quantization
+):
+    """12 rows a step as 4 x 3 are 3 x 2 in each; 21 rows leave a last step of 9, filled to 12. Also on codes, which stay."""
+    if quantization != "null":
+        pytest.importorskip("torchao", reason="torchao is not installed")
     settings = (
         "adapter.duallora_dropout=0",
+        "train.learning_rate=1e-3",
         "train.batch_size=4",
-        "train.gradient_accumulation_steps=1",
+        "train.gradient_accumulation_steps=3",
+        "train.max_steps=6",
+        f"model.quantization={quantization}",
+    )
+    alone = run.train(make_recipe(*settings, output=tmp_path / "one"), console=console)
+    first, second = pair(make_recipe(*settings, output=tmp_path / "two"))
+    assert first["code"] == second["code"] == 0, (first, second)
+    assert relative_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
+    assert first["result"]["metrics"]["loss_before"] == alone["metrics"]["loss_before"]
+
+
+def test_a_classifier_in_two_processes_is_the_one_of_one_process(make_recipe, console, pair, tmp_path):
+    """The head's loss is a mean over rows: 19 rows, 8 a step, leave a last step of 3, in micro-batches of 2 and 1 or 3."""
+    settings = (
+        "adapter.duallora_dropout=0",
+        "train.batch_size=2",
+        "train.gradient_accumulation_steps=4",
         "train.max_steps=12",
     )
     recipe = _without_model_dropout(make_recipe(*settings, kind="classify", output=tmp_path / "one"), tmp_path, 0.0)

@@ -205,6 +205,14 @@ def shares(batch_size: int, accumulation: int, processes: int) -> tuple[int, int
     return batch, own // batch
 
 
+def leave_in_place(model: Any) -> None:
+    """Tells DDP which frozen weights each process has read for itself: it cannot send torchao's tensors around."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    names = [name for name, parameter in model.named_parameters() if hasattr(parameter, "__tensor_flatten__")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
 # -- starting ---------------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ from duallora.errors import (
 )
 from duallora.tasks import IGNORE, Collator, Task, encode_split, load_data, load_task
 from duallora.train import checkpoint, evaluate, record
-from duallora.train.launch import ALONE, Processes, shares, together
+from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml
@@ -297,6 +297,8 @@ class _Run:
             compute_loss_func=None if task.kind == "generate" else partial(row_loss, task.kind),
         )
         trainer.processes, trainer.kind, trainer.method = processes, task.kind, method
+        if processes.count > 1:
+            leave_in_place(model)
         if processes.index:  # each draws its own dropout and tokens
             set_seed((recipe.seed + processes.index) % 2**32)
         trainer.remove_callback(PrinterCallback)
