@@ -655,6 +655,18 @@ def test_an_adapter_that_changed_biases_leaves_no_base_to_offer(folders, tmp_pat
     assert [entry.id for entry in engine.load({"c": str(tmp_path / "c")})] == ["c"]
 
 
+def test_a_tokenizer_that_came_with_an_adapter_is_for_that_adapter_alone(folders, tmp_path, base_folder):
+    """Whichever is loaded first: neither the base nor an adapter without one talks in another's template."""
+    sources = {"own": shutil.copytree(folders / "a", tmp_path / "own"), "b": folders / "b"}
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    usual, tokenizer.chat_template = tokenizer.chat_template, "{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path / "own")
+    for order in (["own", "b"], ["b", "own"]):
+        served = engine.load({name: str(sources[name]) for name in order})
+        templates = {entry.id: entry.tokenizer.chat_template for entry in served}
+        assert templates == {"own": tokenizer.chat_template, "b": usual, "tiny-llama": usual}
+
+
 @pytest.mark.parametrize("change", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}])
 @pytest.mark.parametrize("order", ["cd", "dc"])
 def test_an_adapter_that_changed_its_base_shares_it_with_no_other(tmp_path, base_folder, change, order):

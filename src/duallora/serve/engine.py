@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
-from duallora.errors import ConfigError, IntegrityError
+from duallora.errors import ConfigError
 from duallora.tasks import Example, encode_prompt
 from duallora.train import evaluate, untrusted
 from duallora.train.merge import adapter_kind
-from duallora.train.models import DType
+from duallora.train.models import DType, load_tokenizer
 from duallora.train.progress import quiet_libraries
 
 UNLIMITED = 1 << 30  # tokens: no cut while encoding, no limit known
@@ -101,21 +101,24 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
         weights = (base, config.get("revision"), recorded.get("dtype"), str(recorded.get("quantization")), fingerprint)
         key = (*weights, config.get("peft_type"), None if _leaves_base(config) else name)
         if key in shared:
-            model, tokenizer = shared[key]
-            adapter = _attach(model, folder)
+            model, plain = shared[key]
+            adapter = f"adapter_{len(model.peft_config)}"  # an id may hold dots, a module's name may not
+            with quiet_libraries():
+                evaluate.attach(model, folder, evaluate.check_adapter(folder), adapter).eval()
             if dtype != "auto":  # PEFT gives new factors float32
                 model.to(getattr(torch, dtype))
-            tokenizer = _own_tokenizer(folder) or tokenizer
+            tokenizer = evaluate.own_tokenizer(folder) or plain
         else:
             model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype, strict=strict)
-            shared[key], adapter = (model, tokenizer), "default"
+            plain = load_tokenizer(base, revision=config.get("revision"))  # not the first adapter's own
+            shared[key], adapter = (model, plain), "default"
         context = context_length(model, tokenizer)
         parent = Path(base).name if Path(base).is_dir() else base
         if parents.setdefault(parent, base) != base:  # another folder of that name
             parent = base
         served.append(Served(name, model, tokenizer, adapter, str(config.get("peft_type")), parent, context))
         if _leaves_base(config):
-            bases.setdefault(parent, Served(parent, model, tokenizer, None, "model", None, context))
+            bases.setdefault(parent, Served(parent, model, plain, None, "model", None, context_length(model, plain)))
     for base_served in bases.values():
         if all(base_served.id != entry.id for entry in served):
             served.append(base_served)
@@ -132,35 +135,6 @@ def _leaves_base(config: Mapping[str, Any]) -> bool:
     own_start = config.get("init_lora_weights", True)
     subtracts = isinstance(own_start, str) and own_start != "gaussian"
     return config.get("bias", "none") == "none" and not subtracts and not config.get("layer_replication")
-
-
-def _attach(model: PeftModel, folder: Path) -> str:
-    """Puts one more adapter onto a loaded base and returns PEFT's name of it; refuses damaged and foreign weights."""
-    weights, where = folder / evaluate.WEIGHTS, folder / "adapter_config.json"
-    settings = untrusted.read(folder)
-    untrusted.check(settings, evaluate.check_files(folder, evaluate.read_sidecar(folder)), where)
-    untrusted.check_patterns(settings, [module for module, _ in model.get_base_model().named_modules()], where)
-    name = f"adapter_{len(model.peft_config)}"  # an id may hold dots, a module's name may not
-    try:
-        with quiet_libraries():
-            result = model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).splitlines())[:300]
-        raise IntegrityError(f"{weights} does not fit the base model it names: {reason}") from error
-    wrong = [*result.missing_keys, *result.unexpected_keys]
-    if wrong:
-        raise IntegrityError(
-            f"{weights} does not hold the tensors of its configuration: {len(wrong)} missing or unexpected "
-            f"(first: {wrong[0]}); it belongs to another base model or configuration, or was cut"
-        )
-    model.eval()
-    return name
-
-
-def _own_tokenizer(folder: Path) -> Any:
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def context_length(model: Any, tokenizer: Any) -> int:

@@ -376,9 +376,7 @@ def _load_adapter(
     folder: Path, kind: Kind, dtype: str, strict: bool, other: str | None, quantized: bool
 ) -> tuple[Any, Any]:
     sidecar = read_sidecar(folder)
-    shapes = check_files(folder, sidecar)
-    settings = untrusted.read(folder)
-    untrusted.check(settings, shapes, folder / "adapter_config.json")
+    shapes = check_adapter(folder)
     config = read_config(folder)
     wanted = {"generate": "CAUSAL_LM"}.get(kind, "SEQ_CLS")
     if config.task_type not in (None, wanted):
@@ -398,8 +396,6 @@ def _load_adapter(
         revision=None if other else config.revision,
         quantization=base.get("quantization") if quantized else None,
     )
-    modules = [module for module, _ in model.named_modules()]
-    untrusted.check_patterns(settings, modules, folder / "adapter_config.json")
     if sidecar.get("labels"):
         set_labels(model, sidecar["labels"])
     expected = base.get("fingerprint")
@@ -410,21 +406,45 @@ def _load_adapter(
                 f"{folder} was trained on a base model with the weights {expected[:16]}..., but {name} has "
                 f"{found[:16]}...; load it on the model it was trained on, or pass --lenient (strict=False in Python) to try it on this one"
             )
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder), config=config)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()
-        raise IntegrityError(f"{folder / WEIGHTS} does not fit {name}: {' '.join(reason)[:300]}") from error
-    _check_tensors(folder, shapes, adapted)
+    adapted = attach(model, folder, shapes)
     if dtype != "auto":
         adapted = adapted.to(getattr(torch, dtype))
-    return adapted, _own_tokenizer(folder) or tokenizer
+    return adapted, own_tokenizer(folder) or tokenizer
+
+
+def attach(model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]], name: str = "default") -> PeftModel:
+    """Puts an adapter whose ``shapes`` `check_adapter` gave onto a model, or under another name beside those it has.
+
+    Raises:
+        ConfigError: the module patterns are no regular expressions, or match for ever.
+        IntegrityError: a tensor is missing, unexpected, or of a shape that does not fit the model.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [module for module, _ in inner.named_modules()]
+    untrusted.check_patterns(untrusted.read(folder), modules, folder / "adapter_config.json")
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=read_config(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).splitlines())[:300]
+        raise IntegrityError(f"{folder / WEIGHTS} does not fit {inner.config._name_or_path}: {reason}") from error
+    _check_tensors(folder, shapes, model, name)
+    return model
 
 
 def set_labels(model: Any, labels: Sequence[str]) -> None:
     """Names the classes in the model's own config, so that a pipeline prints them."""
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def check_adapter(folder: Path) -> dict[str, tuple[int, ...]]:
+    """`check_files`, and that the configuration asks for nothing the tensors do not hold."""
+    shapes = check_files(folder, read_sidecar(folder))
+    untrusted.check(untrusted.read(folder), shapes, folder / "adapter_config.json")
+    return shapes
 
 
 def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -463,11 +483,9 @@ def read_config(folder: Path) -> PeftConfig:
         raise IntegrityError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
 
 
-def _check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PeftModel) -> None:
-    wanted = {
-        name: tuple(tensor.shape)
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+def _check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PeftModel, adapter: str) -> None:
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
     if missing or unexpected:
         parts = [
@@ -496,7 +514,7 @@ def _labels_of_head(shapes: Mapping[str, tuple[int, ...]], kind: Kind) -> int | 
     return heads[-1][0] if heads else (1 if kind == "regress" else None)
 
 
-def _own_tokenizer(folder: Path) -> Any:
+def own_tokenizer(folder: Path) -> Any:
     """The tokenizer saved with the adapter, if any: it may hold tokens or a template the base's lacks."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
