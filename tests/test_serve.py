@@ -667,7 +667,11 @@ def test_a_tokenizer_that_came_with_an_adapter_is_for_that_adapter_alone(folders
         assert templates == {"own": tokenizer.chat_template, "b": usual, "tiny-llama": usual}
 
 
-@pytest.mark.parametrize("change", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["bias", "pissa", "embeddings"],
+)
 @pytest.mark.parametrize("order", ["cd", "dc"])
 def test_an_adapter_that_changed_its_base_shares_it_with_no_other(tmp_path, base_folder, change, order):
     torch.manual_seed(2)
@@ -676,11 +680,14 @@ def test_an_adapter_that_changed_its_base_shares_it_with_no_other(tmp_path, base
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(tmp_path / "base")
     for name, settings in {"c": change, "d": {"init_lora_weights": False}}.items():
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+        settings = {"target_modules": ["q_proj"], **settings}
+        model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **settings))
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                if parameter.requires_grad and "bias" in parameter_name:
-                    parameter.fill_(0.5)
+                if (
+                    parameter.requires_grad and "bias" in parameter_name
+                ) or "embed_tokens.base_layer" in parameter_name:
+                    parameter.add_(0.5)
         model.save_pretrained(tmp_path / name)
     served = engine.load({name: str(tmp_path / name) for name in order})
     assert [entry.id for entry in served] == [*order, "base"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import BOFTConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -75,6 +76,23 @@ def test_a_sound_adapter_passes_and_its_effect_is_measured(run_folder, console):
     assert report["effect"]["kl"] == pytest.approx(kl, rel=1e-5, abs=1e-9)
     assert report["effect"]["changed"] == pytest.approx(float((p.argmax(-1) != q.argmax(-1)).double().mean()))
     assert "the adapter is sound" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=3, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False),
+        BOFTConfig(boft_block_size=4, target_modules=["q_proj"], init_weights=False),
+        PromptTuningConfig(num_virtual_tokens=3),
+    ],
+    ids=["embeddings stored too", "no dW", "longer logits"],
+)
+def test_other_methods_of_peft_are_sound_too(config, tiny_causal_folder, tmp_path, console):
+    config.task_type = "CAUSAL_LM"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_causal_folder), config).save_pretrained(tmp_path)
+    found = checking.check(tmp_path, console=console)
+    assert found["ok"], found["findings"]
+    assert found["effect"]["max"] > 0
 
 
 def test_effect_by_hand():

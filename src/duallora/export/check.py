@@ -218,6 +218,8 @@ def _model(report: _Report, adapter: str | Path, base: str | None, config: Mappi
         after = merge.probe(model, tokenizer)
         with model.disable_adapter():
             before = merge.probe(model, tokenizer)
+        # A learnt prompt's positions stand before the text's.
+        after = [new[-old.shape[0] :] for new, old in zip(after, before, strict=True)]
         report.effect = effect = compare(before, after)
         if effect["max"] == 0:
             raise IntegrityError("the adapter has no effect: the logits on the probe prompts are the base model's")
@@ -232,10 +234,11 @@ def _dead_layers(model: PeftModel) -> tuple[list[str], int]:
     dead, total = [], 0
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
-            total += 1
             with torch.no_grad():
-                if not bool(module.get_delta_weight("default").any()):
-                    dead.append(name)
+                dW = module.get_delta_weight("default")
+            if isinstance(dW, Tensor):  # BOFT's is a rotation and a scale
+                total += 1
+                dead += [] if bool(dW.any()) else [name]
     return dead, total
 
 

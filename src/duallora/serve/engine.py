@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -99,12 +99,14 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
         base = str(config.get("base_model_name_or_path") or recorded.get("name"))
         fingerprint = recorded.get("fingerprint") if strict else None
         weights = (base, config.get("revision"), recorded.get("dtype"), str(recorded.get("quantization")), fingerprint)
-        key = (*weights, config.get("peft_type"), None if _leaves_base(config) else name)
+        shapes = evaluate.check_adapter(folder)
+        leaves_base = _leaves_base(config, shapes)
+        key = (*weights, config.get("peft_type"), None if leaves_base else name)
         if key in shared:
             model, plain = shared[key]
             adapter = f"adapter_{len(model.peft_config)}"  # an id may hold dots, a module's name may not
             with quiet_libraries():
-                evaluate.attach(model, folder, evaluate.check_adapter(folder), adapter).eval()
+                evaluate.attach(model, folder, shapes, adapter).eval()
             if dtype != "auto":  # PEFT gives new factors float32
                 model.to(getattr(torch, dtype))
             tokenizer = evaluate.own_tokenizer(folder) or plain
@@ -117,7 +119,7 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
         if parents.setdefault(parent, base) != base:  # another folder of that name
             parent = base
         served.append(Served(name, model, tokenizer, adapter, str(config.get("peft_type")), parent, context))
-        if _leaves_base(config):
+        if leaves_base:
             bases.setdefault(parent, Served(parent, model, plain, None, "model", None, context_length(model, plain)))
     for base_served in bases.values():
         if all(base_served.id != entry.id for entry in served):
@@ -130,11 +132,15 @@ def _refuse_kind(source: str, kind: str) -> None:
         raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use `duallora eval {source}`")
 
 
-def _leaves_base(config: Mapping[str, Any]) -> bool:
-    """Whether the base is itself again once the adapter is off: not with trained biases, PiSSA and its like, new layers."""
-    own_start = config.get("init_lora_weights", True)
-    subtracts = isinstance(own_start, str) and own_start != "gaussian"
-    return config.get("bias", "none") == "none" and not subtracts and not config.get("layer_replication")
+def _leaves_base(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Whether the base is itself again once the adapter is off.
+
+    Not with trained biases, a base less the adapter's start (PiSSA and its like), new layers, or a base's own tensors.
+    """
+    start = config.get("init_lora_weights", True)
+    subtracts = isinstance(start, str) and start != "gaussian"
+    holds_base = any(evaluate.BASE_LAYER in name for name in tensors)
+    return config.get("bias", "none") == "none" and not (subtracts or holds_base or config.get("layer_replication"))
 
 
 def context_length(model: Any, tokenizer: Any) -> int:

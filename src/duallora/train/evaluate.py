@@ -47,6 +47,7 @@ NEUTRAL_GENERATION: dict[str, Any] = {
 
 WHOLE = 1 << 30  # tokens: nothing is cut
 WEIGHTS = "adapter_model.safetensors"
+BASE_LAYER = ".base_layer."  # in the name of a tensor that is the base model's own
 SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
 
 
@@ -486,7 +487,10 @@ def read_config(folder: Path) -> PeftConfig:
 def _check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: PeftModel, adapter: str) -> None:
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    embeddings = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=True)
     missing, unexpected = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
+    # PEFT also stores the base's embeddings where they are adapted, and reads them back into the base.
+    unexpected = [name for name in unexpected if BASE_LAYER not in name or name not in embeddings]
     if missing or unexpected:
         parts = [
             f"{len(names)} {what} (first: {names[0]})"
