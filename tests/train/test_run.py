@@ -23,7 +23,7 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.train import checkpoint, record, run
-from duallora.train.recipe import load_recipe
+from duallora.train.recipe import LATER, load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -371,6 +371,24 @@ def test_a_full_disk_and_too_little_memory_are_said_in_words(make_recipe, consol
     at(3, 1, too_large)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size=2.*gradient_accumulation_steps=4"):
         run.train(make_recipe(output=Path(recipe.output).with_name("other")), console=console)
+
+
+def test_a_run_from_before_a_setting_existed_is_still_that_run(trained, make_recipe, console, tmp_path):
+    """What it did is what the setting's default does, and its fingerprint is the same."""
+    folder = tmp_path / "old"
+    shutil.copytree(trained(), folder)
+    facts = record.read_json(folder / "run.json")
+    for section, later in LATER.items():
+        for name in later:
+            del facts["recipe"][section][name]
+    record.write_json(folder / "run.json", facts)
+    assert run.train(make_recipe("train.max_steps=8", output=folder), resume="auto", console=console) == facts["result"]
+    with pytest.raises(ConfigError, match=r'adapter.method: "duallora" -> "lora"'):
+        run.train(
+            make_recipe("train.max_steps=8", "adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto", output=folder),
+            resume="auto",
+            console=console,
+        )  # fmt: skip
 
 
 def test_a_lone_process_that_is_told_of_others_is_refused_before_anything_is_touched(make_recipe, console, monkeypatch):

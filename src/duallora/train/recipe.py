@@ -281,6 +281,9 @@ class Recipe(Section):
     output: Text | None = setting(None, "Run folder; null is runs/<date-time>-<model>-<data>.")
 
 
+# Settings that some recorded runs are too old to know, with the value by which nothing changes.
+LATER: dict[str, dict[str, Any]] = {"model": {"quantization": None}, "adapter": {"method": "duallora", "options": {}}}
+
 # Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one
 # layer they are a contradiction.
 EXCLUDES: dict[str, tuple[str, ...]] = {
@@ -786,11 +789,14 @@ def _escape(match: re.Match[str]) -> str:
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
-    if values["model"]["quantization"] is None:  # a later setting: runs from before it keep their fingerprint
-        del values["model"]["quantization"]
-    if recipe.adapter.method == "duallora":  # as are these
-        del values["adapter"]["method"], values["adapter"]["options"]
+    for section, later in LATER.items():  # runs from before them keep their fingerprint
+        values[section] = {k: v for k, v in values[section].items() if k not in later or v != later[k]}
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def with_later(values: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that a run recorded, with the settings that it is too old to know."""
+    return {**values, **{section: {**later, **values[section]} for section, later in LATER.items()}}
 
 
 def default_output(recipe: Recipe, now: datetime | None = None) -> str:

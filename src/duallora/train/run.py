@@ -50,7 +50,7 @@ from duallora.train import checkpoint, evaluate, record
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
-from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml
+from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = ("run.json", "recipe.yaml", "log.jsonl", "metrics.json", "adapter", "checkpoints", "tb")
 
@@ -438,7 +438,7 @@ class _Run:
             return None
         try:
             previous = record.read_json(path)
-            before = previous["recipe"]
+            before = with_later(previous["recipe"])
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is damaged; restore it, or start a new run in another folder with -o") from None
         after = self.recipe.model_dump(mode="json")
