@@ -192,6 +192,27 @@ def test_scale_layer_and_its_way_back():
         model.set_scale("c", 2)
 
 
+def test_a_scale_that_is_refused_changes_nothing():
+    """One of the layers is merged, or the number is none."""
+    model = two()
+    before = [dict(layer.scaling) for layer in layers(model)]
+    for scale in (float("nan"), float("inf"), "2", None, True):
+        with pytest.raises(ConfigError, match=f"scale={scale!r} for adapter 'a': expected a finite number"):
+            model.set_scale("a", scale)
+    layers(model)[-1].merge(adapter_names=["a"])
+    with pytest.raises(ConfigError, match="'a' is merged"):
+        model.set_scale("a", 2)
+    assert [layer.scaling for layer in layers(model)] == before
+
+
+def test_scaled_dora_has_its_lengths_still():
+    """W' = m (W0 + scale dW) / |W0 + scale dW|, as an adapter of scale * alpha has it."""
+    model, want = (peft.get_peft_model(base(), config(init_seed=1, use_dora=True, alpha=a)) for a in (10, 4))
+    model.set_scale("default", 0.4)
+    for got, expected in zip(layers(model), layers(want), strict=True):
+        torch.testing.assert_close(got.get_delta_weight("default"), expected.get_delta_weight("default"))
+
+
 def test_add_weighted_adapter_says_what_does_the_same():
     model = two()
     with pytest.raises(ConfigError, match=r"\['a', 'b'\].*ReLU and Sign do not add.*set_scale.*convert each to LoRA"):

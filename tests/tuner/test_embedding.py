@@ -259,8 +259,9 @@ def test_distinct_ids_have_the_same_rows_where_the_graph_is_compiled():
         assert len(rows) == len(ids.unique())
 
 
-def test_compiles_whole():
-    _, layer = adapted()
+@pytest.mark.parametrize("kind", [None, "gemma"])
+def test_compiles_whole(kind):
+    _, layer = adapted(SUBCLASSES[kind]() if kind else None)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     want = layer(IDS)

@@ -8,6 +8,8 @@ import warnings
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 import duallora
@@ -126,17 +128,46 @@ def test_adapters_of_tied_weights_save_and_reload(llama, ids, tmp_path, targets)
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_merged_embeddings_are_not_saved_with_the_adapter(llama, ids, tmp_path):
-    """PEFT saves the weights of embeddings that are targets as they are: W0 + dW would get dW again."""
-    model = adapted(llama(tie_word_embeddings=True), ids, SIDES[0])
+@pytest.mark.parametrize("targets", [SIDES[0], r".*(embed_tokens|q_proj)", r".*(embed.*|head)"], ids=str)
+def test_merged_embeddings_are_saved_without_what_is_merged(llama, ids, tmp_path, targets):
+    """PEFT saves the weights of embeddings that are targets as they are: W0 + dW would get dW again when loaded."""
+    model = adapted(llama(tie_word_embeddings=True), ids, targets)
+    want = model(ids).logits
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
     model.merge_adapter()
-    with pytest.raises(
-        duallora.errors.ConfigError, match=r"names embed_tokens.*dW twice.*unmerge_adapter\(\) and save"
-    ):
-        model.save_pretrained(tmp_path)
-    other = adapted(llama(), ids, ["q_proj"])
-    other.merge_adapter()
-    other.save_pretrained(tmp_path)
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        with pytest.raises(duallora.errors.ConfigError, match=r"embed_tokens .*dW twice.*unmerge_adapter\(\) and save"):
+            model.save_pretrained(tmp_path)
+        return
+    model.save_pretrained(tmp_path)
+    again = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    assert torch.equal(model(ids).logits, want)
+    reloaded = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(reloaded(ids).logits, want)
+
+
+def test_other_merged_layers_do_not_keep_the_adapter_from_being_saved(llama, ids, tmp_path):
+    model = adapted(llama(), ids, ["q_proj"])
+    want = model(ids).logits
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=str)
+def test_a_head_that_is_trained_in_full_is_kept_beside_tied_embeddings(llama, ids, tmp_path, targets):
+    """modules_to_save: the head's copy was never tied; the original, which was, goes."""
+    model = adapted(llama(tie_word_embeddings=True), ids, targets, modules_to_save=["lm_head"])
+    want = model(ids).logits
+    with pytest.warns(UserWarning, match=r"model\.embed_tokens and lm_head shared one weight.*tie_word_embeddings"):
+        merged = model.merge_and_unload()
+    assert torch.equal(merged(ids).logits, want)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
 
 
 def test_three_modules_of_one_weight(tmp_path):

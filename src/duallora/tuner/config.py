@@ -6,7 +6,9 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import peft
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.peft_types import PeftType
 
@@ -196,19 +198,20 @@ class DualLoraConfig(PeftConfig):
         """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet.
 
         Raises:
-            ConfigError: PEFT has just saved an embedding's weight with dW merged into it.
+            ConfigError: PEFT (before 0.21) has just saved an embedding's weight with dW merged into it.
         """
-        targets: set[str] = self.target_modules if isinstance(self.target_modules, set) else set()
-        merged = any(
-            layer.merged_adapters and any(config is self for config in layer.duallora_config.values())
+        merged = sorted(
+            str(layer.module_name)
             for layer in tracked_layers()
-            if hasattr(layer, "duallora_config")
+            if getattr(layer, "merged_adapters", ())
+            and any(config is self for config in layer.duallora_config.values())
+            and str(layer.module_name).rpartition(".")[2] in EMBEDDING_LAYER_NAMES
         )
-        if merged and targets.intersection(EMBEDDING_LAYER_NAMES):
+        if merged and not hasattr(BaseTuner, "_get_adapter_state_dict"):
             raise ConfigError(
-                f"target_modules names {' and '.join(sorted(targets.intersection(EMBEDDING_LAYER_NAMES)))}, whose whole "
-                "weight PEFT saves with the adapter; merged as it is, it would hold dW twice when loaded: call "
-                "unmerge_adapter() and save again."
+                f"PEFT {peft.__version__} has saved the whole weight of {' and '.join(merged)} with the adapter; merged as "
+                "it is, it would hold dW twice when loaded: call unmerge_adapter() and save again, or upgrade to "
+                "peft >= 0.21."
             )
         super().save_pretrained(save_directory, **kwargs)
         if self.warmup != "ramp":

@@ -96,7 +96,11 @@ class Embedding(DualLoraLayer, nn.Module):
             if not (added or args or kwargs) and self._is_plain():
                 return self._looked_up(x, self.base_layer.weight, adapters)
 
+        seen = False
+
         def look_up(ids: Tensor, W: Tensor, found: Callable[[], Tensor]) -> Tensor:
+            nonlocal seen
+            seen = True
             if adapter_names is not None:
                 y = found()
                 if len(ids) == 1:  # positions, the same for all rows of the batch
@@ -107,9 +111,9 @@ class Embedding(DualLoraLayer, nn.Module):
             y = found()
             return y + sum(self._added(ids, adapter) for adapter in adapters).to(y.dtype)
 
-        with _Lookup(self.get_base_layer(), look_up) as lookup:
+        with _Lookup(self.get_base_layer(), look_up):
             y = self.base_layer(x, *args, **kwargs)
-        if not lookup.seen:
+        if not seen:
             raise ConfigError(
                 f"{type(self.get_base_layer()).__name__} does not look its weight up through F.embedding, so Dual LoRA "
                 "cannot adapt it: name it in exclude_modules."
@@ -127,13 +131,12 @@ class _Lookup(TorchFunctionMode):
 
     def __init__(self, base: nn.Module, look_up: Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]) -> None:
         super().__init__()
-        self.base, self.look_up, self.seen = base, look_up, False
+        self.base, self.look_up = base, look_up
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.embedding:
             ids, W = (*args, *(kwargs[k] for k in ("input", "weight") if k in kwargs))[:2]
             if W is self.base.weight:
-                self.seen = True
                 return self.look_up(ids, W, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)

@@ -92,6 +92,7 @@ class DualLoraLayer(BaseTunerLayer):
         self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantised base
         self.requantise: quantized.Requantise | None = None
         self.shares_weight = False  # with another module: found out by the model
+        self.module_name = ""  # in the base model
         self._tied_weight: list[nn.Parameter] = []  # a list, or it would be registered as a parameter of this layer
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         base = self.get_base_layer()
@@ -132,6 +133,7 @@ class DualLoraLayer(BaseTunerLayer):
     ) -> None:
         """Add (or replace) one adapter; ``module_name`` picks the layer's own stream of ``config.init_seed``."""
         check_backend(config.backend)
+        self.module_name = module_name
         limit = min(self.in_features, self.out_features)
         if max(r1, r2) > limit:
             warnings.warn(
@@ -355,7 +357,6 @@ class DualLoraLayer(BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply dW of ``adapter`` by ``scale`` instead of 1; not saved. Raises ConfigError while it is merged."""
         if adapter in self.scaling:
-            self.check_scale(adapter, scale)
             self._scale(adapter, scale * dual_scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter]))
 
     def scale_layer(self, scale: float) -> None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
@@ -53,7 +53,9 @@ class DualLoraModel(BaseTuner):
         for name, module in self.model.named_modules():
             held = [p for p in module._parameters.values() if p is not None]
             for parameter in [*held, *getattr(module, "_tied_weight", ())]:
-                users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+                users.setdefault(id(parameter), []).append(
+                    name.removesuffix(".base_layer").removesuffix(".original_module")
+                )
         for layer in self._layers():
             layer.shares_weight = len(users.get(id(getattr(layer.get_base_layer(), "weight", None)), ())) > 1
         return [names for names in users.values() if len(names) > 1]
@@ -83,10 +85,15 @@ class DualLoraModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What is saved. PEFT 0.21 looks for the names of modules, which FSDP1 has changed, in a state dict that it has
-        not: nothing would be found, and an empty adapter saved."""
+        not: nothing would be found, and an empty adapter saved. The base weight of embeddings that are targets is saved
+        with them, and without what is merged into it."""
         found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        state_dict: dict[str, Any] = kwargs["state_dict"]
+        for name, layer in model.named_modules():
+            key, before = f"{name}.base_layer.weight", getattr(layer, "_base_weight_before_merge", None)
+            if key in state_dict and isinstance(before, Tensor):
+                state_dict[key] = before.to(state_dict[key].dtype)
         if any("_fsdp_wrapped_module" in name for name, _ in model.named_modules()):
-            state_dict: dict[str, Any] = kwargs["state_dict"]
             found |= {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
         return found
 
@@ -232,15 +239,18 @@ class DualLoraModel(BaseTuner):
         """Multiply the dW of an adapter by ``scale`` in every layer: in the forward, in merging and in conversion.
 
         Not saved. With several active adapters (``model.base_model.set_adapter([...])``) the model computes
-        W0 + sum of scale_i dW_i, and merging writes exactly that.
+        W0 + sum of scale_i dW_i, and merging writes exactly that. With ``use_dora`` the rows of W0 + scale dW get their
+        lengths m after, so what the adapter changes is not proportional to ``scale``.
 
         Raises:
-            ConfigError: there is no such adapter, or it is merged.
+            ConfigError: there is no such adapter, it is merged, or ``scale`` is not finite; nothing was changed.
         """
         if adapter_name not in self.peft_config:
             raise ConfigError(
                 f"there is no adapter {adapter_name!r} to scale: this model has {', '.join(self.peft_config)}."
             )
+        for layer in self._layers():
+            layer.check_scale(adapter_name, scale)
         for layer in self._layers():
             layer.set_scale(adapter_name, scale)
 
@@ -248,7 +258,7 @@ class DualLoraModel(BaseTuner):
         """LoRA's; not for Dual LoRA. Always raises ConfigError, which says what does the same."""
         raise ConfigError(
             f"add_weighted_adapter({list(adapters)}): a weighted sum of Dual LoRA updates is no Dual LoRA update (ReLU and "
-            "Sign do not add), so it has no factors to make an adapter of. For the sum itself, exactly: "
+            "Sign do not add), so it has no factors to make an adapter of. For the sum itself, exactly (without use_dora): "
             "model.set_scale(name, weight) for each, then model.base_model.set_adapter([names]), which merge_and_unload() "
             "writes as well. For one low-rank adapter, approximately: convert each to LoRA and combine those."
         )
