@@ -1333,12 +1333,18 @@ def run(arguments: list[str]) -> int:
         if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         status = "interrupted" if code in (130, 143) else "error"
-        told = code in (9, 130, 143)  # the first process, or whoever waits for them all, says it
-        if message and not (other and told):
+        if message and not (other and _is_told(code)):
             console.print_error(message, hint, label=f"{status} in process {other}" if other else status)
         if as_json:
             console.print_json({"status": status, "exit_code": code, "error": message})
         return code
+
+
+def _is_told(code: int) -> bool:
+    """Whether the first process, or whoever waits for them all, tells of this end."""
+    from duallora.train.launch import outcome
+
+    return code in (9, 130, 143) or outcome() == code
 
 
 def _invoke(arguments: list[str]) -> dict[str, Any]:

@@ -340,6 +340,25 @@ def test_the_processes_get_the_command_line_without_launch(arguments, kept):
     assert cli._without_option("--launch", arguments) == kept
 
 
+def test_what_the_first_process_has_told_the_others_do_not_repeat(tmp_path, monkeypatch, capsys):
+    """They have failed alone where it ended otherwise, or has not ended."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(launch.OUTCOME, str(tmp_path / "exit-code"))
+    for first, said in ((None, 1), ("2", 0), ("9", 1)):
+        if first:
+            (tmp_path / "exit-code").write_text(first)
+        assert cli.run(["train", "-c", "absent.yaml"]) == 2
+        assert capsys.readouterr().err.count("error in process 1: ") == said
+
+
+def test_who_is_waited_for_by_nobody_stops_as_if_told_to():
+    """The launcher was killed: its processes finish the step and leave a checkpoint."""
+    gone = start("")
+    gone.wait()
+    orphan = start(f"from duallora.train import launch; launch._stop_with({gone.pid}); import time; time.sleep(60)")
+    assert launch._wait([orphan]) == [-signal.SIGTERM]
+
+
 def start(code):
     return launch._start([sys.executable, "-c", code], os.environ)
 

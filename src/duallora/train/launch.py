@@ -232,8 +232,8 @@ def launch(how: str, arguments: Sequence[str]) -> int:
             f"--launch {how} inside of {os.environ['WORLD_SIZE']} processes that a launcher has started: drop one"
         )
     with tempfile.TemporaryDirectory(prefix="duallora-") as folder:
-        outcome = Path(folder) / "exit-code"
-        environment = {**os.environ, OUTCOME: str(outcome), STARTER: str(os.getpid())}
+        left = Path(folder) / "exit-code"
+        environment = {**os.environ, OUTCOME: str(left), STARTER: str(os.getpid())}
         if how.isdecimal():
             count = int(how)
             if not 1 <= count <= MAX_PROCESSES:
@@ -249,8 +249,8 @@ def launch(how: str, arguments: Sequence[str]) -> int:
                 )
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", how, "-m", "duallora.cli"]
             codes = _wait([_start([*command, *arguments], environment)])
-        if outcome.is_file():
-            return int(outcome.read_text())
+        if left.is_file():
+            return int(left.read_text())
         bad = {index: code for index, code in enumerate(codes) if code}
         if not bad:
             return 0
@@ -264,6 +264,14 @@ def leave_outcome(code: int) -> None:
     if is_main() and OUTCOME in os.environ:
         with contextlib.suppress(OSError):  # on another machine than the launcher
             Path(os.environ[OUTCOME]).write_text(str(code))
+
+
+def outcome() -> int | None:
+    """The exit code that process 0 of a launched run has left; None if there is none yet."""
+    try:
+        return int(Path(os.environ[OUTCOME]).read_text())
+    except (KeyError, OSError, ValueError):
+        return None
 
 
 def _start_here(count: int, arguments: Sequence[str], environment: Mapping[str, str]) -> list[subprocess.Popen]:
@@ -323,9 +331,9 @@ def _wait(processes: list[subprocess.Popen]) -> list[int]:
 
 
 def _let_main_speak() -> None:
-    """Waits, in all but process 0, until that one has told of a failure that all share and everything is ended.
+    """Waits, in all but process 0, until that one has told of a failure that all share.
 
-    Whoever still lives then has failed alone, and says so itself.
+    A launcher has then ended the others, or they find its exit code to be theirs; else they say it themselves.
     """
     if not is_main():
         time.sleep(FIRST_WORD)
