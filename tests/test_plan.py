@@ -352,6 +352,7 @@ def test_the_verb_shows_the_three_methods_side_by_side(plain, capsys, tmp_path):
         (["--model", "llama-3-8b", "--gpus", "8*80"], "--gpus '8*80': expected NUMBERxGIGABYTES"),
         (["--model", "llama-3-8b", "--gpus", "8x80", "--strategy", "single"], "--gpus names 8: use ddp"),
         (["--model", "llama-3-8b", "--strategy", "zero4"], "expected one of single, ddp"),
+        (["--model", "smollm2-135m", "--length", "64", "--target-modules", "q_pro"], "--target-modules ['q_pro']: "),
         (["--model", "gpt2", "--length", "2048"], "--length 2048: this model has 1024 positions"),
         (["--model", "llama-3-8b", "--gpus", "8x80", "--strategy", "zero3", "--quantization", "4bit"], "use ddp"),
     ],

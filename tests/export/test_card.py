@@ -48,7 +48,9 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
     assert not {"loss", "perplexity", "train_seconds"} & set(figures)
     text = ModelCard.load(path).text
     assert text.index("import duallora") < text.index('PeftModel.from_pretrained(base, "me/sums")')
+    assert 'AutoTokenizer.from_pretrained("me/sums")' in text
     assert "pip install duallora" in text
+    assert "| target modules | model.layers.*.mlp.down_proj (2), " in text
     assert f"| trained parameters | {facts['parameters']['trainable']:,} |" in text
     assert facts["fingerprints"]["data"]["train"][:16] in text
     assert "| seed | 0 |" in text
@@ -64,6 +66,13 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
         facts["recipe"]["data"]["path"],
     ):
         assert local not in path.read_text()
+
+
+def test_where_the_adapter_has_no_tokenizer_the_bases_is_named(run):
+    adapter = run / "adapter"
+    (adapter / "tokenizer_config.json").unlink()
+    text, _, _ = card.build(adapter, base_model=BASE, repo="me/sums")
+    assert f'AutoTokenizer.from_pretrained("{BASE}")' in text
 
 
 def test_the_same_files_give_the_same_bytes_and_an_edit_is_spared(run, console):

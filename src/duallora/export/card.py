@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ BUILT_IN_NOTE = {
 }
 PIPELINES = {"generate": "text-generation", "classify": "text-classification", "regress": "text-classification"}
 AUTO_CLASSES = {"generate": "AutoModelForCausalLM"}
+TOKENIZER = "tokenizer_config.json"
 RESAMPLES = 1000
 LOSSES = ("loss", "perplexity", "loss_before")
 CONVERSION = re.compile(r"lora-r\d+")
@@ -349,7 +351,7 @@ def _body(
         f"# {title}",
         f"A [Dual LoRA](https://arxiv.org/abs/2512.03402) adapter for [{base}](https://huggingface.co/{base}). Each adapted "
         "weight is W0 + s ReLU(B A) . Sign(D C): one pair of factors says how far an entry moves, the other in which direction.",
-        _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ()))),
+        _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ())), (folder / TOKENIZER).is_file()),
         _plain_lora(others, base, repo or "ORG/NAME"),
         _training(settings, sidecar, run, local),
         _figures(scores),
@@ -359,7 +361,7 @@ def _body(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _usage(base: str, kind: str, repo: str, labels: int) -> str:
+def _usage(base: str, kind: str, repo: str, labels: int, own_tokenizer: bool) -> str:
     auto = AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification")
     extra = f", num_labels={labels or 1}" if kind != "generate" else ""
     return f"""## Use
@@ -375,7 +377,7 @@ from transformers import {auto}, AutoTokenizer
 
 base = {auto}.from_pretrained("{base}"{extra})
 model = PeftModel.from_pretrained(base, "{repo}")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo if own_tokenizer else base}")
 ```"""
 
 
@@ -418,7 +420,7 @@ def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, 
     rows = {
         "ranks r1, r2": f"{ranks[0]}, {ranks[1]}",
         "alpha": settings.get("alpha"),
-        "target modules": ", ".join(sorted(targets)) if isinstance(targets, list) else targets,
+        "target modules": _by_layer(targets) if isinstance(targets, list) else targets,
         "trained parameters": f"{run['parameters']['trainable']:,}" if "parameters" in run else None,
         "task": sidecar.get("task"),
         "rows of training data": f"{data['train']:,}" if "train" in data else None,
@@ -439,6 +441,12 @@ def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, 
     if local in BUILT_IN_NOTE:
         text += ["", BUILT_IN_NOTE[local]]
     return "\n".join(text)
+
+
+def _by_layer(names: Sequence[str]) -> str:
+    """``model.layers.*.q_proj (30)``: one entry for the same module in all layers, where each is named in full."""
+    found = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(found.items()))
 
 
 def _figures(scores: list[dict[str, Any]]) -> str:

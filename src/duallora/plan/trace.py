@@ -266,14 +266,18 @@ class Traced:
 def adapt(base: Any, setting: Setting, task: str) -> Any:
     """The adapter put on ``base``, real or on meta: PEFT's LoRA or DoRA of rank 2r, or Dual LoRA, its gate open."""
     common: dict[str, Any] = {"target_modules": setting.targets, "task_type": task}
+    options = {}
     if setting.method == "duallora":
         config: Any = DualLoraConfig(r=setting.rank, init_weights=False, init_seed=0, **common)
-        adapted = peft.get_peft_model(base, config)
     elif setting.method in METHODS:
         config = peft.LoraConfig(r=2 * setting.rank, use_dora=setting.method == "dora", **common)
-        adapted = peft.get_peft_model(base, config, low_cpu_mem_usage=next(base.parameters()).is_meta)
+        options = {"low_cpu_mem_usage": next(base.parameters()).is_meta}
     else:
         raise ConfigError(f"method {setting.method!r}: expected one of {', '.join(METHODS)}")
+    try:
+        adapted = peft.get_peft_model(base, config, **options)
+    except ValueError as error:  # no such module, or one of a kind that takes no adapter
+        raise ConfigError(f"--target-modules {setting.targets}: {' '.join(str(error).split())[:300]}") from error
     if setting.checkpointing:
         _enable_checkpointing(adapted)
     return adapted
