@@ -570,6 +570,23 @@ def test_a_layer_only_its_library_can_read_is_adapted_and_not_merged():
         adapted(nn.Sequential(GPTQ(12, 20)), target_modules=["0"], use_dora=True)
 
 
+def test_what_cannot_be_merged_is_refused_before_the_first_layer_loses_its_adapter():
+    """Adapters that are not on such a layer merge."""
+    model = adapted(nn.Sequential(nn.Linear(12, 20), nn.Tanh(), GPTQ(20, 7)), target_modules=["0", "2"])
+    x, names = torch.randn(3, 12), [name for name, _ in model.named_modules()]
+    want = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError, match="GPTQModel weight cannot be dequantised"):
+            merge()
+        assert [name for name, _ in model.named_modules()] == names
+        assert not any(layer.merged for layer in layers(model))
+    assert torch.equal(model(x), want)
+    model.add_adapter("plain", duallora.DualLoraConfig(**{**OPTIONS, "target_modules": ["0"]}))
+    model.merge_adapter(["plain"])
+    assert layers(model)[0].merged_adapters == ["plain"]
+    assert model.unload()[2].in_features == 20
+
+
 def test_torchao_weights_of_an_unknown_configuration_are_not_written(ids):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     net = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7)).requires_grad_(False)

@@ -45,6 +45,9 @@ class DualLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self._forward_hooks_of_base = watch_forwards(self.model)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(*args, **kwargs)
         self._find_shared_weights()
 
     def _find_shared_weights(self) -> list[list[str]]:
@@ -97,21 +100,31 @@ class DualLoraModel(BaseTuner):
             found |= {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
         return found
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _require_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Before the first layer is merged: unloading that fails half way would have lost the adapter of some."""
+        for layer in self._layers():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            if any(name in layer.duallora_A for name in names):
+                quantized.require_writable(layer.get_base_layer(), layer.requantise)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._require_mergeable(kwargs.get("adapter_names"))
         shared, configs = self._find_shared_weights(), _tying_configs(self.model)
         with quantized.merge_losses(self.model) as losses, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-            unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+            unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         _untie(unloaded, shared, configs)
         quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
         return unloaded
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """PEFT's; where weights are quantised, one warning says what rounding W0 + dW to their grid loses."""
+        self._require_mergeable(adapter_names)
         with quantized.merge_losses(self.model) as losses:
-            super().merge_adapter(*args, **kwargs)
+            super().merge_adapter(adapter_names, *args, **kwargs)
         quantized.warn_of(losses)
 
     def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:

@@ -167,12 +167,16 @@ def _write_8bit(layer: Any, W: Tensor, _: Requantise | None) -> None:
     layer.weight = type(old)(W.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
 
 
+def _unknown_configuration() -> ConfigError:
+    return ConfigError(
+        "this torchao layer was quantised outside transformers, so the configuration to quantise it with is unknown: "
+        "load the model with transformers' TorchAoConfig, or merge after duallora.dequantize(model)"
+    )
+
+
 def _write_torchao(layer: Any, W: Tensor, requantise: Requantise | None) -> None:
     if requantise is None:
-        raise ConfigError(
-            "this torchao layer was quantised outside transformers, so the configuration to quantise it with is unknown: "
-            "load the model with transformers' TorchAoConfig, or merge after duallora.dequantize(model)"
-        )
+        raise _unknown_configuration()
     layer.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
     sys.modules["torchao"].quantize_(layer, requantise())
 
@@ -195,6 +199,22 @@ _HQQ = Storage(
 # -- reading, writing, putting back ------------------------------------------------------------------------------------
 
 
+def _unreadable(name: str) -> ConfigError:
+    return ConfigError(
+        f"a {name} weight cannot be dequantised, so nothing can be merged into it and use_dora cannot measure it: "
+        "put the adapter on the original model to merge (duallora merge does), and train without use_dora"
+    )
+
+
+def require_writable(layer: nn.Module, requantise: Requantise | None) -> None:
+    """ConfigError where the layer's weight is quantised and :func:`write` cannot be."""
+    found = storage(layer)
+    if found is not None and found.write is None:
+        raise _unreadable(found.name)
+    if found is _TORCHAO and requantise is None:
+        raise _unknown_configuration()
+
+
 @torch.no_grad()
 def read(layer: nn.Module) -> Tensor:
     """W0 [out, in] dequantised, a new tensor in float32.
@@ -204,11 +224,7 @@ def read(layer: nn.Module) -> Tensor:
     """
     found = storage(layer)
     if found is None or found.read is None:
-        name = type(layer).__name__ if found is None else found.name
-        raise ConfigError(
-            f"a {name} weight cannot be dequantised, so nothing can be merged into it and use_dora cannot measure it: "
-            "put the adapter on the original model to merge (duallora merge does), and train without use_dora"
-        )
+        raise _unreadable(type(layer).__name__ if found is None else found.name)
     try:
         return found.read(layer).detach().to(torch.float32, copy=True)
     except NotImplementedError as error:  # some torchao tensors
