@@ -78,6 +78,17 @@ def test_the_sides_come_back_in_any_order_and_cast(llama, ids):
     assert torch.equal(weights(model)[0], before.bfloat16())
 
 
+def test_a_side_adapted_later_is_merged_alone_too(llama, ids):
+    """By the layers' own merge, which no model has looked at the weights for."""
+    model = adapted(llama(tie_word_embeddings=True), ids, ["q_proj"])
+    model.add_adapter("later", DualLoraConfig(r=3, warmup_steps=0, init_std=0.3, target_modules=["embed_tokens"]))
+    model.base_model.set_adapter(["later"])
+    want = model.eval()(ids).logits
+    for layer in (m for m in model.modules() if isinstance(m, DualLoraLayer)):
+        layer.merge()
+    assert torch.equal(model(ids).logits, want)
+
+
 def test_a_copied_merged_model_ties_its_own_weights_again(llama, ids):
     model = adapted(llama(tie_word_embeddings=True), ids, SIDES[2])
     model.merge_adapter()
