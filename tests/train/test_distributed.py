@@ -418,7 +418,7 @@ def test_launched_processes_print_one_line_of_json_and_give_their_exit_code(make
 
 
 @slow
-def test_a_signal_to_the_launcher_saves_and_the_same_command_resumes(make_recipe, tmp_path):
+def test_a_signal_to_the_launcher_saves_a_whole_checkpoint_and_says_so_once(make_recipe, tmp_path):
     recipe = make_recipe("train.max_steps=400", "train.batch_size=2", "train.save_steps=1000", output=tmp_path / "run")
     line = command(recipe, tmp_path, "--launch", "2", "--resume", "auto")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
