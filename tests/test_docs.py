@@ -62,5 +62,7 @@ def test_the_constraints_pin_what_the_project_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
     required = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {re.split(r"[<>=\[ ]", requirement)[0].lower().replace("_", "-") for requirement in required} - {project["name"]}
+    names = {re.split(r"[<>=\[ ]", requirement)[0].lower().replace("_", "-") for requirement in required} - {
+        project["name"]
+    }
     assert names <= pinned, names - pinned

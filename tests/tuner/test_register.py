@@ -62,6 +62,7 @@ def test_registering_twice_is_harmless_and_a_rival_is_refused(monkeypatch):
 )
 def test_every_order_of_imports_registers(code):
     check = "".join(
-        f"; assert peft.PeftType({name!r}) in peft.PEFT_TYPE_TO_CONFIG_MAPPING" for name in ("DUALLORA", "DUALLORA_RULE")
+        f"; assert peft.PeftType({name!r}) in peft.PEFT_TYPE_TO_CONFIG_MAPPING"
+        for name in ("DUALLORA", "DUALLORA_RULE")
     )
     subprocess.run([sys.executable, "-c", code + check], check=True)
