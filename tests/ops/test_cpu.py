@@ -160,6 +160,16 @@ def test_without_a_compiler_asking_for_the_kernel_raises(tmp_path):
     assert "CompilerError: no C++ compiler was found" in done.stderr
 
 
+def test_a_c_driver_will_do(tmp_path):
+    """CXX=gcc compiles C++ but does not link its library; PEFT's BOFT leaves it in the environment."""
+    driver = shutil.which("gcc") or shutil.which("clang")
+    if driver is None:
+        pytest.skip("no gcc, no clang")
+    done = script("BACKEND = 'cpu'" + LAYER, CXX=driver, DUALLORA_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[[-10.0, 6.0, 22.0]]"] * 2
+
+
 def test_a_compiler_that_fails_shows_its_own_words(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'internal compiler error: out of patience' >&2\nexit 1\n")

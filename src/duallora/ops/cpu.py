@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,10 +98,12 @@ def _compile(compiler: str, folder: Path, key: str) -> Path:
     handle, scratch = tempfile.mkstemp(suffix=".tmp", dir=folder)
     os.close(handle)
     errors = ""
+    # A C driver (CXX=gcc, which PEFT's BOFT leaves behind) compiles C++ and does not link its library.
+    runtime = [] if "++" in Path(compiler).name else ["-lc++" if sys.platform == "darwin" else "-lstdc++"]
     try:
         # Without OpenMP (Apple's clang) the kernel runs on one thread.
         for flags in ([*_FLAGS, native, "-fopenmp"], [*_FLAGS, native], _FLAGS):
-            command = [compiler, *flags, "-o", scratch, str(_SOURCE)]
+            command = [compiler, *flags, "-o", scratch, str(_SOURCE), *runtime]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return Path(scratch).replace(folder / f"kernel-{key}-{Path(scratch).stat().st_size}.so")
