@@ -21,7 +21,7 @@ peft-suite: $(VENV)/.dev  ## PEFT's own tests with DualLoraConfig in the place o
 	$(BIN)/python tests/peft_suite/run.py
 
 compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers that are supported
-	$(BIN)/python tests/compat/run.py
+	$(BIN)/python tests/compat/run.py $(SETS)
 
 distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, killed ranks
 	DUALLORA_SLOW=1 $(QUIET) $(BIN)/python -m pytest tests/tuner/test_distributed_tuner.py tests/train/test_distributed.py

