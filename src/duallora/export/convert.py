@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import checkpoint, evaluate, merge, record
 from duallora.train.progress import Bar, quiet_libraries, say, shown, size
+from duallora.tuner.conv import TORCH as CONVOLUTIONS
 from duallora.tuner.layer import DualLoraLayer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -38,7 +39,6 @@ Scores = Callable[[Any, Any], Mapping[str, float]]
 ROWS = 8192  # of dW that are widened to float64 at a time
 FLOOR = 1e-12  # share of |dW|^2 below which an eigenvalue is rounding
 SHOWN_LAYERS = 12  # longer tables show the worst; the sidecar holds all
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Converted(NamedTuple):
@@ -172,7 +172,7 @@ def delta_matrix(name: str, layer: DualLoraLayer, adapter: str = "default") -> T
     if not bool(torch.isfinite(dW).all()):
         raise NonFiniteError(f"dW of {name} holds NaN or infinite values: the adapter is broken; nothing was written")
     base = layer.get_base_layer()
-    if isinstance(base, _CONVOLUTIONS):
+    if isinstance(base, CONVOLUTIONS):
         return dW.flatten(1)
     if isinstance(base, nn.Embedding) or layer.fan_in_fan_out:
         return dW.T
@@ -257,7 +257,7 @@ def convert_layer(name: str, layer: DualLoraLayer, rank: int, dtype: Dtype = "au
     if isinstance(base, nn.Embedding):
         tensors = {f"{prefix}.lora_embedding_A": A, f"{prefix}.lora_embedding_B": B}
     else:
-        if isinstance(base, _CONVOLUTIONS):
+        if isinstance(base, CONVOLUTIONS):
             A = A.reshape(rank, *base.weight.shape[1:])
             B = B.reshape(*B.shape, *[1] * (base.weight.dim() - 2))
         tensors = {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
@@ -265,7 +265,7 @@ def convert_layer(name: str, layer: DualLoraLayer, rank: int, dtype: Dtype = "au
 
 
 def _refuse_odd_convolution(name: str, base: nn.Module) -> None:
-    if not isinstance(base, _CONVOLUTIONS):
+    if not isinstance(base, CONVOLUTIONS):
         return
     odd = {
         "groups": base.groups != 1,

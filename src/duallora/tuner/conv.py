@@ -77,7 +77,7 @@ class Conv(DualLoraLayer, nn.Module):
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
             return y if adapter_names is None else self._add_by_row(x, y, adapter_names)
-        adapters = [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+        adapters = self._acting()
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         if not (args or kwargs) and self._form(adapters) == "merged":

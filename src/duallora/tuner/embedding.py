@@ -86,7 +86,7 @@ class Embedding(DualLoraLayer, nn.Module):
                 self.unmerge()
             if adapter_names is None:
                 return self.base_layer(x, *args, **kwargs)
-        adapters = [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+        adapters = self._acting()
         added = any(
             self.duallora_config[a].forward == "added" or (self.merged and a in self.duallora_m) for a in adapters
         )

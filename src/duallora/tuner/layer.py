@@ -479,6 +479,10 @@ class DualLoraLayer(BaseTunerLayer):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
+    def _acting(self) -> list[str]:
+        """The active adapters whose update the base weight does not hold yet."""
+        return [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+
     def _form(self, adapters: list[str]) -> str:
         """How to compute the output: "merged" or "added" on the base weight itself, or "apart" through the base layer.
 
@@ -664,7 +668,7 @@ class Linear(DualLoraLayer, nn.Module):
                 self.unmerge()
             y = self.base_layer(x, *args, **kwargs)
             return y if adapter_names is None else self._add_by_row(x, y, adapter_names)
-        adapters = [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+        adapters = self._acting()
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         form = "apart" if args or kwargs else self._form(adapters)
