@@ -11,7 +11,7 @@ from duallora.tasks.encode import IGNORE, Collator, Counts, Encoded, encode, enc
 from duallora.tasks.example import Example
 from duallora.tasks.files import load_data
 from duallora.tasks.local import data_folder
-from duallora.tasks.task import LazySplits, Task
+from duallora.tasks.task import LazySplits, Task, hold_out
 
 __all__ = [
     "IGNORE",
@@ -26,6 +26,7 @@ __all__ = [
     "encode_prompt",
     "encode_split",
     "encode_texts",
+    "hold_out",
     "load_data",
     "load_task",
 ]

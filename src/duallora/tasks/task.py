@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from duallora.errors import ConfigError
 from duallora.tasks.example import Example
 
 Kind = Literal["generate", "classify", "regress"]
@@ -71,6 +73,28 @@ class Task:
         for example in self.splits[split]:
             digest.update(_canonical(example).encode())
         return digest.hexdigest()
+
+
+def hold_out(task: Task, rows: int) -> Task:
+    """``task`` with its training rows in a random order, the same always, and the first ``rows`` of them its validation.
+
+    For tasks whose validation rows are what the result is reported on, and for taking the first n training rows of a
+    file that is sorted. Raises ConfigError where fewer than two training rows a held-out one would be left.
+    """
+
+    def shuffled() -> list[Example]:
+        examples = list(task.splits["train"])
+        if 3 * rows > len(examples):
+            raise ConfigError(
+                f"data.holdout={rows}: {task.name} has {len(examples)} training rows; expected at most a third of them"
+            )
+        random.Random(0).shuffle(examples)
+        return examples
+
+    order = LazySplits({"train": shuffled})  # shuffled once
+    mine = {"train": lambda: order["train"][rows:], "validation": lambda: order["train"][:rows]}
+    theirs = {split: (lambda split=split: task.splits[split]) for split in task.splits if split not in mine}
+    return replace(task, splits=LazySplits({**mine, **theirs}))
 
 
 def _canonical(example: Example) -> str:

@@ -192,6 +192,9 @@ class DataSection(Section):
     train_on: Literal["answer", "all"] = setting("answer", "Tokens the loss is on: the answer only, or every token.")
     limit: Count | None = setting(None, "Train on at most this many rows; null is all of them.")
     eval_limit: Count | None = setting(None, "Evaluate on at most this many rows; null is all of them.")
+    holdout: Count | None = setting(
+        None, "Validate on this many training rows, drawn the same for every seed; null is the data's own validation."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -265,6 +268,7 @@ class EvalSection(Section):
     max_new_tokens: Count | None = setting(None, "Longest generated answer in tokens; null is the task's own.")
     num_beams: Count | None = setting(None, "Beams of the generation (1 is greedy); null is the task's own.")
     metrics: bool = setting(True, "After training, generate or classify and score; false evaluates the loss only.")
+    test: bool = setting(False, "After training, score the test rows too and keep each prediction.")
 
 
 class Recipe(Section):
@@ -282,7 +286,12 @@ class Recipe(Section):
 
 
 # Settings that some recorded runs are too old to know, with the value by which nothing changes.
-LATER: dict[str, dict[str, Any]] = {"model": {"quantization": None}, "adapter": {"method": "duallora", "options": {}}}
+LATER: dict[str, dict[str, Any]] = {
+    "model": {"quantization": None},
+    "adapter": {"method": "duallora", "options": {}},
+    "data": {"holdout": None},
+    "eval": {"test": False},
+}
 
 # Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one
 # layer they are a contradiction.

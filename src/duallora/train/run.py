@@ -45,14 +45,16 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from duallora.tasks import IGNORE, Collator, Task, encode_split, load_data, load_task
+from duallora.tasks import IGNORE, Collator, Task, encode_split, hold_out, load_data, load_task
 from duallora.train import checkpoint, evaluate, record
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
 
-MATTERS = ("run.json", "recipe.yaml", "log.jsonl", "metrics.json", "adapter", "checkpoints", "tb")
+MATTERS = (
+    "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "checkpoints", "tb",
+)  # fmt: skip
 
 
 class Interrupted(KeyboardInterrupt):
@@ -129,9 +131,10 @@ class _Run:
         model, tokenizer = self._load_model(task)
         rows, held_out = self._encode(task, tokenizer)
         base = weights_fingerprint(model)
+        splits = ("train", "validation", "test") if recipe.eval.test else ("train", "validation")
         fingerprints: dict[str, Any] = {
             "recipe": fingerprint(recipe),
-            "data": {split: task.fingerprint(split) for split in ("train", "validation") if split in task.splits},
+            "data": {split: task.fingerprint(split) for split in splits if split in task.splits},
             "base": base,
         }
         start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
@@ -174,6 +177,7 @@ class _Run:
         trained = self._fit(method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
         adapter = self._save(adapted, tokenizer, task, steps, dtype)
         metrics = {**trained, **self._figures(adapted, tokenizer, task, held_out)}
+        metrics |= self._test(adapted, tokenizer, task)
         result = {
             "status": "done",
             "folder": str(self.folder),
@@ -195,6 +199,7 @@ class _Run:
                     data=fingerprints["data"],
                     base=base,
                     processes=self.processes.count,
+                    parameters=self.facts["parameters"],
                 ),
             )
         self._write_facts(status="done", finished=record.now(), result=result)
@@ -379,12 +384,19 @@ class _Run:
         if not recipe.eval.metrics:
             after = self._loss(model, tokenizer, held_out, task, "after")
             return {"loss_before": self.facts["loss_before"], "loss": after}
+        result = self._score(model, tokenizer, task, "validation")
+        self._say_loss("after", result.metrics["loss"], task)
+        self._say_scores(result, "validation")
+        return {"loss_before": self.facts["loss_before"], **result.metrics}
+
+    def _score(self, model, tokenizer, task: Task, split: str) -> evaluate.EvalResult:
+        recipe = self.recipe
         chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
-        result = evaluate.evaluate(
+        return evaluate.evaluate(
             model,
             tokenizer,
             task,
-            split="validation",
+            split=split,
             limit=recipe.data.eval_limit,
             batch_size=recipe.eval.batch_size,
             generation={name: value for name, value in chosen.items() if value is not None},
@@ -392,10 +404,24 @@ class _Run:
             console=self.console,
             processes=self.processes,
         )
-        self._say_loss("after", result.metrics["loss"], task)
+
+    def _say_scores(self, result: evaluate.EvalResult, split: str) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
-        say(self.console, "scores", f"{figures} ({len(result.examples):,} validation rows)")
-        return {"loss_before": self.facts["loss_before"], **result.metrics}
+        say(self.console, "scores", f"{figures} ({len(result.examples):,} {split} rows)")
+
+    def _test(self, model, tokenizer, task: Task) -> dict[str, Any]:
+        """The figures on the test rows, and every prediction beside what it should have been in predictions.jsonl."""
+        if not self.recipe.eval.test:
+            return {}
+        result = self._score(model, tokenizer, task, "test")
+        self._say_scores(result, "test")
+        if self.processes.main:
+            lines = []
+            for prediction, example in zip(result.predictions, result.examples, strict=True):
+                truth = {"references": example.references} if task.kind == "generate" else {"label": example.label}
+                lines.append(json.dumps({"prediction": prediction, **truth}) + "\n")
+            record.write_text(self.folder / "predictions.jsonl", "".join(lines))
+        return {"test": result.metrics}
 
     def _loss(self, model, tokenizer, held_out, task: Task, label: str) -> float:
         options: dict[str, Any] = {"console": self.console, "processes": self.processes}
@@ -504,6 +530,12 @@ def load(recipe: Recipe, console: Console) -> Task:
         )
     if "train" not in task.splits:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
+    if data.holdout:
+        task = hold_out(task, data.holdout)
+    if recipe.eval.test and "test" not in task.splits:
+        raise ConfigError(
+            f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}"
+        )
     counts = ", ".join(
         f"{len(task.splits[split]):,} {split}" for split in ("train", "validation") if split in task.splits
     )
@@ -654,7 +686,7 @@ class _Trainer(Trainer):
     tokens = 0
     step_tokens = 0
     step_loss = 0.0
-    logged = (0, 0.0)  # tokens and time at the last line of the log
+    logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
 
     def create_optimizer(self, *args, **kwargs):
         method = self.method
@@ -691,11 +723,12 @@ class _Trainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            tokens, moment = self.logged
-            self.logged = (self.tokens, time.monotonic())
+            tokens, moment, cpu = self.logged
+            self.logged = (self.tokens, time.monotonic(), time.process_time())
             seconds = self.logged[1] - moment
             speed = (self.tokens - tokens) / max(seconds, 1e-9)
             logs = {**logs, "gate": gate(self.model), "tokens_per_second": speed, "seconds": seconds}
+            logs["cpu_seconds"] = self.logged[2] - cpu
         super().log(logs, start_time)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -848,6 +881,7 @@ class JsonLines(TrainerCallback):
         return {
             "train_loss": steps[-1]["loss"],
             "train_seconds": round(seconds, 1),
+            "train_cpu_seconds": round(sum(line.get("cpu_seconds", 0.0) for line in steps), 1),
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
         }
 
@@ -866,7 +900,7 @@ class ShowTraining(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.monotonic()
-        self.trainer.logged = (0, self.began)
+        self.trainer.logged = (0, self.began, time.process_time())
         self.bar = Bar(self.console, "train", state.max_steps, done=state.global_step).__enter__()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

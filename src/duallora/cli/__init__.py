@@ -1,0 +1,74 @@
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The ``duallora`` program; leaves with the exit codes above."""
+    if "_DUALLORA_COMPLETE" in os.environ:
+        app(prog_name="duallora")  # the shell asks for completions
+    code = run(list(sys.argv[1:] if arguments is None else arguments))
+    if "DUALLORA_OUTCOME" in os.environ:
+        from duallora.train.launch import leave_outcome
+
+        leave_outcome(code)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line, says what came of it, and returns its exit code.
+
+    The command is invoked without typer's own ``main``, which would fold every interrupt into exit code 130.
+    """
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    other = int(os.environ.get("RANK", "0"))  # of several processes only the first one has the word
+    as_json = "--json" in options and not other
+    console.use_json("--json" in options)
+    try:
+        # With --json stdout is the JSON line's alone, whatever a library prints (DeepSpeed does on import).
+        aside = redirect_stdout(sys.stderr) if "--json" in options else nullcontext()
+        with _sigterm_raises(), aside:
+            payload = _invoke(arguments)
+        code = payload.pop("exit_code", 0)
+        if as_json and payload:
+            console.print_json({"status": "done" if code == 0 else "error", "exit_code": code, **payload})
+        return code
+    except BrokenPipeError:
+        # The reader (head, less) has gone: nothing is wrong, and Python must not complain while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if isinstance(error, typer.Exit):  # --help and --version have done their work
+            return error.exit_code
+        code = console.exit_code_for(error)
+        message, hint = console.explain(error, arguments)
+        if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        status = "interrupted" if code in (130, 143) else "error"
+        if message and not (other and _is_told(code)):
+            console.print_error(message, hint, label=f"{status} in process {other}" if other else status)
+        if as_json:
+            console.print_json({"status": status, "exit_code": code, "error": message})
+        return code
+
+
+def _is_told(code: int) -> bool:
+    """Whether the first process, or whoever waits for them all, tells of this end."""
+    from duallora.train.launch import outcome
+
+    return code in (9, 130, 143) or outcome() == code
+
+
+def _invoke(arguments: list[str]) -> dict[str, Any]:
+    command: Any = typer.main.get_command(app)
+    with command.make_context("duallora", list(arguments), obj=list(arguments)) as context:
+        return command.invoke(context) or {}
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C does, so that locks are let go and half-written files removed."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,226 @@
+BENCH = Path("results/bench")
+
+
+class BenchDtype(str, Enum):  # typer takes no list of literals
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Dtypes = Annotated[
+    list[BenchDtype] | None,
+    typer.Option("--dtype", help="Type of the base weights; may be repeated. Both if not given."),
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=3, metavar="N", help="Rounds per cell at most; 3 at least.")]
+Seconds = Annotated[
+    float, typer.Option("--seconds", min=0, metavar="S", help="Time per cell after which no further round is begun.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="cpu|cuda", help="Where to measure; cuda where there is one.")
+]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Result, written cell by cell; cells it holds are skipped."),
+]
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Time and memory beside the arithmetic floor and PEFT's methods, as ratios within one run. Needs a quiet machine.",
+)
+
+
+@bench_app.command("layer")
+def bench_layer(
+    width: Annotated[
+        list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, metavar="N", help="Rows of x; may be repeated.")
+    ] = None,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r); may be repeated."),
+    ] = None,
+    dtype: Dtypes = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole grid: width to 4096, 512 to 8192 tokens, r 8 to 32; hours.")
+    ] = False,
+    rounds: Rounds = 15,
+    seconds: Seconds = 25.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """One layer, forward and backward, beside the three bare products and PEFT's methods; about ten minutes.
+
+    [dim]Example:[/]  duallora bench layer --width 1024 --width 2048 --tokens 2048 --dtype float32
+    """
+    output = output or BENCH / "layer.json"
+    refuse_unwritable(output)
+    from duallora.bench import layer
+
+    sizes = layer.FULL if full else layer.DEFAULT
+    return layer.bench(
+        output,
+        widths=width or sizes["widths"],
+        tokens=tokens or sizes["tokens"],
+        ranks=rank or sizes["ranks"],
+        dtypes=[name.value for name in dtype or BenchDtype],
+        rounds=rounds,
+        seconds=seconds,
+        device=device,
+        console=console.results,
+    )
+
+
+@bench_app.command("step")
+def bench_step(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
+    ] = "builtin:smollm2-135m",
+    dtype: Dtypes = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Docstrings, loss on answers, padded; else random tokens, loss on all.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Both dtypes, with and without each of these; two hours.")
+    ] = False,
+    rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Examples in the batch.")] = 8,
+    length: Annotated[int, typer.Option("--length", min=8, metavar="N", help="Tokens per example.")] = 128,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory too, each method in a process of its own.")
+    ] = True,
+    rounds: Rounds = 15,
+    seconds: Seconds = 240.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """A training step of SmolLM2, all linear layers adapted, against PEFT's methods: time and peak memory.
+
+    Without --dtype, --checkpointing and --masked: fp32 and bf16 without either, fp32 with each; about 45 minutes.
+
+    [dim]Example:[/]  duallora bench step --dtype float32 --masked
+    """
+    output = output or BENCH / "step.json"
+    refuse_unwritable(output)
+    from duallora.bench import step
+
+    scenes = step.scenes(
+        [name.value for name in dtype or ()],
+        checkpointing=checkpointing,
+        masked=masked,
+        full=full,
+        model=model,
+        rank=rank,
+        rows=rows,
+        length=length,
+    )
+    return step.bench(
+        output,
+        scenes,
+        rounds=rounds,
+        seconds=seconds,
+        with_memory=memory,
+        device=device,
+        console=console.results,
+    )
+
+
+@bench_app.command("kernel")
+def bench_kernel(
+    width: Annotated[
+        list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out; may be repeated. 576 to 4096.")
+    ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", min=1, metavar="N", help="r of both groups; may be repeated. 16.")
+    ] = None,
+    dtype: Dtypes = None,
+    rounds: Rounds = 15,
+    seconds: Seconds = 10.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Check each backend of this device against float64, then time its two passes; exit code 4 where one is wrong.
+
+    A few minutes. On a GPU machine this is what proves and times the Triton kernels.
+
+    [dim]Example:[/]  duallora bench kernel --device cuda -o results/bench/kernel-h100.json
+    """
+    output = output or BENCH / "kernel.json"
+    refuse_unwritable(output)
+    from duallora.bench import kernel
+
+    return kernel.bench(
+        output,
+        widths=width or kernel.WIDTHS,
+        ranks=rank or kernel.RANKS,
+        dtypes=[name.value for name in dtype or BenchDtype],
+        rounds=rounds,
+        seconds=seconds,
+        device=device,
+        console=console.results,
+    )
+
+
+@bench_app.command("merge")
+def bench_merge(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
+    ] = "builtin:smollm2-135m",
+    rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
+    dtype: Dtypes = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, metavar="N", help="Length of the prompt and of what is generated.")
+    ] = 64,
+    rounds: Rounds = 9,
+    seconds: Seconds = 90.0,
+    device: Device = None,
+    output: ResultFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Merge and unmerge all of SmolLM2 beside a copy of its weights; generation unmerged beside merged; ten minutes.
+
+    [dim]Example:[/]  duallora bench merge --dtype float32
+    """
+    output = output or BENCH / "merge.json"
+    refuse_unwritable(output)
+    from duallora.bench import merge
+
+    return merge.bench(
+        output,
+        model=model,
+        rank=rank,
+        dtypes=[name.value for name in dtype or BenchDtype],
+        tokens=tokens,
+        rounds=rounds,
+        seconds=seconds,
+        device=device,
+        console=console.results,
+    )
+
+
+@bench_app.command("report")
+def bench_report(
+    results: Annotated[
+        Path, typer.Option("--results", metavar="DIR", help="Folder of layer.json, step.json, kernel.json, merge.json.")
+    ] = BENCH,
+    root: Annotated[
+        Path, typer.Option("--root", metavar="DIR", help="Checkout whose README.md and docs/ are filled in.")
+    ] = Path(),
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw docs/img/bench-*.svg (matplotlib).")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Write the tables and plots of the docs from the results, and say which target is met.
+
+    [dim]Example:[/]  duallora bench report
+    """
+    from duallora.bench.report import report as run_report
+
+    return run_report(results, root, plots=plots, console=console.results)

@@ -1,0 +1,91 @@
+class PlanMethod(str, Enum):
+    lora = "lora"
+    dora = "dora"
+    duallora = "duallora"
+
+
+@app.command()
+def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+    """Check this machine: versions, method, devices, memory, disk, built-in models, data; with the fix for each gap.
+
+    [dim]Example:[/]  duallora doctor
+    """
+    from rich.table import Column, Table
+
+    from duallora.train import doctor as examination
+
+    checks = examination.checks()
+    table = Table.grid("", "", Column(overflow="fold"), padding=(0, 2))
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
+    for check in checks:
+        table.add_row(marks[check.status], check.name, escape(check.found))
+        if check.fix:
+            table.add_row("", "", f"[bold]{escape(check.fix)}[/]")
+    console.results.print(table)
+    usable = examination.usable(checks)
+    console.results.print("ready" if usable else "[red]not usable yet: see the lines marked missing[/]")
+    return {"usable": usable, "checks": [check._asdict() for check in checks], "exit_code": 0 if usable else 2}
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODEL", help="llama-3-70b and its like, a hub id, folder or builtin: name."),
+    ],
+    gpus: Annotated[
+        str, typer.Option("--gpus", metavar="NxGB", help="8x80: eight GPUs of 80 GB; 2x8x80: two nodes of them.")
+    ] = "1x80",
+    method: Annotated[
+        list[PlanMethod] | None, typer.Option("--method", help="May be repeated; all three if not given.")
+    ] = None,
+    rank: Annotated[
+        int, typer.Option("--r", min=1, metavar="N", help="Dual LoRA's r; LoRA and DoRA get 2 r, as many parameters.")
+    ] = 16,
+    targets: Annotated[
+        str, typer.Option("--target-modules", metavar="A,B", help="Names by comma, or all-linear.")
+    ] = "all-linear",
+    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows per GPU and forward pass.")] = 1,
+    length: Annotated[int, typer.Option("--length", min=1, metavar="N", help="Tokens per row.")] = 2048,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option("--dtype", help="Type of the base weights.")
+    ] = "bfloat16",
+    quantization: Annotated[
+        Literal["none", "8bit", "4bit"], typer.Option("--quantization", help="Linear layers packed by bitsandbytes.")
+    ] = "none",
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", metavar="NAME", help="single, ddp, zero2, fsdp, zero3 or offload; all if not given."
+        ),
+    ] = None,
+    attention: Annotated[
+        Literal["sdpa", "eager"] | None, typer.Option("--attention", help="As transformers would choose if not given.")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
+    padded: Annotated[bool, typer.Option("--padded", help="Rows of unequal length: attention takes a mask.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Predict memory per GPU for LoRA, DoRA and Dual LoRA, and which distribution strategy fits; no download, no GPU.
+
+    [dim]Example:[/]  duallora plan --model llama-3-70b --gpus 8x80
+    """
+    from duallora.plan import planner
+
+    return planner.plan(
+        model,
+        gpus,
+        methods=[name.value for name in dict.fromkeys(method or PlanMethod)],
+        rank=rank,
+        targets=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        batch=batch,
+        length=length,
+        dtype=dtype,
+        quantization=quantization,
+        strategy=strategy,
+        attention=attention,
+        checkpointing=checkpointing,
+        padded=padded,
+        console=console.results,
+    )

@@ -1,0 +1,267 @@
+@app.command()
+def serve(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER...", help="Runs, adapters or models: folders, hub ids, or builtin: names."),
+    ] = None,
+    named: Annotated[
+        list[str] | None,
+        typer.Option("--name", metavar="NAME=ADAPTER", help="One more, under a name of yours; may be repeated."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; others than this machine reach 0.0.0.0.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", envvar="DUALLORA_API_KEY", help="Clients must send this key."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    lenient: Lenient = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Try adapters, and their base model, over OpenAI's protocol and in a page; until Ctrl-C, which is exit code 0.
+
+    [dim]Examples:[/]
+      duallora serve runs/mine
+      duallora serve runs/mine --name other=runs/other/adapter --port 9000
+    """
+    from duallora.serve import server
+
+    models = server.names(sources or (), named or ())
+    for source in models.values():
+        refuse_misspelt(source)
+    return server.serve(
+        models, host=host, port=port, api_key=api_key, dtype=dtype, strict=not lenient, console=console.results
+    )
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the LoRA.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, metavar="N", help="Rank of every layer of the LoRA.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            "--energy",
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Smallest rank that keeps this share of |dW|² in every layer.",
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the factors; auto as trained.")] = "auto",
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Score adapter, LoRA and base on the run's own held-out rows.")
+    ] = False,
+    task: TaskName = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of --task, --data or --eval.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
+    num_beams: Annotated[
+        int | None, typer.Option("--num-beams", min=1, metavar="N", help="Beams; the task's own if not given.")
+    ] = None,
+    result: Annotated[
+        Path | None, typer.Option("--result", metavar="FILE", help="Write the conversion's figures as JSON.")
+    ] = None,
+    lenient: Lenient = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Turn an adapter into a plain LoRA of one rank, for PEFT, vLLM, SGLang and llama.cpp; says what each layer keeps.
+
+    [dim]Examples:[/]
+      duallora convert runs/mine -o runs/mine/lora-r64 --rank 64
+      duallora convert runs/mine -o lora --energy 0.99 --eval
+    """
+    import time
+
+    from duallora.errors import ConfigError
+
+    refuse_misspelt(adapter)
+    if (rank is None) == (energy is None):
+        raise ConfigError("give either --rank N, or --energy SHARE to have the rank chosen")
+    if result is not None:
+        refuse_unwritable(result)
+    from duallora.export import convert as conversion
+    from duallora.train import record
+
+    started = time.time()
+    scores = None
+    scored: dict[str, Any] = {}
+    if evaluate or task is not None or data is not None:
+        scores, scored = _scores(adapter, task, data, data_dir, split, limit, num_beams)
+    payload = conversion.convert(
+        adapter,
+        output,
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        strict=not lenient,
+        scores=scores,
+        console=console.results,
+    )
+    if result is not None:
+        fingerprints = scored.pop("data", {})
+        settings = {"adapter": Path(adapter).name, "rank": rank, "energy": energy, "dtype": dtype, **scored}
+        figures = {key: value for key, value in payload.items() if key != "output"}
+        base = payload["trained"].get("base", {}).get("fingerprint")
+        record.write_json(
+            result,
+            record.result("convert", settings, figures, seeds=(), started=started, data=fingerprints, base=base),
+        )
+    return payload
+
+
+@app.command()
+def check(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run, adapter or LoRA folder, or hub id.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Base model, where the adapter's own name fails.")
+    ] = None,
+    target: Annotated[
+        Literal["vllm", "sglang", "llamacpp"] | None,
+        typer.Option("--target", help="Fail unless this engine takes the adapter."),
+    ] = None,
+    files_only: Annotated[bool, typer.Option("--files-only", help="Look at the files alone; load no model.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Is an adapter whole, finite, for this base; what does it change, and which serving engine takes it?
+
+    [dim]Examples:[/]
+      duallora check runs/mine
+      duallora check runs/mine/lora-r64 --target vllm
+    """
+    refuse_misspelt(adapter)
+    from duallora.export.check import check as run_check
+
+    return run_check(adapter, base=base, target=target, files_only=files_only, console=console.results)
+
+
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model", metavar="org/name", help="Hub id of the base model, where the adapter names a folder."
+    ),
+]
+
+
+@app.command()
+def card(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The card; the adapter's README.md if not given."),
+    ] = None,
+    base_model: BaseModel = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="org/name", help="Where the adapter will lie, for the code shown.")
+    ] = None,
+    license: Annotated[str | None, typer.Option("--license", metavar="ID", help="apache-2.0, mit, ...")] = None,
+    language: Annotated[str | None, typer.Option("--language", metavar="CODE", help="en, de, ...")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", metavar="org/name", help="Trained on; may be repeated.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", metavar="FILE", help="From `duallora eval -o`; may be repeated.")
+    ] = None,
+    data_dir: DataDir = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a card that was edited by hand.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Write the hub's README.md of an adapter: how to load it, its data, settings, seeds and figures with intervals.
+
+    [dim]Example:[/]  duallora card runs/mine --repo me/mine --license apache-2.0
+    """
+    refuse_misspelt(adapter)
+    from duallora.export.card import card as write_card
+
+    return write_card(
+        adapter,
+        output,
+        base_model=base_model,
+        repo=repo,
+        license=license,
+        language=language,
+        datasets=datasets or (),
+        results=results or (),
+        data_dir=data_dir,
+        force=force,
+        console=console.results,
+    )
+
+
+@app.command()
+def push(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
+    repo: Annotated[
+        str, typer.Option("--to", metavar="org/name", help="Repository on the hub; made if it is not there.")
+    ],
+    upload: Annotated[
+        bool, typer.Option("--upload/--dry-run", help="Send the files; without it they are only shown.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base_model: BaseModel = None,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Check the files alone beforehand; load no model.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Show exactly what would go to the hub: adapter, card, lora-rNN/ conversions; --upload sends it.
+
+    [dim]Example:[/]  duallora push runs/mine --to me/mine --upload
+    """
+    refuse_misspelt(adapter)
+    from duallora.export.push import push as run_push
+
+    return run_push(
+        adapter,
+        repo,
+        upload=upload,
+        private=private,
+        base_model=base_model,
+        files_only=files_only,
+        console=console.results,
+    )
+
+
+def _scores(
+    source: str,
+    task: str | None,
+    data: str | None,
+    data_dir: Path | None,
+    split: str | None,
+    limit: int | None,
+    num_beams: int | None,
+) -> tuple[Any, dict[str, Any]]:
+    """(a function of model and tokenizer that gives the task's figures, what it scores on)."""
+    from duallora.train import evaluate as evaluation
+
+    chosen, recipe, own = what_to_score(task, data, data_dir, source)
+    split = split or held_out(chosen)
+    limit = limit or (recipe.data.eval_limit if recipe and own else None)
+    examples = evaluation.select(chosen, split, limit)
+    generation = generation_settings(recipe, None, num_beams)
+
+    def scores(model: Any, tokenizer: Any) -> dict[str, float]:
+        return evaluation.evaluate(
+            model,
+            tokenizer,
+            with_labels_of(model, chosen, split, examples),
+            split=split,
+            batch_size=recipe.eval.batch_size if recipe else 16,
+            generation=generation,
+            max_length=recipe.data.max_length if recipe else 512,
+            console=console.results,
+        ).metrics
+
+    facts = {"task": chosen.name, "split": split, "rows": len(examples), "generation": generation}
+    return scores, {**facts, "data": {split: chosen.fingerprint(split)}}

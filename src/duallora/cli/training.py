@@ -1,0 +1,573 @@
+TrainOn = Literal["answer", "all"]
+Into = Literal["auto", "original", "dequantized"]
+EvalData = Annotated[str | None, typer.Option("--eval-data", metavar="DATA", help="Held-out data for --data.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=8, metavar="N", help="Tokens per example.")]
+data_app = typer.Typer(no_args_is_help=True, help="Look at training data before using it.")
+config_app = typer.Typer(no_args_is_help=True, help="The settings of a run: their schema and resolved values.")
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="A small classifier: under 90 seconds.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the run.")] = Path(
+        "runs/demo"
+    ),
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Train, evaluate and merge a real model on this machine's own Python library; offline, minutes on two cores.
+
+    [dim]Example:[/]  duallora demo --quick
+    """
+    from duallora.train.demo import demo as run_demo
+
+    return run_demo(quick=quick, output=output, console=console.results)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    eval_data: EvalData = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Run folder; runs/<date-time>-<model>-<data> if not given."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of data order and factors.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="duallora, or a method to compare with: lora, dora, hira, ..."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="auto: continue from the run folder's newest whole checkpoint; PATH: from this run or checkpoint, "
+            "under its own recipe unless -c or data is given.",
+        ),
+    ] = "never",
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch",
+            metavar="N|FILE",
+            help="Train in N processes on this machine, or as this accelerate config says; they share each batch.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, data and model, print the plan, train nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Fine-tune a model: on your own file (--data), a hub data set (--data org/name) or a task of the paper (--task).
+
+    [dim]Examples:[/]
+      duallora train --data mine.jsonl -o runs/mine
+      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=2e-3 --set r=8
+      duallora train --method dora --data mine.jsonl
+      duallora train -c recipe.yaml --resume auto --launch 2
+    """
+    from duallora.train.recipe import load_recipe
+
+    if config is None and data is None and task is None and resume not in ("auto", "never"):
+        config = _recipe_file(Path(resume))
+        if config is not None:
+            output = output or config.parent  # the recipe's own may name the place before the folder was moved
+    chosen = [*(overrides or ()), *([f"adapter.method={method}"] if method else ())]
+    recipe = load_recipe(
+        config,
+        chosen,
+        model=model,
+        data=data,
+        task=task,
+        data_dir=data_dir,
+        eval_data=eval_data,
+        output=output,
+        seed=seed,
+    )
+    if launch is not None and not dry_run:
+        from duallora.train.launch import launch as start
+
+        return {"exit_code": start(launch, _without_option("--launch", context.find_root().obj))}
+    from duallora.train import run
+
+    if dry_run:
+        return _plan(recipe)
+    result = run.train(recipe, resume=resume, console=console.results)
+    folder = escape(str(result["folder"]))
+    next_step = f"[dim]next: duallora eval {folder}, or duallora merge {folder} -o MERGED[/]"
+    if os.environ.get("RANK", "0") == "0":
+        console.results.print(next_step, soft_wrap=True)
+    return result
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER|MODEL", help="Run, adapter or model folder, hub id, or builtin: name.")
+    ],
+    task: TaskName = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", metavar="NAME", help="train, validation or test; test if there is one, else what is held out."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, metavar="N", help="Rows at a time; 16 or as the run's recipe.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=8, metavar="N", help="Tokens per row; 512 or as the run's recipe.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer; the task's own if not given."),
+    ] = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option("--num-beams", min=1, metavar="N", help="Beams (1 is greedy); the task's own if not given."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    lenient: Lenient = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write metrics and predictions as JSON.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Score an adapter or a model on a task or on your own file; a run folder alone is scored on its own data.
+
+    [dim]Examples:[/]
+      duallora eval runs/mine
+      duallora eval runs/arc --task arc_easy --limit 200 -o results.json
+      duallora eval builtin:smollm2-135m --data mine.jsonl
+    """
+    import time
+
+    refuse_misspelt(source)
+    if output is not None:
+        refuse_unwritable(output)
+    from duallora.train import evaluate as evaluation
+    from duallora.train import record
+
+    started = time.time()
+    chosen, recipe, own = what_to_score(task, data, data_dir, source)
+    split = split or held_out(chosen)
+    if own and data is not None:
+        console.results.print(
+            f"{escape(data)} is what {escape(source)} was trained on: scored on the run's own {split} rows",
+            soft_wrap=True,
+        )
+    batch_size = batch_size or (recipe.eval.batch_size if recipe else 16)
+    max_length = max_length or (recipe.data.max_length if recipe else 512)
+    limit = limit or (recipe.data.eval_limit if recipe and own else None)
+    generation = generation_settings(recipe, max_new_tokens, num_beams)
+    examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
+    model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
+    chosen = with_labels_of(model, chosen, split, examples)
+    result = evaluation.evaluate(
+        model,
+        tokenizer,
+        chosen,
+        split=split,
+        batch_size=batch_size,
+        generation=generation,
+        max_length=max_length,
+        console=console.results,
+    )
+    _show_scores(source, chosen, split, result)
+    payload = {
+        "source": source,
+        "task": chosen.name,
+        "data": chosen.source,
+        "split": split,
+        "n": len(result.examples),
+        "main_metric": chosen.main_metric,
+        "metrics": result.metrics,
+        "labels": chosen.labels,
+        "predictions": result.predictions,
+    }
+    if output is not None:
+        settings = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit, **generation}
+        more: dict[str, Any] = {
+            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "predictions")
+        }
+        fingerprints = {split: chosen.fingerprint(split)}
+        record.write_json(
+            output,
+            record.result("eval", settings, result.metrics, seeds=(), started=started, data=fingerprints, **more),
+        )
+        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
+        payload["output"] = str(output)
+    return payload
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the merged model.")],
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the merged weights; auto as trained.")] = "auto",
+    into: Annotated[
+        Into,
+        typer.Option("--into", help="Of a quantised base: its original weights (auto), or those it was trained on."),
+    ] = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Fold an adapter into its base model: a standalone model for any transformers program, checked after writing.
+
+    [dim]Example:[/]  duallora merge runs/mine -o merged/mine
+    """
+    refuse_misspelt(adapter)
+    from duallora.train.merge import merge as run_merge
+
+    return run_merge(adapter, output, dtype=dtype, into=into, console=console.results)
+
+
+@data_app.command("preview")
+def data_preview(
+    name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to show.")] = 3,
+    split: Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")] = "train",
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
+    ] = "builtin:smollm2-135m",
+    max_length: MaxLength = 512,
+    train_on: Annotated[TrainOn, typer.Option("--train-on", help="Where the loss is.")] = "answer",
+    data_dir: DataDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Show rows as the model sees them: trained tokens in colour, ignored tokens dim, special tokens spelt out.
+
+    [dim]Example:[/]  duallora data preview mine.jsonl --model builtin:smollm2-135m
+    """
+    from duallora.errors import ConfigError
+    from duallora.tasks.preview import preview
+    from duallora.train.models import load_tokenizer
+
+    task = _named(name, data_dir)
+    if split not in task.splits:
+        raise ConfigError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}")
+    shown = preview(task, load_tokenizer(model), split=split, rows=rows, max_length=max_length, train_on=train_on)
+    console.results.print(shown)
+    return {"source": task.source, "format": task.format, "kind": task.kind, "split": split}
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
+    ] = "builtin:smollm2-135m",
+    max_length: MaxLength = 512,
+    data_dir: DataDir = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Read every row, name the bad ones by line, and count tokens: exit code 3 where training would stop.
+
+    [dim]Example:[/]  duallora data check mine.csv
+    """
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
+
+    from duallora.tasks import encode_split
+    from duallora.train.models import load_tokenizer
+
+    task = _named(name, data_dir)
+    tokenizer = load_tokenizer(model)
+    console.results.print(f"{escape(task.source)}: {task.format}", soft_wrap=True)
+    table = Table(Column("split", no_wrap=True), box=SIMPLE)
+    for heading in ("rows", "tokens", "trained", "shortest", "median", "longest", f"over {max_length}"):
+        table.add_column(heading, justify="right")
+    splits: dict[str, Any] = {}
+    for split, examples in task.splits.items():
+        encoded, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+        lengths = sorted(len(row["input_ids"]) for row in encoded)
+        facts = {
+            "rows": counts.rows,
+            "tokens": counts.tokens,
+            "trained_tokens": counts.trained_tokens,
+            "shortest": lengths[0],
+            "median": lengths[len(lengths) // 2],
+            "longest": lengths[-1],
+            "truncated": counts.truncated,
+        }
+        splits[split] = facts
+        table.add_row(split, *(f"{value:,}" for value in facts.values()))
+    console.results.print(table)
+    if task.labels:
+        console.results.print(f"classes: {escape(', '.join(task.labels))}", soft_wrap=True)
+    return {"source": task.source, "format": task.format, "kind": task.kind, "labels": task.labels, "splits": splits}
+
+
+@config_app.command("schema")
+def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+    """Print the JSON schema of a recipe, for editors that complete and check YAML.
+
+    [dim]Example:[/]  duallora config schema > recipe.schema.json
+    """
+    from json import dumps
+
+    from duallora.train.recipe import recipe_schema
+
+    schema = recipe_schema()
+    console.print_text(dumps(schema, indent=2))
+    return {"schema": schema}
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    task: TaskName = None,
+    overrides: Overrides = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Print the resolved recipe as YAML: every setting with its meaning, range and value.
+
+    [dim]Example:[/]  duallora config show --data mine.jsonl --set r=8 > recipe.yaml
+    """
+    from duallora.train.recipe import fingerprint, load_recipe, recipe_yaml
+
+    sources = {"data.path", "data.task", "path", "task"}
+    named = data is not None or task is not None or any(item.split("=")[0] in sources for item in overrides or ())
+    if config is None and not named:
+        data = "builtin:docstrings"
+        console.notes.print("[dim]no data named: shown with --data builtin:docstrings[/]")
+    recipe = load_recipe(config, overrides or (), model=model, data=data, task=task)
+    console.print_text(recipe_yaml(recipe))
+    return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
+
+
+def _named(name: str, data_dir: Path | None) -> Task:
+    """The task of that name, else the data at that path or hub id."""
+    from duallora.tasks import TASKS, load_data, load_task
+
+    return load_task(name, data_dir=data_dir) if name in TASKS else load_data(name)
+
+
+def held_out(task: Task) -> str:
+    """The split to score on where none is named."""
+    return next(name for name in ("test", "validation", *task.splits) if name in task.splits)
+
+
+def generation_settings(recipe: Recipe | None, max_new_tokens: int | None, num_beams: int | None) -> dict[str, int]:
+    """What overrides the task's own settings for generating: the options, else the run's recipe."""
+    chosen = {
+        "max_new_tokens": max_new_tokens or (recipe.eval.max_new_tokens if recipe else None),
+        "num_beams": num_beams or (recipe.eval.num_beams if recipe else None),
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+ALL_ROWS = "all rows"  # the split of data that came without splits and that nothing here was trained on
+
+
+def what_to_score(task: str | None, data: str | None, data_dir: Path | None, source: str) -> tuple[Task, Recipe | None, bool]:
+    """What to evaluate ``source`` on, the recipe of its run, and whether that is what the run was trained on.
+
+    Data the run was trained on are split as the run split them; of other data without splits every row counts.
+    """
+    from duallora.errors import ConfigError
+    from duallora.tasks import load_task
+
+    if task is not None and data is not None:
+        raise ConfigError(f"--task {task} and --data {data} exclude each other: keep one")
+    file = _recipe_file(Path(source))
+    if file is None and task is None and data is None:
+        raise ConfigError(f"nothing to evaluate {source} on: name a task (--task e2e) or data (--data mine.jsonl)")
+    from duallora.train.recipe import load_recipe
+
+    own = file is not None and task is None and data is None
+    recipe = None if file is None else load_recipe(file, data_dir=data_dir if own else None)
+    if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
+        from duallora.train.run import load
+
+        return load(recipe, console.results), recipe, True
+    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe)
+    _refuse_other_kind(source, task or str(data), chosen)
+    return chosen, recipe, False
+
+
+def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
+    """The command line without an option and its value."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument != name and not argument.startswith(f"{name}="):
+            kept.append(argument)
+        skip = argument == name and not skip
+    return kept
+
+
+def _recipe_file(path: Path) -> Path | None:
+    """The recipe of the run that ``path``, one of its checkpoints or its adapter belongs to."""
+    path = path.expanduser().absolute()
+    for folder in (path, *path.parents[:2]) if path.is_dir() else ():
+        if (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file():
+            return folder / "recipe.yaml"
+    return None
+
+
+def _same_data(data: str, trained_on: str | None) -> bool:
+    """Whether both name one file, hub data set or built-in, whatever way the path is written."""
+    if trained_on is None:
+        return False
+    return data == trained_on or Path(data).expanduser().resolve() == Path(trained_on).expanduser().resolve()
+
+
+def _every_row(data: str, recipe: Recipe | None) -> Task:
+    """The data with the splits they come with; where they come without, with every row in the split ``ALL_ROWS``."""
+    from dataclasses import replace
+
+    from duallora.tasks import load_data
+
+    if data.startswith("builtin:"):
+        return load_data(data)
+    if recipe is None:
+        task = load_data(data, eval_data=data)
+    else:
+        task = load_data(data, eval_data=data, format=recipe.data.format, bad_rows=recipe.data.bad_rows)
+    rows = task.splits["train"]
+    return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
+
+
+def _refuse_other_kind(source: str, name: str, task: Task) -> None:
+    """ConfigError where the files of ``source`` say that it was trained for another kind of data."""
+    from duallora.errors import ConfigError
+    from duallora.train import evaluate as evaluation
+
+    folder = evaluation.find(source) if Path(source).is_dir() else None
+    trained_for = evaluation.read_sidecar(folder).get("kind", task.kind) if folder else task.kind
+    if trained_for != task.kind:
+        words = {
+            "generate": "text to generate (prompt-completion, messages or alpaca rows)",
+            "classify": "classes (rows with a label)",
+            "regress": "numbers (rows with a label that has a fraction)",
+        }
+        raise ConfigError(
+            f"{name} holds {words[task.kind]}, but {source} was trained for {words[trained_for]}: "
+            "evaluate it on data of the kind it was trained for"
+        )
+
+
+def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Example]) -> Task:
+    """The task reduced to these examples, its classes numbered as the model numbers them.
+
+    A file that lacks one of the classes numbers the others differently than the file the model was trained on.
+    """
+    from dataclasses import replace
+
+    from duallora.errors import ConfigError
+
+    if task.kind != "generate" and not hasattr(model, "peft_config"):
+        trained = [name for name in model.config.architectures or () if name.endswith("ForSequenceClassification")]
+        if not trained:
+            raise ConfigError(
+                f"{model.name_or_path} has no classification head, so its classes would be drawn by lot; train one first: "
+                f"duallora train --model {model.name_or_path} ..."
+            )
+    if task.kind != "classify":
+        return replace(task, splits={split: examples})
+    names = {str(name): int(index) for index, name in model.config.id2label.items()}
+    unnamed = all(name == f"LABEL_{index}" for name, index in names.items())  # transformers' stand-ins
+    if unnamed and len(names) == len(task.labels):
+        return replace(task, splits={split: examples})
+    unknown = [label for label in task.labels if label not in names]
+    if unknown:
+        raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")
+    examples = [replace(example, label=names[task.labels[int(example.label or 0)]]) for example in examples]
+    return replace(task, splits={split: examples}, labels=tuple(names))
+
+
+def _show_scores(source: str, task: Task, split: str, result: EvalResult) -> None:
+    import textwrap
+
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    console.results.print(f"{escape(source)} on {escape(task.name)}, {split}", soft_wrap=True)
+    table = Table("figure", box=SIMPLE)
+    table.add_column("value", justify="right")
+    table.add_column("n", justify="right")
+    for name, value in result.metrics.items():
+        style = "bold" if name == task.main_metric else ""
+        table.add_row(name, f"{value:,.4g}", f"{len(result.examples):,}", style=style)
+    console.results.print(table)
+    for prediction, example in list(zip(result.predictions, result.examples, strict=True))[:3]:
+        asked = example.prompt or " | ".join(example.texts) or example.messages[0]["content"]
+        wanted = example.references[0] if example.references else example.label
+        if task.kind == "classify":
+            prediction, wanted = task.labels[prediction], task.labels[int(wanted or 0)]
+        given = _on_a_line(asked)
+        given = given if len(given) <= 160 else "..." + given[-157:]  # the end of a prompt holds the question
+        for label, text in (("given", given), ("predicted", _on_a_line(prediction)), ("expected", _on_a_line(wanted))):
+            console.results.print(
+                Text.assemble((f"{label:<10}", "bold cyan"), textwrap.shorten(text, 160, placeholder=" ..."))
+            )
+        console.results.print()
+
+
+def _on_a_line(value: Any) -> str:
+    """Text on one line, without the control characters that an untrained model may write to the terminal."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _plan(recipe: Recipe) -> dict[str, Any]:
+    """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
+    from duallora.tasks import encode_split
+    from duallora.train import run
+    from duallora.train.evaluate import select
+    from duallora.train.models import load_model
+    from duallora.train.progress import quiet_libraries, say
+    from duallora.train.recipe import default_output
+
+    run.check_settings(recipe)
+    task = run.load(recipe, console.results)
+    with quiet_libraries():
+        labels = len(task.labels) or None
+        model, tokenizer = load_model(
+            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision,
+            quantization=recipe.model.quantization,
+        )  # fmt: skip
+        _, counts = encode_split(
+            select(task, "train", recipe.data.limit),
+            tokenizer,
+            task.kind,
+            max_length=recipe.data.max_length,
+            train_on=recipe.data.train_on,
+        )
+        steps, warmup = run.schedule(recipe, counts.rows)
+        trainable, total = run.adapt(model, recipe, task.kind, warmup).get_nb_trainable_parameters()
+    folder = recipe.output or default_output(recipe)
+    out = console.results
+    say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")
+    say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
+    say(out, "steps", f"{steps:,}, of which {warmup:,} warm up the learning rate")
+    say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
+    return {
+        "folder": folder,
+        "rows": counts.rows,
+        "tokens": counts.tokens,
+        "trained_tokens": counts.trained_tokens,
+        "truncated": counts.truncated,
+        "steps": steps,
+        "warmup_steps": warmup,
+        "trainable_parameters": trainable,
+        "recipe": recipe.model_dump(mode="json"),
+    }
