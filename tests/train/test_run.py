@@ -416,6 +416,40 @@ def test_a_classifier_trains_its_head_and_accumulation_does_not_change_the_gradi
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6)
 
 
+def test_the_test_rows_are_scored_after_training_and_every_prediction_is_kept(make_recipe, console, tmp_path):
+    """The held-out rows are training rows; the figures follow from the predictions on file."""
+    folder = tmp_path / "data" / "CoLA"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 33), ("dev", 9)):
+        lines = [f"x\t{number % 3 % 2}\t\t{'fine' if number % 3 % 2 else 'poor'} {number}\n" for number in range(count)]
+        (folder / f"{name}.tsv").write_text("".join(lines))
+    recipe = make_recipe(kind="classify")
+    data = recipe.data.model_copy(
+        update={"path": None, "task": "cola", "data_dir": str(folder.parent), "holdout": 11, "eval_limit": None}
+    )
+    recipe = recipe.model_copy(update={"data": data, "eval": recipe.eval.model_copy(update={"test": True})})
+    metrics = run.train(recipe, console=console)["metrics"]
+    lines = [json.loads(line) for line in (Path(recipe.output) / "predictions.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [number % 3 % 2 for number in range(9)]
+    right = [line["prediction"] == line["label"] for line in lines]
+    assert metrics["test"]["accuracy"] == pytest.approx(100 * sum(right) / 9)
+    assert metrics["test"]["loss"] != metrics["loss"]
+    facts = record.read_json(Path(recipe.output) / "metrics.json")
+    assert facts["data"].keys() == {"train", "validation", "test"}
+    assert facts["parameters"]["trainable"] > 0
+    assert metrics["train_cpu_seconds"] > 0
+    data = record.read_json(Path(recipe.output) / "run.json")["data"]
+    assert (data["train"], data["validation"]) == (22, 11)
+
+
+def test_test_rows_that_do_not_exist_are_missed_before_training(make_recipe, console):
+    recipe = make_recipe()
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"test": True})})
+    with pytest.raises(ConfigError, match=r"eval.test=true: .* has no test rows; it has train, validation"):
+        run.train(recipe, console=console)
+    assert not Path(recipe.output).exists()
+
+
 def _without_model_dropout(recipe, tmp_path, rate):
     folder = tmp_path / "encoder"
     if not folder.exists():
