@@ -367,7 +367,7 @@ SCALARS: st.SearchStrategy[Any] = st.one_of(
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(min_size=1, max_size=12), SCALARS, max_size=4))
 def test_any_override_gives_a_recipe_or_a_config_error(entries):
     """Nothing but ConfigError leaves the reader, and what it accepts is finite and in range."""
-    overrides = [f"{key}={recipes._scalar(value)}" for key, value in entries.items()]
+    overrides = [f"{key}={recipes.yaml_value(value)}" for key, value in entries.items()]
     with suppress(ConfigError):
         recipe = load_recipe(None, overrides)
         assert recipe.adapter.r >= 1

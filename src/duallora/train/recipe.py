@@ -1,6 +1,6 @@
 """The configuration of a training run: its schema, its defaults and the one function that reads it.
 
-A recipe has six sections (model, adapter, data, train, eval and the two top-level values seed and output). Values come
+A recipe has five sections (model, adapter, data, train, eval) and the top-level values seed, output and plugins. Values come
 from, later over earlier: the defaults below, a YAML file, ``--set key=value``, the command line's own flags.
 Nothing heavy is imported here: a mistake in a recipe is answered before torch is loaded.
 """
@@ -100,6 +100,10 @@ class AdapterSection(Section):
     init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
     )
+    init: Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"] = setting(
+        "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."
+    )
+    init_batches: Count = setting(4, "Training steps whose rows a start from the gradient looks at.")
     warmup: Literal["ramp", "residual", "none"] = setting(
         "ramp", "How dW starts at 0: the gate climbs to 1 (ramp), dW(0) is subtracted (residual), or it does not."
     )
@@ -160,6 +164,14 @@ class AdapterSection(Section):
             )
         if self.warmup == "residual" and self.direction == "fixed":
             raise ValueError('adapter.warmup = "residual" is not defined for adapter.direction = "fixed": use "ramp"')
+        if self.init != "gaussian":
+            if self.warmup == "residual":
+                raise ValueError(
+                    f'adapter.warmup = "residual" rebuilds dW(0) from a seed, which knows no adapter.init = "{self.init}": '
+                    'use adapter.warmup = "ramp"'
+                )
+            if self.direction == "fixed":
+                raise ValueError(f'adapter.direction = "fixed" has no C and D to start by adapter.init = "{self.init}"')
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"adapter.layers_to_transform needs adapter.target_modules as a list of names, such as [q_proj, v_proj]; "
@@ -218,6 +230,9 @@ class TrainSection(Section):
     )
     learning_rate: Positive = setting(
         4e-3, "Peak learning rate (measured on SmolLM2-135M; the paper tunes it per task and prints none)."
+    )
+    direction_lr_ratio: Positive = setting(
+        1.0, "Dual LoRA's learning rate of C and D, over that of everything else (paper: one rate)."
     )
     lr_scheduler: Literal[
         "linear",
@@ -283,12 +298,24 @@ class Recipe(Section):
         0, "Seed of the data order, of dropout and (unless init_seed is set) of the factors."
     )
     output: Text | None = setting(None, "Run folder; null is runs/<date-time>-<model>-<data>.")
+    plugins: list[Text] = setting([], "Python files or modules with methods and tasks of yours (docs/extending.md).")
+
+    @model_validator(mode="after")
+    def _ratio_needs_two_groups(self) -> Recipe:
+        if self.train.direction_lr_ratio != 1 and self.adapter.method != "duallora":
+            raise ValueError(
+                f"train.direction_lr_ratio = {self.train.direction_lr_ratio} is a setting of Dual LoRA, but adapter.method "
+                f'is "{self.adapter.method}": leave it out'
+            )
+        return self
 
 
 # Settings that some recorded runs are too old to know, with the value by which nothing changes.
 LATER: dict[str, dict[str, Any]] = {
+    "": {"plugins": []},  # outside the sections
     "model": {"quantization": None},
-    "adapter": {"method": "duallora", "options": {}},
+    "adapter": {"method": "duallora", "options": {}, "init": "gaussian", "init_batches": 4},
+    "train": {"direction_lr_ratio": 1.0},
     "data": {"holdout": None},
     "eval": {"test": False},
 }
@@ -441,11 +468,14 @@ def _options(schema: Mapping[str, Any]) -> list[str]:
     return [{"string": "text", "number": "finite number"}.get(str(kind), str(kind)) + bounds]
 
 
+Placed = tuple[Any, str]  # a value and where it stands: a file and its line, a flag
+
+
 class _Layer:
-    """Settings from one place: dotted key -> (value, where it stands), and what is wrong with the place itself."""
+    """Settings from one place by dotted key, and what is wrong with the place itself."""
 
     def __init__(self) -> None:
-        self.values: dict[str, tuple[Any, str]] = {}
+        self.values: dict[str, Placed] = {}
         self.problems: list[str] = []
 
 
@@ -485,14 +515,17 @@ def load_recipe(
         if value is not None:
             line.values[key] = (str(value) if isinstance(value, Path) else value, flag)
 
-    settings = dict(file.values)
-    for key, entry in line.values.items():
-        if entry[0] is not None:
-            for other in EXCLUDES.get(key, ()):
-                settings.pop(other, None)
-    settings.update(line.values)
+    return assemble([file.values, line.values], [*file.problems, *line.problems])
 
-    problems = [*file.problems, *line.problems]
+
+def assemble(layers: Iterable[Mapping[str, Placed]], problems: Sequence[str] = ()) -> Recipe:
+    """The recipe of settings by dotted key, later layers over earlier, as `overlay` lays them.
+
+    Raises:
+        ConfigError: ``problems``, and every setting that the schema refuses, each with its place.
+    """
+    settings = overlay(layers)
+    problems = list(problems)
     tree: dict[str, Any] = {"data": {}}
     for key, (value, _) in settings.items():
         section, _, leaf = key.rpartition(".")
@@ -504,11 +537,30 @@ def load_recipe(
         incomplete = any("data." in problem for problem in problems)
         problems += _explain(error, settings, sources, incomplete=incomplete)
     if problems:
-        raise ConfigError(_listing(problems))
+        raise ConfigError(listing(problems))
     return recipe
 
 
-def _listing(problems: Sequence[str]) -> str:
+def overlay(layers: Iterable[Mapping[str, Placed]]) -> dict[str, Placed]:
+    """Settings by dotted key, later layers over earlier; what a later one excludes goes, and an entry joins its mapping."""
+    settings: dict[str, Placed] = {}
+    for layer in layers:
+        for key, (value, _) in layer.items():
+            if value is not None:
+                for other in EXCLUDES.get(key, ()):
+                    settings.pop(other, None)
+        for key, (value, where) in layer.items():
+            field, entry = resolve(key)
+            if field and entry:  # adapter.options.lr_ratio
+                held = (settings.get(field) or ({}, where))[0]
+                settings[field] = ({**held, entry: value} if isinstance(held, dict) else {entry: value}, where)
+            else:
+                settings[key] = (value, where)
+    return settings
+
+
+def listing(problems: Sequence[str]) -> str:
+    """One problem as it is; several as a list under their number."""
     if len(problems) == 1:
         return problems[0]
     shown = "\n".join(f"  {problem}" for problem in problems[:20])
@@ -560,7 +612,7 @@ def _read_overrides(overrides: Iterable[str], file: _Layer) -> _Layer:
         if not equals or not key:
             layer.problems.append(f"{where}: expected KEY=VALUE, such as train.learning_rate=2e-4")
             continue
-        field, entry = _resolve(key)
+        field, entry = resolve(key)
         if field is None:
             layer.problems.append(f"{where}: {entry}")
             continue
@@ -576,7 +628,7 @@ def _read_overrides(overrides: Iterable[str], file: _Layer) -> _Layer:
     return layer
 
 
-def _resolve(key: str) -> tuple[str | None, str]:
+def resolve(key: str) -> tuple[str | None, str]:
     """The dotted key meant, and the entry of its mapping if one is named; or (None, what is wrong)."""
     if key in KEYS:
         return key, ""
@@ -585,7 +637,7 @@ def _resolve(key: str) -> tuple[str | None, str]:
         return found[0], ""
     if found:
         return None, f"{key} is ambiguous: write {' or '.join(found)}"
-    for pattern in ("adapter.rank_pattern", "adapter.alpha_pattern"):
+    for pattern in ("adapter.options", "adapter.rank_pattern", "adapter.alpha_pattern"):
         for prefix in (pattern, pattern.partition(".")[2]):
             if key.startswith(prefix + ".") and key != prefix + ".":
                 return pattern, key[len(prefix) + 1 :]
@@ -594,7 +646,8 @@ def _resolve(key: str) -> tuple[str | None, str]:
     return None, f"unknown key {key}; {_did_you_mean(key)}"
 
 
-def _read_file(path: Path) -> _Layer:
+def _read_root(path: Path) -> Any:
+    """The YAML node tree of a file; None for an empty one."""
     try:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
@@ -613,9 +666,51 @@ def _read_file(path: Path) -> _Layer:
         raise ConfigError(
             f"{path}:{line}: not UTF-8 text (byte {error.start} is {content[error.start]:#04x})"
         ) from None
-    layer = _Layer()
     root = _compose(text, str(path))
-    if root is None or (_kind(root) == "null"):
+    return None if root is None or _kind(root) == "null" else root
+
+
+def read_yaml(path: Path | str, depth: int) -> dict[str, Placed]:
+    """A YAML mapping as name -> (value, "file:line"); mappings below it likewise, ``depth`` of them deep, then plain.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, a key set twice.
+    """
+    problems: list[str] = []
+    budget = _Budget()
+
+    def placed(mapping: Any, left: int) -> dict[str, Placed]:
+        found: dict[str, Placed] = {}
+        for name, key_node, node in _entries(mapping, str(path), problems):
+            where = f"{path}:{_line(key_node)}"
+            if left and node.id == "mapping":
+                budget.spend(where, 0)
+                found[name] = (placed(node, left - 1), where)
+            else:
+                found[name] = (_plain(node, f"{where}: {name}", budget), where)
+        return found
+
+    root = _read_root(Path(path))
+    if root is not None and root.id != "mapping":
+        raise ConfigError(f"{path}:{_line(root)}: expected a mapping of names to values")
+    values = {} if root is None else placed(root, depth)
+    if problems:
+        raise ConfigError(listing(problems))
+    return values
+
+
+def read_settings(path: Path | str) -> dict[str, Placed]:
+    """The settings of a recipe file by dotted key, each with its place; what is missing may be set elsewhere."""
+    layer = _read_file(Path(path))
+    if layer.problems:
+        raise ConfigError(listing(layer.problems))
+    return layer.values
+
+
+def _read_file(path: Path) -> _Layer:
+    layer = _Layer()
+    root = _read_root(path)
+    if root is None:
         return layer
     budget = _Budget()
     if root.id != "mapping":
@@ -766,16 +861,16 @@ def _field_lines(key: str, leaf: str, value: Any, indent: str) -> list[str]:
     section = key.rpartition(".")[0]
     owner: type[Section] = SECTIONS[section] if section else Recipe
     description = owner.model_fields[leaf].description
-    return [f"{indent}# {description} [{allowed(key)}]", f"{indent}{leaf}: {_scalar(value)}"]
+    return [f"{indent}# {description} [{allowed(key)}]", f"{indent}{leaf}: {yaml_value(value)}"]
 
 
-def _scalar(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """A value in YAML's flow style. Text is plain where that reads back as the same text, else in double quotes."""
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_scalar(item) for item in value)}]"
+        return f"[{', '.join(yaml_value(item) for item in value)}]"
     if isinstance(value, dict):
         # "? key : value" would be needed for keys beyond 1024 characters; module patterns are short
-        return f"{{{', '.join(f'{_quoted(name)}: {_scalar(item)}' for name, item in value.items())}}}"
+        return f"{{{', '.join(f'{_quoted(name)}: {yaml_value(item)}' for name, item in value.items())}}}"
     if not isinstance(value, str):
         return json.dumps(value)
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9_./-]*(:[A-Za-z0-9_./-]+)*", value) and value.lower() not in _NOT_TEXT:
@@ -799,13 +894,17 @@ def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
     for section, later in LATER.items():  # runs from before them keep their fingerprint
-        values[section] = {k: v for k, v in values[section].items() if k not in later or v != later[k]}
+        held = values[section] if section else values
+        for key, value in later.items():
+            if held.get(key) == value:
+                del held[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def with_later(values: dict[str, Any]) -> dict[str, Any]:
     """The recipe that a run recorded, with the settings that it is too old to know."""
-    return {**values, **{section: {**later, **values[section]} for section, later in LATER.items()}}
+    known = {section: {**later, **values[section]} for section, later in LATER.items() if section}
+    return {**LATER[""], **values, **known}
 
 
 def default_output(recipe: Recipe, now: datetime | None = None) -> str:
