@@ -1,7 +1,8 @@
 """One training run: transformers' Trainer around a Dual LoRA adapter, in a folder that tells the whole story.
 
 recipe.yaml  the resolved recipe; run.json  versions, code, fingerprints, status; log.jsonl, tb/  the curves
-checkpoints/  sealed checkpoints (`checkpoint`); adapter/  the result; metrics.json  its figures
+checkpoints/  sealed checkpoints (`checkpoint`); metrics.json  the figures
+adapter/  the result; model/  where the method trains the whole model
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -25,10 +27,12 @@ from typing import IO, Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
+from safetensors.torch import load_model as load_model_weights
+from safetensors.torch import save_model as save_model_weights
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -46,15 +50,20 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.tasks import IGNORE, Collator, Task, encode_split, hold_out, load_data, load_task
-from duallora.train import checkpoint, evaluate, record
+from duallora.train import calibration, checkpoint, evaluate, plugins, record
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
-    "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "checkpoints", "tb",
+    "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "model", "checkpoints",
+    "tb",
 )  # fmt: skip
+
+START = "start"  # beside the checkpoints: the adapter before its first step
+
+WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
 
 
 class Interrupted(KeyboardInterrupt):
@@ -67,6 +76,8 @@ class Interrupted(KeyboardInterrupt):
 
 def train(recipe: Recipe, *, resume: str = "never", console: Console | None = None) -> dict[str, Any]:
     """Trains ``recipe`` into its run folder and returns ``{"status", "folder", "adapter", "steps", "metrics", ...}``.
+
+    "adapter" is the folder of the result, also where that is a whole model.
 
     Started in several processes (`duallora.train.launch`), it shares the rows of each step out among them.
 
@@ -83,7 +94,7 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
     with together() as processes:
         console = (console or Console()) if processes.main else Console(quiet=True)
         folder, source = processes.from_main(lambda: _folder_and_source(recipe, resume))
-        recipe = recipe.model_copy(update={"output": str(folder)})
+        recipe = recipe.model_copy(update={"output": str(folder), "plugins": plugins.resolved(recipe.plugins)})
         with _plain_errors(recipe, folder), ExitStack() as held, quiet_libraries():
             processes.from_main(lambda: held.enter_context(_locked(folder)))
             stopping = held.enter_context(Stopping(processes))
@@ -125,6 +136,7 @@ class _Run:
         started = time.time()
         say(console, "run", f"[bold]{shown(self.folder)}[/]" + (" (resumed)" if previous else ""))
 
+        code = plugins.load(recipe.plugins)
         check_settings(recipe, self.processes)
         task = load(recipe, console)
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
@@ -136,6 +148,7 @@ class _Run:
             "recipe": fingerprint(recipe),
             "data": {split: task.fingerprint(split) for split in splits if split in task.splits},
             "base": base,
+            "plugins": code,
         }
         start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
 
@@ -160,10 +173,11 @@ class _Run:
             "recipe": recipe.model_dump(mode="json"),
             "fingerprints": fingerprints,
             "model": {**recipe.model.model_dump(include={"name", "revision", "quantization"}), "dtype": dtype},
-            "parameters": dict(zip(("trainable", "total"), adapted.get_nb_trainable_parameters(), strict=True)),
+            "parameters": dict(zip(("trainable", "total"), parameter_counts(adapted), strict=True)),
             "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
             "steps": steps,
             "loss_before": _loss_before(previous, recipe),
+            "start": (previous or {}).get("start", {}),
         }
         if self.processes.main:
             record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
@@ -174,9 +188,11 @@ class _Run:
             self.facts["loss_before"] = self._loss(adapted, tokenizer, held_out, task, "before")
             self._write_facts()
 
+        if start is None:
+            self._start(adapted, rows, tokenizer, task.kind)
         trained = self._fit(method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
-        adapter = self._save(adapted, tokenizer, task, steps, dtype)
-        metrics = {**trained, **self._figures(adapted, tokenizer, task, held_out)}
+        adapter = self._save(method, tokenizer, task, steps, dtype)
+        metrics = {**trained, **self.facts["start"], **self._figures(adapted, tokenizer, task, held_out)}
         metrics |= self._test(adapted, tokenizer, task)
         result = {
             "status": "done",
@@ -250,13 +266,22 @@ class _Run:
 
     def _announce_adapter(self, method: methods.Adapted, steps: int) -> None:
         model = method.model
-        trainable, total = model.get_nb_trainable_parameters()
+        trainable, total = parameter_counts(model)
         title, opening = method.method.title, ""
         if method.method.name == "duallora":
             title, opening = self._dual_lora(model, steps)
         share = f"{amount(trainable)} trainable parameters ({trainable / total:.2%})"
         say(self.console, "adapter", f"{title}: {share}{opening}")
-        need, free = 12 * trainable, shutil.disk_usage(self.folder).free  # float32 factors and AdamW's two moments
+        if method.method.whole and model.dtype != torch.float32:
+            say(
+                self.console,
+                "note",
+                f"[yellow]the weights train in {str(model.dtype).removeprefix('torch.')}, where a step below half a unit of "
+                "the last place is lost; model.dtype=float32 keeps every step[/]",
+            )
+        # The trained weights and AdamW's two moments.
+        need = 3 * sum(weight.numel() * weight.element_size() for weight in methods.trained(model))
+        free = shutil.disk_usage(self.folder).free
         if free < 3 * need:
             say(
                 self.console,
@@ -278,6 +303,31 @@ class _Run:
         )
         return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
 
+    def _start(self, model: PeftModel, rows, tokenizer, kind: evaluate.Kind) -> None:
+        """A start from the gradient where the recipe asks for one, and the start kept where every checkpoint is."""
+        recipe, processes = self.recipe, self.processes
+        if recipe.adapter.init != "gaussian":
+            began, cpu = time.monotonic(), time.process_time()
+
+            def start() -> tuple[int, dict[str, torch.Tensor]]:
+                loss = None if kind == "generate" else partial(row_loss, kind)
+                seen = calibration.start_from_gradient(model, recipe, rows, tokenizer, loss)
+                many = processes.count > 1
+                return seen, get_peft_model_state_dict(model, save_embedding_layers=False) if many else {}
+
+            seen, tensors = processes.from_main(start)
+            if tensors and not processes.main:
+                set_peft_model_state_dict(model, tensors)
+            seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+            told = {"start_seconds": round(seconds, 1), "start_cpu_seconds": round(cpu, 1)}
+            self.facts["start"] = {"start_rows": seen, **told}
+            self._write_facts()
+            say(self.console, "start", f"{recipe.adapter.init} of {seen:,} training rows in {clock(seconds)}")
+        if recipe.train.save_total_limit is None and processes.main and isinstance(model, PeftModel):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Saving a Dual LoRA adapter whose gate is not open")
+                model.save_pretrained(str(self.checkpoints / START), save_embedding_layers=False)
+
     def _fit(self, method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
         """Trains to ``steps`` from ``start`` (a checkpoint or None); the figures of the training itself."""
         recipe, model = self.recipe, method.model
@@ -287,7 +337,7 @@ class _Run:
             log.drop_after(_step_of(start) if start else 0)
         if start is not None and _step_of(start) >= steps:
             # Trainer would take one more step here if the last one was not the last of its epoch.
-            set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+            load_weights(model, start)
             return log.summary()
         callbacks: list[TrainerCallback] = [
             self.stopping,
@@ -341,12 +391,14 @@ class _Run:
         )
         return figures
 
-    def _save(self, model: PeftModel, tokenizer, task: Task, steps: int, dtype: str) -> Path:
-        target, beside = self.folder / "adapter", self.folder / ".adapter.tmp"
+    def _save(self, method: methods.Adapted, tokenizer, task: Task, steps: int, dtype: str) -> Path:
+        model = method.model
+        target = self.folder / ("model" if method.method.whole else "adapter")
+        beside = target.with_name(f".{target.name}.tmp")
         if not self.processes.main:
             return target
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(str(beside), save_embedding_layers=False)
+        method.save(beside)
         tokenizer.save_pretrained(str(beside))
         (beside / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
         record.follow_umask(beside)
@@ -372,7 +424,8 @@ class _Run:
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
         record.fsync_folder(self.folder)
-        say(self.console, "saved", f"[bold]{shown(target)}[/] ({size(files[evaluate.WEIGHTS]['size'])})")
+        weights = sum(file["size"] for name, file in files.items() if name.endswith(".safetensors"))
+        say(self.console, "saved", f"[bold]{shown(target)}[/] ({size(weights)})")
         return target
 
     def _figures(self, model, tokenizer, task: Task, held_out) -> dict[str, Any]:
@@ -419,7 +472,8 @@ class _Run:
             lines = []
             for prediction, example in zip(result.predictions, result.examples, strict=True):
                 truth = {"references": example.references} if task.kind == "generate" else {"label": example.label}
-                lines.append(json.dumps({"prediction": prediction, **truth}) + "\n")
+                part = {"group": example.group} if example.group else {}
+                lines.append(json.dumps({"prediction": prediction, **truth, **part}) + "\n")
             record.write_text(self.folder / "predictions.jsonl", "".join(lines))
         return {"test": result.metrics}
 
@@ -446,7 +500,8 @@ class _Run:
     def _previous(self) -> dict[str, Any] | None:
         """The facts of the run this one continues, or None for a new one; ConfigError where the folder is taken."""
         path = self.folder / "run.json"
-        resumable = bool(checkpoint.checkpoints(self.checkpoints)) or (self.folder / "adapter").exists()
+        finished = any((self.folder / name).exists() for name in ("adapter", "model"))
+        resumable = bool(checkpoint.checkpoints(self.checkpoints)) or finished
         if self.source == "never":
             if path.is_file() and resumable:
                 raise ConfigError(
@@ -479,6 +534,7 @@ class _Run:
             return None
         ours = {"data": fingerprints["data"], "base model weights": fingerprints["base"]}
         before = {"data": previous["fingerprints"]["data"], "base model weights": previous["fingerprints"]["base"]}
+        ours["plug-ins"], before["plug-ins"] = fingerprints["plugins"], previous["fingerprints"].get("plugins", {})
         checkpoint.refuse_drift(before, ours)
         found: Path | None
         passed_over: list[str] = []
@@ -544,8 +600,11 @@ def load(recipe: Recipe, console: Console) -> Task:
     return task
 
 
-def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> PeftModel:
-    """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full."""
+def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> Any:
+    """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full.
+
+    A method that trains the weights themselves gives the model back, all of it trained.
+    """
     return put(model, recipe, kind, lr_warmup).model
 
 
@@ -553,15 +612,15 @@ def put(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: 
     """`adapt`, with what the method says of its optimizer."""
     name = recipe.adapter.method
     method = methods.get(name)
-    if name in ("full", "galore", "garare", "flora-optimizer", "corda"):
+    if name == "corda":
         raise ConfigError(
-            f"adapter.method={name}: {method.title} {'starts from calibration data' if name == 'corda' else 'trains the whole model'}, "
-            "which this verb does not do; use duallora.methods.apply in Python (docs/methods.md)"
+            f"adapter.method={name}: {method.title} starts from calibration data, which this verb does not do; use "
+            "duallora.methods.apply in Python (docs/methods.md)"
         )
-    fields = recipe.adapter.model_dump(exclude={"method", "options"})
+    fields = recipe.adapter.model_dump(exclude={"method", "options", "init", "init_batches"})
     if fields["warmup_steps"] == "auto":
         fields["warmup_steps"] = max(1, lr_warmup)
-    if kind != "generate":
+    if kind != "generate" and not method.whole:
         heads = evaluate.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
         own = {*(fields["modules_to_save"] or ()), *heads} - {"classifier", "score"}
@@ -575,9 +634,12 @@ def put(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: 
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ConfigError(f"adapter.target_modules={recipe.adapter.target_modules!r}: {error}") from error
-        found = methods.Adapted(adapted, method, methods.MethodSpec(name))
+        options = {"direction_lr_ratio": recipe.train.direction_lr_ratio}
+        found = methods.Adapted(adapted, method, methods.MethodSpec(name, options=options))
     else:
         found = methods.apply(model, other(recipe, method, fields, task_type))
+    if method.whole:
+        return found
     config = found.model.peft_config["default"]
     # The name the user gave, not the local folder it resolved to: the adapter may be loaded on another machine.
     config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
@@ -594,10 +656,28 @@ def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_t
         if values[name] == getattr(untouched, key) and (name not in method.defaults or (method.rule and name != "r")):
             values[name] = None
     options = dict(recipe.adapter.options)
-    if "target_modules" in method.defaults:
+    if "target_modules" in method.defaults or method.whole:  # a whole model's method refuses what it has not got
         chosen = ("exclude_modules", "modules_to_save", "layers_to_transform")
         options |= {name: fields[name] for name in chosen if fields[name] is not None}
     return methods.MethodSpec(method.name, task_type=task_type, options=options, **values)
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """(trained, all) weights of a model, with or without an adapter."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    return sum(weight.numel() for weight in methods.trained(model)), model.num_parameters()
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """The trained weights of a checkpoint into ``model``; IntegrityError where they are another model's."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return
+    try:
+        load_model_weights(model, folder / WHOLE_MODEL)
+    except RuntimeError as error:  # names or shapes
+        raise IntegrityError(f"{folder / WHOLE_MODEL} does not fit the model: {str(error).splitlines()[0]}") from error
 
 
 def gate(model: Any) -> float:
@@ -617,8 +697,8 @@ def _arguments(
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             average_tokens_across_devices=processes.count > 1,
-            # Only biases outside the adapted layers may have no part in the loss (a pooler's).
-            ddp_find_unused_parameters=recipe.adapter.bias == "all",
+            # Biases outside the adapted layers, and a model's own weights, may have no part in the loss (a pooler's).
+            ddp_find_unused_parameters=recipe.adapter.bias == "all" or methods.get(recipe.adapter.method).whole,
             ddp_broadcast_buffers=False,  # the gates count the same steps everywhere
             learning_rate=options.learning_rate,
             lr_scheduler_type=options.lr_scheduler,
@@ -660,6 +740,11 @@ def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
 def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
     """ConfigError now, before anything heavy is loaded, for what transformers would refuse when training starts."""
     _arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0, processes=processes)
+    method = methods.get(recipe.adapter.method)
+    if method.optimizer and recipe.train.optimizer != type(recipe.train).model_fields["optimizer"].default:
+        raise ConfigError(
+            f"train.optimizer={recipe.train.optimizer}: {method.title} is an optimizer itself; leave it out"
+        )
     trackers = [name for name in recipe.train.report_to if name != "tensorboard"]
     try:
         for callback in get_reporting_integration_callbacks(trackers):
@@ -676,9 +761,9 @@ def _loss_before(previous: dict[str, Any] | None, recipe: Recipe) -> float | Non
 
 
 class _Trainer(Trainer):
-    """Counts real tokens, stops at the first non-finite loss, and saves nothing but the adapter."""
+    """Counts real tokens, stops at the first non-finite loss, and saves nothing but what is trained."""
 
-    model: PeftModel
+    model: Any
     lr_scheduler: Any
     processes = ALONE
     kind: evaluate.Kind = "generate"
@@ -690,8 +775,13 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         method = self.method
-        if self.optimizer is None and method is not None and method.spec.name != "duallora" and method.method.groups:
-            self.optimizer = method.optimizer(self.args.learning_rate, self.args.weight_decay)  # rates of its own
+        rates = self.args.learning_rate, self.args.weight_decay
+        if self.optimizer is None and method is not None and method.method.optimizer:
+            self.optimizer = method.optimizer(*rates)
+        elif self.optimizer is None and method is not None and method.method.groups:
+            if method.spec.options.get("direction_lr_ratio", 0) != 1:  # with 1 Trainer's own groups will do
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(method.groups(*rates), **options)
         return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -734,8 +824,19 @@ class _Trainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if not self.args.should_save:
             return
-        # PEFT's own default asks the hub whether the vocabulary grew.
-        self.model.save_pretrained(str(output_dir or self.args.output_dir), save_embedding_layers=False)
+        folder = Path(output_dir or self.args.output_dir)
+        if isinstance(self.model, PeftModel):
+            # PEFT's own default asks the hub whether the vocabulary grew.
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:  # as they are called here: from_pretrained may rename and restack
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model_weights(self.model, str(folder / WHOLE_MODEL))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # Trainer's own passes over what does not fit
+            load_weights(self.model, Path(resume_from_checkpoint))
 
     def non_finite(self, what: str, value: float) -> NonFiniteError:
         """The error for a NaN or infinite ``what`` in the step under way, which is also logged."""
