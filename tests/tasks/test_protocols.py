@@ -56,16 +56,63 @@ def test_prompt_bytes_and_gold_of_a_commonsense_row(tmp_path):
 )
 def test_first_match_is_case_sensitive_and_empty_where_nothing_matches(tmp_path, name, text, answer):
     task = load_task(name, data_dir=tmp_path)
-    assert task.extract(text) == answer
+    assert task.extract(text, Example(group=name)) == answer
 
 
 def test_accuracy_and_parse_failures_take_whole_texts_and_extracted_answers(tmp_path):
     task = load_task("piqa", data_dir=tmp_path)
-    rows = [Example(references=(gold,)) for gold in ("solution1", "solution2", "solution1", "solution1")]
+    rows = [Example(references=(gold,), group="piqa") for gold in ("solution1", "solution2", "solution1", "solution1")]
     texts = ["the correct answer is solution1", "solution1", "no idea", "solution1"]
     expected = {"accuracy": 50.0, "parse_failure_rate": 25.0}
     assert task.metrics(texts, rows) == expected
-    assert task.metrics([task.extract(text) for text in texts], rows) == expected
+    assert task.metrics([task.extract(text, row) for text, row in zip(texts, rows, strict=True)], rows) == expected
+
+
+def a_mixture(root):
+    """boolq with 9 training rows, winogrande with 4 and no test, piqa with a test of 2 and no training rows."""
+    commonsense_folder(root, "boolq", "train", [item("true", f"b{index}") for index in range(9)])
+    commonsense_folder(root, "boolq", "test", [item("false", "B")])
+    commonsense_folder(root, "winogrande", "train_l", [item("option2", f"w{index}") for index in range(4)])
+    return commonsense_folder(root, "piqa", "test", [item("solution1", "P1"), item("solution2", "P2")])
+
+
+def test_the_mixture_is_the_union_of_the_tasks_own_splits_taken_in_turn(tmp_path):
+    task = load_task("commonsense", data_dir=a_mixture(tmp_path))
+    for split, names in (("train", ["boolq", "winogrande"]), ("validation", ["boolq", "winogrande"])):
+        own = {name: list(load_task(name, data_dir=tmp_path).splits[split]) for name in names}
+        rows = task.splits[split]
+        assert {name: [row for row in rows if row.group == name] for name in names} == own
+        assert len(rows) == sum(map(len, own.values()))
+    assert [row.group for row in task.splits["train"]] == ["boolq", "winogrande"] * 3 + ["boolq"] * 4
+    assert [row.group for row in task.splits["test"]] == ["boolq", "piqa", "piqa"]
+    assert "the training rows of arc_easy, arc_challenge, piqa, social_i_qa, hellaswag, openbookqa" in task.source
+    assert "the test rows of arc_easy, arc_challenge, social_i_qa, hellaswag, winogrande, openbookqa" in task.source
+
+
+def test_a_mixture_of_nothing_is_an_error_and_one_without_a_damaged_file_too(tmp_path):
+    with pytest.raises(DataError, match=r"no train rows of any of the eight.*commonsense/boolq/train\.json"):
+        load_task("commonsense", data_dir=tmp_path).splits["train"]
+    root = a_mixture(tmp_path)
+    (root / "commonsense" / "winogrande" / "train_l.json").write_text("[{")
+    with pytest.raises(DataError, match="winogrande"):
+        load_task("commonsense", data_dir=root).splits["train"]
+
+
+def test_the_mixture_scores_each_task_by_its_own_words_and_averages_the_tasks_and_not_the_rows(tmp_path):
+    rows = load_task("commonsense", data_dir=a_mixture(tmp_path)).splits["test"]
+    task = load_task("commonsense", data_dir=tmp_path)
+    texts = ["solution2 is false", "true solution1", "solution1"]  # each holds another task's word, too
+    expected = {
+        "average": 75.0, "parse_failure_rate": 0.0,
+        "accuracy_boolq": 100.0, "parse_failure_rate_boolq": 0.0,
+        "accuracy_piqa": 50.0, "parse_failure_rate_piqa": 0.0,
+    }  # fmt: skip
+    assert task.metrics(texts, rows) == expected
+    assert [task.extract(text, row) for text, row in zip(texts, rows, strict=True)] == [
+        "false", "solution1", "solution1",
+    ]  # fmt: skip
+    assert task.metrics(["no", "solution1", "?"], rows)["parse_failure_rate"] == pytest.approx(200 / 3)
+    assert task.metrics(["no", "solution1", "?"], rows)["average"] == 25.0
 
 
 def test_commonsense_validation_is_cut_from_the_training_rows(tmp_path):
@@ -226,6 +273,15 @@ def test_mnli_test_scores_both_development_sets_together_and_apart(tmp_path):
     assert figures == {"accuracy": 75.0, "accuracy_matched": 100.0, "accuracy_mismatched": 50.0}
 
 
+def test_a_folder_called_mismatched_does_not_change_mnlis_halves(tmp_path):
+    header = "index\tsentence1\tsentence2\tgold_label"
+    root = tmp_path / "mismatched"
+    glue_file(root, "MNLI", "dev_matched.tsv", [header, "0\ta\tb\tneutral"])
+    glue_file(root, "MNLI", "dev_mismatched.tsv", [header, "0\tc\td\tentailment"])
+    task = load_task("mnli", data_dir=root)
+    assert task.metrics([1, 1], task.splits["test"])["accuracy_matched"] == 100.0
+
+
 def test_glue_from_the_hub(monkeypatch):
     from duallora.tasks import glue
 
@@ -256,7 +312,7 @@ def test_e2e_groups_references_by_meaning_outside_training(tmp_path):
     assert first.references == ("A serves B .", "B at A .")
     assert second.references == ("C is there .",)
     assert task.generation["num_beams"] == 10
-    assert task.extract(" A serves B .\nname : C") == "A serves B ."
+    assert task.extract(" A serves B .\nname : C", first) == "A serves B ."
 
 
 def test_e2e_lines_without_separator_are_named(tmp_path):
@@ -280,7 +336,7 @@ def test_unknown_tasks_and_folders(tmp_path):
         load_task("arc-easy")
     with pytest.raises(DataError, match="which is no folder"):
         load_task("rte", data_dir=tmp_path / "absent")
-    assert len(TASKS) == len(set(TASKS)) == 17
+    assert len(TASKS) == len(set(TASKS)) == 18
 
 
 def test_data_folder_from_the_environment(tmp_path, monkeypatch):

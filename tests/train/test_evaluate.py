@@ -118,7 +118,7 @@ def test_the_answer_compared_is_the_extracted_one(trained, task):
     examples = [Example(prompt="1 plus 1 is", answer=" 2", references=("2",))] * 2
     odd = Task(
         name="odd", kind="generate", splits={"test": examples}, format="", metrics=metrics, main_metric="share",
-        generation={"max_new_tokens": 2}, extract=lambda text: f"<{len(text)}>",
+        generation={"max_new_tokens": 2}, extract=lambda text, example: f"<{len(text)}>",
     )  # fmt: skip
     result = evaluate.evaluate(model, tokenizer, odd)
     assert result.predictions == seen["predictions"]

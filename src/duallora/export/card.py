@@ -229,8 +229,8 @@ def _title(folder: Path, task: str) -> str:
 def _datasets(task: str, run: dict[str, Any]) -> list[str]:
     """The hub's names of the data the adapter was trained on, where they are known."""
     if task in TASKS:
-        loader = e2e if task == "e2e" else commonsense if task in commonsense.PROTOCOLS else glue
-        return re.findall(r"^hub ([\w./-]+)", loader.load(task, None).source)
+        loader = e2e if task == "e2e" else commonsense if task in commonsense.NAMES else glue
+        return re.findall(r"(?:^hub|,) ([\w.-]+/[\w.-]+)", loader.load(task, None).source)
     path = run.get("recipe", {}).get("data", {}).get("path")
     return [path] if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else []
 

@@ -31,7 +31,7 @@ __all__ = [
     "load_task",
 ]
 
-TASKS: tuple[str, ...] = ("e2e", *commonsense.PROTOCOLS, *glue.PROTOCOLS)
+TASKS: tuple[str, ...] = ("e2e", *commonsense.NAMES, *glue.PROTOCOLS)
 
 
 def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
@@ -48,4 +48,4 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
     folder = data_folder(data_dir)
     if name == "e2e":
         return e2e.load(name, folder)
-    return (commonsense if name in commonsense.PROTOCOLS else glue).load(name, folder)
+    return (commonsense if name in commonsense.NAMES else glue).load(name, folder)

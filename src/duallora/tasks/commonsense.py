@@ -8,6 +8,11 @@ Differences from HiRA, on purpose: the end-of-text token is trained (HiRA's answ
 tokens), the beginning-of-text token is set in training as in generation, and 120 training rows of each task, drawn
 with seed 42, are its validation split (LLM-Adapters' number, taken there from the mixture of all eight).
 
+`MIXTURE` is Table 1's protocol: one run on the training rows of all eight, then a figure for each test and their plain
+mean. It is the union of the training sets that stand in the folder, or of the hub's eight (LLM-Adapters' file of
+170,420 rows holds more of WinoGrande than any set of the hub). The rows come from each task in turn, so that
+``data.limit`` and ``data.eval_limit`` take evenly from all; ``data.eval_limit=120`` is LLM-Adapters' validation size.
+
 Local files: ``commonsense/NAME/{train,test}.json`` as LLM-Adapters ships them, lists of {instruction, input, output,
 answer}. Without a data folder the original data sets are taken from the hub and put into the same words.
 """
@@ -15,6 +20,7 @@ answer}. Without a data folder the original data sets are taken from the hub and
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +32,15 @@ from duallora.errors import DataError
 from duallora.tasks import metrics
 from duallora.tasks.example import Example
 from duallora.tasks.files import Faults, load_hub, read_rows
-from duallora.tasks.local import find_file
-from duallora.tasks.task import LazySplits, Task
+from duallora.tasks.local import find_file, seek_file
+from duallora.tasks.task import SPLITS, LazySplits, Task
 
 # Two spaces before the blank line, as in HiRA's training and evaluation alike.
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+GENERATION = {"max_new_tokens": 16, "num_beams": 4, "do_sample": False}
 VALIDATION_ROWS = 120
 _VALIDATION_SEED = 42
 
@@ -52,6 +59,13 @@ class Protocol:
     render: Render
     train_files: tuple[str, ...] = ("train.json",)
     test_files: tuple[str, ...] = ("test.json",)
+
+    @property
+    def places(self) -> tuple[str, str]:
+        return f"commonsense/{self.folder}", self.folder
+
+    def files(self, split: str) -> tuple[str, ...]:
+        return self.test_files if split == "test" else self.train_files
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -125,10 +139,17 @@ PROTOCOLS: dict[str, Protocol] = {
 }  # fmt: skip
 
 
+MIXTURE = "commonsense"  # the name of all eight at once
+NAMES = (*PROTOCOLS, MIXTURE)
+
+
 def load(name: str, folder: Path | None) -> Task:
-    """One of the eight tasks, from ``folder`` or, where it is None, from the hub."""
+    """One of the eight tasks or their mixture, from ``folder`` or, where it is None, from the hub."""
+    return _mixture(folder) if name == MIXTURE else _single(name, folder)
+
+
+def _single(name: str, folder: Path | None) -> Task:
     protocol = PROTOCOLS[name]
-    extract = functools.partial(first_match, answers=protocol.answers)
     read = functools.partial(_read, name, protocol, folder)
     splits = LazySplits(
         {
@@ -143,12 +164,56 @@ def load(name: str, folder: Path | None) -> Task:
         kind="generate",
         splits=splits,
         format="commonsense (HiRA prompt, first-match answer)",
-        metrics=functools.partial(choice_metrics, extract=extract),
+        metrics=choice_metrics,
         main_metric="accuracy",
-        generation={"max_new_tokens": 16, "num_beams": 4, "do_sample": False},
+        generation=GENERATION,
         extract=extract,
         source=f"{folder} ({protocol.folder})" if folder else f"hub {hub}",
     )
+
+
+def _mixture(folder: Path | None) -> Task:
+    tasks = {name: _single(name, folder) for name in PROTOCOLS}
+
+    def here(split: str) -> list[str]:
+        return [
+            name
+            for name, protocol in PROTOCOLS.items()
+            if folder is None or seek_file(folder, protocol.places, protocol.files(split))
+        ]
+
+    def read(split: str) -> tuple[Example, ...]:
+        found = [tasks[name].splits[split] for name in here(split)]
+        if not found:
+            looked = ", ".join(f"{p.places[0]}/{p.files(split)[0]}" for p in PROTOCOLS.values())
+            raise DataError(
+                f"{MIXTURE}: {folder} has no {split} rows of any of the eight tasks; looked for {looked}. Put some "
+                "there, or unset data.data_dir and DUALLORA_DATA to load them from the hub."
+            )
+        return tuple(row for turn in itertools.zip_longest(*found) for row in turn if row is not None)
+
+    hub = ", ".join(dict.fromkeys(protocol.hub[0] for protocol in PROTOCOLS.values()))
+    source = f"{folder} (commonsense)" if folder else f"hub {hub}"
+    for split, what in (("train", "training"), ("test", "test")):
+        absent = [name for name in PROTOCOLS if name not in here(split)]
+        if 0 < len(absent) < len(PROTOCOLS):
+            source += f"; not there: the {what} rows of {', '.join(absent)}"
+    return Task(
+        name=MIXTURE,
+        kind="generate",
+        splits=LazySplits({split: functools.partial(read, split) for split in SPLITS}),
+        format="commonsense mixture (HiRA prompt, first-match answer)",
+        metrics=mixture_metrics,
+        main_metric="average",
+        generation=GENERATION,
+        extract=extract,
+        source=source,
+    )
+
+
+def extract(text: str, example: Example) -> str:
+    """The answer in a generated text: the first of its task's answer words."""
+    return first_match(text, PROTOCOLS[example.group].answers)
 
 
 def first_match(text: str, answers: Sequence[str]) -> str:
@@ -157,14 +222,28 @@ def first_match(text: str, answers: Sequence[str]) -> str:
     return found.group() if found else ""
 
 
-def choice_metrics(
-    predictions: Sequence[str], examples: Sequence[Example], extract: Callable[[str], str]
-) -> dict[str, float]:
+def choice_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     """Accuracy and the share of predictions without any answer word; whole texts and extracted answers both do."""
-    answers = [extract(text) for text in predictions]
+    answers = [extract(text, example) for text, example in zip(predictions, examples, strict=True)]
     return {
         "accuracy": metrics.accuracy(answers, [example.references[0] for example in examples]),
         "parse_failure_rate": metrics.percent([not answer for answer in answers]),
+    }
+
+
+def mixture_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """`choice_metrics` of each task by its name, the plain mean of the accuracies, and all parse failures."""
+    figures: dict[str, float] = {}
+    for name in PROTOCOLS:
+        own = [index for index, example in enumerate(examples) if example.group == name]
+        if own:
+            found = choice_metrics([predictions[i] for i in own], [examples[i] for i in own])
+            figures |= {f"{figure}_{name}": value for figure, value in found.items()}
+    accuracies = [value for figure, value in figures.items() if figure.startswith("accuracy_")]
+    return {
+        "average": sum(accuracies) / max(1, len(accuracies)),
+        "parse_failure_rate": choice_metrics(predictions, examples)["parse_failure_rate"],
+        **figures,
     }
 
 
@@ -173,10 +252,10 @@ def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tup
         table = load_hub(*protocol.hub)["train" if split == "train" else protocol.hub_test]
         label = f"{protocol.hub[0]}:{split}"
         rows = [(f"{label}:{number}", *protocol.render(row)) for number, row in enumerate(table, 1)]
-        return tuple(_example(instruction, f"the correct answer is {gold}", gold, at) for at, instruction, gold in rows)
-    files = protocol.train_files if split == "train" else protocol.test_files
-    places = (f"commonsense/{protocol.folder}", protocol.folder)
-    path = find_file(folder, places, files, f"the {split} file of {name}")
+        return tuple(
+            _example(name, instruction, f"the correct answer is {gold}", gold, at) for at, instruction, gold in rows
+        )
+    path = find_file(folder, protocol.places, protocol.files(split), f"the {split} file of {name}")
     faults = Faults(str(path), "error")
     examples = []
     for where, row, raw in read_rows(path, faults):
@@ -187,15 +266,14 @@ def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tup
             faults.add(where, f"unknown answer, expected one of {', '.join(protocol.answers)}", raw, column="answer")
         else:
             instruction = row["instruction"] if not row.get("input") else f"{row['instruction']}\n{row['input']}"
-            examples.append(_example(instruction, row["output"], row["answer"], where))
+            examples.append(_example(name, instruction, row["output"], row["answer"], where))
     faults.close(len(examples))
     return tuple(examples)
 
 
-def _example(instruction: str, output: str, gold: str, where: str) -> Example:
-    return Example(
-        prompt=PROMPT.format_map({"instruction": instruction}), answer=output, references=(gold,), where=where
-    )
+def _example(name: str, instruction: str, output: str, gold: str, where: str) -> Example:
+    prompt = PROMPT.format_map({"instruction": instruction})
+    return Example(prompt=prompt, answer=output, references=(gold,), group=name, where=where)
 
 
 def _held(rows: Sequence[Example]) -> set[int]:

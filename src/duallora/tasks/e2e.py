@@ -58,7 +58,7 @@ def load(name: str, folder: Path | None) -> Task:
             "no_repeat_ngram_size": 4,
             "do_sample": False,
         },
-        extract=first_line,
+        extract=lambda text, example: first_line(text),
         source=f"{folder} (e2e_nlg)" if folder else f"hub {_HUB[0]}",
     )
 

@@ -22,5 +22,7 @@ class Example:
     """Class id (classify) or target (regress); None where the split has no gold label."""
     references: tuple[str, ...] = ()
     """Every accepted answer, for the metrics; at least ``answer`` in generation tasks."""
+    group: str = ""
+    """Part of the task the row belongs to, where parts are scored apart; it does not enter the fingerprint."""
     where: str = ""
     """``file:line``, for messages about this row."""

@@ -45,10 +45,12 @@ def _matthews(predictions: Sequence, examples: Sequence[Example]) -> dict[str, f
 
 def _mnli(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
     figures = _accuracy(predictions, examples)
-    for name, mismatched in (("accuracy_matched", False), ("accuracy_mismatched", True)):
-        own = [index for index, example in enumerate(examples) if ("mismatched" in example.where) == mismatched]
+    for group in ("matched", "mismatched"):
+        own = [index for index, example in enumerate(examples) if example.group == group]
         if own and len(own) < len(examples):
-            figures |= {name: _accuracy([predictions[i] for i in own], [examples[i] for i in own])["accuracy"]}
+            figures[f"accuracy_{group}"] = metrics.accuracy(
+                [predictions[i] for i in own], [examples[i].label for i in own]
+            )
     return figures
 
 
@@ -139,12 +141,18 @@ def _read(name: str, protocol: Protocol, folder: Path | None, file: str) -> tupl
         except (KeyError, ValueError):
             faults.add(where, f"unknown label {value!r}", raw, column=protocol.label)
             continue
-        examples.append(Example(texts=tuple(row[column] for column in protocol.columns), label=label, where=where))
+        texts = tuple(row[column] for column in protocol.columns)
+        examples.append(Example(texts=texts, label=label, group=_half(file), where=where))
     if faults.count > 0.001 * len(examples):
         raise DataError(f"{faults.count} of {faults.count + len(examples)} rows are bad:\n" + "\n".join(faults.kept))
     if note := faults.close(len(examples)):
         logger.warning("%s", note)
     return tuple(examples)
+
+
+def _half(file: str) -> str:
+    """Which of MNLI's development sets a file is, "matched" or "mismatched"; else nothing."""
+    return file.removesuffix(".tsv").partition("_")[2]
 
 
 def _read_tsv(path: Path, protocol: Protocol, faults: Faults) -> Iterator[tuple[str, Mapping[str, str], str]]:
@@ -175,6 +183,7 @@ def _read_hub(name: str, protocol: Protocol, file: str) -> tuple[Example, ...]:
         Example(
             texts=tuple(row[column] for column in protocol.hub_columns),
             label=row["label"],
+            group=_half(file),
             where=f"nyu-mll/glue:{name}:{split}:{number}",
         )
         for number, row in enumerate(rows, 1)

@@ -21,16 +21,19 @@ def data_folder(data_dir: str | Path | None) -> Path | None:
     return folder
 
 
+def seek_file(folder: Path, places: Sequence[str], names: Sequence[str]) -> Path | None:
+    """The first of ``names`` in ``folder/place`` for the first place that has it, or None."""
+    paths = (folder / place / name for place in places for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def find_file(folder: Path, places: Sequence[str], names: Sequence[str], what: str) -> Path:
     """The first of ``names`` in ``folder/place`` for the first place that has it.
 
     Raises DataError listing where it was looked for.
     """
-    for place in places:
-        for name in names:
-            path = folder / place / name
-            if path.is_file():
-                return path
+    if found := seek_file(folder, places, names):
+        return found
     looked = ", ".join(str(folder / place / names[0]) for place in places)
     others = f" (or {', '.join(names[1:])} there)" if len(names) > 1 else ""
     raise DataError(

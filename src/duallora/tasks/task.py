@@ -62,8 +62,8 @@ class Task:
     """The key of ``metrics`` that ranks models; greater is better."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for transformers' ``generate``: max_new_tokens, num_beams, ... (generate)."""
-    extract: Callable[[str], str] | None = None
-    """Generated text -> the answer the metrics compare; None: the whole text, stripped."""
+    extract: Callable[[str, Example], str] | None = None
+    """(generated text, its example) -> the answer the metrics compare; None: the whole text, stripped."""
     source: str = ""
     """File paths or hub id, to show the user."""
 

@@ -92,7 +92,10 @@ def evaluate(
             loss = _finite(answer_loss(model, tokenizer, rows, **shared), split)
             settings = {**task.generation, **(generation or {})}
             texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
-            predictions: list[Any] = [task.extract(text) if task.extract else text.strip() for text in texts]
+            predictions: list[Any] = [
+                task.extract(text, example) if task.extract else text.strip()
+                for text, example in zip(texts, examples, strict=True)
+            ]
             losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         else:
             logits = classify(model, tokenizer, rows, **shared)
