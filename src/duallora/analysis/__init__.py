@@ -1,0 +1,1 @@
+"""What finished runs show: statistics of studies, summaries, the report."""

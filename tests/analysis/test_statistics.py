@@ -1,0 +1,231 @@
+"""Intervals cover what they promise, equal scipy's where scipy has them, and read the same figures as the tasks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from duallora.analysis import statistics
+from duallora.analysis.statistics import SCORES, Sample, difference, draws, estimate, holm, mean_of, resample, verdict
+from duallora.errors import DataError
+from duallora.tasks import metrics
+
+ACCURACY, MATTHEWS, PEARSON = (SCORES[name][0] for name in ("accuracy", "matthews", "pearson"))
+REFERENCES = [
+    ("the cat sat on the mat .", "a cat was on the mat ."),
+    ("there is a cheap pub near the river",),
+    ("Blue Spice is a family friendly coffee shop in the city centre .", "Blue Spice is in the centre", "A shop ."),
+    ("no match whatsoever here",),
+]
+TEXTS = [
+    "the Cat sat on a mat .",
+    "there is a cheap pub by the river",
+    "Blue Spice is a coffee shop in the centre .",
+    "zzz",
+]
+
+
+def two_way(random, n, seeds, *, seed_sd, example_sd, both_sd, rounds=400):
+    """A Sample of means of Y[i, s] = seed + example + both, all Gaussian around 0, and of its resamples."""
+    values = (
+        random.normal(0, seed_sd, seeds) + random.normal(0, example_sd, (n, 1)) + random.normal(0, both_sd, (n, seeds))
+    )
+    counts = random.multinomial(n, np.full(n, 1 / n), size=rounds)
+    return Sample(values.mean(axis=0), counts @ values / n)
+
+
+@pytest.mark.parametrize(
+    ("seed_sd", "example_sd", "both_sd", "at_most"),
+    [
+        (0.0, 1.0, 0.0, 0.98),  # the examples alone: as close to 95 % as a bootstrap of 60 comes
+        (1.0, 0.0, 0.0, 0.98),  # the seeds alone
+        (0.1, 1.0, 1.0, 1.0),  # all of it: never less than promised
+        (0.0, 0.0, 1.0, 1.0),
+    ],
+)
+def test_intervals_cover_the_truth_as_often_as_they_say(seed_sd, example_sd, both_sd, at_most):
+    """In 600 made-up studies of 60 examples and 3 seeds, whose truth is 0."""
+    random = np.random.default_rng(7)
+    hits, resampled_seeds, repeats = 0, 0, 600
+    for _ in range(repeats):
+        sample = two_way(random, 60, 3, seed_sd=seed_sd, example_sd=example_sd, both_sd=both_sd)
+        low, high = estimate(sample, seed=int(random.integers(1 << 30))).interval
+        hits += low <= 0 <= high
+        triples = sample.resampled[np.arange(400)[:, None], random.integers(3, size=(400, 3))].mean(axis=1)
+        low, high = np.percentile(triples, [2.5, 97.5])
+        resampled_seeds += low <= 0 <= high
+    # Three standard errors of a share of 95 % in 600 are 2.7 points.
+    assert 0.95 - 0.027 <= hits / repeats <= at_most
+    if seed_sd == 1.0:  # why the seeds are not resampled
+        assert resampled_seeds / repeats < 0.85
+
+
+def test_one_seed_gives_the_percentile_bootstrap_of_scipy():
+    random = np.random.default_rng(3)
+    gold = random.integers(0, 2, 63).tolist()
+    guess = [value if random.random() < 0.7 else 1 - value for value in gold]
+    pairs = (np.array(guess), np.array(gold))
+    found = estimate(resample(MATTHEWS, [guess], gold))
+    known = stats.bootstrap(
+        pairs, lambda x, y: metrics.matthews(x, y), paired=True, vectorized=False, method="percentile",
+        n_resamples=4000, rng=np.random.default_rng(1),
+    )  # fmt: skip
+    assert found.mean == pytest.approx(metrics.matthews(guess, gold))
+    assert found.sd is None
+    # The 2.5 % point of 4,000 draws is off by sqrt(.025 * .975 / 4000) / density, about .06 sd.
+    assert found.interval == pytest.approx(tuple(known.confidence_interval), abs=0.25 * known.standard_error)
+    assert found.interval == found.interval_of_models
+
+
+def test_seeds_that_agree_leave_the_bootstrap_of_the_examples():
+    gold = [0, 1, 1, 0, 1, 0, 1, 1, 0] * 7
+    guess = [0, 1, 0, 0, 1, 1, 1, 1, 0] * 7
+    alone, thrice = (estimate(resample(ACCURACY, [guess] * seeds, gold)) for seeds in (1, 3))
+    assert thrice.interval == pytest.approx(alone.interval)
+    assert thrice.sd == 0
+
+
+def test_seeds_that_differ_by_exactly_nothing_but_themselves_give_students_t():
+    """Without examples' noise the interval is the textbook's: mean +- t s / sqrt(3)."""
+    figures = np.array([1.0, 2.0, 4.5])
+    sample = Sample(figures, np.tile(figures, (200_000, 1)))
+    low, high = stats.t.interval(0.95, 2, loc=figures.mean(), scale=stats.sem(figures))
+    assert estimate(sample).interval == pytest.approx((low, high), rel=0.03)
+    assert estimate(sample).p == pytest.approx(stats.ttest_1samp(figures, 0).pvalue, rel=0.03)
+    assert estimate(sample).interval_of_models == (2.5, 2.5)
+
+
+def test_lucky_seeds_do_not_say_more_than_their_test_set():
+    """Errors on different examples but equal accuracies: sd over seeds 0, and yet the truth is not known."""
+    gold = [1] * 60
+    runs = [[int(not start <= i < start + 12) for i in range(60)] for start in (0, 20, 40)]
+    found = estimate(resample(ACCURACY, runs, gold))
+    assert found.sd == 0
+    assert found.interval[0] < found.interval_of_models[0] < 80 < found.interval_of_models[1] < found.interval[1]
+
+
+def test_identical_predictions_differ_by_exactly_nothing():
+    gold = [0.5, 1.25, 3.0, 4.0, 2.5, 5.0]
+    runs = [[0.4, 1.0, 3.5, 4.5, 2.0, 4.0], [1.4, 1.0, 3.0, 3.5, 2.0, 5.0], [0.0, 2.0, 3.5, 4.5, 2.5, 4.0]]
+    one, other = (resample(PEARSON, runs, gold, rounds=500) for _ in range(2))
+    found = estimate(difference(one, other))
+    assert (found.mean, found.sd, found.interval, found.p) == (0, 0, (0, 0), 1)
+    assert verdict(found.mean, found.p) == "cannot be said"
+
+
+def test_pairing_takes_away_what_both_methods_share():
+    """Nearly the same errors: the difference is known far better than either figure."""
+    random = np.random.default_rng(5)
+    gold = [1] * 400
+    common = random.random(400) < 0.7
+    one = [int(value) for value in common]
+    other = one.copy()
+    for index in [i for i in range(400) if not one[i]][:12]:
+        one[index] = 1
+    both = [resample(ACCURACY, [guess], gold) for guess in (one, other)]
+    apart = both[0].resampled - np.random.default_rng(0).permutation(both[1].resampled)
+    paired = estimate(difference(*both))
+    assert paired.mean == pytest.approx(3.0)
+    assert np.ptp(paired.interval) < 0.5 * np.ptp(np.percentile(apart, [2.5, 97.5]))
+    assert paired.interval[0] > 0
+    assert verdict(paired.mean, paired.p) == "yes"
+    assert verdict(-paired.mean, paired.p) == "no"
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews", "pearson"])
+def test_scores_from_sums_are_the_figures_of_the_tasks(name):
+    """On the data and on every resample, constant columns included."""
+    random = np.random.default_rng(11)
+    reference = {
+        "accuracy": metrics.accuracy,
+        "f1": metrics.f1,
+        "matthews": metrics.matthews,
+        "pearson": lambda x, y: metrics.correlation(np.asarray(x), np.asarray(y)),
+    }[name]
+    score = SCORES[name][0]
+    for gold, guess in [
+        (random.integers(0, 2, 7), random.integers(0, 2, 7)),  # resamples with one class alone are common
+        (random.integers(0, 2, 50), np.ones(50, dtype=int)),
+        (np.zeros(9, dtype=int), random.integers(0, 2, 9)),
+        *([(random.random(40) * 5, random.random(40) * 1e-3 + 100)] if name == "pearson" else []),
+    ]:
+        gold, guess = gold.tolist(), guess.tolist()
+        sample = resample(score, [guess], gold, rounds=200, seed=5)
+        counts = np.random.default_rng(5).multinomial(len(gold), np.full(len(gold), 1 / len(gold)), size=200)
+        assert sample.figures[0] == pytest.approx(reference(guess, gold), abs=1e-6)
+        for row in range(0, 200, 9):
+            drawn = np.repeat(np.arange(len(gold)), counts[row])
+            expected = reference([guess[i] for i in drawn], [gold[i] for i in drawn])
+            assert sample.resampled[row, 0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_bleu_from_sums_is_the_corpus_bleu_of_the_tasks(lowercase):
+    score = SCORES["bleu"][0 if lowercase else 1]
+    sample = resample(score, [TEXTS], REFERENCES, rounds=60, seed=2)
+    counts = np.random.default_rng(2).multinomial(4, [0.25] * 4, size=60)
+    assert len(set(sample.resampled[:, 0].round(6))) > 5
+    for row in range(60):
+        drawn = np.repeat(np.arange(4), counts[row])
+        known = metrics.bleu([TEXTS[i] for i in drawn], [REFERENCES[i] for i in drawn], lowercase=lowercase)
+        assert sample.resampled[row, 0] == pytest.approx(known)
+
+
+def test_the_recorded_figure_says_which_score_it_is():
+    """BLEU with and without capitals share a name; a figure nobody here computes has no interval."""
+    for lowercase in (True, False):
+        recorded = metrics.bleu(TEXTS, REFERENCES, lowercase=lowercase)
+        found = statistics.matching("bleu", TEXTS, REFERENCES, recorded)
+        assert found is SCORES["bleu"][0 if lowercase else 1]
+    assert statistics.matching("bleu", TEXTS, REFERENCES, 12.3) is None
+    assert statistics.matching("accuracy", ["answer1", "", "answer2"], [["answer1"], ["answer2"], ["answer2"]], 200 / 3)
+    assert statistics.matching("matthews", TEXTS, REFERENCES, 0.0) is None
+    assert statistics.matching("nist", TEXTS, REFERENCES, 3.0) is None
+
+
+def test_any_function_can_be_resampled():
+    """The slow way and the fast one agree in distribution."""
+    random = np.random.default_rng(4)
+    gold = random.integers(0, 2, 90).tolist()
+    runs = [[value if random.random() < 0.8 else 1 - value for value in gold] for _ in range(2)]
+    slow, fast = resample(metrics.accuracy, runs, gold, rounds=600), resample(ACCURACY, runs, gold, rounds=600)
+    assert slow.figures == pytest.approx(fast.figures)
+    assert slow.resampled.mean(axis=0) == pytest.approx(fast.resampled.mean(axis=0), abs=0.7)  # 4 sd of a mean of 600
+    assert slow.resampled.std(axis=0) == pytest.approx(fast.resampled.std(axis=0), rel=0.15)
+
+
+def test_a_mean_over_tasks_is_as_uncertain_as_independent_tasks_make_it():
+    """Four tasks of one size and of equal noise: half the width, not the same width."""
+    random = np.random.default_rng(8)
+    gold = random.integers(0, 2, 200).tolist()
+    runs = [[value if random.random() < 0.8 else 1 - value for value in gold] for _ in range(4)]
+    samples = [resample(ACCURACY, [run], gold, seed=index, rounds=4000) for index, run in enumerate(runs)]
+    single = np.mean([np.ptp(estimate(sample).interval) for sample in samples])
+    whole = mean_of(samples)
+    assert np.ptp(whole.interval) == pytest.approx(single / 2, rel=0.1)
+    assert whole.mean == pytest.approx(np.mean([sample.figures[0] for sample in samples]))
+    uneven = mean_of([samples[0], resample(ACCURACY, runs[1:3], gold, rounds=4000)])
+    assert uneven.sd is None
+    assert uneven.mean == pytest.approx((samples[0].figures[0] + np.mean([s.figures[0] for s in samples[1:3]])) / 2)
+
+
+def test_holm_by_hand():
+    """0.01 x 4, 0.02 x 3, then 0.03 x 2 = 0.06 again, then 0.9; never above 1, never out of order."""
+    assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+    assert verdict(1.0, 0.06) == "cannot be said"
+
+
+def test_equal_seeds_give_equal_intervals_and_runs_must_fit_their_examples():
+    gold = [0, 1, 1, 0, 1] * 9
+    runs = [[0, 1, 0, 0, 1] * 9, [1, 1, 0, 0, 1] * 9]
+    assert estimate(resample(ACCURACY, runs, gold)) == estimate(resample(ACCURACY, runs, gold))
+    assert (draws(resample(ACCURACY, runs, gold)) != draws(resample(ACCURACY, runs, gold, seed=1))).any()
+    with pytest.raises(DataError, match="44 predictions for 45 examples"):
+        resample(ACCURACY, [runs[0], runs[1][1:]], gold)
+    with pytest.raises(DataError, match="0 runs"):
+        resample(ACCURACY, [], gold)
+    with pytest.raises(DataError, match="expected the same"):
+        difference(resample(ACCURACY, runs, gold), resample(ACCURACY, runs[:1], gold))
