@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from duallora.errors import ConfigError
@@ -22,6 +23,7 @@ __all__ = [
     "Example",
     "LazySplits",
     "Task",
+    "add",
     "encode",
     "encode_prompt",
     "encode_split",
@@ -29,23 +31,43 @@ __all__ = [
     "hold_out",
     "load_data",
     "load_task",
+    "names",
 ]
 
 TASKS: tuple[str, ...] = ("e2e", *commonsense.NAMES, *glue.PROTOCOLS)
+_added: dict[str, Callable[[Path | None], Task]] = {}
+
+
+def names() -> list[str]:
+    """Every task's name: ``TASKS`` and those that `add` made known."""
+    return [*TASKS, *_added]
+
+
+def add(name: str, load: Callable[[Path | None], Task]) -> None:
+    """Make a task of your own known by its name; ``load`` gets the data folder, or None where none is set.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in TASKS:
+        raise ConfigError(f"task {name!r} is one of duallora's own: choose another name.")
+    _added[name] = load
 
 
 def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
-    """One of ``TASKS`` with its protocol, read on first use of a split.
+    """One of `names` with its protocol, read on first use of a split.
 
     data_dir: folder of the data sets (default: DUALLORA_DATA). Where one is set only it is read, and a missing file is
         a DataError; where none is, the data come from the hub.
 
     Raises ConfigError for an unknown name.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name.lower(), TASKS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown task {name!r}; nearest: {near}. Expected one of {', '.join(TASKS)}")
+    if name not in names():
+        near = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown task {name!r}; nearest: {near}. Expected one of {', '.join(names())}")
     folder = data_folder(data_dir)
+    if name in _added:
+        return _added[name](folder)
     if name == "e2e":
         return e2e.load(name, folder)
     return (commonsense if name in commonsense.NAMES else glue).load(name, folder)
