@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_run import WEIGHTS, _without_model_dropout, equal, kill_with, log, weights
 
 from duallora import cli
+from duallora.cli import training
 from duallora.console import exit_code_for
 from duallora.errors import ConfigError, LostProcessError
 from duallora.train import checkpoint, evaluate, launch, record, run
@@ -337,7 +338,7 @@ def test_launch_says_what_it_takes(how):
     ],
 )
 def test_the_processes_get_the_command_line_without_launch(arguments, kept):
-    assert cli._without_option("--launch", arguments) == kept
+    assert training._without_option("--launch", arguments) == kept
 
 
 def test_what_the_first_process_has_told_the_others_do_not_repeat(tmp_path, monkeypatch, capsys):

@@ -1,3 +1,32 @@
+"""The command line: verbs only. Each reads its options, calls one function elsewhere and shows what came back.
+
+Exit codes: 0 done, 1 a fault in the program, 2 configuration or usage, 3 data, 4 integrity, 5 non-finite, 6 locked, 7 disk,
+8 memory, 9 a process of several is gone, 130 and 143 interrupted by SIGINT and SIGTERM. With ``--json`` the only line on
+stdout is a JSON object, also on failure. Torch and its kin are imported inside the verbs: help and errors in options must
+not wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from importlib import import_module
+from typing import Any, NoReturn
+
+import typer
+
+from duallora import console
+from duallora.cli.app import app
+
+THEMES = ("training", "sharing", "machine", "benching")  # a module of verbs each, in the order of --help
+for theme in THEMES:
+    import_module(f"duallora.cli.{theme}")
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``duallora`` program; leaves with the exit codes above."""
     if "_DUALLORA_COMPLETE" in os.environ:

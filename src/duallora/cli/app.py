@@ -1,4 +1,18 @@
+"""What the verbs share: the program they belong to, the options that several of them take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import duallora
+from duallora import console
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 OUTPUT = "Output"
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object as the only line on stdout.", rich_help_panel=OUTPUT)
@@ -30,6 +44,7 @@ DataDir = Annotated[
 Lenient = Annotated[
     bool, typer.Option("--lenient", help="Accept another base model than the one the adapter was trained on.")
 ]
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 app = typer.Typer(
     name="duallora",
@@ -56,6 +71,10 @@ def _duallora(
 
     Start with [bold]duallora demo[/], then [bold]duallora train --data mine.jsonl[/].
     """
+    if os.environ.get("DUALLORA_PLUGINS"):
+        from duallora.train import plugins
+
+        plugins.load()
 
 
 def refuse_misspelt(source: str) -> None:

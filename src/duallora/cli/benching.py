@@ -1,3 +1,16 @@
+"""The verbs of ``duallora bench``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from duallora import console
+from duallora.cli.app import Debug, Json, app, refuse_unwritable
+
 BENCH = Path("results/bench")
 
 
@@ -21,10 +34,12 @@ ResultFile = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Result, written cell by cell; cells it holds are skipped."),
 ]
+
 bench_app = typer.Typer(
     no_args_is_help=True,
     help="Time and memory beside the arithmetic floor and PEFT's methods, as ratios within one run. Needs a quiet machine.",
 )
+app.add_typer(bench_app, name="bench")
 
 
 @bench_app.command("layer")

@@ -1,3 +1,17 @@
+"""Verbs about machines: doctor looks at this one, plan at those a training would need."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from duallora import console
+from duallora.cli.app import Debug, Json, app
+
+
 class PlanMethod(str, Enum):
     lora = "lora"
     dora = "dora"

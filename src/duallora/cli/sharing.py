@@ -1,3 +1,28 @@
+"""Verbs that bring an adapter to others: serve, convert, check, card, push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from duallora import console
+from duallora.cli.app import (
+    Data,
+    DataDir,
+    Debug,
+    Dtype,
+    Json,
+    Lenient,
+    TaskName,
+    app,
+    refuse_misspelt,
+    refuse_unwritable,
+)
+from duallora.cli.training import generation_settings, held_out, what_to_score, with_labels_of
+
+
 @app.command()
 def serve(
     sources: Annotated[

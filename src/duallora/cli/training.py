@@ -1,9 +1,46 @@
+"""Verbs around a run: demo, train, eval, merge; its data and its recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from duallora import console
+from duallora.cli.app import (
+    ConfigFile,
+    Data,
+    DataDir,
+    Debug,
+    Dtype,
+    Json,
+    Lenient,
+    Model,
+    Overrides,
+    TaskName,
+    app,
+    refuse_misspelt,
+    refuse_unwritable,
+)
+
+if TYPE_CHECKING:
+    from duallora.tasks import Example, Task
+    from duallora.train.evaluate import EvalResult
+    from duallora.train.recipe import Recipe
+
 TrainOn = Literal["answer", "all"]
 Into = Literal["auto", "original", "dequantized"]
 EvalData = Annotated[str | None, typer.Option("--eval-data", metavar="DATA", help="Held-out data for --data.")]
 MaxLength = Annotated[int, typer.Option("--max-length", min=8, metavar="N", help="Tokens per example.")]
+
 data_app = typer.Typer(no_args_is_help=True, help="Look at training data before using it.")
 config_app = typer.Typer(no_args_is_help=True, help="The settings of a run: their schema and resolved values.")
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
 
 
 @app.command()
@@ -102,7 +139,8 @@ def train(
         return _plan(recipe)
     result = run.train(recipe, resume=resume, console=console.results)
     folder = escape(str(result["folder"]))
-    next_step = f"[dim]next: duallora eval {folder}, or duallora merge {folder} -o MERGED[/]"
+    merged = "" if Path(result["adapter"]).name == "model" else f", or duallora merge {folder} -o MERGED"
+    next_step = f"[dim]next: duallora eval {folder}{merged}[/]"
     if os.environ.get("RANK", "0") == "0":
         console.results.print(next_step, soft_wrap=True)
     return result
@@ -377,7 +415,9 @@ def generation_settings(recipe: Recipe | None, max_new_tokens: int | None, num_b
 ALL_ROWS = "all rows"  # the split of data that came without splits and that nothing here was trained on
 
 
-def what_to_score(task: str | None, data: str | None, data_dir: Path | None, source: str) -> tuple[Task, Recipe | None, bool]:
+def what_to_score(
+    task: str | None, data: str | None, data_dir: Path | None, source: str
+) -> tuple[Task, Recipe | None, bool]:
     """What to evaluate ``source`` on, the recipe of its run, and whether that is what the run was trained on.
 
     Data the run was trained on are split as the run split them; of other data without splits every row counts.

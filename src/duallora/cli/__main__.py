@@ -1,0 +1,5 @@
+"""``python -m duallora.cli``: the program, for processes that are started from Python."""
+
+from duallora.cli import main
+
+main()
