@@ -160,6 +160,24 @@ def test_scores_from_sums_are_the_figures_of_the_tasks(name):
             assert sample.resampled[row, 0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_an_average_over_parts_weighs_parts_and_not_rows():
+    """boolq 2 of 3, piqa 1 of 1: 83.3, where the rows alone give 75; a resample without piqa is boolq alone."""
+    gold = [("boolq", ["true"]), ("piqa", ["solution1"]), ("boolq", ["true"]), ("boolq", ["false"])]
+    guess = ["true", "solution1", "false", "false"]
+    sample = resample(SCORES["average"][0], [guess], gold, rounds=200, seed=3)
+    assert sample.figures[0] == pytest.approx(100 * (2 / 3 + 1) / 2)
+    counts = np.random.default_rng(3).multinomial(4, [0.25] * 4, size=200)
+    seen = set()
+    for row, (first, solution, second, third) in enumerate(counts):
+        parts = [100.0] * bool(solution)
+        if boolq := first + second + third:
+            parts.append(100 * (first + third) / boolq)
+        seen.add(len(parts))
+        assert sample.resampled[row, 0] == pytest.approx(np.mean(parts))
+    assert seen == {1, 2}
+    assert statistics.matching("average", guess, gold, 250 / 3) is SCORES["average"][0]
+
+
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_bleu_from_sums_is_the_corpus_bleu_of_the_tasks(lowercase):
     score = SCORES["bleu"][0 if lowercase else 1]

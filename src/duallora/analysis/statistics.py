@@ -198,6 +198,20 @@ def _hits(predictions: Sequence[Any], gold: Sequence[Any]) -> np.ndarray:
     return np.array([[guess == right, 1] for guess, right in zip(predictions, truth, strict=True)], dtype=float)
 
 
+def _hits_by_group(predictions: Sequence[Any], gold: Sequence[tuple[str, Any]]) -> np.ndarray:
+    """Hits and rows of each group in turn; ``gold`` names the group of each row."""
+    groups = np.array([group for group, _ in gold])
+    member = groups[:, None] == np.unique(groups)  # [n, groups]
+    hits = _hits(predictions, [truth for _, truth in gold])[:, :1]
+    return np.concatenate([member * hits, member], axis=1)
+
+
+def _average(sums: np.ndarray) -> np.ndarray:
+    """The plain mean over groups of the share of hits; a group that a resample has lost is left out."""
+    hits, rows = np.split(sums, 2, axis=-1)
+    return 100.0 * (hits / np.maximum(1.0, rows)).sum(axis=-1) / np.count_nonzero(rows, axis=-1)
+
+
 def _exact(predictions: Sequence[str], gold: Sequence[Sequence[str]]) -> np.ndarray:
     pairs = zip(predictions, gold, strict=True)
     return np.array([[text.strip() in {o.strip() for o in own}, 1] for text, own in pairs], dtype=float)
@@ -255,6 +269,7 @@ def _bleu(sums: np.ndarray) -> np.ndarray:
 # By the names the tasks give their figures. Tasks differ in whether BLEU reads capitals: `matching` finds out.
 SCORES: dict[str, tuple[Score, ...]] = {
     "accuracy": (Score(_hits, _share),),
+    "average": (Score(_hits_by_group, _average),),
     "exact_match": (Score(_exact, _share),),
     "f1": (Score(_f1_terms, _f1),),
     "matthews": (Score(_moments, _correlation),),
@@ -264,7 +279,10 @@ SCORES: dict[str, tuple[Score, ...]] = {
 
 
 def matching(metric: str, predictions: Sequence[Any], gold: Sequence[Any], recorded: float) -> Score | None:
-    """The score called ``metric`` that gives the ``recorded`` figure for these predictions; None where none does."""
+    """The score called ``metric`` that gives the ``recorded`` figure for these predictions; None where none does.
+
+    ``gold`` holds labels, lists of references or, for the average over parts of a task, (part, label or references).
+    """
     for score in SCORES.get(metric, ()):
         try:
             found = float(score.figure(score.terms(predictions, gold).sum(axis=0)))
