@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
     "plan": {"plan", "train", "errors", "__root__"},
+    "grid": {"grid", "train", "errors", "console"},
 }
 # A verb calls whatever has something to show, never the layers themselves.
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli", "__root__"} - {"core", "ops", "nn"}

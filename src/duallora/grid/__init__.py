@@ -1,0 +1,1 @@
+"""Grids of training runs: what they are (`study`), and how they are worked off (`run`)."""

@@ -1,0 +1,677 @@
+"""A study: the same tasks, settings, search and seeds for every variant, and what is to be run next given what is done.
+
+A cell is one `duallora train` in its own folder, FOLDER/cells/NAME; FOLDER/study.yaml is the study itself. Stage 1 runs
+every search value at the first seeds and picks the best one on validation rows; stage 2 runs the other seeds there.
+Both follow from the outcomes that lie on disk, so a study has no other memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from duallora.errors import ConfigError, is_number
+from duallora.train.recipe import (
+    SECTIONS,
+    Placed,
+    Recipe,
+    assemble,
+    listing,
+    overlay,
+    read_settings,
+    read_yaml,
+    resolve,
+    with_later,
+    yaml_value,
+)  # fmt: skip
+
+EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
+LOWER_IS_BETTER = ("loss", "perplexity", "parse_failure_rate")
+RESERVED = ("after", "search")  # names beside the settings of a task or variant
+SHORT = {"train.learning_rate": "lr"}  # in the names of cells
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
+STUDY = "study.yaml"
+CELLS = "cells"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a study.
+
+    ``settings`` are recipe values by dotted key; ``tags`` say where it belongs: task, variant, seed and the search
+    values; ``after`` names the cell whose adapter it starts from, which has to be done before.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    tags: Mapping[str, Any]
+    after: str | None = None
+
+    def recipe(self, folder: Path | str | None = None) -> Recipe:
+        """Its recipe, checked; ``folder`` is the study's, without which ``after`` cannot be resolved and is left out."""
+        settings = dict(self.settings)
+        if self.after and folder is not None:
+            settings["adapter.start"] = str(Path(folder) / CELLS / self.after / "adapter")
+        return assemble([{key: (value, self.name) for key, value in settings.items()}])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell's folder says of it: ``status`` is running, done, failed or interrupted, as run.json has it.
+
+    ``metrics`` are figures on validation rows, ``test`` on test rows; ``seconds`` and ``cpu_seconds`` the training's.
+    ``recipe`` is the resolved recipe it ran under, by section.
+    """
+
+    name: str
+    status: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    test: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    error: str | None = None
+    main_metric: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss, a gradient or a weight became NaN or infinite: a result of its settings, not a fault."""
+        return self.status == "failed" and (self.error or "").startswith("NonFiniteError")
+
+    @property
+    def settled(self) -> bool:
+        """Whether running the cell again could not change it."""
+        return self.status == "done" or self.diverged
+
+
+Outcomes = Mapping[str, Outcome]
+
+
+class Point(NamedTuple):
+    """One place of the search: ``values`` by dotted key, ``label`` as it stands in the names of cells."""
+
+    label: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Tasks x variants, each tuned over ``search`` alike and repeated over ``seeds``.
+
+    Args:
+        name: of the study.
+        base: settings of every cell by dotted recipe key (short unique endings such as ``r`` serve too).
+        tasks: label -> settings. ``after: LABEL`` beside them starts each cell from the adapter of the same variant and
+            seed on that task, at its best search value. ``search`` there, or in a variant, replaces the study's.
+        variants: label -> settings, over the task's.
+        search: key -> values; several keys make a product. Empty: nothing is tuned.
+        space: instead of ``search``, what Optuna draws from: key -> {low, high, log, step} or {choices}.
+        trials: points that Optuna tries for each task and variant.
+        seeds: of all cells in the end; the first ``search_seeds`` of them run at every search value.
+        extend: whether a grid of numbers grows, by its own factor, while its best value lies at its edge (at most
+            three times).
+        metric: validation figure that decides; None is each task's main one.
+        reference: variant that the others are compared with.
+
+    Raises:
+        ConfigError: a key, value or label is wrong (with its place), or two cells would have one name.
+    """
+
+    name: str
+    base: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"data": {}})
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"duallora": {}})
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    space: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trials: int = 0
+    seeds: Sequence[int] = (0, 1, 2)
+    search_seeds: int = 1
+    extend: bool = True
+    metric: str | None = None
+    reference: str | None = None
+    places: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where a setting stands in a file, by its path in the study, such as "variants.lora.adapter.r"."""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        self._check_form(problems)
+        if not problems:
+            known = {"base": dict(self._settings("base", self.base, problems))}
+            for group in ("tasks", "variants"):
+                known[group] = {label: dict(self._settings(f"{group}.{label}", values, problems))
+                                for label, values in getattr(self, group).items()}  # fmt: skip
+            known["search"] = self._search_of("search", self.search, problems)
+            known["space"] = {
+                key: dict(values) for key, values in self._resolved("space", self.space, problems).items()
+            }
+            for name, values in known.items():
+                object.__setattr__(self, name, values)
+            object.__setattr__(self, "seeds", tuple(self.seeds))
+        if not problems:
+            self._check_names(problems)
+            self._check_space(problems)
+        if not problems:
+            self._check_cells(problems)
+        if problems:
+            raise ConfigError(listing(list(dict.fromkeys(problems))))
+
+    # -- what is to be run ---------------------------------------------------------------------------------------------
+
+    def wanted(self, outcomes: Outcomes, asked: Mapping[tuple[str, str], Sequence[Point]] | None = None) -> list[Cell]:
+        """Every cell that the study asks for as far as ``outcomes`` tell, the finished ones too, task by task.
+
+        ``asked`` holds, by (task, variant), the points Optuna has been asked for in a study that has a ``space``.
+        """
+        cells: dict[str, Cell] = {}
+        for task in self.tasks:
+            stages: tuple[list[Cell], list[Cell]] = [], []
+            for variant in self.variants:
+                points = self.points(outcomes, task, variant, (asked or {}).get((task, variant), ()))
+                for point in points:
+                    stages[0].extend(self._cells(outcomes, task, variant, point, self.seeds[: self.search_seeds]))
+                best = self.best(outcomes, task, variant)
+                if best is not None:
+                    stages[1].extend(self._cells(outcomes, task, variant, best, self.seeds))
+            cells |= {cell.name: cell for stage in stages for cell in stage if cell.name not in cells}
+        return list(cells.values())
+
+    def points(self, outcomes: Outcomes, task: str, variant: str, asked: Sequence[Point] = ()) -> list[Point]:
+        """The points of the search tried for one task and variant, or to be tried, as far as ``outcomes`` tell."""
+        if self.space:
+            found = {point.label: point for point in asked} | {
+                point.label: point for point in self._trials_run(outcomes, task, variant)
+            }
+            return sorted(found.values(), key=lambda point: int(point.label.removeprefix("trial")))
+        return self._grid(outcomes, task, variant)[0]
+
+    def best(self, outcomes: Outcomes, task: str, variant: str) -> Point | None:
+        """The point with the best mean figure on validation rows, or None while that is open or if none came through.
+
+        A diverged cell counts as the worst; ties go to the middle of the grid, then to the smaller value.
+        """
+        if self.space:
+            points = self._trials_run(outcomes, task, variant)
+            scores = [self.score(outcomes, task, variant, point) for point in points]
+            if len([score for score in scores if score is not None]) < self.trials:
+                return None
+            return _best(points, scores, {})
+        return self._grid(outcomes, task, variant)[1]
+
+    def score(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> float | None:
+        """The mean figure of a point on validation rows, greater is better; None while its first seeds are not settled.
+
+        Raises:
+            ConfigError: a finished cell lacks the figure that decides.
+        """
+        scores = []
+        for seed in self.seeds[: self.search_seeds]:
+            outcome = outcomes.get(self.cell_name(task, variant, point, seed))
+            if outcome is None or not outcome.settled:
+                return None
+            scores.append(-math.inf if outcome.diverged else self._figure(outcome))
+        return sum(scores) / len(scores)
+
+    def cells_at(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> list[Cell]:
+        """The cells of all seeds at one point."""
+        return self._cells(outcomes, task, variant, point, self.seeds)
+
+    def cell_name(self, task: str, variant: str, point: Point, seed: int) -> str:
+        """``cola-lora-lr0.001-seed0``: no two cells of a study have one name, whatever the case of letters."""
+        return "-".join(filter(None, (task, variant, point.label, f"seed{seed}")))
+
+    # -- the search ----------------------------------------------------------------------------------------------------
+
+    def search_for(self, task: str, variant: str) -> Mapping[str, Sequence[Any]]:
+        """The search of one task and variant: the variant's own, else the task's, else the study's."""
+        for own in (self.variants[variant], self.tasks[task]):
+            if "search" in own:
+                return own["search"]
+        return self.search
+
+    def _grid(self, outcomes: Outcomes, task: str, variant: str) -> tuple[list[Point], Point | None]:
+        """(points of the grid as far as it has grown, the best one of it or None while that is open)."""
+        search = self.search_for(task, variant)
+        grid = {key: sorted(values) if _grows(values) else list(values) for key, values in search.items()}
+        steps = {key: _step(values) for key, values in grid.items() if _grows(values)} if self.extend else {}
+        for extension in range(EXTENSIONS + 1):
+            points = _product(grid)
+            if len(points) == 1:
+                return points, points[0]
+            scores = [self.score(outcomes, task, variant, point) for point in points]
+            if None in scores:
+                return points, None
+            best = _best(points, scores, grid)
+            # Where every cell diverged the smallest values are the ones to go on from.
+            at = best or points[0]
+            more = {
+                key: value
+                for key, step in steps.items()
+                if (value := _beyond(grid[key], at.values[key], step)) is not None and self._accepts(key, value)
+            }
+            if not more or extension == EXTENSIONS:
+                return points, best
+            grid = {key: sorted([*values, more[key]]) if key in more else values for key, values in grid.items()}
+        raise AssertionError("unreachable")
+
+    def _accepts(self, key: str, value: Any) -> bool:
+        """Whether the schema takes ``value``: a dropout does not grow to 1."""
+        try:
+            assemble([{"data.task": ("any", "")}, {key: (value, "")}])
+        except ConfigError as error:
+            return key not in str(error)
+        return True
+
+    def _trials_run(self, outcomes: Outcomes, task: str, variant: str) -> list[Point]:
+        """The trials that have left a recipe on disk, in their order."""
+        points = []
+        for number in range(self.trials):
+            outcome = outcomes.get(self.cell_name(task, variant, Point(f"trial{number}", {}), self.seeds[0]))
+            if outcome is not None and outcome.recipe:
+                points.append(Point(f"trial{number}", {key: _held(outcome.recipe, key) for key in self.space}))
+        return points
+
+    def _sample(self) -> dict[str, Any]:
+        """Any point of the space."""
+        return {
+            key: values["choices"][0] if "choices" in values else values["low"] for key, values in self.space.items()
+        }
+
+    def _figure(self, outcome: Outcome) -> float:
+        metric = self.metric or outcome.main_metric
+        if metric is None or metric not in outcome.metrics:
+            have = ", ".join(name for name, value in outcome.metrics.items() if is_number(value)) or "none"
+            raise ConfigError(
+                f"{outcome.name}: no validation figure {metric or ''} to choose by; it has {have}. Set the study's metric to "
+                "one of them, or eval.metrics to true"
+            )
+        value = outcome.metrics[metric]
+        if not is_number(value):  # a correlation with a constant has no value
+            return -math.inf
+        return -value if metric in LOWER_IS_BETTER else value
+
+    # -- cells ---------------------------------------------------------------------------------------------------------
+
+    def _cells(self, outcomes: Outcomes, task: str, variant: str, point: Point, seeds: Sequence[int]) -> list[Cell]:
+        """Those of ``seeds`` that can be run: what they come after must be done."""
+        cells = []
+        for seed in seeds:
+            after: str | None = None
+            before = self.tasks[task].get("after")
+            if before is not None:
+                best = self.best(outcomes, before, variant)
+                if best is None:
+                    continue
+                after = self.cell_name(before, variant, best, seed)
+                if after not in outcomes or outcomes[after].status != "done":
+                    continue
+            cells.append(self._cell(task, variant, point, seed, after))
+        return cells
+
+    def _cell(self, task: str, variant: str, point: Point, seed: int, after: str | None) -> Cell:
+        settings = {key: value for key, (value, _) in self._placed(task, variant, point, seed).items()}
+        tags = {"task": task, "variant": variant, "seed": seed, **point.values}
+        return Cell(self.cell_name(task, variant, point, seed), settings, tags, after)
+
+    def _placed(self, task: str, variant: str, point: Point, seed: int) -> dict[str, Placed]:
+        layers = [
+            ("base", self.base),
+            (f"tasks.{task}", self.tasks[task]),
+            (f"variants.{variant}", self.variants[variant]),
+        ]
+        search = next((path for path, own in reversed(layers[1:]) if "search" in own), "")
+        search = ".".join(filter(None, (search, "space" if self.space else "search")))
+        layers.append((search, point.values))
+        placed = [
+            {key: (value, self._where(f"{path}.{key}")) for key, value in layer.items() if key not in RESERVED}
+            for path, layer in layers
+        ]
+        return overlay([*placed, {"seed": (seed, self._where("seeds"))}])
+
+    def _where(self, path: str) -> str:
+        """The place of a setting: file and line, or its path in a study that was made in Python."""
+        return self.places.get(path) or f"study {self.name}, {path}"
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_form(self, problems: list[str]) -> None:
+        def refuse(path: str, message: str) -> None:
+            problems.append(f"{self._where(path)}: {message}")
+
+        if not isinstance(self.name, str) or not LABEL.fullmatch(self.name):
+            refuse("name", f"name: {self.name!r} is not accepted; expected letters, digits and . _ + - (60 at most)")
+        for group in ("base", "tasks", "variants", "search", "space"):
+            if not isinstance(getattr(self, group), Mapping):
+                refuse(group, f"{group}: expected a mapping")
+                return
+        for group in ("tasks", "variants"):
+            if not getattr(self, group):
+                refuse(group, f"{group}: expected at least one")
+            for label, values in getattr(self, group).items():
+                if not LABEL.fullmatch(str(label)):
+                    refuse(f"{group}.{label}", f"label {label!r}: expected letters, digits and . _ + - (60 at most)")
+                if not isinstance(values, Mapping):
+                    refuse(f"{group}.{label}", f"{group}.{label}: expected a mapping of settings")
+        seeds = list(self.seeds) if isinstance(self.seeds, Sequence) and not isinstance(self.seeds, str) else []
+        if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+            refuse("seeds", f"seeds: {self.seeds!r} is not accepted; expected a list of different whole numbers >= 0")
+        if type(self.search_seeds) is not int or not 1 <= self.search_seeds <= max(1, len(seeds)):
+            refuse("search_seeds", f"search_seeds: {self.search_seeds!r} is not accepted; expected 1 to {len(seeds)}")
+        if type(self.trials) is not int or self.trials < 0:
+            refuse("trials", f"trials: {self.trials!r} is not accepted; expected a whole number >= 0")
+        if type(self.extend) is not bool:
+            refuse("extend", f"extend: {self.extend!r} is not accepted; expected true or false")
+        if self.metric is not None and not isinstance(self.metric, str):
+            refuse("metric", f"metric: {self.metric!r} is not accepted; expected the name of a figure")
+        if self.reference is not None and self.reference not in self.variants:
+            refuse("reference", f"reference: no variant {self.reference!r}; it has {', '.join(self.variants)}")
+
+    def _settings(self, path: str, values: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
+        """The settings by dotted key; sections written as mappings are opened."""
+        flat: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in SECTIONS and isinstance(value, Mapping):
+                flat |= {f"{key}.{leaf}": held for leaf, held in value.items()}
+            else:
+                flat[key] = value
+        for key in [key for key in RESERVED if key in flat and path != "base"]:
+            value = flat.pop(key)
+            if key == "search":
+                yield key, self._search_of(f"{path}.search", value or {}, problems)
+            elif not path.startswith("tasks.") or value not in self.tasks or "after" in self.tasks[value]:
+                free = ", ".join(task for task, own in self.tasks.items() if "after" not in own)
+                problems.append(
+                    f"{self._where(f'{path}.after')}: after: {value!r} is not accepted; it belongs to a task and names one that "
+                    f"is after no other: {free}"
+                )
+            else:
+                yield key, value
+        yield from self._resolved(path, flat, problems).items()
+
+    def _resolved(self, path: str, values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+        """``values`` under their full dotted keys."""
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            where = self._where(f"{path}.{key}")
+            full, entry = resolve(str(key))
+            name = f"{full}.{entry}" if full and entry else full
+            if name is None:
+                problems.append(f"{where}: {entry}")
+            elif name in ("seed", "output"):
+                problems.append(f"{where}: {name} is the grid's own to set" + "; see seeds" * (name == "seed"))
+            elif name in found:
+                problems.append(f"{where}: {name} is set twice; keep one")
+            else:
+                found[name] = value
+                if f"{path}.{key}" in self.places:
+                    self.places[f"{path}.{name}"] = self.places[f"{path}.{key}"]
+        return found
+
+    def _search_of(self, path: str, search: Any, problems: list[str]) -> dict[str, tuple[Any, ...]]:
+        if not isinstance(search, Mapping):
+            problems.append(f"{self._where(path)}: {path}: expected a mapping of keys to lists of values")
+            return {}
+        found = {}
+        for key, values in self._resolved(path, search, problems).items():
+            if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+                problems.append(
+                    f"{self._where(f'{path}.{key}')}: {key}: {values!r} is not accepted; expected a list of values"
+                )
+                continue
+            if len({_text(value) for value in values}) < len(values):
+                problems.append(f"{self._where(f'{path}.{key}')}: {key}: two of the values {list(values)} read alike")
+            found[key] = tuple(values)
+        return found
+
+    def _check_space(self, problems: list[str]) -> None:
+        if self.search and self.space:
+            problems.append(f"{self._where('space')}: search and space exclude each other: keep one")
+        if self.space and self.trials < 1:
+            problems.append(f"{self._where('trials')}: a space needs trials: --optuna N, or trials: N")
+        for key, values in self.space.items():
+            if not _is_space(values):
+                problems.append(
+                    f"{self._where(f'space.{key}')}: {key}: {json.dumps(values, default=str)} is not accepted; expected "
+                    "{low: 1e-4, high: 1e-2, log: true}, {low: 4, high: 32, step: 4} or {choices: [a, b]}"
+                )
+
+    def _check_names(self, problems: list[str]) -> None:
+        """Cells are told apart by name: what follows task and variant is as many parts, without a hyphen, as keys."""
+        seen: dict[str, tuple[tuple[str, str], list[str]]] = {}
+        for pair in itertools.product(self.tasks, self.variants):
+            prefix, parts = "-".join(pair).casefold(), [name.casefold() for name in self._name_parts(*pair)]
+            for other, (pair_of_other, parts_of_other) in seen.items():
+                (short, short_parts), (long, long_parts) = sorted([(prefix, parts), (other, parts_of_other)])
+                more = long[len(short) + 1 :].split("-") if long.startswith(f"{short}-") else []
+                like_values = [name for name, part in zip(short_parts, more, strict=False) if part.startswith(name)]
+                if short == long or (more and len(like_values) == len(more) == len(short_parts) - len(long_parts)):
+                    problems.append(
+                        f"study {self.name}: task {pair[0]} with variant {pair[1]} and task {pair_of_other[0]} with variant "
+                        f"{pair_of_other[1]} could have a cell of one name; rename one"
+                    )
+            seen[prefix] = pair, parts
+
+    def _name_parts(self, task: str, variant: str) -> list[str]:
+        return ["trial"] if self.space else list(_names(self.search_for(task, variant)).values())
+
+    def _check_cells(self, problems: list[str]) -> None:
+        """Every setting through the recipe's own schema, each problem once and with its place."""
+        for task, variant in itertools.product(self.tasks, self.variants):
+            points = [Point("trial0", self._sample())] if self.space else self.points({}, task, variant)
+            for point in points:
+                try:
+                    assemble([self._placed(task, variant, point, self.seeds[0])])
+                except ConfigError as error:
+                    lines = str(error).splitlines()
+                    problems += [line.strip() for line in lines[1:]] if len(lines) > 1 else lines
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, path: Path | str, **changes: Any) -> Study:
+        """The study of a grid.yaml (or of a folder's study.yaml); ``changes`` replace what it says.
+
+        Raises:
+            ConfigError: with every problem found, each naming file, line, key, value and what is allowed.
+        """
+        path = Path(path)
+        path = path / STUDY if path.is_dir() else path
+        content = read_yaml(path, depth=3)
+        known = [item.name for item in fields(cls) if item.name != "places"]
+        problems = [
+            f"{where}: unknown key {key}; known here: {', '.join(known)}"
+            for key, (_, where) in content.items()
+            if key not in known
+        ]
+        if problems:
+            raise ConfigError(listing(problems))
+        places: dict[str, str] = {}
+        values = {key: _unplaced(value, where, key, places) for key, (value, where) in content.items()}
+        base = values.get("base")
+        if isinstance(base, str):
+            file = path.parent / base
+            read = read_settings(file)
+            values["base"] = {key: value for key, (value, _) in read.items() if key not in ("seed", "output")}
+            places |= {f"base.{key}": where for key, (_, where) in read.items()}
+        for group in ("base", "tasks", "variants", "search", "space"):
+            if group in values and values[group] is None:
+                values[group] = {}
+        for group in ("tasks", "variants"):
+            if isinstance(values.get(group), dict):
+                values[group] = {label: {} if own is None else own for label, own in values[group].items()}
+        values.setdefault("name", re.sub(r"[^A-Za-z0-9._+-]", "-", path.stem).lstrip("-._+") or "grid")
+        return cls(**{**values, **changes}, places=places)
+
+    def yaml(self) -> str:
+        """The study as YAML that `read` reads back."""
+        lines = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "places" or (item.name in ("space", "trials") and not value):
+                continue
+            if not isinstance(value, Mapping):
+                lines.append(f"{item.name}: {yaml_value(value)}")
+            elif item.name in ("base", "search") or not value:
+                lines.append(f"{item.name}:" + " {}" * (not value))
+                lines += [f"  {_key(key)}: {yaml_value(held)}" for key, held in value.items()]
+            else:
+                lines.append(f"{item.name}:")
+                lines += [f"  {_key(key)}: {yaml_value(dict(held))}" for key, held in value.items()]
+        return "\n".join(lines) + "\n"
+
+
+# -- outcomes ---------------------------------------------------------------------------------------------------------
+
+
+def outcomes(folder: Path | str) -> dict[str, Outcome]:
+    """The outcomes of every cell that has begun below a study's folder, by name."""
+    found = (outcome(folder, path.parent.name) for path in sorted(Path(folder).glob(f"{CELLS}/*/run.json")))
+    return {item.name: item for item in found if item is not None}
+
+
+def outcome(folder: Path | str, name: str) -> Outcome | None:
+    """The outcome of one cell; None before it has begun."""
+    cell = Path(folder) / CELLS / name
+    run = _json(cell / "run.json")
+    if run is None:
+        return None
+    result = _json(cell / "metrics.json") if run.get("status") == "done" else None
+    figures = dict((result or {}).get("metrics") or {})
+    test = figures.pop("test", None) or {}
+    return Outcome(
+        name,
+        str(run.get("status")),
+        metrics=figures,
+        test=test,
+        parameters=run.get("parameters") or {},
+        seconds=figures.get("train_seconds"),
+        cpu_seconds=figures.get("train_cpu_seconds"),
+        error=run.get("error"),
+        main_metric=(result or {}).get("main_metric"),
+        recipe=with_later(run["recipe"]) if isinstance(run.get("recipe"), dict) else {},
+    )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); remove its folder to run that cell again") from None
+    return value if isinstance(value, dict) else None
+
+
+# -- numbers and names ------------------------------------------------------------------------------------------------
+
+
+def _is_space(values: Mapping[str, Any]) -> bool:
+    if "choices" in values:
+        return set(values) == {"choices"} and isinstance(values["choices"], list) and len(values["choices"]) > 0
+    numbers = [values.get("low"), values.get("high"), values.get("step", 1)]
+    if not set(values) <= {"low", "high", "log", "step"} or not all(is_number(number) for number in numbers):
+        return False
+    low, high, step = numbers
+    log = values.get("log", False)
+    return type(log) is bool and low < high and step > 0 and not (log and (low <= 0 or "step" in values))
+
+
+def _grows(values: Sequence[Any]) -> bool:
+    return len(values) > 1 and all(is_number(value) and value > 0 for value in values)
+
+
+def _step(values: Sequence[float]) -> float:
+    """The factor between neighbours of a sorted grid, on the average."""
+    return (values[-1] / values[0]) ** (1 / (len(values) - 1))
+
+
+def _beyond(values: Sequence[float], at: float, step: float) -> float | None:
+    """The value one step outside of a sorted grid if ``at`` is its edge, written as shortly as the grid's own; or None."""
+    if at not in (values[0], values[-1]):
+        return None
+    if all(isinstance(value, int) for value in values):
+        beyond: float = round(at * step if at == values[-1] else at / step)
+    else:
+        digits = max(len(Decimal(repr(value)).normalize().as_tuple().digits) for value in values)
+        beyond = float(f"{at * step if at == values[-1] else at / step:.{digits - 1}e}")
+    return beyond if beyond > 0 and not values[0] <= beyond <= values[-1] else None
+
+
+def _best(points: Sequence[Point], scores: Sequence[float | None], grid: Mapping[str, Sequence[Any]]) -> Point | None:
+    """The point of the greatest score; of equal ones the nearest to the middle of the grid, then the first."""
+
+    def off_centre(point: Point) -> float:
+        return sum(abs(values.index(point.values[key]) - (len(values) - 1) / 2) for key, values in grid.items())
+
+    ranked = [
+        (score, -off_centre(point), -number, point)
+        for number, (point, score) in enumerate(zip(points, scores, strict=True))
+        if score is not None and score > -math.inf
+    ]
+    return max(ranked)[3] if ranked else None
+
+
+def _product(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    names = _names(grid)
+    points = []
+    for values in itertools.product(*grid.values()):
+        label = "-".join(f"{names[key]}{_text(value)}" for key, value in zip(grid, values, strict=True))
+        points.append(Point(label, dict(zip(grid, values, strict=True))))
+    return points
+
+
+def _names(keys: Collection[str]) -> dict[str, str]:
+    """What each key of a search is called in the names of cells."""
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: _plain(SHORT.get(key, leaf) if leaves.count(leaf) == 1 else key)
+        for key, leaf in zip(keys, leaves, strict=True)
+    }
+
+
+def _text(value: Any) -> str:
+    """A value as it stands in a name: numbers without exponent, text and lists without anything but letters and digits."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return format(Decimal(repr(value)), "f").replace("-", "m")
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")[:40]
+
+
+def _held(recipe: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, or of an entry of its mapping, in a recipe by section."""
+    field_name, entry = resolve(key)
+    value: Any = recipe
+    for part in (*str(field_name).split("."), *([entry] if entry else ())):
+        value = value[part]
+    return value
+
+
+def _key(label: str) -> str:
+    """A label or dotted key as a YAML key; quoted where YAML would read it as another kind."""
+    return yaml_value(str(label)) if re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", str(label)) else json.dumps(str(label))
+
+
+def _unplaced(value: Any, where: str, path: str, places: dict[str, str]) -> Any:
+    """The plain value of what `read_yaml` read; ``places`` takes the line of every path in it."""
+    places[path] = where
+    if not isinstance(value, dict):
+        return value
+    plain = {}
+    for key, item in value.items():
+        # Below the depth that is read with places stand plain values.
+        inner, line = item if isinstance(item, tuple) else (item, where)
+        plain[key] = _unplaced(inner, line, f"{path}.{key}", places)
+    return plain
