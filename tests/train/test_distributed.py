@@ -166,6 +166,14 @@ def test_two_micro_batches_in_each_of_two_processes_make_the_step_of_one(
     assert first["result"]["metrics"]["loss_before"] == alone["metrics"]["loss_before"]
 
 
+def test_two_processes_start_from_the_gradient_as_one_does(make_recipe, console, pair, tmp_path):
+    settings = (*PLAIN, "adapter.init=gradient", "train.max_steps=3")
+    run.train(make_recipe(*settings, output=tmp_path / "one"), console=console)
+    first, second = pair(make_recipe(*settings, output=tmp_path / "two"))
+    assert first["code"] == second["code"] == 0, (first, second)
+    assert relative_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-5
+
+
 def test_a_classifier_in_two_processes_is_the_one_of_one_process(make_recipe, console, pair, tmp_path):
     """The head's loss is a mean over rows: 19 rows, 8 a step, leave a last step of 3, in micro-batches of 2 and 1 or 3."""
     settings = (

@@ -27,7 +27,7 @@ from typing import IO, Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
@@ -309,15 +309,11 @@ class _Run:
         if recipe.adapter.init != "gaussian":
             began, cpu = time.monotonic(), time.process_time()
 
-            def start() -> tuple[int, dict[str, torch.Tensor]]:
+            def start() -> int:
                 loss = None if kind == "generate" else partial(row_loss, kind)
-                seen = calibration.start_from_gradient(model, recipe, rows, tokenizer, loss)
-                many = processes.count > 1
-                return seen, get_peft_model_state_dict(model, save_embedding_layers=False) if many else {}
+                return calibration.start_from_gradient(model, recipe, rows, tokenizer, loss)
 
-            seen, tensors = processes.from_main(start)
-            if tensors and not processes.main:
-                set_peft_model_state_dict(model, tensors)
+            seen = processes.from_main(start)  # the others get these factors as DDP begins
             seconds, cpu = time.monotonic() - began, time.process_time() - cpu
             told = {"start_seconds": round(seconds, 1), "start_cpu_seconds": round(cpu, 1)}
             self.facts["start"] = {"start_rows": seen, **told}
@@ -774,14 +770,14 @@ class _Trainer(Trainer):
     logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
 
     def create_optimizer(self, *args, **kwargs):
-        method = self.method
-        rates = self.args.learning_rate, self.args.weight_decay
-        if self.optimizer is None and method is not None and method.method.optimizer:
-            self.optimizer = method.optimizer(*rates)
-        elif self.optimizer is None and method is not None and method.method.groups:
-            if method.spec.options.get("direction_lr_ratio", 0) != 1:  # with 1 Trainer's own groups will do
-                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                self.optimizer = kind(method.groups(*rates), **options)
+        if self.optimizer is None and self.method is not None:
+            own, options = self.method.method, self.method.spec.options
+            rates = self.args.learning_rate, self.args.weight_decay
+            if own.optimizer is not None:
+                self.optimizer = self.method.optimizer(*rates)
+            elif own.groups is not None and options.get("direction_lr_ratio") != 1:  # with 1 Trainer's groups will do
+                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(self.method.groups(*rates), **settings)
         return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
