@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,24 @@ def trained(_trained_folders, make_recipe, console, tmp_path_factory):
         return _trained_folders[kind]
 
     return folder
+
+
+@pytest.fixture
+def interrupted():
+    """``interrupted(folder, copy, at)``: a copy of a finished run as if it had been stopped after checkpoint ``at``."""
+
+    def make(folder: Path, copy: Path, at: int) -> Path:
+        shutil.copytree(folder, copy)
+        for result in ("adapter", "model"):
+            shutil.rmtree(copy / result, ignore_errors=True)
+        for later in (copy / "checkpoints").iterdir():
+            if int(later.name.removeprefix("checkpoint-")) > at:
+                shutil.rmtree(later)
+        facts = json.loads((copy / "run.json").read_text())
+        (copy / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
+        return copy
+
+    return make
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,18 +30,13 @@ def settings(name: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])
-def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_recipe, console, tmp_path):
+def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_recipe, console, tmp_path, interrupted):
     """The rest of the run after a stop at step 2 (optimizer, rates, Delta-LoRA's counter, a prompt's tensors) as the whole one."""
     own = {"lora+": "{lr_ratio: 4}", "delta-lora": "{start: 3}", "prompt": "{num_virtual_tokens: 3}"}.get(name, "{}")
     steps = ["train.max_steps=4", f"adapter.options={own}"]
     whole = run.train(make_recipe(*settings(name, *steps)), console=console)
     folder = tmp_path / "run"
-    stopped = tmp_path / "stopped"
-    shutil.copytree(folder, stopped)
-    shutil.rmtree(stopped / "adapter")
-    shutil.rmtree(stopped / "checkpoints" / "checkpoint-4")
-    facts = json.loads((stopped / "run.json").read_text())
-    (stopped / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
+    stopped = interrupted(folder, tmp_path / "stopped", at=2)
     again = run.train(make_recipe(*settings(name, *steps), output=stopped), resume="auto", console=console)
     first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, stopped))
     assert first.keys() == second.keys()
@@ -126,7 +119,7 @@ def test_settings_of_two_methods_are_not_mixed(make_recipe, changes, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("full", "trains the whole model"), ("corda", "starts from calibration data"), ("lroa", "nearest: lora")],
+    [("corda", "starts from calibration data"), ("lroa", "nearest: lora")],
 )
 def test_what_the_verb_cannot_train_is_said(make_recipe, console, name, message):
     with pytest.raises(ConfigError, match=message):

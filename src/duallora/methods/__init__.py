@@ -83,6 +83,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of r, alpha, dropout, target_modules, and of options
     no_merge: str = ""  # why it cannot be merged
     no_resume: str = ""  # why an adapter's file does not hold all that training needs
+    whole: bool = False  # trains the model's own weights: what is saved is a model
     rule: type[nn.Module] | None = None  # of a method whose layers are a Rule
     groups: Callable[..., list[dict[str, Any]]] | None = None
     optimizer: Callable[..., torch.optim.Optimizer] | None = None

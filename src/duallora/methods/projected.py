@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError, check_positive, check_rank
 from duallora.methods import Method, MethodSpec, trained
+from duallora.tuner.quantized import storage
 
 PROJECTIONS = ("svd", "gaussian", "orthogonal")
 
@@ -220,6 +221,8 @@ def targeted(model: Any, target_modules: Any) -> list[Tensor]:
 
 def attach(model: nn.Module, spec: MethodSpec, batches: Any = None) -> nn.Module:
     """Every parameter trains; the work is the optimizer's."""
+    if any(storage(module) for module in model.modules()):
+        raise ConfigError(f"{spec.name} trains the weights themselves, and this model's are quantised: load it without")
     if spec.target_modules is not None:
         check_rank("r", spec.r)
         targeted(model, spec.target_modules)
@@ -252,20 +255,20 @@ def flora_optimizer(model: nn.Module, spec: MethodSpec, lr: float, weight_decay:
     return Flora(groups(model, spec, lr, weight_decay), lr, weight_decay=weight_decay, **spec.options)
 
 
-FULL = Method("full", "Full fine-tuning", "1711.05101", "W <- W - lr AdamW(G)", attach)
+FULL = Method("full", "Full fine-tuning", "1711.05101", "W <- W - lr AdamW(G)", attach, whole=True)
 GALORE = Method(
     "galore", "GaLore", "2403.03507", "W <- W - lr scale Adam(G P^T) P, P from the SVD of G", attach,
     {"r": 4, "target_modules": "all-linear", "gap": 500, "scale": 4.0, "projection": "svd", "seed": 0},
-    groups=groups, optimizer=projected_optimizer,
+    groups=groups, optimizer=projected_optimizer, whole=True,
 )  # fmt: skip
 GARARE = Method(
     "garare", "GaRare", "OpenReview pxclAomHat", "GaLore with random P", attach,
     {"r": 4, "target_modules": "all-linear", "gap": 500, "scale": 1.0, "projection": "gaussian", "seed": 0},
-    groups=groups, optimizer=projected_optimizer,
+    groups=groups, optimizer=projected_optimizer, whole=True,
 )  # fmt: skip
 FLORA_OPTIMIZER = Method(
     "flora-optimizer", "Flora (gradient compressor)", "2402.03293", "Adafactor, momentum kept as M P^T", attach,
     {"r": 8, "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True, "seed": 0},
-    groups=groups, optimizer=flora_optimizer,
+    groups=groups, optimizer=flora_optimizer, whole=True,
 )  # fmt: skip
 METHODS = {m.name: m for m in (FULL, GALORE, GARARE, FLORA_OPTIMIZER)}

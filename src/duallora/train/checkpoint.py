@@ -22,7 +22,8 @@ from duallora.train.launch import ALONE, MAX_PROCESSES, Processes
 from duallora.train.record import flush, follow_umask, fsync_folder, read_json, write_json
 
 MANIFEST = "MANIFEST.json"
-REQUIRED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")  # one of them: an adapter's, or a whole model's
+REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 # Trainer and PEFT pick up files of these kinds by name, so a stray one could be loaded in place of a listed one.
 LOADABLE = {".bin", ".pt", ".pth", ".safetensors", ".pkl"}
 # A pickle of Python objects that only old Trainer versions read back; nothing here ever opens it.
@@ -99,7 +100,8 @@ def verify(folder: Path) -> str | None:
         whole = False
     if not whole:
         return f"{MANIFEST} is damaged"
-    for name in (*REQUIRED, *rng_files(manifest.get("processes", 1))):
+    weights = next((name for name in WEIGHTS if name in files), WEIGHTS[0])
+    for name in (weights, *REQUIRED, *rng_files(manifest.get("processes", 1))):
         if name not in files:
             return f"{name} was not saved, so an exact resume is impossible"
     return compare_files(folder, files)

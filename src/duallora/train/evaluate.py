@@ -301,9 +301,9 @@ def load_adapter(
     base: str | None = None,
     quantized: bool = True,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) from a run folder, an adapter folder, a merged model's folder, a hub id or ``builtin:``.
+    """(model, tokenizer) from a run folder, an adapter folder, a model's folder, a hub id or ``builtin:``.
 
-    ``dtype="auto"`` is the type the adapter was trained on. ``strict=False`` accepts another base model than the one
+    ``dtype="auto"`` is the type the adapter, or the model itself, was trained in. ``strict=False`` accepts another base model than the one
     recorded; missing, unexpected or damaged weights are never accepted. ``base`` stands in for the base model's name
     where the adapter's own leads nowhere here. ``quantized=False`` loads an adapter trained on a base that was quantised
     as it was loaded (``model.quantization``) on the unquantised base, whose weights are then not those recorded.
@@ -316,9 +316,14 @@ def load_adapter(
         folder = find(source)
         if folder is None:
             model, tokenizer = load_model(str(source), kind, dtype=dtype)
-        elif not (folder / "adapter_config.json").is_file():
+        elif not _is_adapter(folder):
             sidecar = read_sidecar(folder)
+            if ("generate" in (kind, sidecar.get("kind", kind))) and sidecar.get("kind", kind) != kind:
+                raise ConfigError(f"{folder} was trained to {sidecar['kind']}, this task needs a model to {kind}")
+            _compare_with_recorded(folder, sidecar)
             labels = len(sidecar.get("labels", ())) or None
+            if dtype == "auto":
+                dtype = sidecar.get("base", {}).get("dtype", dtype)
             model, tokenizer = load_model(str(folder), kind, dtype=dtype, num_labels=labels)
         else:
             model, tokenizer = _load_adapter(folder, kind, dtype, strict, base, quantized)
@@ -331,13 +336,13 @@ def find(source: str | Path) -> Path | None:
         return None
     path = Path(source)
     if path.is_dir():
-        for folder in (path, path / "adapter"):
+        for folder in (path, path / "adapter", path / "model"):
             if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
                 return folder
         if (path / "run.json").is_file():
             status = read_json(path / "run.json").get("status")
             raise ConfigError(
-                f"{path} is a run folder without a finished adapter (status: {status}); "
+                f"{path} is a run folder without a finished adapter or model (status: {status}); "
                 f"finish it with: duallora train -c {path / 'recipe.yaml'} --resume auto"
             )
         raise ConfigError(f"{path} holds neither adapter_config.json nor config.json: expected a run, adapter or model")
@@ -465,16 +470,26 @@ def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int
                 "Ask for the adapter in safetensors form, or convert it on a machine you can afford to lose"
             )
         raise IntegrityError(f"{weights} is missing: the adapter has no weights")
-    # Conversions lie in folders of their own inside the adapter's; nothing that loads the adapter looks there.
-    inside = tuple(path.parent for path in folder.glob("*/adapter_config.json"))
-    reason = compare_files(folder, sidecar.get("files", {}), ignore=inside) if sidecar.get("files") else None
-    if reason:
-        raise IntegrityError(f"{folder}: {reason}; take a fresh copy of the adapter")
+    _compare_with_recorded(folder, sidecar)
     try:
         with safe_open(weights, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(f"{weights} is not a whole safetensors file ({error}); take a fresh copy of it") from None
+
+
+def _compare_with_recorded(folder: Path, sidecar: Mapping[str, Any]) -> None:
+    # Conversions lie in folders of their own inside the adapter's; nothing that loads the adapter looks there.
+    inside = tuple(path.parent for path in folder.glob("*/adapter_config.json"))
+    reason = compare_files(folder, sidecar.get("files", {}), ignore=inside) if sidecar.get("files") else None
+    if reason:
+        raise IntegrityError(
+            f"{folder}: {reason}; take a fresh copy of the {'adapter' if _is_adapter(folder) else 'model'}"
+        )
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def read_config(folder: Path) -> PeftConfig:
