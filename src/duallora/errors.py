@@ -63,6 +63,20 @@ class LostProcessError(DualLoraError):
     exit_code = 9
 
 
+class GridError(DualLoraError):
+    """Cells of a grid have failed for good; the others are done."""
+
+    exit_code = 10
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and did, in a state it can be resumed from; ``exit_code`` is 130 or 143."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float; True and False are not numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

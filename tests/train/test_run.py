@@ -22,7 +22,7 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from duallora.train import checkpoint, record, run
+from duallora.train import checkpoint, lock, record, run
 from duallora.train.recipe import LATER, load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -282,7 +282,7 @@ def test_weights_that_went_bad_are_never_sealed(make_recipe, console, at):
 
 
 def hold(folder, ready, release):
-    with run._locked(Path(folder)):
+    with lock.locked(Path(folder)):
         ready.set()
         release.wait()
         os._exit(9)  # dies without letting go

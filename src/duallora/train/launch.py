@@ -26,7 +26,7 @@ from duallora.errors import ConfigError, DualLoraError, LostProcessError
 T = TypeVar("T")
 
 OUTCOME = "DUALLORA_OUTCOME"  # the file in which process 0 leaves its exit code, for launchers that return their own
-STARTER = "DUALLORA_STARTER"  # process id of whoever waits for these processes; if it dies, they stop
+STARTER = "DUALLORA_STARTER"  # process id of whoever waits for this process; if it dies, this one stops
 GRACE = 15.0  # seconds in which the others may end by themselves once one has failed, and again after SIGTERM
 FIRST_WORD = 3.0  # seconds which process 0 has to report a failure that all share, before another one speaks
 TIMEOUT = timedelta(minutes=60)  # the longest that processes wait for each other, as while one evaluates
@@ -127,6 +127,8 @@ def together() -> Iterator[Processes]:
         LostProcessError: another process of the run is gone.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    if STARTER in os.environ and os.name == "posix":
+        threading.Thread(target=_stop_with, args=(int(os.environ[STARTER]),), daemon=True).start()
     if count == 1:
         yield Processes()
         return
@@ -147,8 +149,6 @@ def together() -> Iterator[Processes]:
     met = dist.is_initialized()
     if not met:
         AcceleratorState._reset_state(reset_partial_state=True)  # it may have been asked before there were others
-    if STARTER in os.environ and os.name == "posix":
-        threading.Thread(target=_stop_with, args=(int(os.environ[STARTER]),), daemon=True).start()
     try:
         state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true", timeout=TIMEOUT)
         assert state.num_processes == count
@@ -347,9 +347,12 @@ def _is_lost(error: Exception) -> bool:
 
 def _stop_with(starter: int) -> None:
     """Stops this process as SIGTERM does when ``starter`` is gone: nobody would wait for it."""
+    child = os.getppid() == starter
     while True:
         try:
-            os.kill(starter, 0)
+            os.kill(starter, 0)  # a zombie that nobody has waited for still answers
+            if child and os.getppid() != starter:
+                raise ProcessLookupError
         except ProcessLookupError:
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -13,13 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
 def environment() -> dict[str, Any]:
     """Versions, code, device and threads of this process; ``commit`` and ``dirty`` are None outside a checkout."""
+    import torch
+
     versions = {"duallora": _version("duallora"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     return {
@@ -52,6 +52,8 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 def device_name() -> str:
     """The accelerator's name, or the processor's where there is none."""
+    import torch  # here and above: who only reads and writes these files need not wait for it
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     if torch.backends.mps.is_available():

@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import threading
 import time
 import warnings
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -45,13 +44,14 @@ from duallora.errors import (
     DataError,
     DiskError,
     IntegrityError,
-    LockedError,
+    Interrupted,
     NonFiniteError,
     OutOfMemoryError,
 )
 from duallora.tasks import IGNORE, Collator, Task, encode_split, hold_out, load_data, load_task
 from duallora.train import calibration, checkpoint, evaluate, plugins, record
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
+from duallora.train.lock import locked
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
@@ -64,14 +64,6 @@ MATTERS = (
 START = "start"  # beside the checkpoints: the adapter before its first step
 
 WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop and did, in a state it can be resumed from; ``exit_code`` is 130 or 143."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + number
 
 
 def train(recipe: Recipe, *, resume: str = "never", console: Console | None = None) -> dict[str, Any]:
@@ -96,7 +88,7 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
         folder, source = processes.from_main(lambda: _folder_and_source(recipe, resume))
         recipe = recipe.model_copy(update={"output": str(folder), "plugins": plugins.resolved(recipe.plugins)})
         with _plain_errors(recipe, folder), ExitStack() as held, quiet_libraries():
-            processes.from_main(lambda: held.enter_context(_locked(folder)))
+            processes.from_main(lambda: held.enter_context(locked(folder)))
             stopping = held.enter_context(Stopping(processes))
             return _Run(recipe, folder, source, stopping, console, processes).go()
 
@@ -216,6 +208,7 @@ class _Run:
                     base=base,
                     processes=self.processes.count,
                     parameters=self.facts["parameters"],
+                    main_metric=task.main_metric,
                 ),
             )
         self._write_facts(status="done", finished=record.now(), result=result)
@@ -450,6 +443,7 @@ class _Run:
             batch_size=recipe.eval.batch_size,
             generation={name: value for name, value in chosen.items() if value is not None},
             max_length=recipe.data.max_length,
+            scoring=recipe.eval.scoring,
             console=self.console,
             processes=self.processes,
         )
@@ -584,6 +578,7 @@ def load(recipe: Recipe, console: Console) -> Task:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
     if data.holdout:
         task = hold_out(task, data.holdout)
+    evaluate.check_scoring(task, recipe.eval.scoring)
     if recipe.eval.test and "test" not in task.splits:
         raise ConfigError(
             f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}"
@@ -1089,53 +1084,6 @@ def _folder_and_source(recipe: Recipe, resume: str) -> tuple[Path, str | Path]:
     if recipe.output is not None and Path(recipe.output).resolve() != folder.resolve():
         raise ConfigError(f"--resume {resume} belongs to the run in {folder}, but the output is {recipe.output}")
     return folder, source
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds ``folder`` for this process; the system lets go of the lock when the process ends, however it ends."""
-    path = folder / ".lock"
-    created, fresh = not folder.exists(), not path.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("a+", encoding="utf-8") as file:
-            if not _try_lock(file):
-                file.seek(0)
-                raise LockedError(
-                    f"{folder} is in use by another run ({file.read().strip() or 'holder unknown'}); "
-                    "wait for it, stop it, or choose another folder with -o"
-                )
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {record.now()}\n")
-            file.flush()
-            yield
-    finally:
-        # A bad file or a mistyped model leaves nothing behind.
-        if fresh and not (folder / "run.json").exists():
-            path.unlink(missing_ok=True)
-            if created and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        file.seek(1 << 20)  # Windows locks bytes against reading too; the holder's line lies before this one
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
