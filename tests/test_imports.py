@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
     "plan": {"plan", "train", "errors", "__root__"},
     "grid": {"grid", "train", "errors", "console"},
+    "analysis": {"analysis", "grid", "train", "tasks", "tuner", "core", "errors", "console"},
     "recipes": {"recipes", "grid", "methods", "plan", "train", "tasks", "errors"},
 }
 # A verb calls whatever has something to show, never the layers themselves.

@@ -149,6 +149,8 @@ def mean_of(samples: Sequence[Sample], *, seed: int = 0) -> Estimate:
     Each task must have been resampled with a ``seed`` of its own: test sets of one size would else move together.
     ``sd`` is that of the seeds' means over tasks; with different numbers of seeds there is none.
     """
+    rounds = min(len(sample.resampled) for sample in samples)
+    samples = [Sample(sample.figures, sample.resampled[:rounds]) for sample in samples]
     total = np.mean([draws(sample, seed=seed + index) for index, sample in enumerate(samples)], axis=0)
     models = np.mean([sample.resampled.mean(axis=1) for sample in samples], axis=0)
     if len({len(sample.figures) for sample in samples}) == 1:

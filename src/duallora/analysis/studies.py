@@ -1,0 +1,649 @@
+"""A grid's folder as one JSON: what was run, the figures at each best search value, and how sure the comparisons are.
+
+Which search value is best is `duallora.grid.study`'s to say; the figures are those on test rows, which it never reads.
+Predictions, labels and texts enter the intervals and stay in the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics as plain
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from duallora.analysis import statistics
+from duallora.analysis.statistics import ROUNDS, ROUNDS_SLOW, Estimate, Sample, Score
+from duallora.errors import ConfigError, DataError, IntegrityError, is_number
+from duallora.grid.study import CELLS, LOWER_IS_BETTER, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
+from duallora.tasks import metrics as scorers
+from duallora.tasks import nlg
+from duallora.train import record
+
+KIND = "study"
+AVERAGE = "average"
+CURVE_POINTS = 40
+# Figures that are no function of sums, by the names the tasks give them.
+SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+    "spearman": lambda guess, gold: scorers.correlation(*(scorers.stats.rankdata(column) for column in (guess, gold))),
+    "macro_f1": lambda guess, gold: plain.fmean(scorers.f1(guess, gold, positive=name) for name in {*guess, *gold}),
+    "nist": nlg.nist,
+    "rouge_l": nlg.rouge_l,
+    "cider": nlg.cider,
+}
+PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
+
+
+class _Runs(NamedTuple):
+    """The finished cells of one task and variant at its best point, by seed."""
+
+    point: Point
+    cells: dict[int, Outcome]
+
+
+def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
+    """What `duallora report` shows of a grid's folder, whether it is finished or not.
+
+    ``rounds`` is the number of resamples behind the intervals (of figures that need a call for each: 300 at most).
+
+    Raises:
+        ConfigError: the folder holds no study.
+        IntegrityError: two cells of a task were scored on different test rows.
+    """
+    folder = Path(folder)
+    if not (folder / STUDY).is_file():
+        raise ConfigError(f"{folder} holds no {STUDY}: expected the folder of `duallora grid` or `duallora reproduce`")
+    study = Study.read(folder)
+    found = outcomes(folder)
+    wanted = study.wanted(found)
+    best = {pair: _best(study, found, *pair) for pair in ((t, v) for t in study.tasks for v in study.variants)}
+    facts: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    samples: dict[tuple[str, str], tuple[tuple[int, ...], Sample]] = {}
+    for number, task in enumerate(study.tasks):
+        runs = {variant: one for variant in study.variants if (one := best[task, variant]) and one.cells}
+        facts[task], sampled = _sample(folder, study, found, task, runs, rounds, number)
+        samples |= {(task, variant): sample for variant, sample in sampled.items()}
+        rows += [
+            _row(folder, task, variant, one, facts[task], samples.get((task, variant))) for variant, one in runs.items()
+        ]
+    _add_ratios(rows, _baseline(study, found))
+    reference = _reference(study, found)
+    pairs = _pairs(study, samples, rows, reference) if reference else []
+    rows += _averages(study, samples, rows)
+    ran = [name for name in (cell.name for cell in wanted) if name in found]
+    summary = {
+        "kind": KIND,
+        "name": study.name,
+        "scale": scale,
+        **_provenance(folder, found, ran),
+        "study": _plain(study),
+        "reference": reference,
+        "tasks": facts,
+        "rounds": rounds,
+        "wanted": len(wanted),
+        "done": sum(cell.name in found and found[cell.name].status == "done" for cell in wanted),
+        "cells": [_cell(cell.name, cell.tags, found.get(cell.name)) for cell in wanted],
+        "rows": rows,
+        "pairs": pairs,
+        "curves": [
+            curve for (task, variant), one in best.items() if one and (curve := _curve(folder, task, variant, one))
+        ],
+        "unequal": _unequal(study, best),
+        "edges": _edges(study, found, best),
+        "open": [list(pair) for pair, one in best.items() if one is None],
+    }
+    summary["statement"] = statement(summary)
+    return _rounded(summary)
+
+
+def load(path: Path | str) -> dict[str, Any]:
+    """A summary from its JSON file, or of a grid's folder as it stands.
+
+    Raises:
+        ConfigError: neither, or JSON of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return summarise(path)
+    try:
+        content = record.read_json(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: expected a study's JSON, or the folder of a grid") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(f"{path} is of kind {kind!r}: expected a study's JSON, such as results/studies/*.json")
+    return content
+
+
+def save(summary: Mapping[str, Any], path: Path | str) -> None:
+    """Writes a summary with one line for each cell, row, pair and curve, so that two versions can be compared."""
+    lines = []
+    for key, value in summary.items():
+        if isinstance(value, list) and value:
+            inner = ",\n  ".join(json.dumps(item, ensure_ascii=False) for item in value)
+            lines.append(f" {json.dumps(key)}: [\n  {inner}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    record.write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+# -- what ran ---------------------------------------------------------------------------------------------------------
+
+
+def _best(study: Study, found: Outcomes, task: str, variant: str) -> _Runs | None:
+    point = study.best(found, task, variant)
+    if point is None:
+        return None
+    cells = {}
+    for seed in study.seeds:
+        outcome = found.get(study.cell_name(task, variant, point, seed))
+        if outcome is not None and outcome.status == "done":
+            cells[seed] = outcome
+    return _Runs(point, cells)
+
+
+def _cell(name: str, tags: Mapping[str, Any], outcome: Outcome | None) -> dict[str, Any]:
+    if outcome is None:
+        return {"name": name, "tags": dict(tags), "status": "missing"}
+    return {
+        "name": name,
+        "tags": dict(tags),
+        "status": "diverged" if outcome.diverged else outcome.status,
+        "metrics": _numbers(outcome.metrics),
+        "test": _numbers(outcome.test),
+        "parameters": dict(outcome.parameters),
+        "seconds": outcome.seconds,
+        "cpu_seconds": outcome.cpu_seconds,
+        # Its class alone: a message may name folders or quote rows.
+        **({"error": outcome.error.partition(":")[0]} if outcome.error else {}),
+    }
+
+
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if is_number(value)}
+
+
+def _plain(study: Study) -> dict[str, Any]:
+    """The study as JSON has it."""
+    shown = {item.name: getattr(study, item.name) for item in dataclasses.fields(study) if item.name != "places"}
+    return json.loads(json.dumps({key: value for key, value in shown.items() if key != "name"}, default=dict))
+
+
+def _provenance(folder: Path, found: Outcomes, names: Iterable[str]) -> dict[str, Any]:
+    """Every version of code, packages and machine among the cells, each with the number of its cells."""
+    seen: dict[str, Counter[str]] = {key: Counter() for key in (*PROVENANCE, "base")}
+    for name in names:
+        facts = record.read_json(folder / CELLS / name / "run.json")
+        facts["base"] = (facts.get("fingerprints") or {}).get("base")
+        for key, counts in seen.items():
+            counts[json.dumps(facts.get(key), sort_keys=True)] += 1
+    return {
+        key: [{"value": json.loads(value), "cells": count} for value, count in counts.most_common()]
+        for key, counts in seen.items()
+    }
+
+
+def _reference(study: Study, found: Outcomes) -> str | None:
+    """The variant that the others are compared with: the study's own, else Dual LoRA, where more than one is there."""
+    if len(study.variants) < 2:
+        return None
+    if study.reference or "duallora" in study.variants:
+        return study.reference or "duallora"
+    return _of_method(study, found, "duallora")
+
+
+def _baseline(study: Study, found: Outcomes) -> str | None:
+    return "lora" if "lora" in study.variants else _of_method(study, found, "lora")
+
+
+def _of_method(study: Study, found: Outcomes, method: str) -> str | None:
+    """The first variant that trains by ``method``."""
+    for variant in study.variants:
+        for task in study.tasks:
+            best = _best(study, found, task, variant)
+            for outcome in best.cells.values() if best else ():
+                if outcome.recipe.get("adapter", {}).get("method") == method:
+                    return variant
+    return None
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _sample(
+    folder: Path, study: Study, found: Outcomes, task: str, runs: Mapping[str, _Runs], rounds: int, number: int
+) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], Sample]]]:
+    """(what is known of a task, the resampled figures of each variant with their seeds)."""
+    flat = [(variant, seed, outcome) for variant, one in runs.items() for seed, outcome in one.cells.items()]
+    if not flat:
+        return {"metric": study.metric, "chosen_by": study.metric}, {}
+    split = "test" if all(outcome.test for _, _, outcome in flat) else "validation"
+    metric = _reported(study, flat[0][2], split)
+    facts: dict[str, Any] = {"metric": metric, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
+    if split == "validation":
+        return {**facts, "note": "no test rows were scored (eval.test)"}, {}
+    read = [_predictions(folder, outcome.name, metric) for _, _, outcome in flat]
+    golds = [gold for _, gold in read]
+    for (_, _, outcome), gold in zip(flat, golds, strict=True):
+        if gold != golds[0]:
+            raise IntegrityError(
+                f"{flat[0][2].name} and {outcome.name} were scored on different test rows: nothing can be compared; remove "
+                "the cells of one of them and run the grid again"
+            )
+    facts |= {"examples": len(golds[0]), **_splits(folder, flat[0][2].name)}
+    recorded = [outcome.test.get(str(metric)) for _, _, outcome in flat]
+    score = _score(metric, read[0], recorded[0])
+    for (_, _, outcome), pair, figure in zip(flat, read, recorded, strict=True):
+        if score is None or _score(metric, pair, figure) is not score:
+            note = f"no intervals: nothing here computes {metric} as {outcome.name} recorded it from its predictions"
+            return {**facts, "note": note}, {}
+    assert score is not None
+    rounds = rounds if isinstance(score, Score) else min(rounds, ROUNDS_SLOW)
+    sample = statistics.resample(score, [guess for guess, _ in read], golds[0], rounds=rounds, seed=number)
+    facts["rounds"] = rounds
+    samples = {}
+    for variant, one in runs.items():
+        columns = [index for index, (name, _, _) in enumerate(flat) if name == variant]
+        samples[variant] = tuple(one.cells), Sample(sample.figures[columns], sample.resampled[:, columns])
+    return facts, samples
+
+
+def _reported(study: Study, outcome: Outcome, split: str) -> str | None:
+    """The figure of the tables: the study's where it is one of success and there, else the task's main one."""
+    figures = outcome.test if split == "test" else outcome.metrics
+    if study.metric and study.metric not in LOWER_IS_BETTER and study.metric in figures:
+        return study.metric
+    return outcome.main_metric if outcome.main_metric in figures else study.metric
+
+
+def _splits(folder: Path, name: str) -> dict[str, Any]:
+    """Whether validation and test are the same rows, by their fingerprints."""
+    data = record.read_json(folder / CELLS / name / "metrics.json").get("data") or {}
+    return {"test_is_validation": data.get("test") is not None and data.get("test") == data.get("validation")}
+
+
+def _predictions(folder: Path, name: str, metric: str | None) -> tuple[list[Any], list[Any]]:
+    """(predictions, gold) of a cell, as `statistics.matching` takes them."""
+    path = folder / CELLS / name / "predictions.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        truths = [line["references"] if "references" in line else line["label"] for line in lines]
+        if metric == AVERAGE:
+            truths = [(line.get("group", ""), truth) for line, truth in zip(lines, truths, strict=True)]
+        return [line["prediction"] for line in lines], truths
+    except FileNotFoundError:
+        raise IntegrityError(f"{path} is gone: remove {path.parent} and run the grid again") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} is damaged ({error!r}): remove {path.parent} and run the grid again") from None
+
+
+def _score(metric: str | None, pair: tuple[list[Any], list[Any]], recorded: Any) -> Any:
+    """What gives the recorded figure of a cell from its predictions, or None."""
+    if metric is None or not is_number(recorded):
+        return None
+    if metric in SLOW:
+        found = SLOW[metric](*pair)
+        return SLOW[metric] if math.isclose(found, recorded, rel_tol=1e-6, abs_tol=1e-6) else None
+    return statistics.matching(metric, *pair, recorded)
+
+
+def _row(
+    folder: Path,
+    task: str,
+    variant: str,
+    runs: _Runs,
+    facts: Mapping[str, Any],
+    sampled: tuple[tuple[int, ...], Sample] | None,
+) -> dict[str, Any]:
+    metric, test = facts["metric"], facts.get("split") == "test"
+    every = [_numbers(outcome.test if test else outcome.metrics) for outcome in runs.cells.values()]
+    figures = [figures[metric] for figures in every if metric in figures]
+    first = next(iter(runs.cells.values()))
+    row = {
+        "task": task,
+        "variant": variant,
+        "metric": metric,
+        "values": dict(runs.point.values),
+        "seeds": list(runs.cells),
+        "figures": figures,
+        **_spread(figures),
+        "validation": _mean(outcome.metrics.get(str(facts["chosen_by"])) for outcome in runs.cells.values()),
+        "every": {name: _spread([one[name] for one in every if name in one]) for name in every[0]},
+        "parameters": dict(first.parameters),
+        "steps": record.read_json(folder / CELLS / first.name / "run.json").get("steps"),
+        "seconds": _mean(outcome.seconds for outcome in runs.cells.values()),
+        "cpu_seconds": _mean(outcome.cpu_seconds for outcome in runs.cells.values()),
+    }
+    return {**row, **_estimated(statistics.estimate(sampled[1]))} if sampled else row
+
+
+def _spread(figures: Sequence[float]) -> dict[str, Any]:
+    return {"mean": _mean(figures), "sd": plain.stdev(figures) if len(figures) > 1 else None}
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    known = [value for value in values if is_number(value)]
+    return plain.fmean(known) if known else None
+
+
+def _estimated(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "mean": estimate.mean,
+        "sd": estimate.sd,
+        "interval": list(estimate.interval),
+        "interval_of_models": list(estimate.interval_of_models),
+    }
+
+
+def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
+    """``cpu_ratio``: processor time of training over that of LoRA on the same task."""
+    time = {row["task"]: row["cpu_seconds"] for row in rows if row["variant"] == baseline}
+    for row in rows:
+        if row["cpu_seconds"] and time.get(row["task"]):
+            row["cpu_ratio"] = row["cpu_seconds"] / time[row["task"]]
+
+
+def _complete(study: Study, samples: Mapping[tuple[str, str], Any]) -> list[str]:
+    """The variants that have a figure on every task, where there are several."""
+    if len(study.tasks) < 2 or AVERAGE in study.tasks:
+        return []
+    return [variant for variant in study.variants if all((task, variant) in samples for task in study.tasks)]
+
+
+def _averages(
+    study: Study, samples: Mapping[tuple[str, str], Any], rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row over all tasks for each variant that has them all."""
+    made = []
+    for variant in _complete(study, samples):
+        own = [row for row in rows if row["variant"] == variant]
+        estimate = statistics.mean_of([samples[task, variant][1] for task in study.tasks])
+        ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
+        made.append(
+            {
+                "task": AVERAGE,
+                "variant": variant,
+                "metric": AVERAGE,
+                "parameters": own[0]["parameters"],
+                "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
+                **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
+                **_estimated(estimate),
+            }
+        )
+    return made
+
+
+def _pairs(
+    study: Study, samples: Mapping[tuple[str, str], Any], rows: Sequence[dict[str, Any]], reference: str
+) -> list[dict[str, Any]]:
+    """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
+    pairs = []
+    whole = _complete(study, samples)
+    for task in [*study.tasks, *([AVERAGE] if reference in whole else [])]:
+        of_task = []
+        for other in study.variants:
+            tasks = list(study.tasks) if task == AVERAGE else [task]
+            if other == reference or not all((name, who) in samples for name in tasks for who in (reference, other)):
+                continue
+            found = [_paired(samples[name, reference], samples[name, other]) for name in tasks]
+            if not all(seeds for seeds, _ in found):
+                continue
+            differences = [sample for _, sample in found]
+            estimate = statistics.mean_of(differences) if task == AVERAGE else statistics.estimate(differences[0])
+            pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **_estimated(estimate)}
+            of_task.append({**pair, "p": estimate.p})
+        for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
+            pairs.append({**pair, "p_adjusted": p, "better": statistics.verdict(pair["mean"], p)})
+        means = {pair["other"]: pair["mean"] for pair in of_task}
+        for pair in pairs[len(pairs) - len(of_task) :]:
+            pair["strongest"] = pair["mean"] == min(means.values())
+    return pairs
+
+
+def _paired(
+    one: tuple[tuple[int, ...], Sample], other: tuple[tuple[int, ...], Sample]
+) -> tuple[list[int], Sample | Any]:
+    """The seeds both have, and the difference on them."""
+    common = [seed for seed in one[0] if seed in other[0]]
+
+    def of(seeds: tuple[int, ...], sample: Sample) -> Sample:
+        columns = [seeds.index(seed) for seed in common]
+        return Sample(sample.figures[columns], sample.resampled[:, columns])
+
+    return common, statistics.difference(of(*one), of(*other)) if common else None
+
+
+def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any] | None:
+    """Training loss by step, the mean over seeds of the steps that all of them logged, in at most 40 bins."""
+    logs = [dict(_losses(folder / CELLS / outcome.name / "log.jsonl", "loss")) for outcome in runs.cells.values()]
+    steps = sorted(set.intersection(*map(set, logs))) if logs else []
+    if len(steps) < 2:
+        return None
+    width = math.ceil(len(steps) / CURVE_POINTS)
+    bins = [steps[start : start + width] for start in range(0, len(steps), width)]
+    return {
+        "task": task,
+        "variant": variant,
+        "seeds": list(runs.cells),
+        "steps": [own[-1] for own in bins],
+        "loss": [plain.fmean(log[step] for log in logs for step in own) for own in bins],
+    }
+
+
+def _losses(path: Path, key: str) -> Iterator[tuple[int, float]]:
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # a kill can cut the last line short
+                continue
+            if "step" in line and is_number(line.get(key)):
+                yield line["step"], line[key]
+
+
+# -- what is equal and what is not ------------------------------------------------------------------------------------
+
+
+def _unequal(study: Study, best: Mapping[tuple[str, str], _Runs | None]) -> dict[str, dict[str, Any]]:
+    """Settings outside of ``adapter`` and the search that differ between variants, and searches that do: key -> variant -> value."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in study.tasks:
+        settings: dict[str, dict[str, Any]] = {}
+        for variant in study.variants:
+            runs = best[task, variant]
+            recipe = next((outcome.recipe for outcome in runs.cells.values()), None) if runs else None
+            for key, value in _flat(recipe or {}):
+                settings.setdefault(key, {})[variant] = value
+        searched = {key for variant in study.variants for key in study.search_for(task, variant)} | set(study.space)
+        for key, values in settings.items():
+            if key not in searched and len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
+                found.setdefault(key, {}).update(values)
+        searches = {variant: _values(study.search_for(task, variant)) for variant in study.variants}
+        if len(set(searches.values())) > 1:
+            found.setdefault("search", {}).update(searches)
+    return found
+
+
+def _flat(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, value in recipe.items():
+        if section in ("adapter", "seed", "output", *RESERVED):
+            continue
+        if isinstance(value, Mapping):
+            yield from ((f"{section}.{key}", held) for key, held in value.items())
+        else:
+            yield section, value
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    """``train.learning_rate=0.001`` for people."""
+    return ", ".join(
+        f"{key}={'|'.join(map(_short, value)) if isinstance(value, (list, tuple)) else _short(value)}"
+        for key, value in values.items()
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if is_number(value) else str(value)
+
+
+def _edges(study: Study, found: Outcomes, best: Mapping[tuple[str, str], _Runs | None]) -> list[dict[str, Any]]:
+    """Best values that lie at an end of what was tried, where more than one number was."""
+    edges = []
+    for (task, variant), runs in best.items():
+        if runs is None:
+            continue
+        points = study.points(found, task, variant)
+        for key, value in runs.point.values.items():
+            tried = {point.values[key] for point in points if is_number(point.values[key])}
+            if len(tried) > 1 and value in (min(tried), max(tried)):
+                end = "smallest" if value == min(tried) else "greatest"
+                edges.append({"task": task, "variant": variant, "key": key, "value": value, "end": end})
+    return edges
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+
+def statement(summary: Mapping[str, Any]) -> list[str]:
+    """What the data can say and what they cannot, in sentences, from the figures alone."""
+    return [*_completeness(summary), *_protocol(summary), *_comparisons(summary), *_limits(summary)]
+
+
+def _completeness(summary: Mapping[str, Any]) -> Iterator[str]:
+    counts = Counter(cell["status"] for cell in summary["cells"])
+    done, wanted, diverged = summary["done"], summary["wanted"], counts["diverged"]
+    tail = f"; {diverged} diverged, which counts as the worst value of their search" if diverged else ""
+    if done + diverged < wanted or summary["open"]:
+        lost = f", {counts['failed']} of them failed" if counts["failed"] else ""
+        yield (
+            f"Not finished: {done} of the {wanted} cells wanted so far are done{tail}, {wanted - done - diverged} are not{lost}. "
+            "What follows may change."
+        )
+    else:
+        yield f"All {wanted} cells have run{tail}."
+    if summary["open"]:
+        yield f"No best value yet, or every one diverged: {', '.join(' '.join(pair) for pair in summary['open'])}."
+
+
+def _protocol(summary: Mapping[str, Any]) -> Iterator[str]:
+    study = summary["study"]
+    seeds = len(study["seeds"])
+    if study["space"]:
+        how = f"{study['trials']} trials drawn by Optuna for each variant and task"
+    elif study["search"]:
+        how = f"the same values for every variant and task ({_values(study['search'])}"
+        how += ", one step further while the best lay at the edge)" if study["extend"] else ")"
+        if "search" in summary["unequal"]:
+            how = "values that differ between variants"
+    else:
+        how = ""
+    first = f"with {study['search_seeds']} seed{'s' * (study['search_seeds'] > 1)}"
+    if how:
+        yield f"Search: {how}, chosen on validation rows {first}; figures are means over {_count(seeds, 'seed')} at the chosen value."
+    else:
+        yield f"Nothing was tuned; figures are means over {_count(seeds, 'seed')}."
+    if differing := {key: values for key, values in summary["unequal"].items() if key != "search"}:
+        parts = [
+            f"{key} ({', '.join(f'{v}: {_short(x)}' for v, x in values.items())})" for key, values in differing.items()
+        ]
+        yield f"Beyond the method and the search, the variants differ in {'; '.join(parts)}."
+
+
+def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
+    for task in dict.fromkeys(pair["task"] for pair in summary["pairs"]):
+        pairs = [pair for pair in summary["pairs"] if pair["task"] == task]
+        reference = pairs[0]["one"]
+        facts = summary["tasks"].get(task, {})
+        where = f"Over all tasks, {reference}" if task == AVERAGE and not facts else (
+            f"{task} ({facts.get('metric')}, {facts.get('examples'):,} test rows): {reference}"
+        )  # fmt: skip
+        parts = []
+        for answer, words in (("yes", "is better than"), ("no", "is worse than")):
+            if those := [pair for pair in pairs if pair["better"] == answer]:
+                parts.append(f"{words} {', '.join(map(_difference, those))}")
+        if those := [pair for pair in pairs if pair["better"] == "cannot be said"]:
+            parts.append(f"cannot be told from {', '.join(map(_difference, those))}")
+        yield f"{where} {'; '.join(parts)}."
+    if summary["pairs"]:
+        count = max(Counter(pair["task"] for pair in summary["pairs"]).values())
+        yield (
+            "In brackets the 95 % interval of the difference over other test rows and other seeds. A difference counts where its "
+            f"p-value is below 5 % after Holm's correction for the comparisons on one task (at most {count}), so an interval "
+            "without 0 may still not."
+        )
+
+
+def _difference(pair: Mapping[str, Any]) -> str:
+    low, high = pair["interval"]
+    digits = 1 if high - low >= 1 else 2
+    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (pair["mean"], low, high))
+    return f"{pair['other']} ({mean} [{low}, {high}])"
+
+
+def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
+    study = summary["study"]
+    seeds = len(study["seeds"])
+    if seeds == 1:
+        yield "One seed: the intervals allow for other test rows and say nothing of how much another seed would change."
+    elif seeds < 5 and summary["pairs"]:
+        yield f"{seeds} seeds leave the spread over seeds itself poorly known, hence the width of the intervals; more seeds narrow it most."
+    same = [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]
+    if same:
+        yield f"{', '.join(same)}: validation and test are the same rows, so the figures are those that chose the values: too good by that."
+    for task, facts in summary["tasks"].items():
+        if facts.get("note"):
+            yield f"{task}: {facts['note']}."
+    if summary["edges"]:
+        edges = [
+            f"{edge['variant']} on {edge['task']} ({edge['key']}={_short(edge['value'])})" for edge in summary["edges"]
+        ]
+        yield f"At the edge of what was tried, so perhaps not the best: {', '.join(edges)}."
+    short = [row for row in summary["rows"] if "seeds" in row and len(row["seeds"]) < seeds]
+    lost = {
+        (cell["tags"]["task"], cell["tags"]["variant"], cell["tags"]["seed"])
+        for cell in summary["cells"]
+        if cell["status"] == "diverged"
+    }
+    for row in short:
+        gone = [
+            seed for seed in study["seeds"] if seed not in row["seeds"] and (row["task"], row["variant"], seed) in lost
+        ]
+        if gone:
+            yield f"{row['variant']} on {row['task']} diverged at its chosen value with seed {', '.join(map(str, gone))}: its mean is over the others."
+    for key, words in (
+        ("commit", "versions of the code"),
+        ("device", "machines"),
+        ("threads", "numbers of threads"),
+        ("versions", "sets of packages"),
+        ("base", "base models"),
+    ):
+        if len(summary[key]) > 1:
+            listed = ", ".join(f"{_version(key, entry['value'])} ({entry['cells']} cells)" for entry in summary[key])
+            yield f"The cells are of {len(summary[key])} {words}: {listed}."
+    if any(entry["value"] for entry in summary["dirty"]):
+        yield "Some cells ran from a checkout with changes that are in no commit."
+
+
+def _version(key: str, value: Any) -> str:
+    if key == "versions":
+        return " ".join(f"{name} {version}" for name, version in sorted((value or {}).items()))
+    return str(value)[:12] if key in ("commit", "base") else str(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _rounded(value: Any) -> Any:
+    """Figures to six digits: more would only be noise in comparisons of files."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(held) for held in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
