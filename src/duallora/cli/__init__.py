@@ -22,7 +22,7 @@ import typer
 from duallora import console
 from duallora.cli.app import app
 
-THEMES = ("training", "sharing", "machine", "benching")  # a module of verbs each, in the order of --help
+THEMES = ("training", "sharing", "machine", "benching", "studies")  # a module of verbs each, in the order of --help
 for theme in THEMES:
     import_module(f"duallora.cli.{theme}")
 

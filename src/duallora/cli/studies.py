@@ -1,0 +1,95 @@
+"""Verbs of many runs: the paper's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from duallora import console
+from duallora.cli.app import Debug, Json, app
+
+SUMMARIES = Path("results/studies")
+
+Workers = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Runs at once on this machine.")]
+Ray = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help='Run on a Ray cluster; "local" starts one here.')
+]
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, ...")],
+    scale: Annotated[
+        Literal["mini", "paper"],
+        typer.Option("--scale", help="The paper's models and data, or a built-in model and local data."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the runs; runs/NAME-SCALE.")
+    ] = None,
+    result: Annotated[
+        Path | None,
+        typer.Option("--result", metavar="FILE", help="Summary as JSON; results/studies/STUDY-SCALE.json."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="KIND=NAME", help="task=cola, variant=lora-r16 or study=...; may be repeated."),
+    ] = None,
+    workers: Workers = 1,
+    ray: Ray = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME", help="For the predicted hours: a100-80gb, h100, ..., or cpu (mini)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands, run nothing.")] = False,
+    commands: Annotated[
+        int, typer.Option("--commands", min=0, metavar="N", help="Commands to print; 0 is all of them.")
+    ] = 3,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a run at the paper's scale.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Run a table or figure of the paper again: its plan with predicted hours, its runs, its figures beside the paper's.
+
+    A run that was stopped goes on where it was with the same command.
+
+    [dim]Examples:[/]
+      duallora reproduce table2 --scale mini --only task=cola
+      duallora reproduce table1 --scale paper --dry-run --gpu h100
+    """
+    from duallora.errors import ConfigError
+    from duallora.recipes import reproduce as table
+
+    chosen = table.parts(name, scale, only or (), output)
+    if result is not None and len(chosen) > 1:
+        raise ConfigError(f"--result names one file, and {name} has {len(chosen)} studies: choose one by --only study=")
+    planned = table.plan(chosen, gpu or ("cpu" if scale == "mini" else "a100-80gb"))
+    table.show_plan(console.results, chosen, planned)
+    lines = table.commands(chosen)
+    shown = lines if commands == 0 else lines[:commands]
+    console.results.print(f"\n{len(shown)} of the {len(lines)} runs to begin with:")
+    for line in shown:
+        console.results.print(line, soft_wrap=True, markup=False)
+    if dry_run:
+        return {**planned, "commands": lines}
+    if scale == "paper" and not yes and not typer.confirm("\nStart these runs?", err=True):
+        raise ConfigError("nothing was started; --dry-run shows the plan alone, --yes starts without asking")
+
+    from duallora.analysis import studies
+    from duallora.grid.run import run
+
+    summaries = {}
+    for part in chosen:
+        run(part.study, part.folder, workers=workers, ray=ray, console=console.results)
+        summary = studies.summarise(part.folder, scale=scale)
+        file = result or SUMMARIES / f"{part.study.name}-{scale}.json"
+        studies.save(summary, file)
+        table.show_beside(console.results, summary)
+        for sentence in summary["statement"]:
+            console.results.print(sentence, soft_wrap=True, markup=False)
+        console.results.print(
+            f"written to [bold]{file}[/]; next: duallora report {file} -o report.html", soft_wrap=True
+        )
+        summaries[part.study.name] = str(file)
+    return {"runs": planned["runs"], "summaries": summaries}
