@@ -183,6 +183,14 @@ class Study:
             cells |= {cell.name: cell for stage in stages for cell in stage if cell.name not in cells}
         return list(cells.values())
 
+    def expected(self, outcomes: Outcomes) -> int:
+        """How many cells it will come to if no grid grows further and nothing fails."""
+        count = 0
+        for task, variant in itertools.product(self.tasks, self.variants):
+            points = self.trials if self.space else len(self.points(outcomes, task, variant))
+            count += self.search_seeds * points + len(self.seeds) - self.search_seeds
+        return count
+
     def points(self, outcomes: Outcomes, task: str, variant: str, asked: Sequence[Point] = ()) -> list[Point]:
         """The points of the search tried for one task and variant, or to be tried, as far as ``outcomes`` tell."""
         if self.space:

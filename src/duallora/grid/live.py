@@ -1,0 +1,161 @@
+"""What a grid shows while it works: a table that redraws in a terminal, a line for each event elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from duallora.grid.study import CELLS, Cell, Outcome, Study
+from duallora.train.progress import LABEL_WIDTH, clock, say, shown
+
+TABLE_EVERY = 0.5  # seconds between looks at the cells' logs
+LINE_EVERY = 60.0  # where there is no terminal to redraw
+TAIL = 4096  # bytes from the end of a log in which its last line lies
+
+
+class Show:
+    """The counts of cells (queued, running, done, failed), where each running one stands, and the time left."""
+
+    def __init__(self, console: Console, study: Study, folder: Path, workers: int):
+        self.console, self.study, self.folder, self.workers = console, study, folder, workers
+        self.began: dict[str, float] = {}
+        self.took: list[float] = []  # seconds of the cells that were done here
+        self.drawn = self.spoken = time.monotonic()
+        self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Show:
+        count = len(self.study.tasks) * len(self.study.variants)
+        seeds = len(self.study.seeds)
+        self.say(
+            "grid",
+            f"[bold]{escape(self.study.name)}[/]: {len(self.study.tasks)} tasks x {len(self.study.variants)} variants "
+            f"x {seeds} seeds, {count * seeds} cells and those of the search, in [bold]{shown(self.folder)}[/]",
+        )
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, label: str, message: str) -> None:
+        say(self.console, label, message)
+
+    def started(self, cell: Cell) -> None:
+        self.began[cell.name] = time.monotonic()
+        if not self.live:
+            self.say("starts", cell.name)
+
+    def settled(self, cell: Cell, now: Outcome) -> None:
+        took = time.monotonic() - self.began[cell.name]
+        if now.diverged:
+            self.say("diverged", f"[yellow]{cell.name}[/] ({escape((now.error or '').split(';')[0])})")
+            return
+        self.took.append(took)
+        figure = self._figure(now)
+        self.say("done", f"{cell.name}  {figure}  [dim]{clock(took)}[/]")
+
+    def gave_up(self, cell: Cell, reason: str) -> None:
+        log = self.folder / CELLS / f"{cell.name}.log"
+        self.say("failed", f"[red]{cell.name}: {escape(reason)}[/] [dim](see {shown(log)})[/]")
+
+    def update(
+        self,
+        wanted: Sequence[Cell],
+        outcomes: Mapping[str, Outcome],
+        running: Mapping[str, Cell],
+        failed: Mapping[str, str],
+    ) -> None:
+        """Redraws, or says a line, if it is time to."""
+        now = time.monotonic()
+        if now - self.drawn < TABLE_EVERY if self.live else now - self.spoken < LINE_EVERY:
+            return
+        self.drawn = self.spoken = now
+        done = sum(cell.name in outcomes and outcomes[cell.name].status == "done" for cell in wanted)
+        diverged = sum(cell.name in outcomes and outcomes[cell.name].diverged for cell in wanted)
+        total = self.study.expected(outcomes)
+        queued = max(0, total - done - diverged - len(running) - len(failed))
+        places = {name: progress(self.folder / CELLS / name) for name in running}
+        left = self._left(queued, places.values())
+        counts = [(queued, "queued", ""), (len(running), "running", "cyan"), (done, "done", "green")]
+        counts += [(diverged, "diverged", "yellow"), (len(failed), "failed", "red")]
+        parts = [
+            f"[{style}]{count} {word}[/]" if style else f"{count} {word}"
+            for count, word, style in counts
+            if count or word in ("queued", "done")
+        ]
+        line = f"{', '.join(parts)}  [dim]{left}[/]"
+        if not self.live:
+            self.say("cells", line)
+            return
+        head = Table.grid()
+        head.add_column(width=LABEL_WIDTH, style="bold cyan")
+        head.add_column()
+        head.add_row("cells", line)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column(" " * LABEL_WIDTH, no_wrap=True)
+        for title, side in (("running", "left"), ("step", "right"), ("loss", "right"), ("time", "right")):
+            table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+        for name in running:
+            step, steps, loss = places[name]
+            where = f"{step}/{steps}" if step is not None else "starts"
+            figure = "" if loss is None else f"{loss:.3f}"
+            table.add_row("", name, where, figure, clock(now - self.began[name]))
+        self.live.update(Group(head, table, Text("")), refresh=True)
+
+    def _left(self, queued: int, places: Collection[Place]) -> str:
+        if not self.took:
+            return "--:-- left"
+        each = sum(self.took) / len(self.took)
+        under_way = sum(1 - (step or 0) / max(steps or 1, 1) for step, steps, _ in places)
+        return f"about {clock(each * (queued + under_way) / self.workers)} left"
+
+    def _figure(self, now: Outcome) -> str:
+        metric = self.study.metric or now.main_metric or "loss"
+        parts = []
+        for split, figures in (("validation", now.metrics), ("test", now.test)):
+            if isinstance(figures.get(metric), (int, float)):
+                parts.append(f"{split} {metric} {figures[metric]:.4g}")
+        return ", ".join(parts)
+
+
+Place = tuple[int | None, int | None, float | None]
+
+
+def progress(cell: Path) -> Place:
+    """(step, steps, loss) of a running cell by its own log; None for what it has not written yet."""
+    try:
+        run = json.loads((cell / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, None, None
+    if run.get("status") != "running":  # of an earlier attempt
+        return None, None, None
+    step, loss = 0, None
+    try:
+        with (cell / "log.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for text in reversed(lines):
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut at either end
+            continue
+        step = max(step, int(line.get("step", 0)))
+        if isinstance(line.get("loss"), float):
+            loss = line["loss"]
+            break
+    return step, run.get("steps"), loss

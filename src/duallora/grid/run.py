@@ -1,0 +1,412 @@
+"""Working off a study: cells as processes of this machine or tasks of a Ray cluster, until nothing is left to be run.
+
+What is done is read from the cells' folders, so a grid that was stopped or killed goes on with the same command. A cell
+is the program itself, `duallora train -c CELL/recipe.yaml --resume auto -o CELL`, with its output in CELL.log beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+
+from duallora.errors import ConfigError, Interrupted
+from duallora.grid.live import Show
+from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
+from duallora.train.launch import STARTER
+from duallora.train.lock import locked
+from duallora.train.recipe import recipe_yaml
+from duallora.train.record import write_text
+
+Keep = Literal["none", "best", "all"]
+KEEPS = ("none", "best", "all")
+LOCKED = 6
+LOST = (8, 9, 130, 137, 143)  # out of memory, a process gone, ended from outside: another try may do
+LOCK_EVERY = 5.0  # seconds between tries of a cell whose folder a process of an earlier grid still holds
+LOCK_TRIES = 120
+POLL = 0.2
+RESULTS = ("adapter", "model")  # of a run folder: what `keep` is about
+
+
+class Pool(Protocol):
+    """Where cells run."""
+
+    def free(self) -> bool:
+        """Whether another cell may be started now."""
+
+    def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
+        """Starts the program with ``arguments``, its output at the end of ``log``."""
+
+    def ended(self) -> list[tuple[str, int]]:
+        """(name, exit code) of the cells that have ended since; -N if signal N did it."""
+
+    def stop(self) -> None:
+        """Asks all cells to save a checkpoint and end."""
+
+    def close(self) -> None:
+        """Ends what still runs, at once."""
+
+
+def run(
+    study: Study,
+    folder: Path | str,
+    *,
+    workers: int = 1,
+    ray: str | None = None,
+    console: Console | None = None,
+    retries: int = 1,
+    keep: Keep = "best",
+) -> dict[str, Outcome]:
+    """Runs what ``study`` wants and ``folder`` has not got, and returns the outcome of every cell by name.
+
+    A cell that fails for good is among them with status "failed" and the reason as ``error``; the others go on. One that
+    diverged (NaN) is an outcome like any other. A failed one is tried again the next time.
+
+    Args:
+        workers: cells at once; each has its share of the cores as threads unless OMP_NUM_THREADS is set, and one GPU of
+            its own where there are some.
+        ray: address of a Ray cluster that sees ``folder``, or "local" for one of this machine.
+        retries: how often a cell that was killed, or ran out of memory, is tried again.
+        keep: whose adapters stay: those of no cell, of the best search value's cells, of all. Checkpoints stay with
+            "all" alone; records, logs and predictions always.
+
+    Raises:
+        ConfigError: the folder is not a study's, or a cell in it was run with other settings.
+        LockedError: another grid works in it.
+        Interrupted: SIGINT or SIGTERM came; the running cells have saved checkpoints.
+    """
+    if keep not in KEEPS:
+        raise ConfigError(f"keep={keep!r}: expected {', '.join(KEEPS)}")
+    if workers < 1 or retries < 0:
+        raise ConfigError(f"workers={workers}, retries={retries}: expected a worker at least and no negative number")
+    folder, console = Path(folder), console or Console()
+    if folder.is_dir() and not (folder / STUDY).exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {STUDY}; choose another folder with -o")
+    with ExitStack() as held:
+        held.enter_context(locked(folder, STUDY))
+        found = outcomes(folder)
+        _refuse_drift(study, found)
+        write_text(folder / STUDY, study.yaml())
+        (folder / CELLS).mkdir(exist_ok=True)
+        pool: Pool
+        if ray is None:
+            pool = Here(workers)
+        else:
+            from duallora.grid.cluster import Cluster
+
+            pool = Cluster(ray, workers, retries)
+        held.callback(pool.close)
+        stopping = held.enter_context(Stopping())
+        show = held.enter_context(Show(console, study, folder, workers))
+        return _Grid(study, folder, found, pool, stopping, show, retries, keep).go()
+
+
+class _Grid:
+    """What a grid knows while it runs, beyond what lies on disk."""
+
+    def __init__(
+        self,
+        study: Study,
+        folder: Path,
+        found: dict[str, Outcome],
+        pool: Pool,
+        stopping: Stopping,
+        show: Show,
+        retries: int,
+        keep: Keep,
+    ):
+        self.study, self.folder, self.outcomes, self.pool = study, folder, found, pool
+        self.stopping, self.show, self.retries, self.keep = stopping, show, retries, keep
+        self.running: dict[str, Cell] = {}
+        self.failed: dict[str, str] = {}  # given up, with the reason
+        self.tries: Counter[str] = Counter()
+        self.waits: dict[str, float] = {}  # until when a cell in a locked folder is left alone
+        self.lock_tries: Counter[str] = Counter()
+        self.log_from: dict[str, int] = {}
+        self.trials = None
+        if study.space:
+            from duallora.grid.tuning import Trials
+
+            self.trials = Trials(study, folder)
+
+    def go(self) -> dict[str, Outcome]:
+        self._tidy()
+        wanted = self._wanted()
+        while True:
+            waiting = [cell for cell in wanted if self._may_run(cell)]
+            ready = [cell for cell in waiting if self.waits.get(cell.name, 0.0) <= time.monotonic()]
+            if self.stopping.number is None:
+                while ready and self.pool.free():
+                    self._start(ready.pop(0))
+                if self.trials and not ready and self.pool.free() and self.trials.ask(self.outcomes, self.failed):
+                    wanted = self._wanted()
+                    continue
+            elif self.running:
+                self._stop()
+            if not self.running and (not waiting or self.stopping.number is not None):
+                break
+            ended = self.pool.ended()
+            for name, code in ended:
+                self._end(self.running.pop(name), code)
+            if ended:
+                self._tidy()
+                wanted = self._wanted()
+            self.show.update(wanted, self.outcomes, self.running, self.failed)
+            if not ended:
+                time.sleep(POLL)
+        if self.stopping.number is not None:
+            done = sum(cell.name in self.outcomes and self.outcomes[cell.name].settled for cell in wanted)
+            raise Interrupted(
+                self.stopping.number,
+                f"stopped with {done} of {self.study.expected(self.outcomes)} cells done; the same command continues",
+            )
+        self._tidy(ended=True)
+        return {cell.name: self._outcome(cell.name) for cell in wanted}
+
+    def _wanted(self) -> list[Cell]:
+        wanted = self.study.wanted(self.outcomes, self.trials.asked if self.trials else None)
+        _refuse_drift_of(wanted, self.outcomes)
+        return wanted
+
+    def _may_run(self, cell: Cell) -> bool:
+        if cell.name in self.running or cell.name in self.failed:
+            return False
+        return cell.name not in self.outcomes or not self.outcomes[cell.name].settled
+
+    def _outcome(self, name: str) -> Outcome:
+        if name in self.failed:
+            return Outcome(name, "failed", error=self.failed[name])
+        return self.outcomes[name]
+
+    # -- one cell ------------------------------------------------------------------------------------------------------
+
+    def _start(self, cell: Cell) -> None:
+        place = self.folder.resolve() / CELLS / cell.name
+        write_text(place / "recipe.yaml", recipe_yaml(cell.recipe(self.folder.resolve())))
+        log = place.with_name(f"{cell.name}.log")
+        self.log_from[cell.name] = log.stat().st_size if log.exists() else 0
+        arguments = ["train", "-c", str(place / "recipe.yaml"), "--resume", "auto", "-o", str(place)]
+        self.pool.start(cell.name, arguments, log)
+        self.running[cell.name] = cell
+        self.show.started(cell)
+
+    def _end(self, cell: Cell, code: int) -> None:
+        name = cell.name
+        now = outcome(self.folder, name)
+        if code == 0 or (now is not None and now.diverged):
+            if now is None or not now.settled:
+                self._give_up(cell, f"it ended well, but its run.json says {now.status if now else 'nothing'}")
+                return
+            self.outcomes[name] = now
+            self.show.settled(cell, now)
+            return
+        if now is not None:
+            self.outcomes[name] = now
+        if self.stopping.number is not None:
+            return
+        if code == LOCKED and self.lock_tries[name] < LOCK_TRIES:
+            if not self.lock_tries[name]:
+                self.show.say("waits", f"{name}: a process of an earlier grid still writes to its folder")
+            self.lock_tries[name] += 1
+            self.waits[name] = time.monotonic() + LOCK_EVERY
+        elif (code < 0 or code in LOST) and self.tries[name] < self.retries:
+            self.tries[name] += 1
+            self.show.say("lost", f"[yellow]{name}: {_how(code)}; tried again, from its last checkpoint[/]")
+        else:
+            self._give_up(cell, self._reason(name, now, code))
+
+    def _give_up(self, cell: Cell, reason: str) -> None:
+        self.failed[cell.name] = reason
+        self.show.gave_up(cell, reason)
+
+    def _reason(self, name: str, now: Outcome | None, code: int) -> str:
+        if code < 0 or code in LOST:
+            return f"{_how(code)}, {self.tries[name] + 1} times" if self.tries[name] else _how(code)
+        with (self.folder / CELLS / f"{name}.log").open("rb") as file:
+            file.seek(self.log_from[name])
+            lines = file.read().decode(errors="replace").splitlines()
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        if said:
+            return said[-1]
+        return (now.error if now else None) or (lines[-1] if lines else f"exit code {code}")
+
+    def _stop(self) -> None:
+        if not self.stopping.told:
+            self.stopping.told = True
+            self.show.say(
+                "stopping", f"{len(self.running)} running cells save a checkpoint first; once more ends them now"
+            )
+            self.pool.stop()
+        if self.stopping.again:
+            self.pool.close()
+
+    def _tidy(self, *, ended: bool = False) -> None:
+        """Deletes the adapters and checkpoints that `keep` does not ask for, and that no later cell starts from."""
+        if self.keep == "all":
+            return
+        study = self.study
+        sources = set() if ended else {own["after"] for own in study.tasks.values() if "after" in own}
+        for task in study.tasks:
+            for variant in study.variants:
+                scores = {}
+                for point in study.points(self.outcomes, task, variant):
+                    scores[point.label] = study.score(self.outcomes, task, variant, point), point
+                top = max((score for score, _ in scores.values() if score is not None), default=None)
+                for score, point in scores.values():
+                    best = score is None or score == top
+                    stay = best if self.keep == "best" else task in sources and best
+                    for cell in study.cells_at(self.outcomes, task, variant, point):
+                        if cell.name in self.outcomes and self.outcomes[cell.name].settled:
+                            place = self.folder / CELLS / cell.name
+                            for part in ("checkpoints", *(() if stay else RESULTS)):
+                                shutil.rmtree(place / part, ignore_errors=True)
+
+
+def _how(code: int) -> str:
+    """How a cell was lost, in words."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    words = {8: "out of memory", 9: "one of its processes is gone", 137: "ended by SIGKILL"}
+    return words.get(code, f"ended by {signal.Signals(code - 128).name}" if code > 128 else f"exit code {code}")
+
+
+def _refuse_drift(study: Study, found: Mapping[str, Outcome]) -> None:
+    _refuse_drift_of(study.wanted(found), found)
+
+
+def _refuse_drift_of(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> None:
+    """ConfigError where a cell on disk was run with other settings than the study now gives it."""
+    for cell in cells:
+        before = found[cell.name].recipe if cell.name in found else {}
+        if before:
+            after = cell.recipe().model_dump(mode="json")
+            changed = [
+                f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
+                for key, old, new in _differences(before, after)
+                if key not in ("output", "adapter.start")
+            ]
+            if changed:
+                raise ConfigError(
+                    f"the cell {cell.name} was run with other settings than the study now says:\n  "
+                    + "\n  ".join(changed)
+                    + f"\nset them back, choose another folder with -o, or remove {CELLS}/{cell.name} to run it again"
+                )
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key, *values in _differences(old, new):
+                yield f"{name}.{key}", values[0], values[1]
+        elif old != new:
+            yield name, old, new
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+class Here:
+    """Cells as processes of this machine, in sessions of their own: Ctrl-C reaches the grid alone, which passes it on."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.slots: dict[str, int] = {}
+        self.gpus = gpus() if workers > 1 else []
+        self.threads = str(max(1, cores() // workers))
+
+    def free(self) -> bool:
+        return len(self.processes) < self.workers
+
+    def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
+        slot = next(number for number in range(self.workers) if number not in self.slots.values())
+        environment = {"OMP_NUM_THREADS": self.threads, **os.environ}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        self.processes[name] = process(arguments, log, environment)
+        self.slots[name] = slot
+
+    def ended(self) -> list[tuple[str, int]]:
+        codes = [(name, code) for name, held in self.processes.items() if (code := held.poll()) is not None]
+        for name, _ in codes:
+            del self.processes[name], self.slots[name]
+        return codes
+
+    def stop(self) -> None:
+        for held in self.processes.values():
+            held.terminate()
+
+    def close(self) -> None:
+        for held in self.processes.values():
+            held.kill()
+        for held in self.processes.values():
+            held.wait()
+
+
+def process(arguments: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str | None = None) -> Any:
+    """The program, started; it stops by itself (as after SIGTERM) when this process is gone."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "duallora.cli", *arguments],
+            env={**environment, STARTER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=os.name == "posix",
+        )
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus() -> list[str]:
+    """Names of the CUDA devices this process may use, as CUDA_VISIBLE_DEVICES takes them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name and name != "-1"]
+    try:
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in told.splitlines()))]
+
+
+class Stopping:
+    """Takes note of SIGINT and SIGTERM for the loop to see; ``again`` is whether a second one came."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.again = self.told = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.again = self.number is not None
+        self.number = self.number or number
