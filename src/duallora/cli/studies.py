@@ -19,6 +19,60 @@ Ray = Annotated[
 
 
 @app.command()
+def grid(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", metavar="FILE", help="grid.yaml; the folder's own study if not given."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the grid; runs/NAME.")
+    ] = None,
+    workers: Workers = 1,
+    ray: Ray = None,
+    optuna: Annotated[
+        int | None,
+        typer.Option("--optuna", min=1, metavar="N", help="Trials of the space, for each task and variant."),
+    ] = None,
+    keep: Annotated[
+        Literal["none", "best", "all"], typer.Option("--keep", help="Whose adapters stay; all keeps checkpoints too.")
+    ] = "best",
+    retries: Annotated[
+        int, typer.Option("--retries", min=0, metavar="N", help="New tries of a cell that was killed.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell's recipe and list them.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Train the same tasks with several settings, search values and seeds; killed or stopped, it goes on where it was.
+
+    [dim]Examples:[/]
+      duallora grid -c grid.yaml -o runs/grid --workers 2
+      duallora grid -c grid.yaml -o runs/grid --ray auto
+    """
+    from duallora.errors import ConfigError
+    from duallora.grid import live
+    from duallora.grid.run import require_all, run
+    from duallora.grid.study import Study, outcomes
+
+    source = config or output
+    if source is None:
+        raise ConfigError("what is to be run? -c grid.yaml says it, and -o FOLDER goes on with a folder's study")
+    study = Study.read(source, **({} if optuna is None else {"trials": optuna}))
+    folder = output or Path("runs") / study.name
+    if dry_run:
+        cells = study.wanted(outcomes(folder))
+        for cell in cells:
+            console.results.print(cell.name, soft_wrap=True, markup=False)
+        expected = study.expected(outcomes(folder))
+        console.results.print(f"{len(cells)} cells to begin with, {expected} if no search grows further")
+        return {"cells": [cell.name for cell in cells], "expected": expected}
+    found = run(study, folder, workers=workers, ray=ray, console=console.results, retries=retries, keep=keep)
+    chosen = live.show_best(console.results, study, found)
+    require_all(found, folder)
+    return {"folder": str(folder), "cells": len(found), "best": chosen}
+
+
+@app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, ...")],
     scale: Annotated[

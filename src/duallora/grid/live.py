@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from duallora.errors import is_number
 from duallora.grid.study import CELLS, Cell, Outcome, Study
 from duallora.train.progress import LABEL_WIDTH, clock, say, shown
 
@@ -129,6 +131,34 @@ class Show:
             if isinstance(figures.get(metric), (int, float)):
                 parts.append(f"{split} {metric} {figures[metric]:.4g}")
         return ", ".join(parts)
+
+
+def show_best(console: Console, study: Study, found: Mapping[str, Outcome]) -> dict[str, Any]:
+    """A line for each task and variant with its best search value; returns those, and the mean figures there."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("task", "variant", "best", "figure", "validation", "test", "seeds"):
+        table.add_column(title, justify="right" if title in ("validation", "test", "seeds") else "left")
+    chosen: dict[str, Any] = {}
+    for task in study.tasks:
+        for variant in study.variants:
+            best = study.best(found, task, variant)
+            if best is None:
+                table.add_row(task, variant, "[yellow]open[/]", "", "", "", "")
+                continue
+            cells = [found[cell.name] for cell in study.cells_at(found, task, variant, best) if cell.name in found]
+            done = [cell for cell in cells if cell.status == "done"]
+            metric = study.metric or next((cell.main_metric for cell in done if cell.main_metric), "")
+            means = {}
+            for split, figures in (("validation", [c.metrics for c in done]), ("test", [c.test for c in done])):
+                values = [held[metric] for held in figures if is_number(held.get(metric))]
+                if values:
+                    means[split] = sum(values) / len(values)
+            chosen.setdefault(task, {})[variant] = {"values": dict(best.values), "metric": metric, **means}
+            shown_values = [f"{means[split]:.4g}" if split in means else "" for split in ("validation", "test")]
+            point = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in best.values.items())
+            table.add_row(task, variant, escape(point), metric, *shown_values, f"{len(done)}/{len(study.seeds)}")
+    console.print(table)
+    return chosen
 
 
 Place = tuple[int | None, int | None, float | None]

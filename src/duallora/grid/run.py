@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 
 from rich.console import Console
 
-from duallora.errors import ConfigError, Interrupted
+from duallora.errors import ConfigError, GridError, Interrupted
 from duallora.grid.live import Show
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
 from duallora.train.launch import STARTER
@@ -112,6 +112,17 @@ def run(
         stopping = held.enter_context(Stopping())
         show = held.enter_context(Show(console, study, folder, workers))
         return _Grid(study, folder, found, pool, stopping, show, retries, keep).go()
+
+
+def require_all(found: Mapping[str, Outcome], folder: Path | str) -> None:
+    """GridError if cells have failed for good, with the reason of each."""
+    failed = {name: item.error for name, item in found.items() if item.status == "failed" and not item.diverged}
+    if failed:
+        lines = "".join(f"\n  {name}: {error}" for name, error in failed.items())
+        raise GridError(
+            f"{len(failed)} of {len(found)} cells failed:{lines}\nthe others are done; the same command tries these again. "
+            f"What they said is in {Path(folder) / CELLS}/NAME.log"
+        )
 
 
 class _Grid:
