@@ -25,8 +25,8 @@ METHODS = {
 # Rows named by what they change (Tables 3, 5, 6) -> variant.
 ABLATIONS = {
     "STE (ours)": "ste", "XNOR-Net": "xnor", "Dorefa-Net": "dorefa",
-    "Dual LoRA(r=16)": "duallora-r16", "Setting 1(r=32)": "setting1-r32", "Setting 2(r=32)": "setting2-r32",
-    "Setting 3(r=32)": "setting3-r32", "Setting 3(r=64)": "setting3-r64",
+    "Dual LoRA(r=16)": "duallora", "Setting 1(r=32)": "setting1-2r", "Setting 2(r=32)": "setting2-2r",
+    "Setting 3(r=32)": "setting3-2r", "Setting 3(r=64)": "setting3-4r",
     "ReLU (ours)": "relu", "Abs": "abs", "Sigmoid": "sigmoid",
 }  # fmt: skip
 

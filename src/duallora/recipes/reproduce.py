@@ -106,11 +106,11 @@ def plan(chosen: Sequence[Part], gpu: str) -> dict[str, Any]:
     from duallora.recipes import cost
 
     machine = cost.gpu_named(gpu)
-    planned = []
+    planned: list[dict[str, Any]] = []
     for part in chosen:
         study = part.study
         cells = {(cell.tags["task"], cell.tags["variant"]): cell for cell in part.first_cells()}
-        lines = []
+        lines: list[dict[str, Any]] = []
         for task in study.tasks:
             for variant in study.variants:
                 points = study.points({}, task, variant)
