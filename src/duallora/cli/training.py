@@ -175,6 +175,10 @@ def evaluate(
         int | None,
         typer.Option("--num-beams", min=1, metavar="N", help="Beams (1 is greedy); the task's own if not given."),
     ] = None,
+    scoring: Annotated[
+        Literal["generation", "likelihood"] | None,
+        typer.Option("--scoring", help="Generate answers, or take the likeliest of the options a task names."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
     lenient: Lenient = False,
     output: Annotated[
@@ -210,6 +214,8 @@ def evaluate(
     max_length = max_length or (recipe.data.max_length if recipe else 512)
     limit = limit or (recipe.data.eval_limit if recipe and own else None)
     generation = generation_settings(recipe, max_new_tokens, num_beams)
+    scoring = scoring or (recipe.eval.scoring if recipe and own else "generation")
+    evaluation.check_scoring(chosen, scoring)
     examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
     model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
     chosen = with_labels_of(model, chosen, split, examples)
@@ -221,6 +227,7 @@ def evaluate(
         batch_size=batch_size,
         generation=generation,
         max_length=max_length,
+        scoring=scoring,
         console=console.results,
     )
     _show_scores(source, chosen, split, result)
@@ -236,7 +243,9 @@ def evaluate(
         "predictions": result.predictions,
     }
     if output is not None:
-        settings = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit, **generation}
+        settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit}
+        settings |= generation
+        settings |= {"scoring": scoring} if scoring == "likelihood" else {}
         more: dict[str, Any] = {
             key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "predictions")
         }

@@ -2,7 +2,8 @@
 
 One prompt for all, an answer "the correct answer is X", beam search over 16 tokens, and X read off the generated text
 by the first match, case-sensitive; where nothing matches the answer counts as wrong. That rate is reported next to the
-accuracy, because a model that has lost the form of the answers scores 0 while knowing them.
+accuracy, because a model that has lost the form of the answers scores 0 while knowing them. Without generation, the
+likeliest of "the correct answer is X" over the X of the instruction's last line counts.
 
 Differences from HiRA, on purpose: the end-of-text token is trained (HiRA's answers have none and are padded to 16
 tokens), the beginning-of-text token is set in training as in generation, and 120 training rows of each task, drawn
@@ -168,6 +169,7 @@ def _single(name: str, folder: Path | None) -> Task:
         main_metric="accuracy",
         generation=GENERATION,
         extract=extract,
+        options=options,
         source=f"{folder} ({protocol.folder})" if folder else f"hub {hub}",
     )
 
@@ -207,8 +209,20 @@ def _mixture(folder: Path | None) -> Task:
         main_metric="average",
         generation=GENERATION,
         extract=extract,
+        options=options,
         source=source,
     )
+
+
+def options(example: Example) -> list[str]:
+    """The answers that the instruction names in its "Answer format" line, each in the words of the gold ones.
+
+    Raises DataError where there is no such line.
+    """
+    named = re.findall(r"Answer format: (\S+)", example.prompt)
+    if not named:
+        raise DataError(f'{example.where}: no "Answer format: " in the instruction, so its options are not known')
+    return [f"the correct answer is {word}" for word in named[-1].split("/")]
 
 
 def extract(text: str, example: Example) -> str:

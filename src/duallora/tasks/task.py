@@ -64,6 +64,8 @@ class Task:
     """Arguments for transformers' ``generate``: max_new_tokens, num_beams, ... (generate)."""
     extract: Callable[[str, Example], str] | None = None
     """(generated text, its example) -> the answer the metrics compare; None: the whole text, stripped."""
+    options: Callable[[Example], Sequence[str]] | None = None
+    """The answers an example may have, as whole answers, where they are few: scored by likelihood (generate)."""
     source: str = ""
     """File paths or hub id, to show the user."""
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +33,7 @@ from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
 Kind = Literal["generate", "classify", "regress"]
+Scoring = Literal["generation", "likelihood"]
 T = TypeVar("T")
 
 # What a model's own generation config might say otherwise.
@@ -71,37 +72,55 @@ def evaluate(
     batch_size: int = 16,
     generation: Mapping[str, Any] | None = None,
     max_length: int = 512,
+    scoring: Scoring = "generation",
     console: Console | None = None,
     processes: Processes = ALONE,
 ) -> EvalResult:
     """Scores ``model`` on the first ``limit`` examples of a split; several ``processes`` share the batches out.
 
-    ``generation`` overrides the task's own arguments for transformers' ``generate``. The loss is the mean over trained
-    tokens (nats per token) for tasks that generate, over rows otherwise.
+    ``generation`` overrides the task's own arguments for transformers' ``generate``. ``scoring="likelihood"`` generates
+    nothing: each row's prediction is the likeliest of its `Task.options`, and figures that end in ``_norm`` are those of
+    the option with the greatest log-likelihood per byte (lm-eval's acc_norm). The loss is the mean over trained tokens
+    (nats per token) for tasks that generate, over rows otherwise.
 
     Raises:
-        ConfigError: the task has no such split.
+        ConfigError: the task has no such split, or no options to compare.
         DataError: the split is empty, or a row has no answer or label to score against.
         NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
     """
+    check_scoring(task, scoring)
     examples = select(task, split, limit)
     rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
+    predictions: list[Any]
     with inference(model):
+        if scoring == "likelihood":
+            predictions, figures, loss = choose(model, tokenizer, task, examples, rows, max_length=max_length, **shared)
+            return EvalResult({**figures, **_losses(loss, split)}, predictions, examples)
         if task.kind == "generate":
-            loss = _finite(answer_loss(model, tokenizer, rows, **shared), split)
+            loss = answer_loss(model, tokenizer, rows, **shared)
+            losses = _losses(loss, split)  # before the long part
             settings = {**task.generation, **(generation or {})}
             texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
-            predictions: list[Any] = [
-                task.extract(text, example) if task.extract else text.strip()
-                for text, example in zip(texts, examples, strict=True)
-            ]
-            losses = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            predictions = [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
         else:
             logits = classify(model, tokenizer, rows, **shared)
             losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
     return EvalResult({**task.metrics(predictions, examples), **losses}, predictions, examples)
+
+
+def check_scoring(task: Task, scoring: Scoring) -> None:
+    """ConfigError where the task cannot be scored so."""
+    if scoring == "likelihood" and task.options is None:
+        raise ConfigError(
+            f"scoring=likelihood: {task.name} has no answer options to compare; use scoring=generation, or a task that "
+            "names its options, such as boolq or commonsense"
+        )
+
+
+def _losses(loss: float, split: str) -> dict[str, float]:
+    return {"loss": _finite(loss, split), "perplexity": math.exp(min(loss, 700.0))}
 
 
 def _finite(loss: float, split: str) -> float:
@@ -154,27 +173,126 @@ def answer_loss(
     processes: Processes = ALONE,
 ) -> float:
     """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
+    shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
+    return _per_token(log_likelihoods(model, tokenizer, rows, **shared), rows)
+
+
+def _per_token(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> float:
+    return -math.fsum(found) / sum(label != IGNORE for row in rows for label in row["labels"])
+
+
+def log_likelihoods(
+    model: Any,
+    tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 16,
+    console: Console | None = None,
+    processes: Processes = ALONE,
+) -> list[float]:
+    """The log-likelihood of each row's trained tokens given what stands before them, in nats, in the order of ``rows``.
+
+    Rows that differ in their last token alone, or end where another goes on, share one pass through the model: the
+    options of a question cost hardly more than one answer.
+    """
     collate = Collator(tokenizer)
-    batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
-    sums: dict[int, tuple[float, int]] = {}
+    guests = _sharing(rows)
+    hosts = list(guests)
+    batches = [
+        [hosts[index] for index in batch]
+        for batch in _by_length([len(rows[host]["input_ids"]) for host in hosts], batch_size)
+    ]
+    found: dict[int, float] = {}
     seen = reads_labels(model)
     with torch.no_grad(), _bar(console, "loss", len(rows), processes) as advance:
-        for number, chosen in _own(batches, processes):
-            batch = _on_device(collate([rows[index] for index in chosen]), model)
+        for _, chosen in _own(batches, processes):
+            batch = _on_device(collate([rows[host] for host in chosen]), model)
             length = batch["labels"].shape[1]
-            labels = (batch["labels"] if seen else batch.pop("labels"))[:, 1:]
+            if not seen:
+                batch.pop("labels")
             # Virtual tokens stand before the text's own.
             logits = model(**batch).logits[:, -length:-1]
-            trained = labels != IGNORE
+            # (place in the batch, position, token, row) of each trained token.
+            wanted = [
+                (place, position, label, row)
+                for place, host in enumerate(chosen)
+                for row in guests[host]
+                for position, label in enumerate(rows[row]["labels"][1:])
+                if label != IGNORE
+            ]
+            places, positions, labels, owners = zip(*wanted, strict=True)
             # Only the trained positions are widened to float32: [trained, vocabulary], not [batch, length, vocabulary].
-            loss = F.cross_entropy(logits[trained].float(), labels[trained], reduction="sum").item()
-            sums[number] = loss, int(trained.sum())
-            advance(len(chosen))
-    sums = _united(sums, processes)
-    total, tokens = 0.0, 0
-    for number in range(len(batches)):  # in one order, whoever computed them
-        total, tokens = total + sums[number][0], tokens + sums[number][1]
-    return total / tokens
+            scores = logits[list(places), list(positions)].float()
+            losses = F.cross_entropy(scores, torch.tensor(labels, device=scores.device), reduction="none").tolist()
+            for owner, loss in zip(owners, losses, strict=True):
+                found[owner] = found.get(owner, 0.0) - loss
+            advance(sum(len(guests[host]) for host in chosen))
+    found = _united(found, processes)
+    return [found[row] for row in range(len(rows))]
+
+
+def _sharing(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
+    """Each row that goes through the model -> itself and the rows whose tokens but for the last are the head of its own."""
+
+    def key(row: int) -> tuple[int, list[int]]:
+        start = next((at for at, label in enumerate(rows[row]["labels"]) if label != IGNORE), -1)
+        return start, list(rows[row]["input_ids"][:-1])  # the last token predicts nothing
+
+    keys = [key(row) for row in range(len(rows))]
+    guests: dict[int, list[int]] = {}
+    host = -1
+    for row in sorted(range(len(rows)), key=lambda row: (keys[row], -row), reverse=True):
+        start, head = keys[row]
+        # In this order a row comes right after those that begin with it.
+        if host < 0 or keys[host][0] != start or keys[host][1][: len(head)] != head:
+            host = row
+        guests.setdefault(host, []).append(row)
+    return guests
+
+
+def choose(
+    model: Any,
+    tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    max_length: int = 512,
+    **shared: Any,
+) -> tuple[list[str], dict[str, float], float]:
+    """The likeliest option of each example, the task's figures, and the loss of the right answers (``rows``).
+
+    An option's log-likelihood is the sum over its tokens, without the end of text; of equals the first is taken.
+    Figures that end in ``_norm`` take the likeliest per byte.
+    """
+    assert task.options is not None
+    options = [list(task.options(example)) for example in examples]
+    asked = [replace(example, answer=option) for example, own in zip(examples, options, strict=True) for option in own]
+    encoded, _ = encode_split(asked, tokenizer, task.kind, max_length=max_length)
+    open_ended = [_without_end(row, tokenizer) for row in encoded]
+    found = log_likelihoods(model, tokenizer, [*rows, *open_ended], **shared)
+    right, scores = found[: len(rows)], iter(found[len(rows) :])
+    likeliest: list[str] = []
+    per_byte: list[str] = []
+    for example, own in zip(examples, options, strict=True):
+        score = {option: next(scores) for option in own}
+        likeliest.append(_answer(task, max(score, key=lambda option: score[option]), example))
+        per_byte.append(_answer(task, max(score, key=lambda option: score[option] / len(option.encode())), example))
+    normed = {f"{name}_norm": value for name, value in task.metrics(per_byte, examples).items()}
+    figures = {**task.metrics(likeliest, examples), **normed}
+    # Every option is an answer, so a parse failure cannot be.
+    kept = {name: value for name, value in figures.items() if not name.startswith("parse_failure")}
+    return likeliest, kept, _per_token(right, rows)
+
+
+def _answer(task: Task, text: str, example: Example) -> str:
+    return task.extract(text, example) if task.extract else text.strip()
+
+
+def _without_end(row: Mapping[str, Any], tokenizer) -> Mapping[str, Any]:
+    if row["input_ids"][-1] != tokenizer.eos_token_id:
+        return row
+    return {name: values[:-1] for name, values in row.items()}
 
 
 def generate(

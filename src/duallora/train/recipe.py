@@ -283,6 +283,9 @@ class EvalSection(Section):
     max_new_tokens: Count | None = setting(None, "Longest generated answer in tokens; null is the task's own.")
     num_beams: Count | None = setting(None, "Beams of the generation (1 is greedy); null is the task's own.")
     metrics: bool = setting(True, "After training, generate or classify and score; false evaluates the loss only.")
+    scoring: Literal["generation", "likelihood"] = setting(
+        "generation", "How answers are found: generated, or the likeliest of the options a task names (commonsense)."
+    )
     test: bool = setting(False, "After training, score the test rows too and keep each prediction.")
 
 
@@ -317,7 +320,7 @@ LATER: dict[str, dict[str, Any]] = {
     "adapter": {"method": "duallora", "options": {}, "init": "gaussian", "init_batches": 4},
     "train": {"direction_lr_ratio": 1.0},
     "data": {"holdout": None},
-    "eval": {"test": False},
+    "eval": {"test": False, "scoring": "generation"},
 }
 
 # Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one

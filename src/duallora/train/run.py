@@ -444,6 +444,7 @@ class _Run:
             generation={name: value for name, value in chosen.items() if value is not None},
             max_length=recipe.data.max_length,
             scoring=recipe.eval.scoring,
+            scoring=recipe.eval.scoring,
             console=self.console,
             processes=self.processes,
         )
@@ -578,6 +579,7 @@ def load(recipe: Recipe, console: Console) -> Task:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
     if data.holdout:
         task = hold_out(task, data.holdout)
+    evaluate.check_scoring(task, recipe.eval.scoring)
     evaluate.check_scoring(task, recipe.eval.scoring)
     if recipe.eval.test and "test" not in task.splits:
         raise ConfigError(
