@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "methods": {"methods", "tuner", "ops", "core", "errors"},
     "tasks": {"tasks", "errors"},
     "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
-    "bench": {"methods", "bench", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "plots": {"train", "errors"},
+    "bench": {*"methods bench plots train tasks tuner nn ops core errors console __root__".split()},
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
     "plan": {"plan", "train", "errors", "__root__"},
     "grid": {"grid", "train", "errors", "console"},
-    "analysis": {"analysis", "grid", "train", "tasks", "tuner", "core", "errors", "console"},
+    "analysis": {"analysis", "grid", "plots", "train", "tasks", "tuner", "core", "errors", "console"},
     "recipes": {"recipes", "grid", "methods", "plan", "train", "tasks", "errors"},
 }
 # A verb calls whatever has something to show, never the layers themselves.

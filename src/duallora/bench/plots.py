@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from duallora import plots
 from duallora.bench import methods
 from duallora.bench.targets import Results, cells, ratio
-from duallora.errors import ConfigError
-from duallora.train import record
 
-# Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = {
     methods.EXACT: "#D55E00",
     methods.sampled(0.25): "#E69F00",
@@ -20,42 +17,18 @@ COLOURS = {
     methods.DORA: "#009E73",
     methods.FAST_DORA: "#56B4E9",
     methods.HIRA: "#CC79A7",
-}
+}  # of plots.PALETTE
 FLOOR_COLOUR = "#000000"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Writes the plots whose results are there; ConfigError where matplotlib is absent."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("the plots need matplotlib: pip install 'duallora[bench]', or --no-plots") from error
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 8,
-        "svg.hashsalt": "duallora",
-    }
-    style |= {"svg.fonttype": "none"}  # text stays text
-    with matplotlib.rc_context(style):
+    with plots.figures() as Figure:
         figures = {
             "bench-layer.svg": layer(Figure(figsize=(6.6, 2.9), layout="constrained"), results),
             "bench-step.svg": step(Figure(figsize=(6.6, 3.2), layout="constrained"), results),
         }
-        return [_save(figure, folder / name) for name, figure in figures.items() if figure is not None]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with tempfile.TemporaryDirectory() as beside:
-        made = Path(beside) / "figure.svg"
-        figure.savefig(made, metadata={"Date": None}, facecolor="white")
-        text = made.read_text(encoding="utf-8")
-    # matplotlib leaves blanks at the ends of lines, which changes in the repository would be made of.
-    record.write_text(path, "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
-    return path
+        return [plots.save(figure, folder / name) for name, figure in figures.items() if figure is not None]
 
 
 def layer(figure: Any, results: Results) -> Any:
