@@ -1,4 +1,4 @@
-"""Verbs of many runs: the paper's tables."""
+"""Verbs of many runs: grids of your own, the paper's tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ SUMMARIES = Path("results/studies")
 Workers = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Runs at once on this machine.")]
 Ray = Annotated[
     str | None, typer.Option("--ray", metavar="ADDRESS", help='Run on a Ray cluster; "local" starts one here.')
+]
+Keep = Annotated[
+    Literal["none", "best", "all"], typer.Option("--keep", help="Whose adapters stay; all keeps checkpoints too.")
 ]
 
 
@@ -33,9 +36,7 @@ def grid(
         int | None,
         typer.Option("--optuna", min=1, metavar="N", help="Trials of the space, for each task and variant."),
     ] = None,
-    keep: Annotated[
-        Literal["none", "best", "all"], typer.Option("--keep", help="Whose adapters stay; all keeps checkpoints too.")
-    ] = "best",
+    keep: Keep = "best",
     retries: Annotated[
         int, typer.Option("--retries", min=0, metavar="N", help="New tries of a cell that was killed.")
     ] = 1,
@@ -92,6 +93,7 @@ def reproduce(
     ] = None,
     workers: Workers = 1,
     ray: Ray = None,
+    keep: Keep = "best",
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME", help="For the predicted hours: a100-80gb, h100, ..., or cpu (mini)."),
@@ -131,11 +133,11 @@ def reproduce(
         raise ConfigError("nothing was started; --dry-run shows the plan alone, --yes starts without asking")
 
     from duallora.analysis import studies
-    from duallora.grid.run import run
+    from duallora.grid.run import require_all, run
 
     summaries = {}
     for part in chosen:
-        run(part.study, part.folder, workers=workers, ray=ray, console=console.results)
+        found = run(part.study, part.folder, workers=workers, ray=ray, console=console.results, keep=keep)
         summary = studies.summarise(part.folder, scale=scale)
         file = result or SUMMARIES / f"{part.study.name}-{scale}.json"
         studies.save(summary, file)
@@ -146,4 +148,5 @@ def reproduce(
             f"written to [bold]{file}[/]; next: duallora report {file} -o report.html", soft_wrap=True
         )
         summaries[part.study.name] = str(file)
+        require_all(found, part.folder)
     return {"runs": planned["runs"], "summaries": summaries}

@@ -26,6 +26,7 @@ HOME = {
     "table6": ("table6", "functions on the magnitude"),
     "figure2": ("figure2", "shares of the two ranks"),
     "figure3": ("figure3", "rank of the update"),
+    "gradient-start": ("gradient_start", "starts from data (ours)"),
     "ablations": ("ablations", "what the paper leaves open (ours)"),
 }
 

@@ -108,6 +108,7 @@ _DENSE = {
     "hira": 6,  # PEFT multiplies by W0 * (B A) apart: forward and both gradients
     "randlora": 12,  # PEFT multiplies by two factors of full rank
 }
+_STARTS = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "corda_method", "calibration")
 _FORMED = ("duallora", "dora", "hira")  # a product [out, in] of the factors in every step, with its gradients
 
 
@@ -242,8 +243,9 @@ def shape(recipe: Recipe) -> Shape:
 def _shape(model: str, kind: Literal["generate", "classify"], adapter: str) -> Shape:
     config = config_of(SAME_SHAPES.get(model, model))
     section = AdapterSection.model_validate_json(adapter)
-    if section.method == "corda":  # LoRA's factors, started from data
-        section = section.model_copy(update={"method": "lora", "options": {}})
+    if section.method in ("lora", "corda"):  # LoRA's factors, wherever they start
+        options = {name: value for name, value in section.options.items() if name not in _STARTS}
+        section = section.model_copy(update={"method": "lora", "options": options})
     recipe = Recipe(adapter=section, data=DataSection(task="any"))
     low, high = (_count(recipe, kind, at_depth(config, depth)) for depth in (2, 3))
     depth = depth_of(config)
