@@ -22,7 +22,6 @@ MAY_IMPORT = {
     "tasks": {"tasks", "errors"},
     "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
     "plots": {"train", "errors"},
-    "bench": {*"methods bench plots train tasks tuner nn ops core errors console __root__".split()},
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
     "plan": {"plan", "train", "errors", "__root__"},
@@ -30,6 +29,7 @@ MAY_IMPORT = {
     "analysis": {"analysis", "grid", "plots", "train", "tasks", "tuner", "core", "errors", "console"},
     "recipes": {"recipes", "grid", "methods", "plan", "train", "tasks", "errors"},
 }
+MAY_IMPORT["bench"] = {*MAY_IMPORT["train"], "bench", "plots"}
 # A verb calls whatever has something to show, never the layers themselves.
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli", "__root__"} - {"core", "ops", "nn"}
 
