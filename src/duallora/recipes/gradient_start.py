@@ -18,16 +18,24 @@ _LORA: Variant = {"adapter.method": "lora", "adapter.r": 8, "adapter.alpha": 16}
 _DUAL: Variant = {"adapter.r": 4, "adapter.alpha": 8}
 _GRADIENT: Variant = {**_DUAL, "adapter.init": "gradient"}
 
-# LoRA's own starts in PEFT. EVA moves ranks between layers; rho = 1 keeps them, and so the parameters, as they are.
-_STARTS: dict[str, Variant] = {
-    "lora": _LORA,
-    "lora-pissa": {**_LORA, "adapter.options": {"init_lora_weights": "pissa"}},
-    "lora-eva": {**_LORA, "adapter.options": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}}},
-    "lora-ga": {**_LORA, "adapter.options": {"init_lora_weights": "lora_ga"}},
-    "lora-corda": {**_LORA, "adapter.method": "corda"},
-    "duallora": _DUAL,
-    "gradient": _GRADIENT,
-}
+
+def _starts(batch_size: int, batches: int) -> dict[str, Variant]:
+    """LoRA's own starts (methods/starts.py) and ours; those from data look at as many rows, the same ones."""
+    rows = batches * batch_size
+
+    def lora(start: str, **options: Any) -> Variant:
+        return {**_LORA, "adapter.options": {"init_lora_weights": start, **options}}
+
+    return {
+        "lora": _LORA,
+        "lora-pissa": lora("pissa"),
+        "lora-eva": lora("eva", calibration=rows, eva_config={"rho": 1.0}),  # 1: every layer keeps its rank
+        "lora-corda": lora("corda", calibration=rows, corda_method="ipm"),  # its paper's choice for a task's figures
+        "lora-ga": lora("lora_ga", calibration=rows, lora_ga_config={"scale": "paper"}),
+        "duallora": _DUAL,
+        "gradient": {**_GRADIENT, "adapter.init_batches": batches},
+    }
+
 
 _ABLATIONS: dict[str, Variant] = {
     "gradient-signs": {**_DUAL, "adapter.init": "gradient-signs"},
@@ -66,20 +74,19 @@ def _base(model: str, targets: list[str], steps: int, batch_size: int) -> dict[s
         "train.max_steps": steps,
         "train.batch_size": batch_size,
         "train.lr_warmup_ratio": 0.06,
-        "train.eval_steps": steps // 6,  # the curve: a start shows in the first steps or never
+        "train.eval_steps": steps // 3,  # the curve: a start shows in the first steps or never
         "train.report_to": [],
         "eval.test": True,
     }
 
 
 def _glue() -> Study:
-    tasks = {name: {"data.task": name, "data.holdout": 500} for name in ("cola", "stsb")}
     base = {**_base("builtin:minilm-l6", ["query", "value"], steps=150, batch_size=16), "data.max_length": 128}
     return Study(
         "gradient-start",
         base,
-        tasks,
-        {**_STARTS, **_ABLATIONS},
+        {name: {"data.task": name, "data.holdout": 500} for name in ("cola", "stsb")},
+        {**_starts(batch_size=16, batches=4), **_ABLATIONS},
         search={"train.learning_rate": [1e-3, 3e-3, 1e-2]},
         reference="duallora",
     )
@@ -90,15 +97,17 @@ def _e2e() -> Study:
         **_base("builtin:smollm2-135m", ["q_proj", "v_proj"], steps=60, batch_size=4),
         "data.limit": 2000,
         "data.holdout": 200,
-        "data.eval_limit": 100,
+        "data.eval_limit": 64,
+        "eval.metrics": False,  # the loss alone decides: 64 rows tell far more of it than of BLEU
         "eval.num_beams": 1,  # the task's ten beams would take ten times as long
+        "eval.max_new_tokens": 48,
     }
     return Study(
         "gradient-start-e2e",
         base,
         {"e2e": {"data.task": "e2e"}},
-        _STARTS,
+        _starts(batch_size=4, batches=8),
         search={"train.learning_rate": [1e-3, 3e-3, 1e-2]},
-        metric="loss",  # 100 rows tell far more of it than of BLEU
+        metric="loss",
         reference="duallora",
     )

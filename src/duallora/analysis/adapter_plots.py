@@ -1,0 +1,113 @@
+"""Plots of analysed adapters, in the style of the benchmarks'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duallora.analysis.flips import overall
+from duallora.plots import PALETTE, figures, save
+
+MATRICES = {"magnitude": "ReLU(B A)", "direction": "Sign(D C)", "dW": "dW"}
+Row = Mapping[str, Any]
+
+
+def draw(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
+    """Draws each table of `analyze.analyze` that there is; ConfigError where matplotlib is absent."""
+    drawers = {"flips": _flips, "rank": _rank, "dynamics": _dynamics}
+    with figures() as Figure:
+        drawn = {name: drawers[name](Figure(layout="constrained"), rows) for name, rows in tables.items()}
+        return [save(figure, folder / f"{name}.svg") for name, figure in drawn.items() if figure is not None]
+
+
+def _sources(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["source"], []).append(row)
+    return found
+
+
+def _flips(figure: Any, rows: Sequence[Row]) -> Any:
+    """Share of signs flipped since the start and share of open entries, by step; None for single states."""
+    courses = {label: overall([dict(row) for row in of]) for label, of in _sources(rows).items()}
+    if all(len(course) < 2 for course in courses.values()):
+        return None
+    figure.set_size_inches(7.2, 2.6)
+    left, right = figure.subplots(1, 2)
+    for colour, (label, course) in zip(_colours(courses), courses.items(), strict=True):
+        steps = [row["step"] for row in course]
+        flipped = [row.get("flipped_open", 0.0) for row in course]
+        left.plot(steps, flipped, "o-", color=colour, markersize=3, linewidth=1.3, label=label)
+        right.plot(steps, [row["open"] for row in course], "o-", color=colour, markersize=3, linewidth=1.3, label=label)
+    left.set(xlabel="step", title="open entries whose sign has flipped since the first state", ylim=(0, None))
+    right.set(xlabel="step", title="entries that ReLU(B A) lets through", ylim=(0, 1.02))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _rank(figure: Any, rows: Sequence[Row]) -> Any:
+    """Effective rank over min(out, in) of each layer at the last state; the first one dotted. A panel a source."""
+    sources = _sources(rows)
+    figure.set_size_inches(max(3.3, 2.4 * len(sources)), 2.6)
+    panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
+    for axes, (label, of) in zip(panels, sources.items(), strict=True):
+        steps = sorted({row["step"] for row in of})
+        for colour, (matrix, title) in zip(PALETTE, MATRICES.items(), strict=False):
+            for step in steps:
+                shares = [
+                    row["effective_rank"] / min(row["out"], row["in"])
+                    for row in of
+                    if row["matrix"] == matrix and row["step"] == step
+                ]
+                if shares:
+                    last = step == steps[-1]
+                    axes.plot(
+                        range(len(shares)), shares, "-" if last else ":", color=colour, linewidth=1.2,
+                        label=title if last else None,
+                    )  # fmt: skip
+        axes.set(title=label, xlabel="layer", ylim=(0, 1.02))
+    panels[0].set_ylabel("effective rank / min(out, in)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
+    """DeltaM over DeltaD, a point a layer and step, with the line of least squares: a row a module, a panel a source."""
+    sources = _sources(rows)
+    kinds = list(dict.fromkeys(row["module"] for row in rows))
+    figure.set_size_inches(max(3.3, 2.4 * len(sources)), 2.2 * len(kinds) + 0.2)
+    grid = figure.subplots(len(kinds), len(sources), squeeze=False)
+    for line, kind in zip(grid, kinds, strict=True):
+        for axes, (label, of) in zip(line, sources.items(), strict=True):
+            points = [row for row in of if row["module"] == kind]
+            steps = sorted({row["step"] for row in points})
+            for marker, step in zip("osv^D*PX" * (len(steps) // 8 + 1), steps, strict=False):
+                chosen = [row for row in points if row["step"] == step]
+                turned, stretched = ([row[name] for row in chosen] for name in ("direction", "magnitude"))
+                axes.scatter(
+                    turned,
+                    stretched,
+                    c=range(len(chosen)),
+                    cmap="viridis",
+                    s=9,
+                    marker=marker,
+                    linewidths=0,
+                    label=step,
+                )
+            x, y = (np.array([row[name] for row in points]) for name in ("direction", "magnitude"))
+            if len(points) > 2 and np.ptp(x) > 0:
+                ends = np.array([x.min(), x.max()])
+                slope, offset = np.polyfit(x, y, 1)
+                axes.plot(ends, slope * ends + offset, color="#999999", linewidth=1)
+            axes.set(title=f"{label}, {kind}", xlabel="DeltaD", ylabel="DeltaM")
+            axes.ticklabel_format(style="sci", scilimits=(-2, 3))
+            if len(steps) <= 6:
+                axes.legend(title="step", frameon=False, fontsize=6, title_fontsize=6)
+    return figure
+
+
+def _colours(named: Mapping[str, Any]) -> list[str]:
+    return [PALETTE[number % len(PALETTE)] for number in range(len(named))]

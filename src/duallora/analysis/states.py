@@ -1,0 +1,141 @@
+"""The states of an adapter that a run has left on disk, read layer by layer and without its base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from duallora.core.equation import Update
+from duallora.core.init import draw_factors, draw_signs
+from duallora.errors import ConfigError, IntegrityError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+START = "start"
+
+
+@dataclass(frozen=True)
+class State:
+    """One saved adapter; ``step`` counts optimizer steps (0 at the start)."""
+
+    step: int
+    folder: Path
+
+
+def states(source: Path | str) -> list[State]:
+    """What a run folder holds, in the order of training: the start, the checkpoints, the result. An adapter's folder is
+    a single state.
+
+    Raises:
+        ConfigError: ``source`` holds no adapter.
+    """
+    folder = Path(source)
+    if (folder / WEIGHTS).is_file():
+        return [State(_steps(folder), folder)]
+    found = {}
+    for path in (folder / "checkpoints").glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal() and (path / "MANIFEST.json").is_file() and (path / WEIGHTS).is_file():
+            found[int(number)] = path
+    if (folder / "checkpoints" / START / WEIGHTS).is_file():
+        found[0] = folder / "checkpoints" / START
+    if (folder / "adapter" / WEIGHTS).is_file():
+        found[_steps(folder / "adapter")] = folder / "adapter"
+    if not found:
+        raise ConfigError(
+            f"{folder} holds no adapter: expected a run folder (with adapter/ or checkpoints/) or an adapter's folder "
+            f"(with {WEIGHTS})"
+        )
+    return [State(step, found[step]) for step in sorted(found)]
+
+
+def _steps(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "duallora.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError):
+        return 0  # another tool's adapter says nothing of it
+
+
+class Adapter:
+    """One state, open for reading: the layers' names, and each layer's tensors in float64."""
+
+    def __init__(self, state: State):
+        self.state = state
+        try:
+            self.config: dict[str, Any] = json.loads((state.folder / CONFIG).read_text(encoding="utf-8"))
+            self._file = safe_open(state.folder / WEIGHTS, "pt")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise IntegrityError(f"{state.folder}: the adapter cannot be read: {error}; take a fresh copy") from error
+        self._names = set(self._file.keys())
+
+    def layers(self) -> list[str]:
+        """The names of the Dual LoRA layers, in the order of the file."""
+        return [name.removesuffix(".duallora_A") for name in self._file.keys() if name.endswith(".duallora_A")]  # noqa: SIM118
+
+    def low_rank_layers(self) -> list[str]:
+        """The names of plain LoRA's layers."""
+        return [name.removesuffix(".lora_A.weight") for name in self._file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the file, floating-point ones in float64."""
+        value: Tensor = self._file.get_tensor(name)
+        return value.double() if value.is_floating_point() else value
+
+    def update(self, layer: str) -> Update:
+        """dW of a layer without its scale (which moves no rank and no sign), as `core.equation` has it."""
+        A, B = (self.tensor(f"{layer}.duallora_{name}") for name in "AB")
+        config, seed = self.config, f"{layer}.duallora_seed"
+        names = config.get("magnitude", "relu"), config.get("direction", "ste")
+        if names[1] == "fixed":
+            signs = draw_signs(int(self.tensor(seed)), B.shape[0], A.shape[1])
+            return Update(A, B, None, None, 1.0, *names, fixed_sign=signs)
+        C, D = (self.tensor(f"{layer}.duallora_{name}") for name in "CD")
+        initial: tuple[Tensor, ...] = ()
+        if seed in self._names:  # warmup="residual": dW(t) - dW(0)
+            drawn = draw_factors(
+                int(self.tensor(seed)), B.shape[0], A.shape[1], A.shape[0], C.shape[0],
+                init_std=config["init_std"], direction_init_std=config["direction_init_std"], on_bf16_grid=True,
+            )  # fmt: skip
+            initial = tuple(factor.double() for factor in drawn)
+        return Update(A, B, C, D, 1.0, *names, initial=initial)
+
+    def low_rank(self, layer: str) -> Tensor:
+        """B A of a plain LoRA layer [out, in]."""
+        return self.tensor(f"{layer}.lora_B.weight") @ self.tensor(f"{layer}.lora_A.weight")
+
+
+def short(layer: str) -> str:
+    """A layer's name in the base model."""
+    return layer.removeprefix("base_model.model.")
+
+
+def module(layer: str) -> str:
+    """What a layer is in its block: ``q_proj`` of ``model.layers.3.self_attn.q_proj``."""
+    return layer.rpartition(".")[2]
+
+
+def magnitude(update: Update) -> Tensor:
+    """ReLU(B A), or what the method has in its place, [out, in]."""
+    (out, into), like = update.shape, update.A
+    C, D = like.new_ones(1, into), like.new_ones(out, 1)
+    return update._replace(C=C, D=D, direction="identity", fixed_sign=None, initial=()).delta()
+
+
+def direction(update: Update) -> Tensor:
+    """Sign(D C), or what the method has in its place, [out, in]."""
+    (out, into), like = update.shape, update.A
+    A, B = like.new_ones(1, into), like.new_ones(out, 1)
+    return update._replace(A=A, B=B, magnitude="identity", initial=()).delta()
+
+
+def row_blocks(update: Update, elements: int = 1 << 22) -> Iterator[Update]:
+    """``update`` in blocks of rows, so that no more than about ``elements`` of a product live at once."""
+    out, into = update.shape
+    height = max(1, elements // into)
+    for first in range(0, out, height):
+        yield update.rows(slice(first, min(first + height, out)))
