@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -119,7 +120,7 @@ def test_settings_of_two_methods_are_not_mixed(make_recipe, changes, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("corda", "starts from calibration data"), ("lroa", "nearest: lora")],
+    [("lroa", "nearest: lora")],
 )
 def test_what_the_verb_cannot_train_is_said(make_recipe, console, name, message):
     with pytest.raises(ConfigError, match=message):

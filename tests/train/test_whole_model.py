@@ -149,7 +149,7 @@ def test_damage_to_a_model_or_its_checkpoints_is_found(make_recipe, console, tmp
     content = bytearray(weights.read_bytes())
     content[-7] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(IntegrityError, match="damaged .* take a fresh copy of the model"):
+    with pytest.raises(IntegrityError, match=r"damaged .* take a fresh copy of the model"):
         evaluate.load_adapter(folder, "generate")
 
     stopped = interrupted(folder, tmp_path / "stopped", at=4)

@@ -602,7 +602,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             train_on=recipe.data.train_on,
         )
         steps, warmup = run.schedule(recipe, counts.rows)
-        trainable, total = run.adapt(model, recipe, task.kind, warmup).get_nb_trainable_parameters()
+        trainable, total = run.parameter_counts(run.adapt(model, recipe, task.kind, warmup))
     folder = recipe.output or default_output(recipe)
     out = console.results
     say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")

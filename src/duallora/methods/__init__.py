@@ -72,7 +72,9 @@ class Method:
 
     ``attach(model, spec, batches)`` returns the adapted model; ``spec`` holds the defaults by then. ``groups(model,
     spec, lr, weight_decay)`` returns optimizer groups and ``optimizer(model, spec, lr, weight_decay)`` an optimizer,
-    where AdamW on all that is trained will not do. ``save(adapted, folder)`` replaces PEFT's own.
+    where AdamW on all that is trained will not do. ``save(adapted, folder)`` replaces PEFT's own, and
+    ``restore(adapted, folder)`` reads what it wrote back into the model. ``calibration(spec)`` is how many rows of data the
+    method starts from; ``resume(model, spec, folder)`` gives the model as it started, from what ``save`` wrote, without them.
     """
 
     name: str
@@ -88,7 +90,9 @@ class Method:
     groups: Callable[..., list[dict[str, Any]]] | None = None
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     save: Callable[[Adapted, Path], None] | None = None
-    needs_batches: bool = False
+    restore: Callable[[Adapted, Path], None] | None = None
+    resume: Callable[[nn.Module, MethodSpec, Path], nn.Module] | None = None
+    calibration: Callable[[MethodSpec], int] | None = None
 
 
 @dataclass
@@ -169,25 +173,40 @@ def add(method: Method) -> Method:
     return method
 
 
-def apply(model: nn.Module, spec: MethodSpec, *, batches: Iterable[Mapping[str, Any]] | None = None) -> Adapted:
+def apply(
+    model: nn.Module,
+    spec: MethodSpec,
+    *,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    checkpoint: Path | None = None,
+) -> Adapted:
     """Put the method on ``model``, in place; ``batches`` (what the model takes) calibrate those that start from data.
+
+    ``checkpoint`` is a folder that :meth:`Adapted.save` wrote in the run that is taken up again: the start is read from it.
 
     Raises:
         ConfigError: an unknown method, a setting it does not take, or a model it cannot serve.
     """
     method = get(spec.name)
     spec = with_defaults(method, spec)
-    if method.needs_batches and batches is None:
+    if rows_wanted(method, spec) and batches is None and checkpoint is None:
         raise ConfigError(f"{method.title} starts from data: pass batches=, some dictionaries the model takes.")
-    state: dict[str, Any] = {}
     try:
-        adapted = method.attach(model, copy.deepcopy(spec), batches)
+        if checkpoint is not None and method.resume is not None:
+            adapted = method.resume(model, copy.deepcopy(spec), checkpoint)
+        else:
+            adapted = method.attach(model, copy.deepcopy(spec), batches)
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"method {spec.name!r} with {_shown(spec)}: {error}") from error
     state = getattr(adapted, "_method_state", {})
     return Adapted(adapted, method, spec, state)
+
+
+def rows_wanted(method: Method, spec: MethodSpec) -> int:
+    """How many rows of data the method starts from; 0 where it needs none."""
+    return method.calibration(with_defaults(method, spec)) if method.calibration else 0
 
 
 def with_defaults(method: Method, spec: MethodSpec) -> MethodSpec:

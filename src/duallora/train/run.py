@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,9 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
+from duallora.methods import starts
 from duallora.tasks import IGNORE, Collator, Task, encode_split, hold_out, load_data, load_task
-from duallora.train import calibration, checkpoint, evaluate, plugins, record
+from duallora.train import begin, calibration, checkpoint, evaluate, plugins, record
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.lock import locked
 from duallora.train.models import load_model, weights_fingerprint
@@ -146,8 +147,13 @@ class _Run:
 
         steps, lr_warmup = schedule(recipe, len(rows))
         dtype = str(model.dtype).removeprefix("torch.")
-        method = put(model, recipe, task.kind, lr_warmup)
+        method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
         adapted = method.model
+        if recipe.adapter.start is not None and start is None:
+            fingerprints["start"] = begin.from_run(method, recipe.adapter.start, task.kind, base)
+            say(console, "start", f"from [bold]{shown(Path(recipe.adapter.start))}[/]")
+        elif previous and "start" in previous["fingerprints"]:
+            fingerprints["start"] = previous["fingerprints"]["start"]
         if start is not None and method.method.no_resume:
             raise ConfigError(
                 f"{method.method.title} cannot be resumed: {method.method.no_resume} Start a new run with -o"
@@ -169,7 +175,7 @@ class _Run:
             "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
             "steps": steps,
             "loss_before": _loss_before(previous, recipe),
-            "start": (previous or {}).get("start", {}),
+            "start": (previous or {}).get("start", {}) or seen,
         }
         if self.processes.main:
             record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
@@ -257,6 +263,30 @@ class _Run:
         say(self.console, "tokens", message)
         return rows, held_out
 
+    def _put(
+        self, model: Any, tokenizer, kind: evaluate.Kind, rows, lr_warmup: int, start: Path | None
+    ) -> tuple[methods.Adapted, dict[str, Any]]:
+        """`put`, with rows of the run for a start that looks at data, and how long it looked."""
+        recipe = self.recipe
+        wanted = 0
+
+        def batches(count: int) -> list[dict[str, torch.Tensor]]:
+            nonlocal wanted
+            drawn = calibration.draw_rows(rows, count, recipe.seed)
+            wanted = len(drawn)
+            model.to(evaluate.default_device())
+            return list(calibration.batches(drawn, tokenizer, recipe.train.batch_size, model))
+
+        if recipe.adapter.start is not None:
+            return put(model, recipe, kind, lr_warmup, checkpoint=start), {}
+        began, cpu = time.monotonic(), time.process_time()
+        method = put(model, recipe, kind, lr_warmup, batches=batches, checkpoint=start)
+        seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+        if not wanted:
+            return method, {}
+        say(self.console, "start", f"from {wanted:,} training rows in {clock(seconds)}")
+        return method, {"start_rows": wanted, "start_seconds": round(seconds, 1), "start_cpu_seconds": round(cpu, 1)}
+
     def _announce_adapter(self, method: methods.Adapted, steps: int) -> None:
         model = method.model
         trainable, total = parameter_counts(model)
@@ -294,6 +324,7 @@ class _Run:
         opening = {"ramp": f"gate opens over {config.warmup_steps} of {steps} steps"}.get(
             config.warmup, f"warm-up: {config.warmup}"
         )
+        opening = opening if self.recipe.adapter.start is None else "gate open"
         return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
 
     def _start(self, model: PeftModel, rows, tokenizer, kind: evaluate.Kind) -> None:
@@ -326,7 +357,7 @@ class _Run:
             log.drop_after(_step_of(start) if start else 0)
         if start is not None and _step_of(start) >= steps:
             # Trainer would take one more step here if the last one was not the last of its epoch.
-            load_weights(model, start)
+            load_weights(method, start)
             return log.summary()
         callbacks: list[TrainerCallback] = [
             self.stopping,
@@ -443,7 +474,6 @@ class _Run:
             batch_size=recipe.eval.batch_size,
             generation={name: value for name, value in chosen.items() if value is not None},
             max_length=recipe.data.max_length,
-            scoring=recipe.eval.scoring,
             scoring=recipe.eval.scoring,
             console=self.console,
             processes=self.processes,
@@ -580,7 +610,6 @@ def load(recipe: Recipe, console: Console) -> Task:
     if data.holdout:
         task = hold_out(task, data.holdout)
     evaluate.check_scoring(task, recipe.eval.scoring)
-    evaluate.check_scoring(task, recipe.eval.scoring)
     if recipe.eval.test and "test" not in task.splits:
         raise ConfigError(
             f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}"
@@ -601,18 +630,25 @@ def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup
     return put(model, recipe, kind, lr_warmup).model
 
 
-def put(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> methods.Adapted:
-    """`adapt`, with what the method says of its optimizer."""
+def put(
+    model: torch.nn.Module,
+    recipe: Recipe,
+    kind: evaluate.Kind,
+    lr_warmup: int,
+    *,
+    batches: Callable[[int], Iterable[Mapping[str, Any]]] | None = None,
+    checkpoint: Path | None = None,
+) -> methods.Adapted:
+    """`adapt`, with what the method says of its optimizer.
+
+    ``batches(n)`` are n rows of data for a start that looks at some; without them, and without the ``checkpoint`` of a run
+    that is resumed, such an adapter is given the usual start: its shapes are what they will be.
+    """
     name = recipe.adapter.method
     method = methods.get(name)
-    if name == "corda":
-        raise ConfigError(
-            f"adapter.method={name}: {method.title} starts from calibration data, which this verb does not do; use "
-            "duallora.methods.apply in Python (docs/methods.md)"
-        )
-    fields = recipe.adapter.model_dump(exclude={"method", "options", "init", "init_batches"})
+    fields = recipe.adapter.model_dump(exclude={"method", "options", "start", "init", "init_batches"})
     if fields["warmup_steps"] == "auto":
-        fields["warmup_steps"] = max(1, lr_warmup)
+        fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
     if kind != "generate" and not method.whole:
         heads = evaluate.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
@@ -630,7 +666,12 @@ def put(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: 
         options = {"direction_lr_ratio": recipe.train.direction_lr_ratio}
         found = methods.Adapted(adapted, method, methods.MethodSpec(name, options=options))
     else:
-        found = methods.apply(model, other(recipe, method, fields, task_type))
+        spec = other(recipe, method, fields, task_type)
+        count = methods.rows_wanted(method, spec)
+        if count and checkpoint is None and batches is None:
+            spec = starts.without_data(spec)
+        data = batches(count) if count and checkpoint is None and batches else None
+        found = methods.apply(model, spec, batches=data, checkpoint=checkpoint)
     if method.whole:
         return found
     config = found.model.peft_config["default"]
@@ -662,8 +703,12 @@ def parameter_counts(model: Any) -> tuple[int, int]:
     return sum(weight.numel() for weight in methods.trained(model)), model.num_parameters()
 
 
-def load_weights(model: Any, folder: Path) -> None:
-    """The trained weights of a checkpoint into ``model``; IntegrityError where they are another model's."""
+def load_weights(method: methods.Adapted, folder: Path) -> None:
+    """The trained weights of a checkpoint into the model; IntegrityError where they are another model's."""
+    model = method.model
+    if method.method.restore is not None:
+        method.method.restore(method, folder)
+        return
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         return
@@ -817,19 +862,22 @@ class _Trainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        if isinstance(self.model, PeftModel):
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self.method is not None and self.method.method.save is not None:
+            self.method.save(folder)
+        elif isinstance(self.model, PeftModel):
             # PEFT's own default asks the hub whether the vocabulary grew.
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
         else:  # as they are called here: from_pretrained may rename and restack
             folder.mkdir(parents=True, exist_ok=True)
             save_model_weights(self.model, str(folder / WHOLE_MODEL))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if isinstance(self.model, PeftModel):
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        method = self.method
+        if method is None or (isinstance(self.model, PeftModel) and method.method.restore is None):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:  # Trainer's own passes over what does not fit
-            load_weights(self.model, Path(resume_from_checkpoint))
+            load_weights(method, Path(resume_from_checkpoint))
 
     def non_finite(self, what: str, value: float) -> NonFiniteError:
         """The error for a NaN or infinite ``what`` in the step under way, which is also logged."""

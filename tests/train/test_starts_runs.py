@@ -1,0 +1,162 @@
+"""LoRA's starts from the weights and from data through `duallora train`: saved for the untouched base, resumed to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from duallora.errors import ConfigError
+from duallora.train import evaluate, merge, run
+
+STARTS = {
+    "pissa": ("lora", "{init_lora_weights: pissa}"),
+    "olora": ("lora", "{init_lora_weights: olora}"),
+    "corda": ("corda", "{calibration: 6}"),
+    "corda-ipm": ("lora+", "{init_lora_weights: corda, corda_method: ipm, calibration: 6}"),
+    "eva": ("lora", "{init_lora_weights: eva, calibration: 8, eva_config: {rho: 1.5}}"),
+    "lora-ga": ("lora", "{init_lora_weights: lora_ga, calibration: 5}"),
+    "lora-ga-paper": ("dora", "{init_lora_weights: lora_ga, calibration: 5, lora_ga_config: {scale: paper}}"),
+}
+
+
+def settings(start: str, *more: str, **changes) -> list[str]:
+    if start.startswith("corda") and importlib.util.find_spec("attr") is None:
+        pytest.skip("PEFT's CorDA needs attrs")
+    if start.startswith("lora-ga") and not hasattr(peft.tuners.lora.config, "LoraGAConfig"):
+        pytest.skip(f"PEFT {peft.__version__} has no LoRA-GA")
+    method, options = STARTS[start]
+    plain = ["adapter.r1=null", "adapter.warmup_steps=auto", "adapter.duallora_dropout=0.05", "adapter.r=3"]
+    return [f"adapter.method={method}", *plain, f"adapter.options={options}", "train.max_steps=4", *more]
+
+
+@pytest.mark.parametrize("start", list(STARTS))
+def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
+    start, make_recipe, console, tmp_path, interrupted
+):
+    """The factors alone belong to weights that are written nowhere; a second look at the data could differ."""
+    whole = run.train(make_recipe(*settings(start)), console=console)
+    folder = tmp_path / "run"
+    stopped = interrupted(folder, tmp_path / "stopped", at=2)
+    again = run.train(make_recipe(*settings(start), output=stopped), resume="auto", console=console)
+    first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, stopped))
+    assert first.keys() == second.keys()
+    assert len(first) > 0
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
+    seen = None if start in ("pissa", "olora") else {"eva": 8, "lora-ga": 5, "lora-ga-paper": 5}.get(start, 6)
+    assert whole["metrics"].get("start_rows") == again["metrics"].get("start_rows") == seen
+
+    model, tokenizer = evaluate.load_adapter(folder, "generate")
+    task = run.load(make_recipe(*settings(start)), console)
+    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
+    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
+    # A checkpoint is an adapter of the untouched base too.
+    mid, _ = evaluate.load_adapter(stopped / "checkpoints" / "checkpoint-4", "generate")
+    assert evaluate.loss_on(mid, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
+    assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("start", list(STARTS))
+def test_before_the_first_step_the_function_is_the_base_models(start, make_recipe, console, tiny_causal_folder):
+    """W_res + s B0 A0 = W0, though B0 A0 is not 0."""
+    recipe = make_recipe(*settings(start, "data.limit=20"))
+    task = run.load(recipe, console)
+    model, tokenizer = run.load_model(str(tiny_causal_folder), "generate")
+    rows, _ = run.encode_split(evaluate.select(task, "train", 20), tokenizer, "generate", max_length=64)
+    batch = run.Collator(tokenizer)(rows[:3])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        plain = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    def batches(count):
+        return list(run.calibration.batches(rows[:count], tokenizer, 4, model))
+
+    method = run.put(model, recipe, "generate", 1, batches=batches)
+    adapted = method.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batch).logits, expected, atol=2e-6, rtol=0)
+    moved = B_at_zero = 0
+    for name, layer in adapted.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            assert A.dtype == B.dtype == torch.float32
+            assert A.requires_grad
+            assert B.requires_grad
+            W, W0 = layer.get_base_layer().weight, plain[f"{name}.weight"]
+            torch.testing.assert_close(W + layer.scaling["default"] * B @ A, W0, atol=1e-6, rtol=0)
+            moved += not torch.equal(W, W0)
+            B_at_zero += not B.any()
+    assert (moved == 0, B_at_zero > 0) == ((True, True) if start == "eva" else (False, False))
+
+
+def test_lora_ga_of_the_paper_is_the_gradients_singular_vectors(make_recipe, console, tiny_causal_folder):
+    """A: the leading r right ones, B: the next r left ones, both times out^(1/4) / sqrt(16); the gradient taken by hand."""
+    recipe = make_recipe(*settings("lora-ga-paper", "adapter.method=lora"))
+    task = run.load(recipe, console)
+    model, tokenizer = run.load_model(str(tiny_causal_folder), "generate")
+    rows, _ = run.encode_split(evaluate.select(task, "train", 5), tokenizer, "generate", max_length=64)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_causal_folder)
+    batches = list(run.calibration.batches(rows, tokenizer, 3, plain))
+    for batch in batches:
+        plain(**batch).loss.backward()
+    adapted = run.put(model, recipe, "generate", 1, batches=lambda count: batches).model
+    layer = adapted.get_base_model().model.layers[1].mlp.down_proj
+    G = plain.model.layers[1].mlp.down_proj.weight.grad.double()
+    U, _, Vh = torch.linalg.svd(G)
+    scale = G.shape[0] ** 0.25 / 4
+    A, B = layer.lora_A["default"].weight.double() / scale, layer.lora_B["default"].weight.double() / scale
+    eye = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close((A @ Vh[:3].T).abs(), eye, atol=1e-3, rtol=0)
+    torch.testing.assert_close((U[:, 3:6].T @ B).abs(), eye, atol=1e-3, rtol=0)
+
+
+def test_a_classifiers_head_survives_a_start_that_moves_the_base(make_recipe, console):
+    """PEFT's own conversion keeps the factors alone."""
+    recipe = make_recipe(*settings("pissa"), kind="classify")
+    result = run.train(recipe, console=console)
+    tensors = load_file(f"{result['adapter']}/adapter_model.safetensors")
+    assert any("classifier" in key for key in tensors)
+    assert json.loads(Path(result["adapter"], "adapter_config.json").read_text())["r"] == 6
+    model, tokenizer = evaluate.load_adapter(result["folder"], "classify")
+    task = run.load(recipe, console)
+    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "classify", max_length=64)
+    assert evaluate.loss_on(model, tokenizer, held_out, "classify") == pytest.approx(
+        result["metrics"]["loss"], abs=1e-6
+    )
+
+
+def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
+    """alpha / sqrt(r) at rank 2 r needs another alpha than alpha / r does."""
+    own = "{init_lora_weights: pissa, use_rslora: true, rank_pattern: {q_proj: 2}, alpha_pattern: {v_proj: 5}}"
+    recipe = make_recipe(*settings("pissa"), f"adapter.options={own}")
+    result = run.train(recipe, console=console)
+    model, tokenizer = evaluate.load_adapter(result["folder"], "generate")
+    task = run.load(recipe, console)
+    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
+    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(
+        result["metrics"]["loss"], abs=2e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{init_lora_weights: loftq}", "fits no other"),
+        ("{init_lora_weights: pisa}", "Unknown initialization"),
+        ("{calibration: 8}", "is for starts from data"),
+        ("{init_lora_weights: eva, calibration: 0}", "expected a count of rows"),
+        ("{init_lora_weights: eva, calibration: 2, eva_config: {rho: 90}}", "EVA needs 270 tokens in a batch"),
+        ("{init_lora_weights: eva, eva_config: {gamma: 1}}", "gamma"),
+        ("{init_lora_weights: pissa, corda_method: ipm}", "corda_method"),
+    ],
+)
+def test_a_start_that_cannot_be_is_said(options, message, make_recipe, console):
+    with pytest.raises(ConfigError, match=message):
+        run.train(make_recipe(*settings("pissa"), f"adapter.options={options}"), console=console)
