@@ -550,6 +550,10 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     run = _json(cell / "run.json")
     if run is None:
         return None
+    try:
+        recipe = with_later(run["recipe"])
+    except (KeyError, TypeError) as error:
+        raise _damaged(cell / "run.json", error) from None
     result = _json(cell / "metrics.json") if run.get("status") == "done" else None
     figures = dict((result or {}).get("metrics") or {})
     test = figures.pop("test", None) or {}
@@ -563,7 +567,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
         cpu_seconds=figures.get("train_cpu_seconds"),
         error=run.get("error"),
         main_metric=(result or {}).get("main_metric"),
-        recipe=with_later(run["recipe"]) if isinstance(run.get("recipe"), dict) else {},
+        recipe=recipe,
     )
 
 
@@ -573,8 +577,12 @@ def _json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); remove its folder to run that cell again") from None
-    return value if isinstance(value, dict) else None
+        raise _damaged(path, error) from None
+    return value if isinstance(value, dict) else {}
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} cannot be read ({error!r}); remove its folder to run that cell again")
 
 
 # -- numbers and names ------------------------------------------------------------------------------------------------
@@ -601,14 +609,19 @@ def _step(values: Sequence[float]) -> float:
 
 
 def _beyond(values: Sequence[float], at: float, step: float) -> float | None:
-    """The value one step outside of a sorted grid if ``at`` is its edge, written as shortly as the grid's own; or None."""
+    """The value one step outside of a sorted grid if ``at`` is its edge, or None.
+
+    It has as few digits as the grid's own values, unless that would move it by more than a tenth.
+    """
     if at not in (values[0], values[-1]):
         return None
+    exact = at * step if at == values[-1] else at / step
     if all(isinstance(value, int) for value in values):
-        beyond: float = round(at * step if at == values[-1] else at / step)
+        beyond: float = round(exact)
     else:
         digits = max(len(Decimal(repr(value)).normalize().as_tuple().digits) for value in values)
-        beyond = float(f"{at * step if at == values[-1] else at / step:.{digits - 1}e}")
+        rounded = (float(f"{exact:.{count - 1}e}") for count in range(digits, 18))
+        beyond = next(value for value in rounded if abs(value / exact - 1) <= 0.1)
     return beyond if beyond > 0 and not values[0] <= beyond <= values[-1] else None
 
 

@@ -1,0 +1,413 @@
+"""What a study asks for: two stages, a grid that grows towards its best value, names, files, and its errors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duallora.errors import ConfigError
+from duallora.grid.study import CELLS, Outcome, Study, outcomes
+from duallora.train import record
+
+LR = "train.learning_rate"
+BASE = {"model.name": "m", "train.max_steps": 7}
+
+
+def study(**changes) -> Study:
+    given = {
+        "name": "odd",
+        "base": BASE,
+        "tasks": {"cola": {"task": "cola"}, "rte": {"task": "rte"}},
+        "variants": {"lora": {"method": "lora", "r": 6}, "duallora": {"r1": 3, "r2": 5}},
+        "search": {"learning_rate": [3e-4, 1e-3, 3e-3, 1e-2]},
+        "seeds": [4, 0, 9],
+    }
+    return Study(**{**given, **changes})
+
+
+def done(name: str, score: float, **more) -> Outcome:
+    return Outcome(name, "done", metrics={"accuracy": score, "loss": -score}, main_metric="accuracy", **more)
+
+
+def diverged(name: str) -> Outcome:
+    return Outcome(name, "failed", error="NonFiniteError: the loss is nan in step 3")
+
+
+def work_off(one: Study, score, order=None) -> dict[str, Outcome]:
+    """Runs what is wanted until nothing is left; ``score(cell)`` is its figure on validation rows, None for NaN."""
+    found: dict[str, Outcome] = {}
+    for _ in range(1000):
+        left = [cell for cell in one.wanted(found) if cell.name not in found]
+        if not left:
+            return found
+        cell = left[0] if order is None else order.choice(left)
+        value = score(cell)
+        found[cell.name] = diverged(cell.name) if value is None else done(cell.name, value)
+    raise AssertionError("never ends")
+
+
+def tried(found: dict[str, Outcome], prefix: str) -> list[float]:
+    return sorted({float(name.split("-lr")[1].split("-")[0]) for name in found if name.startswith(prefix)})
+
+
+def near(peak: float):
+    """A score with one maximum over the learning rate."""
+    return lambda cell: -abs(math.log(cell.tags[LR] / peak))
+
+
+def test_the_other_seeds_run_at_the_best_value_alone():
+    one = study()
+    first = one.wanted({})
+    assert {cell.tags["seed"] for cell in first} == {4}
+    assert len(first) == 2 * 2 * 4
+    peaks = {"lora": 1.1e-3, "duallora": 2.9e-3}
+    found = work_off(one, lambda cell: near(peaks[cell.tags["variant"]])(cell))
+    later = {name for name in found if not name.endswith("seed4")}
+    assert later == {
+        f"{task}-{variant}-lr{rate}-seed{seed}"
+        for task, seed in itertools.product(["cola", "rte"], [0, 9])
+        for variant, rate in [("lora", "0.001"), ("duallora", "0.003")]
+    }
+    assert one.best(found, "rte", "lora").values == {LR: 1e-3}
+
+
+def test_what_is_wanted_in_the_end_does_not_depend_on_the_order_in_which_cells_end():
+    def score(cell):
+        # Different peaks beyond both edges, and a corner that diverges.
+        rate = cell.tags[LR]
+        return None if rate > 0.05 and cell.tags["task"] == "rte" else near(4e-2)(cell) + hash_of(cell.name)
+
+    straight = work_off(study(), score)
+    for seed in range(5):
+        assert work_off(study(), score, random.Random(seed)) == straight
+
+
+def hash_of(name: str) -> float:
+    return sum(map(ord, name)) % 7 / 100
+
+
+@pytest.mark.parametrize(
+    ("peak", "values"),
+    [
+        (1e-3, []),
+        (1e-2, [0.03]),  # at the edge: one step beyond decides
+        (2.5e-2, [0.03, 0.1]),
+        (1.0, [0.03, 0.1, 0.3]),  # three steps and no more
+        (1e-7, [9e-6, 3e-5, 9e-5]),
+    ],
+)
+def test_a_grid_grows_by_its_own_factor_until_its_best_value_is_inside(peak, values):
+    """By hand: the factor is (0.01 / 0.0003)^(1/3) = 3.218, and values keep one digit as the grid's own."""
+    found = work_off(study(), near(peak))
+    assert tried(found, "cola-lora") == sorted([3e-4, 1e-3, 3e-3, 1e-2, *values])
+    assert tried(found, "rte-duallora") == tried(found, "cola-lora")
+    fixed = work_off(study(extend=False), near(peak))
+    assert tried(fixed, "cola-lora") == [3e-4, 1e-3, 3e-3, 1e-2]
+
+
+@given(
+    peak=st.floats(1e-5, 0.5), grid=st.lists(st.sampled_from([1e-4, 3e-4, 2e-3, 5e-3, 7e-3]), min_size=2, unique=True)
+)
+@settings(max_examples=30, deadline=None)
+def test_the_best_value_has_tried_neighbours_on_both_sides_or_the_grid_has_grown_three_times(peak, grid):
+    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: grid})
+    found = work_off(one, near(peak))
+    rates, best = tried(found, "cola"), one.best(found, "cola", "a").values[LR]
+    assert near(peak)(one._cell("cola", "a", one.best(found, "cola", "a"), 4, None)) == max(
+        -abs(math.log(rate / peak)) for rate in rates
+    )
+    assert rates[0] < best < rates[-1] or len(rates) == len(grid) + 3
+
+
+def test_whole_numbers_grow_to_whole_numbers_and_stay_in_range():
+    one = study(search={"r": [2, 4]}, variants={"lora": {"method": "lora"}}, tasks={"cola": {"task": "cola"}})
+    names = work_off(one, lambda cell: -cell.tags["adapter.r"])
+    assert {"cola-lora-r1-seed4"} <= names.keys()
+    assert not any("r0" in name for name in names)
+    drop = study(search={"duallora_dropout": [0.3, 0.6]}, variants={"a": {}}, tasks={"cola": {"task": "cola"}})
+    most = max(
+        float(n.split("dropout")[1].split("-")[0]) for n in work_off(drop, lambda c: c.tags["adapter.duallora_dropout"])
+    )
+    assert most == 0.6  # 1.2 is no dropout
+
+
+def test_two_keys_make_a_product_that_grows_where_its_best_lies_at_an_edge():
+    one = study(
+        search={LR: [1e-3, 2e-3, 4e-3], "weight_decay": [0.1, 0.2, 0.4]},
+        variants={"a": {}}, tasks={"cola": {"task": "cola"}},
+    )  # fmt: skip
+    found = work_off(one, lambda c: -abs(c.tags[LR] - 2e-3) - abs(c.tags["train.weight_decay"] - 0.8))
+    assert len([name for name in found if name.endswith("seed4")]) == 3 * 5
+    assert one.best(found, "cola", "a").values == {LR: 2e-3, "train.weight_decay": 0.8}
+
+
+def test_a_diverged_cell_is_the_worst_value_and_a_failed_one_leaves_the_question_open():
+    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}})
+    found = work_off(one, lambda cell: None if cell.tags[LR] > 2e-3 else -1e9 * cell.tags[LR])
+    assert one.best(found, "cola", "a").values == {LR: 9e-6}
+    first = {cell.name: done(cell.name, 1.0) for cell in one.wanted({})}
+    broken = {**first, "cola-a-lr0.003-seed4": Outcome("cola-a-lr0.003-seed4", "failed", error="DataError: x")}
+    assert one.best(broken, "cola", "a") is None
+    assert {cell.name for cell in one.wanted(broken)} == set(first)
+
+
+def test_where_every_cell_diverges_the_grid_goes_down_three_times_and_then_gives_up():
+    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}})
+    found = work_off(one, lambda cell: None)
+    assert tried(found, "cola") == [9e-6, 3e-5, 9e-5, 3e-4, 1e-3, 3e-3, 1e-2]
+    assert one.best(found, "cola", "a") is None
+    assert not any(name.endswith("seed0") for name in found)
+
+
+def test_equal_scores_go_to_the_middle_and_do_not_grow_the_grid():
+    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-4, 1e-3, 1e-2]})
+    found = work_off(one, lambda cell: 0.0)
+    assert tried(found, "cola") == [1e-4, 1e-3, 1e-2]
+    assert one.best(found, "cola", "a").values == {LR: 1e-3}
+
+
+def test_the_chosen_figure_decides_losses_the_other_way_round_and_nan_is_the_worst():
+    small = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-3, 2e-3]}, extend=False)
+    figures = {0.001: {"accuracy": 60.0, "loss": 0.5}, 0.002: {"accuracy": 70.0, "loss": 0.9}}
+
+    def best(one: Study, figures) -> float:
+        cells = one.wanted({})
+        found = {c.name: Outcome(c.name, "done", metrics=figures[c.tags[LR]], main_metric="accuracy") for c in cells}
+        return one.best(found, "cola", "a").values[LR]
+
+    assert best(small, figures) == 0.002
+    assert best(replace(small, metric="loss"), figures) == 0.001
+    assert best(small, {**figures, 0.002: {"accuracy": math.nan}}) == 0.001
+    with pytest.raises(ConfigError, match=r"cola-a-lr0.001-seed4: no validation figure f1 .* it has accuracy, loss"):
+        best(replace(small, metric="f1"), figures)
+
+
+def test_search_seeds_are_averaged():
+    one = study(
+        tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-3, 2e-3]}, search_seeds=2, extend=False
+    )
+    scores = {(1e-3, 4): 9.0, (1e-3, 0): 1.0, (2e-3, 4): 6.0, (2e-3, 0): 5.0}  # means 5.0 and 5.5
+    found = work_off(one, lambda cell: scores.get((cell.tags[LR], cell.tags["seed"]), 0.0))
+    assert len(found) == 5
+    assert one.best(found, "cola", "a").values == {LR: 2e-3}
+
+
+def test_without_a_search_every_seed_is_wanted_at_once_even_where_one_diverges():
+    one = study(search={})
+    assert {cell.name for cell in one.wanted({})} == {
+        f"{task}-{variant}-seed{seed}"
+        for task in ("cola", "rte")
+        for variant in ("lora", "duallora")
+        for seed in (4, 0, 9)
+    }
+    assert len(work_off(one, lambda cell: None if cell.tags["seed"] == 4 else 1.0)) == 12
+
+
+def test_the_expected_number_of_cells_is_what_it_comes_to_where_no_grid_grows():
+    one = study(search_seeds=2)
+    found = work_off(one, near(1e-3))
+    assert one.expected({}) == len(found) == one.expected(found) == 2 * 2 * (4 * 2 + 1)
+
+
+def test_a_task_after_another_starts_each_cell_from_the_same_variant_and_seed_at_its_best_value():
+    one = study(tasks={"mnli": {"task": "mnli"}, "rte": {"task": "rte", "after": "mnli"}})
+    assert {cell.tags["task"] for cell in one.wanted({})} == {"mnli"}
+    found: dict[str, Outcome] = {}
+    while left := [c for c in one.wanted(found) if c.name not in found]:
+        for cell in left:
+            if cell.after is not None:
+                assert found[cell.after].status == "done"
+            found[cell.name] = done(cell.name, near(1e-3)(cell))
+    cells = {cell.name: cell for cell in one.wanted(found)}
+    assert cells["rte-duallora-lr0.01-seed4"].after == "mnli-duallora-lr0.001-seed4"
+    assert cells["rte-lora-lr0.001-seed9"].after == "mnli-lora-lr0.001-seed9"
+    start = cells["rte-lora-lr0.001-seed9"].recipe("/shared/grid").adapter.start
+    assert start == "/shared/grid/cells/mnli-lora-lr0.001-seed9/adapter"
+    with pytest.raises(ConfigError, match=r"after: 'qqp' is not accepted; it belongs to a task and names one .*: cola"):
+        study(tasks={"cola": {"task": "cola"}, "rte": {"task": "rte", "after": "qqp"}})
+    with pytest.raises(ConfigError, match="after"):
+        study(variants={"lora": {"after": "cola"}})
+
+
+def test_later_layers_win_and_take_what_they_exclude_with_them():
+    one = study(
+        base={**BASE, "adapter": {"r": 2, "alpha": 3.0}, "train.lr_warmup_ratio": 0.1, "data.path": "mine.jsonl"},
+        tasks={"cola": {"task": "cola", "r": 4}},
+        variants={"a": {"r": 8, "lr_warmup_steps": 11}, "b": {"adapter.options": {"lr_ratio": 16.0}, "method": "lora+"}},
+        search={},
+    )  # fmt: skip
+    a, b = (next(c for c in one.wanted({}) if c.tags["variant"] == v).recipe() for v in "ab")
+    assert (a.adapter.r, a.adapter.alpha, a.train.lr_warmup_steps, a.train.lr_warmup_ratio) == (8, 3.0, 11, None)
+    assert (b.adapter.r, b.train.lr_warmup_ratio, b.data.task, b.data.path) == (4, 0.1, "cola", None)
+    ratios = study(variants={"b": {"method": "lora+"}}, search={"adapter.options.lr_ratio": [4.0, 16.0]})
+    assert [c.recipe().adapter.options for c in ratios.wanted({})][:2] == [{"lr_ratio": 4.0}, {"lr_ratio": 16.0}]
+
+
+def test_a_search_of_its_own_replaces_the_studys():
+    one = study(variants={"lora": {"search": {LR: [1e-5, 2e-5]}}, "none": {"search": None}, "rest": {}})
+    rates = {(c.tags["variant"], c.tags.get(LR)) for c in one.wanted({})}
+    assert {rate for variant, rate in rates if variant == "lora"} == {1e-5, 2e-5}
+    assert {rate for variant, rate in rates if variant == "none"} == {None}
+    assert len(rates) == 2 + 1 + 4
+
+
+LABELS = st.from_regex(r"[a-c]([-.][a-b0])?(-lr0\.1|-r1|-B)?", fullmatch=True)
+VALUES = st.lists(st.sampled_from([0.1, 1e-1, 0.01, 1e-5, 1.0, 2.0]), min_size=1, max_size=3, unique=True)
+
+
+@given(
+    st.lists(LABELS, min_size=1, max_size=4, unique=True),
+    st.lists(st.tuples(LABELS, st.booleans()), min_size=1, max_size=4, unique_by=lambda pair: pair[0]),
+    VALUES,
+    st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_two_cells_have_one_name_whatever_the_labels(tasks, variants, values, seeds):
+    """Labels may hold hyphens, and even look like search values; what cannot be told apart is refused."""
+    try:
+        one = study(
+            tasks={label: {"task": "cola"} for label in tasks},
+            variants={label: {"search": {}} if own else {} for label, own in variants},
+            search={LR: values},
+            seeds=seeds,
+        )
+    except ConfigError as error:
+        assert "one name" in str(error)  # noqa: PT017
+        return
+    every = [
+        one.cell_name(task, variant, point, seed).casefold()
+        for task, variant in itertools.product(one.tasks, one.variants)
+        for point in one.points({}, task, variant)
+        for seed in seeds
+    ]
+    assert len(set(every)) == len(every)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tasks": {"a": {"task": "cola"}, "a-b": {"task": "cola"}}, "variants": {"b-c": {}, "c": {}}},
+        {"variants": {"X": {}, "x": {}}},
+        {"variants": {"x": {}, "x-lr0.1": {"search": {}}}},
+    ],
+)
+def test_labels_that_could_be_mistaken_are_refused(changes):
+    with pytest.raises(ConfigError, match="one name"):
+        study(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base": {"rank": 3}}, "study odd, base.rank: unknown key rank; did you mean adapter.r?"),
+        ({"variants": {"a": {"r": "8"}}}, 'study odd, variants.a.adapter.r: adapter.r: "8" is not accepted'),
+        ({"search": {LR: [1e-3, -1.0]}}, "search.train.learning_rate: train.learning_rate: -1.0 is not accepted"),
+        ({"search": {LR: 1e-3}}, "expected a list of values"),
+        ({"search": {"lr_scheduler": ["a b", "a_b"]}}, "read alike"),
+        ({"variants": {"a b": {}}}, "label 'a b'"),
+        ({"variants": {}}, "variants: expected at least one"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": [True]}, "different whole numbers"),
+        ({"search_seeds": 4}, "search_seeds: 4 is not accepted; expected 1 to 3"),
+        ({"base": {"seed": 3}}, "seed is the grid's own to set; see seeds"),
+        ({"base": {"output": "x"}}, "output is the grid's own to set"),
+        ({"base": {"r": 3, "adapter.r": 4}}, "adapter.r is set twice"),
+        ({"reference": "dora"}, "no variant 'dora'; it has lora, duallora"),
+        ({"space": {LR: {"low": 1e-4, "high": 1e-2}}, "trials": 3}, "search and space exclude each other"),
+        ({"search": {}, "space": {LR: {"low": 1e-4, "high": 1e-2}}}, "a space needs trials"),
+        ({"search": {}, "trials": 2, "space": {LR: {"low": 0.0, "high": 1e-2, "log": True}}}, "is not accepted; expected {low"),
+        ({"name": "a/b"}, "'a/b' is not accepted"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_at_once_with_its_place(changes, words):
+    with pytest.raises(ConfigError) as error:
+        study(**changes)
+    assert words in str(error.value)
+
+
+GRID = """\
+base: recipe.yaml
+tasks:
+  cola: {data.task: cola}
+variants:
+  lora:
+    adapter:
+      method: lora
+      r: 6
+  "1e3": {alpha: 7}
+  "on": {adapter.options: {}, train.report_to: []}
+search: {learning_rate: [1e-4, 2.5e-3]}
+seeds: [3]
+"""
+
+
+def test_a_grid_file_takes_a_recipe_as_its_base_and_reads_back_what_is_written(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: there}\ntrain: {max_steps: 5}\noutput: runs/x\nseed: 4\n")
+    (tmp_path / "my.grid.yaml").write_text(GRID)
+    one = Study.read(tmp_path / "my.grid.yaml")
+    assert one.name == "my.grid"
+    assert one.base == {"model.name": "there", "train.max_steps": 5}
+    assert one.variants["lora"] == {"adapter.method": "lora", "adapter.r": 6}
+    assert {cell.settings["seed"] for cell in one.wanted({})} == {3}
+    (tmp_path / "study.yaml").write_text(one.yaml())
+    assert Study.read(tmp_path) == one
+    space = Study.read(tmp_path, search={}, space={"r": {"low": 2, "high": 8}}, trials=4)
+    (tmp_path / "study.yaml").write_text(space.yaml())
+    assert Study.read(tmp_path) == space
+    assert space != one
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("      r: 6", "      rr: 6", "grid.yaml:8: unknown key adapter.rr; did you mean adapter.r"),
+        ("alpha: 7", "alpha: -7", "grid.yaml:9: adapter.alpha: -7 is not accepted; expected finite number > 0 or null"),
+        ("seeds: [3]", "seed: [3]", "grid.yaml:12: unknown key seed; known here: name, base"),
+        ("2.5e-3]", "'2']", "grid.yaml:11: train.learning_rate: \"2\" is not accepted"),
+        ("base: recipe.yaml", "base: none.yaml", "none.yaml: no such file"),
+        ("cola: {data.task: cola}", "cola: {data.task: 3}", "grid.yaml:3: data.task: 3 is not accepted"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_file_is_told_with_its_line(old, new, words, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: there}\n")
+    (tmp_path / "grid.yaml").write_text(GRID.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        Study.read(tmp_path / "grid.yaml")
+    assert words in str(error.value)
+
+
+def test_a_mistake_in_the_base_recipe_is_told_with_the_recipes_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: there}\ntrain:\n  max_steps: 0\n")
+    (tmp_path / "grid.yaml").write_text(GRID)
+    with pytest.raises(ConfigError, match=r"recipe.yaml:3: train.max_steps: 0 is not accepted; expected integer >= 1"):
+        Study.read(tmp_path / "grid.yaml")
+
+
+def test_outcomes_are_what_the_cells_folders_say(tmp_path):
+    for name, status in [("a", "done"), ("b", "failed"), ("c", "running")]:
+        run = {
+            "status": status,
+            "parameters": {"trainable": 5, "total": 9},
+            "recipe": study().wanted({})[0].recipe().model_dump(mode="json"),
+        }
+        record.write_json(
+            tmp_path / CELLS / name / "run.json", {**run, "error": "NonFiniteError: nan"} if name == "b" else run
+        )
+    metrics = {"accuracy": 70.0, "train_seconds": 2.5, "train_cpu_seconds": 2.0, "test": {"accuracy": 65.0}}
+    record.write_json(tmp_path / CELLS / "a" / "metrics.json", {"metrics": metrics, "main_metric": "accuracy"})
+    (tmp_path / CELLS / "d").mkdir()
+    found = outcomes(tmp_path)
+    assert {name: (item.status, item.settled) for name, item in found.items()} == {
+        "a": ("done", True), "b": ("failed", True), "c": ("running", False),
+    }  # fmt: skip
+    assert (found["a"].test, found["a"].metrics["accuracy"], found["a"].cpu_seconds) == ({"accuracy": 65.0}, 70.0, 2.0)
+    assert "test" not in found["a"].metrics
+    (tmp_path / CELLS / "c" / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"c.run\.json cannot be read"):
+        outcomes(tmp_path)
