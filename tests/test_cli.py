@@ -50,6 +50,7 @@ VERBS = [
     "config schema",
     "config show",
     "bench layer",
+    "analyze",
 ]
 
 

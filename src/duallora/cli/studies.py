@@ -150,3 +150,34 @@ def reproduce(
         summaries[part.study.name] = str(file)
         require_all(found, part.folder)
     return {"runs": planned["runs"], "summaries": summaries}
+
+
+@app.command()
+def analyze(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER|RUN...", help="Run folders or adapters' folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for tables and plots.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="PART", help="flips, rank or dynamics (needs the base model); may be repeated."),
+    ] = None,
+    axis: Annotated[
+        Literal["out", "in"], typer.Option("--axis", help="Whose norms the dynamics compare: rows or columns of W.")
+    ] = "out",
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots (matplotlib).")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """What training did to adapters: flipped signs, ranks, how far the weights turned and stretched.
+
+    A run with train.save_total_limit=null keeps its start and all its checkpoints, which make the curves.
+
+    [dim]Example:[/]
+      duallora analyze runs/gaussian runs/gradient -o analysis
+    """
+    from duallora.analysis.analyze import PARTS
+    from duallora.analysis.analyze import analyze as look
+    from duallora.cli.app import refuse_misspelt
+
+    for source in adapters:
+        refuse_misspelt(source)
+    return look(adapters, output, only=only or PARTS, axis=axis, draw=plots, console=console.results)

@@ -1,0 +1,304 @@
+"""Flips, ranks and dynamics of adapters on disk, against numpy on the same factors and transformers on the same weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import duallora
+from duallora import cli, methods
+from duallora.analysis import analyze, dynamics, flips, rank, states
+from duallora.core.equation import Update
+from duallora.errors import ConfigError, IntegrityError
+
+ABCD = [[[1.0, -2.0, 0.0]], [[1.0], [3.0]], [[1.0, 0.0, -1.0]], [[-1.0], [2.0]]]
+# B A = [1 -2 0; 3 -6 0], D C = [-1 0 1; 2 0 -2]: two of six open, two of six positive
+
+
+def update(*factors) -> Update:
+    return Update(*(torch.tensor(f, dtype=torch.float64) for f in factors), 1.0)
+
+
+def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=24,
+        intermediate_size=27,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+def adapted(base, step: int = 100, **options):
+    torch.manual_seed(0)
+    options = {"r1": 3, "r2": 2, "target_modules": ["q_proj", "down_proj"], **options}
+    model = peft.get_peft_model(base, duallora.DualLoraConfig(**options))
+    if step:
+        duallora.advance_gate(model, step)
+    return model
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> Path:
+    """A run of three states as `duallora train` leaves it; C of every layer is moved at random after each."""
+    folder, model = tmp_path / "run", adapted(llama(), step=0)
+    with pytest.warns(UserWarning, match="gate"):
+        save(model, folder / "checkpoints" / "start")
+    duallora.advance_gate(model, 100)
+    for step, place in ((5, "checkpoints/checkpoint-5"), (9, "adapter")):
+        torch.manual_seed(step)
+        for name, parameter in model.named_parameters():
+            if "duallora_C" in name or "duallora_A" in name:
+                parameter.data += 0.01 * torch.randn_like(parameter)
+        save(model, folder / place)
+        (folder / place / "duallora.json").write_text(json.dumps({"steps": step, "kind": "generate"}))
+    (folder / "checkpoints" / "checkpoint-5" / "MANIFEST.json").write_text("{}")
+    shutil.copytree(folder / "checkpoints" / "checkpoint-5", folder / "checkpoints" / "checkpoint-7")
+    (folder / "checkpoints" / "checkpoint-7" / "MANIFEST.json").unlink()  # a save that was cut short
+    return folder
+
+
+def test_masks_and_flips_of_a_layer_worked_by_hand():
+    first = update(*ABCD)
+    assert flips.masks(first) == {"open": 2 / 6, "positive": 2 / 6}
+    turned = update(*ABCD[:2], [[-1.0, 0.0, -1.0]], ABCD[3])  # D C = [1 0 1; -2 0 -2]: the first column turns over
+    assert flips.flips(first, turned) == {"flipped": 2 / 6, "flipped_open": 2 / 2}
+    assert flips.flips(turned, turned) == {"flipped": 0.0, "flipped_open": 0.0}
+    closed = update([[0.0, 0.0, 0.0]], *ABCD[1:])
+    assert math.isnan(flips.flips(first, closed)["flipped_open"])
+
+
+def test_the_course_of_a_run_is_that_of_the_factors_on_disk(run_folder):
+    """numpy on the files; zeros of D C count as negative, as Sign(0) = -1 says."""
+    course = states.states(run_folder)
+    assert [state.step for state in course] == [0, 5, 9]
+    rows = flips.course(course)
+    assert len(rows) == 3 * 4
+    tensors = [load_file(state.folder / "adapter_model.safetensors") for state in course]
+    name = "base_model.model.model.layers.1.mlp.down_proj"
+    P, Q = (
+        [(t[f"{name}.duallora_{x}"].double() @ t[f"{name}.duallora_{y}"].double()).numpy() for t in tensors]
+        for x, y in ("BA", "DC")
+    )
+    mine = [row for row in rows if row["layer"] == "model.layers.1.mlp.down_proj"]
+    for t, row in enumerate(mine):
+        assert (row["module"], row["entries"]) == ("down_proj", 24 * 27)
+        assert row["open"] == np.mean(P[t] > 0)
+        assert row["positive"] == np.mean(Q[t] > 0)
+    turned = (Q[0] > 0) != (Q[2] > 0)
+    assert 0.02 < mine[2]["flipped"] == turned.mean()
+    assert mine[2]["flipped_open"] == pytest.approx(turned[P[2] > 0].mean())
+    assert mine[2]["flipped_since_last"] == ((Q[1] > 0) != (Q[2] > 0)).mean()
+    assert "flipped" not in mine[0]
+    total = flips.overall(rows)[2]
+    last = [row for row in rows if row["step"] == 9]
+    assert total["flipped"] == pytest.approx(
+        np.average([r["flipped"] for r in last], weights=[r["entries"] for r in last])
+    )
+    weights = [r["entries"] * r["open"] for r in last]
+    assert total["flipped_open"] == pytest.approx(np.average([r["flipped_open"] for r in last], weights=weights))
+
+
+@pytest.mark.parametrize("elements", [1, 60, 1 << 22])
+def test_blocks_of_rows_make_the_whole(elements):
+    whole = update(*ABCD)
+    blocks = list(states.row_blocks(whole, elements))
+    assert len(blocks) == (2 if elements == 1 else 1)
+    assert torch.equal(torch.cat([block.delta() for block in blocks]), whole.delta())
+
+
+@pytest.mark.parametrize("shape", [(9, 13), (20, 6)])
+def test_rank_is_numpys_and_effective_rank_knows_its_ends(shape):
+    """k equal singular values make an effective rank of k; a falling spectrum less than its rank."""
+    draw = np.random.default_rng(0)
+    U, V = (np.linalg.qr(draw.standard_normal((n, 4)))[0] for n in shape)
+    flat, falling = U @ V.T, (U * [1.0, 0.5, 1e-3, 1e-4]) @ V.T
+    for X in (flat, falling):
+        assert rank.of_matrix(torch.from_numpy(X))["rank"] == np.linalg.matrix_rank(X) == 4
+    assert rank.of_matrix(torch.from_numpy(flat))["effective_rank"] == pytest.approx(4)
+    p = np.array([1.0, 0.5, 1e-3, 1e-4]) / 1.5011
+    expected = np.exp(-(p * np.log(p)).sum())
+    assert rank.of_matrix(torch.from_numpy(falling))["effective_rank"] == pytest.approx(expected)
+    assert rank.of_matrix(torch.zeros(shape)) == {"rank": 0, "effective_rank": 0.0}
+
+
+def test_ranks_are_those_of_the_factors_and_not_of_rounded_weights(tmp_path):
+    """r = 1: ReLU(B A) splits into two blocks, the signs stay of rank one; dW of all linear layers is full at r = 2."""
+    one = save(adapted(llama(torch.bfloat16), r1=1, r2=1), tmp_path / "one")
+    rows = rank.table(states.states(one)[0])
+    assert len(rows) == 3 * 4
+    assert {row["rank"] for row in rows if row["matrix"] == "direction"} == {1}
+    assert {row["rank"] for row in rows if row["matrix"] == "magnitude"} == {2}
+    lora = peft.get_peft_model(llama(), peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    rows = rank.table(states.states(save(lora, tmp_path / "lora"))[0])
+    assert [(row["matrix"], row["rank"]) for row in rows] == [("dW", 3)] * 2
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"warmup": "residual"}, {"direction": "fixed"}, {"magnitude": "sigmoid", "direction": "dorefa"}]
+)
+def test_dw_from_the_file_is_dw_of_the_layer(tmp_path, options):
+    """Whatever the method's settings: up to the scale, and what the seed stands for is drawn again."""
+    model = adapted(llama(), init_seed=3, **options)
+    for name, parameter in model.named_parameters():
+        if "duallora_A" in name:
+            parameter.data += 0.01
+    adapter = states.Adapter(states.states(save(model, tmp_path / "a"))[0])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    expected = layer.get_delta_weight("default").double() / layer.scaling["default"]
+    found = adapter.update("base_model.model.model.layers.0.mlp.down_proj")
+    assert torch.allclose(found.delta(), expected, atol=1e-6 * float(expected.abs().max()))
+    parts = states.magnitude(found) * states.direction(found)
+    assert options.get("warmup") == "residual" or torch.allclose(
+        parts, expected, atol=1e-6 * float(expected.abs().max())
+    )
+
+
+def test_change_is_doras_definition_on_either_axis():
+    draw = np.random.default_rng(1)
+    W0, W = (draw.standard_normal((4, 5)) for _ in range(2))
+    for axis, along in (("out", 1), ("in", 0)):
+        m0, m = (np.linalg.norm(X, axis=along) for X in (W0, W))
+        cos = (W0 * W).sum(axis=along) / m0 / m
+        found = dynamics.change(torch.from_numpy(W0), torch.from_numpy(W), axis)
+        assert found == pytest.approx({"magnitude": np.abs(m - m0).mean(), "direction": (1 - cos).mean()})
+    near = W0 * (1 + 1e-9 * draw.standard_normal(W0.shape))
+    tiny = dynamics.change(torch.from_numpy(W0), torch.from_numpy(near))["direction"]
+    assert 1e-20 < tiny < 1e-17  # 1 - cos would be 0 or 1e-16
+    stretched = dynamics.change(torch.from_numpy(W0), torch.from_numpy(3 * W0))
+    assert stretched["direction"] == pytest.approx(0, abs=1e-30)
+
+
+CONFIGS = {
+    "duallora": lambda: duallora.DualLoraConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    "lora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    "dora": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
+    "dual dora": lambda: duallora.DualLoraConfig(r=2, target_modules=["q_proj"], init_weights=False, use_dora=True),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_weights_compared_are_the_base_and_the_merged_model(name):
+    base = llama()
+    before = base.model.layers[1].self_attn.q_proj.weight.detach().double().clone()
+    model = peft.get_peft_model(base, CONFIGS[name]())
+    found = dict(dynamics.linear_layers(model))
+    assert len(found) == 2
+    W0, W = dynamics.weights(found["base_model.model.model.layers.1.self_attn.q_proj"])
+    merged = model.merge_and_unload().model.layers[1].self_attn.q_proj.weight.double()
+    assert torch.equal(W0, before)
+    assert torch.allclose(W, merged, atol=1e-6)
+    assert not torch.allclose(W, before, atol=1e-4)
+
+
+def test_a_conv1d_is_read_by_its_output_units_and_no_change_of_weights_is_refused():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=67, n_embd=12, n_layer=1, n_head=2, n_positions=8))
+    model = peft.get_peft_model(gpt2, duallora.DualLoraConfig(r=2, target_modules=["c_attn"], init_weights=False))
+    ((_, layer),) = dynamics.linear_layers(model)
+    W0, W = dynamics.weights(layer)
+    assert W0.shape == W.shape == (36, 12)
+    assert torch.equal(W0.T.float(), layer.base_layer.weight)
+    adapter = methods.apply(llama(), methods.MethodSpec("adapter-p", r=2, target_modules=["up_proj"])).model
+    with pytest.raises(ConfigError, match="cannot be merged, so there is no W0"):
+        dynamics.weights(next(dynamics.linear_layers(adapter))[1])
+
+
+def test_correlations_are_pooled_by_module_and_told_by_step():
+    draw = np.random.default_rng(2)
+    rows = []
+    for step in (1, 2):
+        for kind, sign in (("q", 1), ("v", -1)):
+            for _ in range(4):
+                x = draw.random()
+                rows.append(
+                    {"step": step, "module": kind, "layer": "x", "direction": x, "magnitude": sign * x + 10 * step}
+                )
+    found = {(row["module"], row["step"]): row for row in dynamics.correlations(rows)}
+    assert found["q", 1]["pearson"] == pytest.approx(1)
+    assert found["v", 2]["spearman"] == pytest.approx(-1)
+    pooled = [row for row in rows if row["module"] == "q"]
+    expected = np.corrcoef([r["direction"] for r in pooled], [r["magnitude"] for r in pooled])[0, 1]
+    assert found["q", None]["pearson"] == pytest.approx(expected)
+    assert found["q", None]["points"] == 8
+    assert dynamics.correlations(rows[:2]) == []
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory, tiny_causal_folder):
+    """A real run of four steps that keeps its start."""
+    from duallora.train import run
+    from duallora.train.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("analysed") / "four-steps"
+    data = folder.parent / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} and", "completion": f" {n + 1}"}) + "\n" for n in range(12)))
+    settings = ["train.max_steps=4", "train.batch_size=2", "train.save_steps=2", "train.save_total_limit=null", "r=2"]
+    settings += ["train.report_to=[]", "eval.metrics=false", "learning_rate=0.01", "target_modules=[q_proj,v_proj]"]
+    run.train(load_recipe(None, settings, model=str(tiny_causal_folder), data=str(data), output=folder))
+    return folder
+
+
+def test_the_verb_writes_tables_a_summary_and_plots(trained_run, tmp_path, capsys):
+    assert cli.run(["analyze", str(trained_run), "-o", str(tmp_path / "out"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)["sources"]["four-steps"]
+    assert summary["steps"] == [0, 2, 4]
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["sources"]["four-steps"] == summary
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "analysis.json", "flips.csv", "rank.csv", "dynamics.csv", "flips.svg", "rank.svg", "dynamics.svg"
+    }  # fmt: skip
+    with (tmp_path / "out" / "dynamics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [2] * 4 + [4] * 4  # at the start dW = 0, and with it every point
+    assert all(float(row["direction"]) > 0 for row in rows)
+    assert {row["source"] for row in rows} == {"four-steps"}
+    assert {row["step"] for row in summary["rank"]} == {0, 4}
+    assert 0 < summary["flips"][-1]["flipped"] < 1
+    assert b"\r" not in (tmp_path / "out" / "flips.csv").read_bytes()
+
+
+def test_ranks_and_flips_need_no_base_model(trained_run, tmp_path, capsys):
+    lonely = tmp_path / "lonely"
+    shutil.copytree(trained_run / "adapter", lonely)
+    config = json.loads((lonely / "adapter_config.json").read_text())
+    (lonely / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "nobody/nothing"}))
+    found = analyze.analyze([lonely], tmp_path / "out", only=["flips", "rank"], draw=False)
+    assert found["sources"]["lonely"]["steps"] == [4]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["analysis.json", "flips.csv", "rank.csv"]
+
+
+def test_what_cannot_be_analysed_is_said(run_folder, tmp_path):
+    for settings, message in [
+        ({"only": ["rnak"]}, "--only rnak: expected flips, rank, dynamics"),
+        ({"axis": "column"}, "--axis column: expected out or in"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            analyze.analyze([run_folder], tmp_path / "out", **settings)
+    with pytest.raises(ConfigError, match=r"holds no adapter: expected a run folder"):
+        analyze.analyze([tmp_path], tmp_path / "out")
+    with pytest.raises(ConfigError, match="would both be run: give folders of different names"):
+        analyze.analyze([run_folder, run_folder / "adapter"], tmp_path / "out")
+    lora = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="flips: none of the 1 sources"):
+        analyze.analyze([save(lora, tmp_path / "lora")], tmp_path / "out", only=["flips"])
+    weights = run_folder / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        analyze.analyze([run_folder], tmp_path / "out", only=["flips"])

@@ -1,0 +1,60 @@
+"""The comparison of starts compares starts: everything else of its cells is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from duallora.errors import ConfigError
+from duallora.recipes import studies
+from duallora.train import run
+
+STUDIES = {study.name: study for study in studies("gradient-start", "mini")}
+
+
+def recipes(name: str):
+    return {(cell.tags["task"], cell.tags["variant"], cell.name): cell.recipe() for cell in STUDIES[name].wanted({})}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_cells_of_a_task_differ_in_the_adapter_and_the_rates_alone(name):
+    shared = {}
+    for (task, variant, cell), recipe in recipes(name).items():
+        values = recipe.model_dump(exclude={"adapter": True, "train": {"learning_rate", "direction_lr_ratio"}})
+        assert values == shared.setdefault(task, values), cell
+        assert (recipe.train.direction_lr_ratio == 1) == ("direction-lr" not in variant)
+    rates = {}
+    for (task, variant, _), recipe in recipes(name).items():
+        rates.setdefault((task, variant), []).append(recipe.train.learning_rate)
+    assert len({tuple(tried) for tried in rates.values()}) == 1
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_variant_trains_as_many_parameters(name):
+    """Counted on a model, but for the starts that look at data: there the plain LoRA of their shape."""
+    config = BertConfig(vocab_size=9, hidden_size=20, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    counts = {}
+    for (_, variant, _), recipe in recipes(name).items():
+        adapter = recipe.adapter.model_copy(update={"target_modules": ["query", "value"], "options": {}})
+        with torch.device("meta"):
+            model = BertForSequenceClassification(config)
+        adapted = run.adapt(model, recipe.model_copy(update={"adapter": adapter}), "classify", lr_warmup=1)
+        counts[variant] = sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and "layer.0" in n)
+    assert set(counts.values()) == {2 * 8 * (20 + 20)}, counts
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_starts_from_data_look_at_as_many_rows(name):
+    rows = {
+        variant: recipe.adapter.options.get("calibration", recipe.adapter.init_batches * recipe.train.batch_size)
+        for (_, variant, _), recipe in recipes(name).items()
+        if variant in ("gradient", "lora-eva", "lora-corda", "lora-ga")
+    }
+    assert len(rows) == 4
+    assert set(rows.values()) == {rows["gradient"]}, rows
+
+
+def test_the_paper_has_no_such_comparison():
+    with pytest.raises(ConfigError, match="is ours, not the paper's: expected --scale mini, not paper"):
+        studies("gradient-start", "paper")
