@@ -239,10 +239,9 @@ def show_beside(console: Console, summary: Mapping[str, Any]) -> None:
     rows = summary["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     single = len(tasks) == 1
-    any_row = next(iter(paper.values()), None)
-    columns = [column for column in any_row.figures if column != "average" or single] if any_row and single else tasks
-    if single and rows and not any(_figure(rows[0], column) for column in columns):
-        columns = tasks
+    columns = tasks
+    if single and paper:  # Tables 1, 3, 4, 5, 6: several figures of one task
+        columns = [column for column in next(iter(paper.values())).figures if _figure(rows[0], column)] or tasks
     table = Table(Column("variant", no_wrap=True), Column("trained", justify="right"), box=SIMPLE)
     for column in columns:
         table.add_column(column, justify="right")

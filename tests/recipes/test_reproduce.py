@@ -1,0 +1,117 @@
+"""The verb `reproduce`: the plan it prints, the commands it names, and a whole table run through it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from duallora import cli
+from duallora.errors import ConfigError
+from duallora.grid.study import Study
+from duallora.recipes import reproduce, table2
+from duallora.recipes.variants import methods
+from duallora.train.recipe import load_recipe
+
+
+@pytest.fixture
+def cola(tmp_path, monkeypatch) -> Path:
+    """A data folder with a CoLA of 40 rows whose label is whether the sentence is short."""
+    folder = tmp_path / "data" / "glue" / "CoLA"
+    folder.mkdir(parents=True)
+    words = ["the cat sat", "the cat sat on the mat and then it slept"]
+    for name, count in (("train.tsv", 40), ("dev.tsv", 12)):
+        rows = [f"src\t{number % 2}\t\t{words[number % 2]} {number}" for number in range(count)]
+        (folder / name).write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("DUALLORA_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small_table(tiny_encoder_folder, monkeypatch) -> None:
+    """Table 2's mini scale with a random model of two layers and four steps."""
+
+    def mini() -> Study:
+        base = {
+            "model.name": str(tiny_encoder_folder), "data.max_length": 64, "train.max_steps": 4, "train.batch_size": 4,
+            "train.report_to": [], "eval.test": True,
+        }  # fmt: skip
+        tasks = {"cola": {"data.task": "cola", "data.holdout": 8}}
+        rows = methods([("lora", 16), ("duallora", 8)], ["query", "value"])
+        return Study(
+            "table2", base, tasks, rows, search={"train.learning_rate": [1e-3]}, seeds=(0,), reference="duallora-r8"
+        )
+
+    monkeypatch.setattr(table2, "_mini", mini)
+
+
+def run(capsys, *arguments: str) -> dict:
+    code = cli.run(["reproduce", *arguments, "--json"])
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == out["exit_code"]
+    return out
+
+
+def test_a_killed_table_goes_on_and_ends_with_the_figures_beside_the_paper(cola, small_table, capsys):
+    """One variant first, then all: what was done is not done again, and the summary holds every cell."""
+    first = run(capsys, "table2", "--scale", "mini", "--only", "variant=lora-r16", "-o", "runs/t")
+    assert first["status"] == "done", first
+    done = {path: path.stat().st_mtime_ns for path in Path("runs/t/cells").glob("*/metrics.json")}
+    assert len(done) == 1
+    assert cli.run(["reproduce", "table2", "--scale", "mini", "-o", "runs/t"]) == 0
+    shown = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    summary = json.loads(Path("results/studies/table2-mini.json").read_text())
+    assert (summary["name"], summary["scale"], summary["wanted"], summary["done"]) == ("table2", "mini", 2, 2)
+    assert {row["variant"] for row in summary["rows"]} == {"lora-r16", "duallora-r8"}
+    # The paper's CoLA of RoBERTa-base stands beside ours.
+    assert re.search(r"lora-r16 +[\d,]+ +-?\d+\.\d\d \(63\.9\)", shown)
+    assert re.search(r"duallora-r8 +[\d,]+ +-?\d+\.\d\d \(67\.8\)", shown)
+
+
+def test_a_dry_run_writes_nothing_and_its_commands_are_the_cells(cola, small_table, capsys, tmp_path):
+    out = run(capsys, "table2", "--scale", "mini", "--dry-run", "-o", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "results").exists()
+    part = reproduce.parts("table2", "mini")[0]
+    assert out["runs"] == part.study.expected({}) == 2
+    cells = part.first_cells()
+    assert len(out["commands"]) == len(cells) == 2
+    for line, cell in zip(out["commands"], cells, strict=True):
+        words = shlex.split(line)
+        assert words[:2] == ["duallora", "train"]
+        overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        assert load_recipe(None, overrides) == cell.recipe()
+        assert Path(words[-1]).name == cell.name
+
+
+def test_the_plan_counts_what_the_study_expects():
+    """The runs by task and by variant add up to the grid's own number, and the hours to their sum."""
+    chosen = reproduce.parts("table2", "paper", ["study=table2-roberta-base", "variant=lora-r8", "variant=full"])
+    planned = reproduce.plan(chosen, "cpu")
+    assert planned["runs"] == chosen[0].study.expected({}) == 8 * 2 * (5 + 4)
+    lines = planned["studies"][0]["lines"]
+    assert planned["hours"] == pytest.approx(sum(line["runs"] * line["hours"] for line in lines))
+    assert {line["hours"] > 0 and line["memory"] is None for line in lines} == {True}
+
+
+def test_the_paper_scale_asks_first(cola, capsys, monkeypatch):
+    monkeypatch.setattr("typer.confirm", lambda *args, **kwargs: False)
+    assert cli.run(["reproduce", "table3", "--scale", "paper", "-o", "runs/t3"]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert not Path("runs/t3").exists()
+
+
+def test_only_that_leaves_nothing_names_what_there_is():
+    with pytest.raises(ConfigError, match=r"leaves nothing of table3.*variant: dorefa, ste, xnor"):
+        reproduce.parts("table3", "mini", ["variant=lora-r8"])
+    with pytest.raises(ConfigError, match="expected task=NAME"):
+        reproduce.parts("table3", "mini", ["cola"])
+    with pytest.raises(ConfigError, match="after: 'mnli'"):  # an adapter it would start from
+        reproduce.parts("table2", "paper", ["study=table2-roberta-base", "task=rte"])
+    with pytest.raises(ConfigError, match="nearest: table2"):
+        reproduce.parts("tabel2", "mini")
