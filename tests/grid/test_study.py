@@ -112,7 +112,8 @@ def test_a_grid_grows_by_its_own_factor_until_its_best_value_is_inside(peak, val
 
 
 @given(
-    peak=st.floats(1e-5, 0.5), grid=st.lists(st.sampled_from([1e-4, 3e-4, 2e-3, 5e-3, 7e-3]), min_size=2, unique=True)
+    peak=st.floats(1e-5, 0.5),
+    grid=st.lists(st.sampled_from([1e-4, 3e-4, 2e-3, 5e-3, 7e-3, 9e-3, 1e-2]), min_size=2, unique=True),
 )
 @settings(max_examples=30, deadline=None)
 def test_the_best_value_has_tried_neighbours_on_both_sides_or_the_grid_has_grown_three_times(peak, grid):

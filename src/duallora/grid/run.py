@@ -32,6 +32,7 @@ from duallora.train.recipe import recipe_yaml
 from duallora.train.record import write_text
 
 Keep = Literal["none", "best", "all"]
+PROGRAM = ("-m", "duallora.cli")
 KEEPS = ("none", "best", "all")
 LOCKED = 6
 LOST = (8, 9, 130, 137, 143)  # out of memory, a process gone, ended from outside: another try may do
@@ -372,7 +373,7 @@ def process(arguments: Sequence[str], log: Path, environment: Mapping[str, str],
     """The program, started; it stops by itself (as after SIGTERM) when this process is gone."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "duallora.cli", *arguments],
+            [sys.executable, *PROGRAM, *arguments],
             env={**environment, STARTER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             cwd=cwd,
             stdin=subprocess.DEVNULL,

@@ -621,8 +621,9 @@ def _beyond(values: Sequence[float], at: float, step: float) -> float | None:
     else:
         digits = max(len(Decimal(repr(value)).normalize().as_tuple().digits) for value in values)
         rounded = (float(f"{exact:.{count - 1}e}") for count in range(digits, 18))
-        beyond = next(value for value in rounded if abs(value / exact - 1) <= 0.1)
-    return beyond if beyond > 0 and not values[0] <= beyond <= values[-1] else None
+        outside = (value for value in rounded if not values[0] <= value <= values[-1])
+        beyond = next(value for value in outside if abs(value / exact - 1) <= 0.1)
+    return beyond if beyond > 0 else None
 
 
 def _best(points: Sequence[Point], scores: Sequence[float | None], grid: Mapping[str, Sequence[Any]]) -> Point | None:

@@ -1,0 +1,71 @@
+"""A cell that trains nothing: it leaves what `duallora train` leaves, and ends as FAKE_CELLS (a JSON file) says.
+
+{cell name: [what the first start does, the second, ...]}; the last one repeats, and an absent cell is simply done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from duallora.errors import LockedError
+from duallora.train.lock import locked
+from duallora.train.recipe import load_recipe
+from duallora.train.record import write_json, write_text
+
+folder = Path(sys.argv[sys.argv.index("-o") + 1])
+recipe = load_recipe(sys.argv[sys.argv.index("-c") + 1])
+starts = folder.parent / f"{folder.name}.starts"
+with starts.open("a") as file:
+    file.write(f"{os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
+turn = len(starts.read_text().splitlines())
+turns = json.loads(Path(os.environ["FAKE_CELLS"]).read_text()).get(folder.name, ["done"])
+how = turns[min(turn, len(turns)) - 1]
+facts = {
+    "status": "running",
+    "recipe": recipe.model_dump(mode="json"),
+    "steps": 9,
+    "parameters": {"trainable": 3, "total": 4},
+}
+
+
+def leave(status: str, code: int, error: str | None = None) -> None:
+    write_json(folder / "run.json", {**facts, "status": status, **({"error": error} if error else {})})
+    sys.exit(code)
+
+
+if how == "refused":  # before it has a run.json: as a misspelt model
+    print("loading\nerror: model.name=m: no such model; expected a folder\nmore of it", file=sys.stderr)
+    sys.exit(2)
+with ExitStack() as held:
+    try:
+        held.enter_context(locked(folder))
+    except LockedError:
+        sys.exit(6)
+    write_json(folder / "run.json", facts)
+    print("training")
+    if how == "diverged":
+        leave("failed", 5, "NonFiniteError: the loss is nan in step 2; the step was not applied")
+    if how == "bad data":
+        leave("failed", 3, "DataError: row 3 is empty")
+    if how == "memory":
+        leave("failed", 8, "OutOfMemoryError: out of memory")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "waits":
+        (folder / "log.jsonl").write_text('{"step": 4, "loss": 0.25}\n{"step": 5, "lo')
+        signal.signal(signal.SIGTERM, lambda *_: leave("interrupted", 143, "Interrupted: stopped"))
+        time.sleep(60)
+    for part in ("adapter", "checkpoints"):
+        write_text(folder / part / "weights", "w")
+    rate = recipe.train.learning_rate
+    score = -abs(math.log(rate / 1e-3)) + recipe.seed / 1000
+    figures = {"accuracy": score, "loss": -score, "train_seconds": 1.5, "test": {"accuracy": score - 1}}
+    write_json(folder / "metrics.json", {"metrics": figures, "main_metric": "accuracy"})
+    leave("done", 0)
