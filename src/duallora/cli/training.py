@@ -402,9 +402,9 @@ def config_show(
 
 def _named(name: str, data_dir: Path | None) -> Task:
     """The task of that name, else the data at that path or hub id."""
-    from duallora.tasks import TASKS, load_data, load_task
+    from duallora.tasks import load_data, load_task, names
 
-    return load_task(name, data_dir=data_dir) if name in TASKS else load_data(name)
+    return load_task(name, data_dir=data_dir) if name in names() else load_data(name)
 
 
 def held_out(task: Task) -> str:
@@ -443,6 +443,10 @@ def what_to_score(
 
     own = file is not None and task is None and data is None
     recipe = None if file is None else load_recipe(file, data_dir=data_dir if own else None)
+    if recipe is not None and recipe.plugins:
+        from duallora.train import plugins
+
+        plugins.require(recipe.plugins, source)
     if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
         from duallora.train.run import load
 
@@ -580,12 +584,13 @@ def _on_a_line(value: Any) -> str:
 def _plan(recipe: Recipe) -> dict[str, Any]:
     """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
     from duallora.tasks import encode_split
-    from duallora.train import run
+    from duallora.train import plugins, run
     from duallora.train.evaluate import select
     from duallora.train.models import load_model
     from duallora.train.progress import quiet_libraries, say
     from duallora.train.recipe import default_output
 
+    plugins.load(recipe.plugins)
     run.check_settings(recipe)
     task = run.load(recipe, console.results)
     with quiet_libraries():
