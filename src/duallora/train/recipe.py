@@ -61,7 +61,7 @@ class ModelSection(Section):
 # Settings of the adapter that every method reads; the others are Dual LoRA's own.
 SHARED = (
     "method", "options", "r", "alpha", "duallora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-    "layers_to_transform",
+    "layers_to_transform", "start",
 )  # fmt: skip
 
 
@@ -99,6 +99,9 @@ class AdapterSection(Section):
     )
     init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
+    )
+    start: Text | None = setting(
+        None, "Run or adapter folder to begin from, its gate open, under a new head; null begins anew (GLUE: MNLI's run)."
     )
     init: Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"] = setting(
         "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."
@@ -164,6 +167,13 @@ class AdapterSection(Section):
             )
         if self.warmup == "residual" and self.direction == "fixed":
             raise ValueError('adapter.warmup = "residual" is not defined for adapter.direction = "fixed": use "ramp"')
+        if self.start is not None:
+            for name, value in (("init", "gaussian"), ("warmup_steps", "auto")):
+                if (given := getattr(self, name)) != value:
+                    raise ValueError(
+                        f"adapter.{name} = {_show(given)} has no part in a run that begins with the factors and the open gate "
+                        f"of adapter.start = {_show(self.start)}: leave one of them out"
+                    )
         if self.init != "gaussian":
             if self.warmup == "residual":
                 raise ValueError(
@@ -317,7 +327,7 @@ class Recipe(Section):
 LATER: dict[str, dict[str, Any]] = {
     "": {"plugins": []},  # outside the sections
     "model": {"quantization": None},
-    "adapter": {"method": "duallora", "options": {}, "init": "gaussian", "init_batches": 4},
+    "adapter": {"method": "duallora", "options": {}, "start": None, "init": "gaussian", "init_batches": 4},
     "train": {"direction_lr_ratio": 1.0},
     "data": {"holdout": None},
     "eval": {"test": False, "scoring": "generation"},

@@ -149,12 +149,9 @@ class _Run:
         dtype = str(model.dtype).removeprefix("torch.")
         method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
         adapted = method.model
-        if recipe.adapter.start is not None and start is None:
-            fingerprints["start"] = begin.from_run(method, recipe.adapter.start, task.kind, base)
-            say(console, "start", f"from [bold]{shown(Path(recipe.adapter.start))}[/]")
-        elif previous and "start" in previous["fingerprints"]:
-            fingerprints["start"] = previous["fingerprints"]["start"]
-        if start is not None and method.method.no_resume:
+        if recipe.adapter.start is not None:
+            fingerprints["start"] = self._begin(method, recipe.adapter.start, task.kind, base, previous, start)
+        if start is not None and method.method.no_resume and method.method.checkpoint is None:
             raise ConfigError(
                 f"{method.method.title} cannot be resumed: {method.method.no_resume} Start a new run with -o"
             )
@@ -214,6 +211,7 @@ class _Run:
                     base=base,
                     processes=self.processes.count,
                     parameters=self.facts["parameters"],
+                    **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
                 ),
             )
@@ -286,6 +284,25 @@ class _Run:
             return method, {}
         say(self.console, "start", f"from {wanted:,} training rows in {clock(seconds)}")
         return method, {"start_rows": wanted, "start_seconds": round(seconds, 1), "start_cpu_seconds": round(cpu, 1)}
+
+    def _begin(
+        self,
+        method: methods.Adapted,
+        source: str,
+        kind: evaluate.Kind,
+        base: str,
+        previous: dict[str, Any] | None,
+        start: Path | None,
+    ) -> str:
+        """Loads the run this one begins from, unless a checkpoint ``start`` goes on from there; its fingerprint."""
+        before = (previous or {}).get("fingerprints", {}).get("start")
+        if start is not None:
+            return before
+        found = begin.from_run(method, source, kind, base)
+        if before is not None:
+            checkpoint.refuse_drift({"weights of adapter.start": before}, {"weights of adapter.start": found})
+        say(self.console, "start", f"from [bold]{shown(Path(source))}[/]")
+        return found
 
     def _announce_adapter(self, method: methods.Adapted, steps: int) -> None:
         model = method.model
@@ -871,6 +888,8 @@ class _Trainer(Trainer):
         else:  # as they are called here: from_pretrained may rename and restack
             folder.mkdir(parents=True, exist_ok=True)
             save_model_weights(self.model, str(folder / WHOLE_MODEL))
+        if self.method is not None and self.method.method.checkpoint is not None:
+            self.method.method.checkpoint(self.method, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         method = self.method
