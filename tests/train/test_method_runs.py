@@ -57,15 +57,20 @@ def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_reci
             merge.merge(folder, tmp_path / "merged", console=console)
 
 
-def test_prefix_tuning_says_that_it_cannot_be_resumed(make_recipe, console, tmp_path):
-    recipe = make_recipe(*settings("prefix", "train.max_steps=2"))
-    run.train(recipe, console=console)
-    folder = tmp_path / "run"
-    facts = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
-    with pytest.raises(ConfigError, match="Prefix tuning cannot be resumed: PEFT saves what the MLP gives"):
-        run.train(recipe, resume="auto", console=console)
-    assert evaluate.load_adapter(folder, "generate")
+@pytest.mark.parametrize("kind", ["generate", "classify"])
+def test_prefix_tuning_resumes_from_its_mlp(kind, make_recipe, console, tmp_path, interrupted):
+    """Its adapter holds what the MLP gives; the MLP itself, and a head beside it, lie in the checkpoints alone."""
+    more = [*settings("prefix", "train.max_steps=4", "adapter.options={num_virtual_tokens: 3}")]
+    whole = run.train(make_recipe(*more, kind=kind), console=console)
+    stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=2)
+    again = run.train(make_recipe(*more, kind=kind, output=stopped), resume="auto", console=console)
+    first, second = (load_file(tmp_path / f / "adapter" / "adapter_model.safetensors") for f in ("run", "stopped"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
+    mid = load_file(stopped / "checkpoints" / "checkpoint-2" / "trained.safetensors")
+    end = load_file(stopped / "checkpoints" / "checkpoint-4" / "trained.safetensors")
+    assert any("transform" in key and not torch.equal(mid[key], end[key]) for key in mid)
+    assert evaluate.load_adapter(tmp_path / "run", kind)
 
 
 @pytest.mark.parametrize("name", ["vera", "adapter-l"])

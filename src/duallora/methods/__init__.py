@@ -73,7 +73,8 @@ class Method:
     ``attach(model, spec, batches)`` returns the adapted model; ``spec`` holds the defaults by then. ``groups(model,
     spec, lr, weight_decay)`` returns optimizer groups and ``optimizer(model, spec, lr, weight_decay)`` an optimizer,
     where AdamW on all that is trained will not do. ``save(adapted, folder)`` replaces PEFT's own, and
-    ``restore(adapted, folder)`` reads what it wrote back into the model. ``calibration(spec)`` is how many rows of data the
+    ``restore(adapted, folder)`` reads what it wrote back into the model; ``checkpoint(adapted, folder)`` adds to a checkpoint
+    what an adapter's file lacks. ``calibration(spec)`` is how many rows of data the
     method starts from; ``resume(model, spec, folder)`` gives the model as it started, from what ``save`` wrote, without them.
     """
 
@@ -84,12 +85,13 @@ class Method:
     attach: Callable[[nn.Module, MethodSpec, Iterable[Mapping[str, Any]] | None], nn.Module]
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of r, alpha, dropout, target_modules, and of options
     no_merge: str = ""  # why it cannot be merged
-    no_resume: str = ""  # why an adapter's file does not hold all that training needs
+    no_resume: str = ""  # why training cannot go on from an adapter's file
     whole: bool = False  # trains the model's own weights: what is saved is a model
     rule: type[nn.Module] | None = None  # of a method whose layers are a Rule
     groups: Callable[..., list[dict[str, Any]]] | None = None
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     save: Callable[[Adapted, Path], None] | None = None
+    checkpoint: Callable[[Adapted, Path], None] | None = None
     restore: Callable[[Adapted, Path], None] | None = None
     resume: Callable[[nn.Module, MethodSpec, Path], nn.Module] | None = None
     calibration: Callable[[MethodSpec], int] | None = None

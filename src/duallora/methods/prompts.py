@@ -11,14 +11,18 @@ takes past keys and values: DeBERTa-v2 and v3 do not. None can be merged.
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from duallora.errors import ConfigError, check_rank
-from duallora.methods import Method, MethodSpec
+from duallora.errors import ConfigError, IntegrityError, check_rank
+from duallora.methods import Adapted, Method, MethodSpec
 
+TRAINED = "trained.safetensors"  # of a checkpoint
 NO_MERGE = "its virtual tokens are inputs, not weights. Keep it as an adapter."
 
 
@@ -36,6 +40,29 @@ def prompt(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """Prompt tuning."""
     check_rank("num_virtual_tokens", spec.options["num_virtual_tokens"])
     return get_peft_model(model, PromptTuningConfig(task_type=spec.task_type, **spec.options))  # type: ignore[arg-type]
+
+
+def checkpoint_prefix(adapted: Adapted, folder: Path) -> None:
+    """Every trained tensor under the model's own name: PEFT's file holds what the MLP gives, and not the MLP."""
+    save_file({name: value.detach().cpu() for name, value in _trained(adapted).items()}, folder / TRAINED)
+
+
+def restore_prefix(adapted: Adapted, folder: Path) -> None:
+    """What :func:`checkpoint_prefix` wrote, into the model.
+
+    Raises:
+        IntegrityError: the tensors are another model's.
+    """
+    own, stored = _trained(adapted), load_file(folder / TRAINED)
+    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in stored.items()}:
+        raise IntegrityError(f"{folder / TRAINED} does not hold the trained tensors of this model")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(stored[name])
+
+
+def _trained(adapted: Adapted) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in adapted.model.named_parameters() if value.requires_grad}
 
 
 def _needs_cache(model: nn.Module, spec: MethodSpec) -> None:
@@ -59,6 +86,8 @@ PREFIX = Method(
     defaults={"num_virtual_tokens": 20, "prefix_projection": True},
     no_merge=NO_MERGE,
     no_resume="PEFT saves what the MLP gives, not the MLP.",
+    checkpoint=checkpoint_prefix,
+    restore=restore_prefix,
 )
 P_TUNING_V2 = Method(
     name="p-tuning-v2",
