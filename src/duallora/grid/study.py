@@ -58,7 +58,7 @@ class Cell:
         """Its recipe, checked; ``folder`` is the study's, without which ``after`` cannot be resolved and is left out."""
         settings = dict(self.settings)
         if self.after and folder is not None:
-            settings["adapter.start"] = str(Path(folder) / CELLS / self.after / "adapter")
+            settings["adapter.start"] = str(Path(folder) / CELLS / self.after)
         return assemble([{key: (value, self.name) for key, value in settings.items()}])
 
 

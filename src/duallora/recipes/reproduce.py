@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def command(cell: Cell, folder: Path, after: str | None = None) -> str:
     """The `duallora train` line that is this cell, for a shell; ``after``: the task whose adapter it starts from."""
     settings = {**cell.settings}
     if after:
-        settings["adapter.start"] = f"{folder / CELLS}/BEST-OF-{after.upper()}/adapter"
+        settings["adapter.start"] = f"{folder / CELLS}/BEST-OF-{after.upper()}"
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={yaml_value(value)}")]
     return shlex.join(["duallora", "train", *words, "-o", str(folder / CELLS / cell.name)])
 
@@ -231,6 +231,15 @@ def printed_rows(study: str) -> tuple[printed.Row, ...]:
     rows = printed.rows(int(number))
     own = [row for row in rows if row.model.lower() == model]
     return tuple(own or [row for row in rows if row.model == rows[0].model])
+
+
+def printed_lines(study: str) -> list[dict[str, Any]]:
+    """`printed_rows` as plain data for `duallora.analysis.report`, the columns by the names of our tasks."""
+    lines = [asdict(row) for row in printed_rows(study)]
+    return [
+        {**line, "figures": {_COMMONSENSE.get(name, name): value for name, value in line["figures"].items()}}
+        for line in lines
+    ]
 
 
 def show_beside(console: Console, summary: Mapping[str, Any]) -> None:
