@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from duallora.errors import LockedError
+from duallora.train.launch import together
 from duallora.train.lock import locked
 from duallora.train.recipe import load_recipe
 from duallora.train.record import write_json, write_text
@@ -29,6 +30,7 @@ turns = json.loads(Path(os.environ["FAKE_CELLS"]).read_text()).get(folder.name, 
 how = turns[min(turn, len(turns)) - 1]
 facts = {
     "status": "running",
+    "parent": os.getppid(),
     "recipe": recipe.model_dump(mode="json"),
     "steps": 9,
     "parameters": {"trainable": 3, "total": 4},
@@ -45,6 +47,7 @@ if how == "refused":  # before it has a run.json: as a misspelt model
     sys.exit(2)
 with ExitStack() as held:
     try:
+        held.enter_context(together())
         held.enter_context(locked(folder))
     except LockedError:
         sys.exit(6)

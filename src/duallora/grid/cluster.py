@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from duallora.errors import ConfigError
-from duallora.grid.run import cores, process
+from duallora.grid.run import POLL, cores, process
 
 # What the cells' machines have to know of this one's environment.
 PASSED_ON = ("DUALLORA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "PYTHONPATH")
 
 
 class Cluster:
-    """Ray runs the cells, on a GPU each where the cluster has some, and starts those anew whose worker is lost.
+    """Ray runs the cells where it has room, on a GPU each if there are some; a lost worker counts as exit code 9.
 
-    A cell claims as many cores as OMP_NUM_THREADS says, or one. On a cluster ``workers`` caps the cells under way only
-    where it is more than one.
+    A cell claims as many cores as OMP_NUM_THREADS says, or one. ``workers`` caps the cells under way if it is more than
+    one; on "local" it also is their number.
 
     Raises:
         ConfigError: ray is not installed, or no cluster answers at ``address``.
     """
 
-    def __init__(self, address: str, workers: int, retries: int):
+    def __init__(self, address: str, workers: int):
         try:
             import ray
         except ImportError:
@@ -51,7 +52,7 @@ class Cluster:
             ) from error
         self.most = workers if here or workers > 1 else None
         gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        self.task = ray.remote(num_cpus=threads, num_gpus=gpu, max_retries=retries)(run_cell)
+        self.task = ray.remote(num_cpus=threads, num_gpus=gpu, max_retries=0)(run_cell)
         self.environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
         self.environment["OMP_NUM_THREADS"] = str(threads)
         self.cells: dict[str, Any] = {}
@@ -92,10 +93,12 @@ class Cluster:
 
 
 def run_cell(arguments: list[str], log: str, environment: Mapping[str, str], folder: str) -> int:
-    """On a worker: the program, waited for; cancelled, it may save a checkpoint first. Returns its exit code."""
+    """On a worker: Python with ``arguments``, waited for; cancelled, it may save a checkpoint first. Its exit code."""
     running = process(arguments, Path(log), {**os.environ, **environment}, folder)
     try:
-        return running.wait()
+        while running.poll() is None:  # wait() would sleep through Ray's way of interrupting
+            time.sleep(POLL)
+        return running.returncode
     except BaseException:
         running.terminate()
         running.wait()

@@ -49,7 +49,7 @@ class Pool(Protocol):
         """Whether another cell may be started now."""
 
     def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
-        """Starts the program with ``arguments``, its output at the end of ``log``."""
+        """Starts Python with ``arguments``, its output at the end of ``log``."""
 
     def ended(self) -> list[tuple[str, int]]:
         """(name, exit code) of the cells that have ended since; -N if signal N did it."""
@@ -108,7 +108,7 @@ def run(
         else:
             from duallora.grid.cluster import Cluster
 
-            pool = Cluster(ray, workers, retries)
+            pool = Cluster(ray, workers)
         held.callback(pool.close)
         stopping = held.enter_context(Stopping())
         show = held.enter_context(Show(console, study, folder, workers))
@@ -210,7 +210,7 @@ class _Grid:
         write_text(place / "recipe.yaml", recipe_yaml(cell.recipe(self.folder.resolve())))
         log = place.with_name(f"{cell.name}.log")
         self.log_from[cell.name] = log.stat().st_size if log.exists() else 0
-        arguments = ["train", "-c", str(place / "recipe.yaml"), "--resume", "auto", "-o", str(place)]
+        arguments = [*PROGRAM, "train", "-c", str(place / "recipe.yaml"), "--resume", "auto", "-o", str(place)]
         self.pool.start(cell.name, arguments, log)
         self.running[cell.name] = cell
         self.show.started(cell)
@@ -370,10 +370,10 @@ class Here:
 
 
 def process(arguments: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str | None = None) -> Any:
-    """The program, started; it stops by itself (as after SIGTERM) when this process is gone."""
+    """Python with ``arguments``, started; a run in it stops by itself, as after SIGTERM, when this process is gone."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, *PROGRAM, *arguments],
+            [sys.executable, *arguments],
             env={**environment, STARTER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
