@@ -101,7 +101,7 @@ class AdapterSection(Section):
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
     )
     start: Text | None = setting(
-        None, "Run or adapter folder to begin from, its gate open, under a new head; null begins anew (GLUE: MNLI's run)."
+        None, "Run or adapter folder to begin from, its gate open, under a new head (GLUE: MNLI's); null begins anew."
     )
     init: Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"] = setting(
         "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."

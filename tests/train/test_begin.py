@@ -1,0 +1,205 @@
+"""A run with adapter.start begins with the function the other run ended with, under a head of its own."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoint import bit_flip
+from test_method_runs import settings
+
+import duallora
+from duallora.errors import ConfigError, IntegrityError
+from duallora.train import evaluate, run
+from duallora.train.recipe import load_recipe
+
+MORE = {
+    "lora+": ["adapter.options={lr_ratio: 4}"],
+    "prompt": ["adapter.options={num_virtual_tokens: 3}"],
+    "adapter-p": ["adapter.target_modules=[up_proj]", "adapter.alpha=null", "adapter.duallora_dropout=0.0"],
+    "full": ["adapter.r=16", "adapter.alpha=null", "adapter.duallora_dropout=0.0", "train.learning_rate=1e-3"],
+}
+
+
+def of(name, *more):
+    own = settings(name) if name != "duallora" else ["adapter.warmup_steps=auto"]
+    return [*own, *MORE.get(name, ()), "train.max_steps=2", *more]
+
+
+@pytest.mark.parametrize("name", ["lora+", "hira", "loreft", "prompt", "adapter-p", "full"])
+def test_every_method_begins_where_it_ended(name, make_recipe, console, tmp_path):
+    """The loss on the same held-out rows before the first step is the other run's after its last; another seed."""
+    first = run.train(make_recipe(*of(name), output=tmp_path / "first"), console=console)
+    again = run.train(
+        make_recipe(
+            *of(name, f"adapter.start={tmp_path / 'first'}", "adapter.init_seed=null"), output=tmp_path / "again"
+        ),
+        console=console,
+    )
+    assert again["metrics"]["loss_before"] == pytest.approx(first["metrics"]["loss"], abs=1e-6)
+    assert first["metrics"]["loss"] != pytest.approx(first["metrics"]["loss_before"], abs=1e-6)
+    assert again["metrics"]["loss"] != pytest.approx(again["metrics"]["loss_before"], abs=1e-6)
+    for folder in ("run.json", "metrics.json"):
+        facts = json.loads((tmp_path / "again" / folder).read_text())
+        assert len(facts.get("start") or facts["fingerprints"]["start"]) == 64
+
+
+@pytest.mark.parametrize("more", [(), ("adapter.warmup=residual",), ("adapter.direction=fixed", "adapter.r1=null"),
+                                  ("adapter.use_dora=true",)])  # fmt: skip
+def test_dual_lora_begins_with_its_gate_open_and_what_is_rebuilt_from_a_seed(more, make_recipe, console, tmp_path):
+    first = run.train(make_recipe("train.max_steps=8", *more, output=tmp_path / "first"), console=console)
+    recipe = make_recipe(
+        "adapter.warmup_steps=auto", "train.max_steps=4", "train.lr_warmup_steps=20", "adapter.init_seed=77", "train.logging_steps=1", *more,
+        f"adapter.start={tmp_path / 'first' / 'adapter'}", output=tmp_path / "again",
+    )  # fmt: skip
+    again = run.train(recipe, console=console)
+    assert again["metrics"]["loss_before"] == pytest.approx(first["metrics"]["loss"], abs=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "again" / "log.jsonl").read_text().splitlines()]
+    assert {line["gate"] for line in lines} == {1.0}
+    model, _ = evaluate.load_adapter(tmp_path / "again", "generate")
+    assert duallora.gate(model) == 1.0
+
+
+@pytest.fixture
+def classified(trained):
+    """A finished run of two classes."""
+    return trained("classify")
+
+
+@pytest.mark.parametrize("method", ["duallora", "full"])
+def test_the_trunk_is_the_other_runs_and_the_head_is_new_whatever_its_size(
+    method, classified, make_recipe, console, tmp_path, monkeypatch
+):
+    rows = [{"text": "fine a" if n % 2 else "poor b", "label": n / 7} for n in range(12)]
+    data = tmp_path / "targets.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = classified
+    if method == "full":
+        source = tmp_path / "whole"
+        run.train(make_recipe(*of("full"), kind="classify", output=source), console=console)
+    seen = []
+
+    def look(self, adapted, tokenizer, *rest):
+        model = adapted.model
+        body = model.get_base_model() if method == "duallora" else model
+        model.eval()
+        texts = tokenizer(["fine a b", "poor"], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            seen.append(
+                (body.base_model(**texts)[0], [p.clone() for n, p in body.named_parameters() if "classifier" in n])
+            )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._Run, "_fit", look)
+    own = of("full") if method == "full" else ["adapter.warmup_steps=auto"]
+    with pytest.raises(KeyboardInterrupt):
+        run.train(make_recipe(*own, f"adapter.start={source}", kind="classify", data=data), console=console)
+    before, tokenizer = evaluate.load_adapter(source, "classify")
+    body = before.get_base_model() if method == "duallora" else before
+    with torch.no_grad():
+        expected = body.base_model(**tokenizer(["fine a b", "poor"], padding=True, return_tensors="pt"))[0]
+    ((found, head),) = seen
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert head[0].shape[0] == 1
+    monkeypatch.undo()
+    plain = run.load_model(str(make_recipe(kind="classify").model.name), "classify", num_labels=2)[0]
+    with torch.no_grad():
+        texts = tokenizer(["fine a b", "poor"], padding=True, return_tensors="pt")
+        assert not torch.allclose(plain.base_model(**texts)[0], expected, atol=1e-4)
+
+
+def test_a_head_of_the_same_size_is_drawn_anew(classified, make_recipe, console, tmp_path, monkeypatch):
+    heads = []
+
+    def look(self, adapted, *rest):
+        heads.append(adapted.model.get_base_model().classifier.modules_to_save["default"].weight.detach().clone())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run._Run, "_fit", look)
+    for more in ([], [f"adapter.start={classified}"]):
+        recipe = make_recipe("adapter.warmup_steps=auto", *more, kind="classify", output=tmp_path / f"r{len(more)}")
+        with pytest.raises(KeyboardInterrupt):
+            run.train(recipe, console=console)
+    stored = load_file(classified / "adapter" / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], stored)
+
+
+def test_a_method_whose_file_is_not_what_it_trains_says_so(make_recipe, console, tmp_path):
+    run.train(make_recipe(*of("prefix"), output=tmp_path / "first"), console=console)
+    with pytest.raises(ConfigError, match="Prefix tuning cannot go on from its file: PEFT saves what the MLP gives"):
+        run.train(make_recipe(*of("prefix", f"adapter.start={tmp_path / 'first'}")), console=console)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["adapter.r1=2"], r"duallora_A is \[3, 32\], expected \[2, 32\].*adapter.r as there"),
+        (["adapter.alpha=11"], "has alpha = 10.*, but this run has 11"),
+        (["adapter.magnitude=abs"], "has magnitude = 'relu', but this run has 'abs'"),
+        (["adapter.warmup=residual"], "has warmup = 'ramp', but this run has 'residual'"),
+        (["adapter.target_modules=[q_proj]"], r"also holds \d+ tensors of this run's \d+.*target_modules as there"),
+        (["adapter.method=lora", "adapter.r1=null"], "has peft_type = 'DUALLORA', but this run has 'LORA'"),
+        (["adapter.method=full", "adapter.r1=null", "adapter.r=16", "adapter.alpha=null", "adapter.duallora_dropout=0"],
+         "is an adapter, and Full fine-tuning trains the whole model"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(more, message, trained, make_recipe, console):
+    recipe = make_recipe("adapter.warmup_steps=auto", f"adapter.start={trained()}", *more)
+    with pytest.raises(ConfigError, match=r"(?s)adapter\.start=.*" + message):
+        run.train(recipe, console=console)
+
+
+def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(
+    trained, make_recipe, console, tmp_path, tiny_causal_folder
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_causal_folder, other)
+    bit_flip(other / "model.safetensors")
+    recipe = make_recipe("adapter.warmup_steps=auto", f"adapter.start={trained()}", f"model.name={other}")
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(other)})})
+    with pytest.raises(IntegrityError, match=r"adapter\.start=.* was trained on a base model with the weights"):
+        run.train(recipe, console=console)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained(), damaged)
+    bit_flip(damaged / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(IntegrityError, match="damaged"):
+        run.train(make_recipe("adapter.warmup_steps=auto", f"adapter.start={damaged}"), console=console)
+
+
+def test_a_resumed_run_does_not_begin_again_and_ends_to_the_bit(trained, make_recipe, console, tmp_path, interrupted):
+    first = tmp_path / "first"
+    shutil.copytree(trained(), first)
+    own = ["adapter.warmup_steps=auto", f"adapter.start={first}", "train.max_steps=6"]
+    run.train(make_recipe(*own), console=console)
+    stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=4)
+    fingerprint = json.loads((tmp_path / "run" / "run.json").read_text())["fingerprints"]["start"]
+    shutil.rmtree(first)
+    run.train(make_recipe(*own, output=stopped), resume="auto", console=console)
+    whole, again = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "run", stopped))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert json.loads((stopped / "run.json").read_text())["fingerprints"]["start"] == fingerprint
+
+
+def test_a_start_that_changed_before_the_first_checkpoint_is_refused(
+    trained, make_recipe, console, tmp_path, interrupted
+):
+    first, other = tmp_path / "first", tmp_path / "other"
+    shutil.copytree(trained(), first)
+    own = ["adapter.warmup_steps=auto", f"adapter.start={first}", "train.max_steps=2"]
+    run.train(make_recipe(*own), console=console)
+    run.train(make_recipe("train.max_steps=2", output=other), console=console)
+    stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=0)
+    shutil.rmtree(first)
+    shutil.copytree(other, first)
+    with pytest.raises(ConfigError, match=r"(?s)started with other settings.*weights of adapter\.start"):
+        run.train(make_recipe(*own, output=stopped), resume="auto", console=console)
+
+
+@pytest.mark.parametrize(("key", "value"), [("init", "gradient"), ("warmup_steps", "6")])
+def test_settings_of_a_start_of_their_own_contradict_it(key, value):
+    with pytest.raises(
+        ConfigError, match=rf"adapter\.{key} = .* has no part in a run that begins with .*adapter\.start"
+    ):
+        load_recipe(None, [f"adapter.{key}={value}", "adapter.start=runs/mnli"], data="x.jsonl")
