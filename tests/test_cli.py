@@ -51,6 +51,7 @@ VERBS = [
     "config show",
     "bench layer",
     "analyze",
+    "report",
 ]
 
 

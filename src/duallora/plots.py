@@ -18,8 +18,8 @@ STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
     "svg.hashsalt": "duallora", "svg.fonttype": "none",
 }  # fmt: skip
-# Stands for "the colour of the text around" until `inline` says so in CSS.
-INK, FAINT = "#010203", "#b0b1b2"
+# Stand for colours of the page until `svg` names them in CSS; on white they are what they look like.
+INK, FAINT, GROUND = "#010203", "#d0d1d2", "#fefdfc"
 _INLINE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 
@@ -48,13 +48,13 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def svg(figure: Any) -> str:
-    """An ``<svg>`` element for a page, without ground: ink in the page's own colour, faint lines in its ``--faint``."""
+    """An ``<svg>`` element for a page: its ink is that of the text around, its faint lines ``--faint``, its ground ``--card``."""
     text = _text(figure, facecolor="none", transparent=True)
     head, _, body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL).partition(">")
     text = re.sub(r" (?:width|height)=\"[^\"]*\"", "", head) + ">" + body  # as wide as the page has it
     used = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", text))
     text = re.sub(r" id=\"([\w-]+)\"", lambda match: match[0] if match[1] in used else "", text)
-    return text.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
+    return text.replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(GROUND, "var(--card)")
 
 
 def _text(figure: Any, **options: Any) -> str:

@@ -238,9 +238,11 @@ def test_a_curve_is_the_mean_loss_over_seeds_in_few_points(tmp_path):
 def test_a_summary_comes_back_from_its_file_and_other_files_are_refused(summary, finished, tmp_path):
     path = tmp_path / "made-up-mini.json"
     studies.save(summary, path)
-    assert studies.load(path) == json.loads(path.read_text()) == json.loads(json.dumps(summary))
+    assert studies.load(path) == [json.loads(path.read_text())] == [json.loads(json.dumps(summary))]
     assert len(path.read_text().splitlines()) > len(summary["cells"]) + len(summary["rows"])
-    assert studies.load(finished)["done"] == 28
+    assert studies.load(tmp_path) == studies.load(path)
+    (again,) = studies.load(finished)
+    assert (again["done"], again["scale"]) == (28, None)
     with pytest.raises(ConfigError, match="does not exist"):
         studies.load(tmp_path / "absent.json")
     path.write_text('{"kind": "eval"}')
@@ -249,5 +251,8 @@ def test_a_summary_comes_back_from_its_file_and_other_files_are_refused(summary,
     path.write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         studies.load(path)
-    with pytest.raises(ConfigError, match=r"holds no study.yaml"):
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"holds no study: expected study.yaml"):
         studies.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds no study.yaml"):
+        studies.summarise(tmp_path)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scipy.stats import rankdata
+
 from duallora.analysis import statistics
 from duallora.analysis.statistics import ROUNDS, ROUNDS_SLOW, Estimate, Sample, Score
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
@@ -28,7 +30,7 @@ AVERAGE = "average"
 CURVE_POINTS = 40
 # Figures that are no function of sums, by the names the tasks give them.
 SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
-    "spearman": lambda guess, gold: scorers.correlation(*(scorers.stats.rankdata(column) for column in (guess, gold))),
+    "spearman": lambda guess, gold: scorers.correlation(*(rankdata(column) for column in (guess, gold))),
     "macro_f1": lambda guess, gold: plain.fmean(scorers.f1(guess, gold, positive=name) for name in {*guess, *gold}),
     "nist": nlg.nist,
     "rouge_l": nlg.rouge_l,
@@ -100,25 +102,31 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     return _rounded(summary)
 
 
-def load(path: Path | str) -> dict[str, Any]:
-    """A summary from its JSON file, or of a grid's folder as it stands.
+def load(path: Path | str) -> list[dict[str, Any]]:
+    """The summaries of a study's JSON, of a grid's folder as it stands, or of a folder that holds either.
 
     Raises:
-        ConfigError: neither, or JSON of another kind.
+        ConfigError: there is none, or a file is of another kind.
+        DataError: a file is no JSON.
     """
     path = Path(path)
     if path.is_dir():
-        return summarise(path)
+        if (path / STUDY).is_file():
+            return [summarise(path)]
+        inner = [*sorted(path.glob("*.json")), *(one.parent for one in sorted(path.glob(f"*/{STUDY}")))]
+        if not inner:
+            raise ConfigError(f"{path} holds no study: expected {STUDY} of a grid, or studies' JSON files")
+        return [summary for one in inner for summary in load(one)]
     try:
         content = record.read_json(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: expected a study's JSON, or the folder of a grid") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict) or content.get("kind") != KIND:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{path} is of kind {kind!r}: expected a study's JSON, such as results/studies/*.json")
-    return content
+    return [content]
 
 
 def save(summary: Mapping[str, Any], path: Path | str) -> None:

@@ -181,3 +181,43 @@ def analyze(
     for source in adapters:
         refuse_misspelt(source)
     return look(adapters, output, only=only or PARTS, axis=axis, draw=plots, console=console.results)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="Studies' JSON files, folders of grids, folders of either."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page, HTML.")] = Path(
+        "report.html"
+    ),
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="The same as Markdown; fills the marks of a file that exists."),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Tables beside the paper's numbers, plots, and what the data can and cannot say, on one page that works offline.
+
+    A grid that is still running is shown as far as it is.
+
+    [dim]Examples:[/]
+      duallora report results/studies -o report.html
+      duallora report runs/grid -o report.html --markdown report.md
+    """
+    from duallora.analysis import report as page
+    from duallora.analysis import studies
+    from duallora.recipes import reproduce as table
+
+    summaries = [summary for path in results for summary in studies.load(path)]
+    printed = {summary["name"]: table.printed_lines(summary["name"]) for summary in summaries}
+    made = page.report(summaries, output, markdown=markdown, printed=printed)
+    for summary, known in zip(summaries, made["studies"], strict=True):
+        console.results.print(f"[bold]{known['name']}[/]: {known['done']} of {known['wanted']} cells", soft_wrap=True)
+        for sentence in summary["statement"]:
+            console.results.print(f"  {sentence}", soft_wrap=True, markup=False)
+    for file in filter(None, (output, markdown)):
+        console.results.print(f"written to [bold]{file}[/]", soft_wrap=True)
+    return made
