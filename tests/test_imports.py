@@ -72,6 +72,11 @@ def test_import_is_cheap_and_peft_stays_optional():
     assert loaded_after(code, "torch", "peft", "transformers") == ["torch"]
 
 
+def test_a_run_starts_without_its_scorers():
+    """Every training process would pay for their import, also where its task never asks them."""
+    assert loaded_after("import duallora.tasks", "scipy.stats", "sacrebleu") == []
+
+
 def test_public_names_exist():
     import duallora
 

@@ -1,7 +1,8 @@
 """Figures from predictions and examples, one function per kind of task.
 
 Shares, accuracies, correlations, BLEU and F1 are in percent, as the paper's tables print them. A figure that is not
-defined (a correlation with a constant) is 0, as GLUE's scorers have it: such a model has learnt nothing.
+defined (a correlation with a constant) is 0, as GLUE's scorers have it: such a model has learnt nothing. scipy and
+sacrebleu are imported where a figure needs them: most runs never do, and their import costs each start of a run.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import sacrebleu
-from scipy import stats
 
 from duallora.tasks.example import Example
 
@@ -29,6 +28,8 @@ def classification(predictions: Sequence[int], examples: Sequence[Example]) -> d
 
 def regression(predictions: Sequence[float], examples: Sequence[Example]) -> dict[str, float]:
     """Pearson and Spearman correlation (percent) and the root mean square error (on the targets' own scale)."""
+    from scipy import stats
+
     gold = np.array([example.label for example in examples], dtype=float)
     guess = np.asarray(predictions, dtype=float)
     return {
@@ -69,13 +70,15 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson correlation in percent; 0 where one side is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
-    return 100.0 * float(stats.pearsonr(x, y).statistic)
+    return 100.0 * float(np.corrcoef(x, y)[0, 1])
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], *, lowercase: bool = False) -> float:
     """Corpus BLEU-4 in percent (sacrebleu, tokenizer 13a, exponential smoothing), rows with any number of references."""
     if not predictions:
         return 0.0
+    import sacrebleu
+
     most = max(len(own) for own in references)
     # sacrebleu wants one list per reference number; None marks "no such reference".
     streams: list[Any] = [[own[index] if index < len(own) else None for own in references] for index in range(most)]

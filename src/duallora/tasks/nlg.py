@@ -15,8 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
 NGram = tuple[str, ...]
 
 
@@ -26,6 +24,8 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]], *, ord
     A hit (clipped by the most any one reference has) weighs log2(count of its head / its count), counted over all
     references. The brevity factor is 0.5 at 2/3 of the references' mean length.
     """
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
     tokenize = Tokenizer13a()
     hits: list[Counter[NGram]] = [Counter() for _ in range(order + 1)]
     counts: list[Counter[NGram]] = [Counter() for _ in range(order + 1)]
