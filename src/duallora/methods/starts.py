@@ -37,6 +37,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -126,6 +127,7 @@ def attach(model: nn.Module, config: Any, batches: Batches | None) -> PeftModel:
             _start_eva(adapted, batches)
         return adapted
     _maybe_include_all_linear_layers(config, model)  # PEFT does so only after it has looked at the data
+    _check_ranks(model, config, 2 if start == "lora_ga" else 1)
     paper = start == "lora_ga" and config.lora_ga_config.scale == "paper"
     if start == "corda":
         _look_corda(model, config, batches)
@@ -239,6 +241,18 @@ def _targets(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def _check_ranks(model: nn.Module, config: Any, pairs: int) -> None:
+    """ConfigError where a layer has fewer than ``pairs`` times r singular triples: PEFT would give it other shapes."""
+    for name, module in _targets(model, config):
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        if pairs * rank > min(module.weight.shape):
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} with r={rank} takes {pairs * rank} singular directions, and "
+                f"{name} [{', '.join(map(str, module.weight.shape))}] has {min(module.weight.shape)}: lower r, or give this "
+                "layer another in rank_pattern"
+            )
+
+
 def _layers(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
     """(name in the base model, layer) of the adapted layers."""
     for name, module in adapted.get_base_model().named_modules():
@@ -304,6 +318,11 @@ def _start_eva(adapted: PeftModel, batches: list[Mapping[str, Any]]) -> None:
 
     config: Any = adapted.peft_config["default"]
     wanted = round(max(config.r, *config.rank_pattern.values(), 0) * config.eva_config.rho)
+    narrowest = min(layer.in_features for _, layer in _layers(adapted))
+    if wanted > narrowest:
+        raise ConfigError(
+            f"EVA looks for {wanted} directions (r times rho), and a layer has {narrowest} inputs: lower r or eva_config.rho"
+        )
     read = [_for_eva(batch, config) for batch in batches]
     enough = [batch for batch, tokens in read if tokens >= wanted]
     if not enough:  # PEFT would look at the same batches for ever
