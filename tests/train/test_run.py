@@ -511,6 +511,15 @@ def test_what_transformers_would_refuse_is_refused_before_anything_is_loaded(
         run.train(make_recipe(setting), console=console)
 
 
+def test_without_the_loss_before_a_run_is_the_same_run(make_recipe, console, reference):
+    recipe = make_recipe("eval.before=false")
+    result = run.train(recipe, console=console)
+    before = reference["result"]["metrics"]["loss_before"]
+    assert result["metrics"]["loss"] == reference["result"]["metrics"]["loss"] != before
+    assert "loss_before" not in result["metrics"]
+    assert equal(weights(recipe.output), reference["weights"])
+
+
 def test_a_resume_on_other_held_out_rows_takes_the_first_loss_anew(make_recipe):
     recipe = make_recipe("data.eval_limit=6")
     previous = {"recipe": {"data": {"eval_limit": 1}}, "loss_before": 5.0}

@@ -296,6 +296,7 @@ class EvalSection(Section):
     scoring: Literal["generation", "likelihood"] = setting(
         "generation", "How answers are found: generated, or the likeliest of the options a task names (commonsense)."
     )
+    before: bool = setting(True, "Take the validation loss before training too; false saves a pass over those rows.")
     test: bool = setting(False, "After training, score the test rows too and keep each prediction.")
 
 
@@ -330,7 +331,7 @@ LATER: dict[str, dict[str, Any]] = {
     "adapter": {"method": "duallora", "options": {}, "start": None, "init": "gaussian", "init_batches": 4},
     "train": {"direction_lr_ratio": 1.0},
     "data": {"holdout": None},
-    "eval": {"test": False, "scoring": "generation"},
+    "eval": {"before": True, "test": False, "scoring": "generation"},
 }
 
 # Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one
@@ -451,7 +452,13 @@ def allowed(key: str) -> str:
     """The values one setting takes, in words: ``finite number > 0 or null``."""
     section, _, leaf = key.rpartition(".")
     owner: type[Section] = SECTIONS[section] if section else Recipe
-    return _words(owner.model_json_schema()["properties"][leaf])
+    return _words(_properties(owner)[leaf])
+
+
+@cache
+def _properties(owner: type[Section]) -> Mapping[str, Any]:
+    """The schema of each setting of a section; built once, since a recipe is written with a line for every setting."""
+    return owner.model_json_schema()["properties"]
 
 
 def _words(schema: Mapping[str, Any]) -> str:

@@ -179,12 +179,12 @@ class _Run:
         self._write_facts()
 
         adapted.to(evaluate.default_device())
-        if held_out and self.facts["loss_before"] is None:
+        if held_out and recipe.eval.before and self.facts["loss_before"] is None:
             self.facts["loss_before"] = self._loss(adapted, tokenizer, held_out, task, "before")
             self._write_facts()
 
         if start is None:
-            self._start(adapted, rows, tokenizer, task.kind)
+            self._start(method, rows, tokenizer, task.kind)
         trained = self._fit(method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
         adapter = self._save(method, tokenizer, task, steps, dtype)
         metrics = {**trained, **self.facts["start"], **self._figures(adapted, tokenizer, task, held_out)}
@@ -344,7 +344,7 @@ class _Run:
         opening = opening if self.recipe.adapter.start is None else "gate open"
         return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
 
-    def _start(self, model: PeftModel, rows, tokenizer, kind: evaluate.Kind) -> None:
+    def _start(self, method: methods.Adapted, rows, tokenizer, kind: evaluate.Kind) -> None:
         """A start from the gradient where the recipe asks for one, and the start kept where every checkpoint is."""
         recipe, processes = self.recipe, self.processes
         if recipe.adapter.init != "gaussian":
@@ -352,7 +352,7 @@ class _Run:
 
             def start() -> int:
                 loss = None if kind == "generate" else partial(row_loss, kind)
-                return calibration.start_from_gradient(model, recipe, rows, tokenizer, loss)
+                return calibration.start_from_gradient(method.model, recipe, rows, tokenizer, loss)
 
             seen = processes.from_main(start)  # the others get these factors as DDP begins
             seconds, cpu = time.monotonic() - began, time.process_time() - cpu
@@ -360,10 +360,10 @@ class _Run:
             self.facts["start"] = {"start_rows": seen, **told}
             self._write_facts()
             say(self.console, "start", f"{recipe.adapter.init} of {seen:,} training rows in {clock(seconds)}")
-        if recipe.train.save_total_limit is None and processes.main and isinstance(model, PeftModel):
+        if recipe.train.save_total_limit is None and processes.main and isinstance(method.model, PeftModel):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Saving a Dual LoRA adapter whose gate is not open")
-                model.save_pretrained(str(self.checkpoints / START), save_embedding_layers=False)
+                method.save(self.checkpoints / START)
 
     def _fit(self, method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
         """Trains to ``steps`` from ``start`` (a checkpoint or None); the figures of the training itself."""
@@ -470,14 +470,13 @@ class _Run:
         if not held_out:
             say(self.console, "after", "no validation rows: nothing to compare with")
             return {}
-        recipe = self.recipe
-        if not recipe.eval.metrics:
-            after = self._loss(model, tokenizer, held_out, task, "after")
-            return {"loss_before": self.facts["loss_before"], "loss": after}
+        before = {} if self.facts["loss_before"] is None else {"loss_before": self.facts["loss_before"]}
+        if not self.recipe.eval.metrics:
+            return {**before, "loss": self._loss(model, tokenizer, held_out, task, "after")}
         result = self._score(model, tokenizer, task, "validation")
         self._say_loss("after", result.metrics["loss"], task)
         self._say_scores(result, "validation")
-        return {"loss_before": self.facts["loss_before"], **result.metrics}
+        return {**before, **result.metrics}
 
     def _score(self, model, tokenizer, task: Task, split: str) -> evaluate.EvalResult:
         recipe = self.recipe
