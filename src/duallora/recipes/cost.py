@@ -95,11 +95,12 @@ FACTS = {
     "e2e": Facts(42_061, 547, 630, 56, 37, 32),
 }
 
-# Hub ids that share the shapes of an architecture the planner knows.
+# Models that share the shapes of an architecture the planner knows.
 SAME_SHAPES = {
     "yahma/llama-7b-hf": "llama-7b",
     "yahma/llama-13b-hf": "llama-13b",
     "meta-llama/Meta-Llama-3-70B-Instruct": "llama-3-70b",
+    "builtin:smollm2-135m": "smollm2-135m",
 }
 
 # Products per token beyond LoRA's, as multiples of the adapted weights: from the equation and who computes it.
