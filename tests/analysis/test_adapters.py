@@ -274,6 +274,40 @@ def test_the_verb_writes_tables_a_summary_and_plots(trained_run, tmp_path, capsy
     assert b"\r" not in (tmp_path / "out" / "flips.csv").read_bytes()
 
 
+def test_a_model_trained_as_a_whole_has_dynamics_of_every_linear_layer(tiny_causal_folder, tmp_path):
+    """As full fine-tuning in DoRA's analysis: W_t is the saved weight, W0 the base model's."""
+    base = LlamaForCausalLM.from_pretrained(tiny_causal_folder)
+    W0 = base.model.layers[1].mlp.up_proj.weight.detach().double().numpy().copy()
+    torch.manual_seed(3)
+    for parameter in base.parameters():
+        parameter.data += 1e-3 * torch.randn_like(parameter)
+    folder = tmp_path / "full" / "model"
+    base.save_pretrained(folder)
+    sidecar = {"kind": "generate", "steps": 7, "base": {"name": str(tiny_causal_folder)}}
+    (folder / "duallora.json").write_text(json.dumps(sidecar))
+    found = analyze.analyze([tmp_path / "full"], tmp_path / "out", only=["dynamics"], draw=False)["sources"]["full"]
+    assert {row["module"] for row in found["dynamics"]} <= {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    with (tmp_path / "out" / "dynamics.csv").open() as file:
+        rows = {row["layer"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 14
+    W = base.model.layers[1].mlp.up_proj.weight.detach().double().numpy()
+    m0, m = (np.linalg.norm(X, axis=1) for X in (W0, W))
+    row = rows["model.layers.1.mlp.up_proj"]
+    assert row["step"] == "7"
+    assert float(row["magnitude"]) == pytest.approx(np.abs(m - m0).mean())
+    assert float(row["direction"]) == pytest.approx((1 - (W0 * W).sum(1) / m0 / m).mean(), rel=1e-6)
+    with pytest.raises(ConfigError, match="rank: none of the 1 sources"):
+        analyze.analyze([folder], tmp_path / "out", only=["rank"])
+
+
 def test_ranks_and_flips_need_no_base_model(trained_run, tmp_path, capsys):
     lonely = tmp_path / "lonely"
     shutil.copytree(trained_run / "adapter", lonely)

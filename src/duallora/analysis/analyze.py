@@ -55,8 +55,10 @@ def analyze(
     tables: dict[str, list[Row]] = {part: [] for part in PARTS if part in only}
     told: dict[str, Any] = {}
     for (label, course), source in zip(found.items(), sources, strict=True):
-        adapter = Adapter(course[-1])
-        dual, low_rank = bool(adapter.layers()), bool(adapter.low_rank_layers())
+        dual = low_rank = False
+        if not course[-1].whole:
+            adapter = Adapter(course[-1])
+            dual, low_rank = bool(adapter.layers()), bool(adapter.low_rank_layers())
         summary: dict[str, Any] = {"path": str(source), "steps": [state.step for state in course]}
         if "flips" in tables and dual:
             rows = flips.course(course)
@@ -95,7 +97,7 @@ def analyze(
 
 
 def labels(sources: Sequence[Path | str]) -> dict[str, Path]:
-    """A name for each source: its folder's, or the run's where the folder is called adapter.
+    """A name for each source: its folder's, or the run's where the folder is called adapter or model.
 
     Raises:
         ConfigError: two sources have the same.
@@ -103,7 +105,7 @@ def labels(sources: Sequence[Path | str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for source in sources:
         path = Path(source).absolute()
-        label = path.parent.name if path.name == "adapter" else path.name
+        label = path.parent.name if path.name in ("adapter", "model") else path.name
         if label in found:
             raise ConfigError(f"{found[label]} and {path} would both be {label}: give folders of different names")
         found[label] = path

@@ -16,16 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from scipy import stats
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from duallora.analysis.states import State, module, short
+from duallora.analysis.states import MODEL, State, module, short
 from duallora.errors import ConfigError
 from duallora.train import evaluate, merge
+from duallora.train.models import load_model
 from duallora.train.progress import quiet_libraries
 from duallora.tuner import quantized
 from duallora.tuner.layer import DualLoraLayer
@@ -86,9 +87,9 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
         ConfigError: the base model or the method does not allow it; a checkpoint has other tensors than the result.
         IntegrityError: see `duallora.train.evaluate.load_adapter`.
     """
+    if states[-1].whole:
+        return list(_of_whole(states, axis))
     model, _ = evaluate.load_adapter(source, merge.adapter_kind(source))
-    if not isinstance(model, PeftModel):
-        raise ConfigError(f"{source} holds a whole model: expected an adapter, whose base model is W0")
     rows: list[Row] = []
     for state in (state for state in states if state.step > 0 or len(states) == 1):
         with quiet_libraries():
@@ -103,6 +104,33 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
             where = {"step": state.step, "layer": short(name), "module": module(name)}
             rows.append({**where, **change(*weights(layer), axis)})
     return rows
+
+
+def _of_whole(states: Sequence[State], axis: Axis) -> Iterator[Row]:
+    """The linear layers of a model that was trained as a whole, all but its head's, beside those of its base."""
+    sidecar = evaluate.read_sidecar(states[-1].folder)
+    base, kind = sidecar.get("base", {}), sidecar.get("kind")
+    if "name" not in base or kind is None:
+        raise ConfigError(
+            f"{states[-1].folder} does not say what it was trained from: expected a run of duallora train"
+        )
+    labels = 1 if kind == "regress" else len(sidecar.get("labels", ())) or None
+    with quiet_libraries():
+        model, _ = load_model(base["name"], kind, num_labels=labels, revision=base.get("revision"))
+    heads = tuple(f"{name}." for name in evaluate.head_modules(model))
+    for state in states:
+        with safe_open(state.folder / MODEL, "pt") as file:
+            saved = set(file.keys())
+            for name, layer in model.named_modules():
+                if not isinstance(layer, (nn.Linear, Conv1D)) or f"{name}.".startswith(heads):
+                    continue
+                if f"{name}.weight" not in saved:
+                    raise ConfigError(
+                        f"{state.folder} has no {name}.weight: {base['name']} is not what it was trained from"
+                    )
+                pair = (layer.weight.detach(), file.get_tensor(f"{name}.weight"))
+                W0, W = (X.T if isinstance(layer, Conv1D) else X for X in pair)
+                yield {"step": state.step, "layer": name, "module": module(name), **change(W0, W, axis)}
 
 
 def correlations(rows: Sequence[Row]) -> list[Row]:

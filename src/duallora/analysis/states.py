@@ -16,42 +16,53 @@ from duallora.core.init import draw_factors, draw_signs
 from duallora.errors import ConfigError, IntegrityError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MODEL = "model.safetensors"  # in its place where a method trains the whole model
 START = "start"
 
 
 @dataclass(frozen=True)
 class State:
-    """One saved adapter; ``step`` counts optimizer steps (0 at the start)."""
+    """One saved adapter or whole model; ``step`` counts optimizer steps (0 at the start)."""
 
     step: int
     folder: Path
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is a whole model."""
+        return not (self.folder / WEIGHTS).is_file()
+
 
 def states(source: Path | str) -> list[State]:
-    """What a run folder holds, in the order of training: the start, the checkpoints, the result. An adapter's folder is
-    a single state.
+    """What a run folder holds, in the order of training: the start, the checkpoints, the result. The folder of an adapter
+    or a whole model is a single state.
 
     Raises:
         ConfigError: ``source`` holds no adapter.
     """
     folder = Path(source)
-    if (folder / WEIGHTS).is_file():
+    if _holds(folder):
         return [State(_steps(folder), folder)]
     found = {}
     for path in (folder / "checkpoints").glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / "MANIFEST.json").is_file() and (path / WEIGHTS).is_file():
+        if number.isdecimal() and (path / "MANIFEST.json").is_file() and _holds(path):
             found[int(number)] = path
-    if (folder / "checkpoints" / START / WEIGHTS).is_file():
+    if _holds(folder / "checkpoints" / START):
         found[0] = folder / "checkpoints" / START
-    if (folder / "adapter" / WEIGHTS).is_file():
-        found[_steps(folder / "adapter")] = folder / "adapter"
+    for result in (folder / "adapter", folder / "model"):
+        if _holds(result):
+            found[_steps(result)] = result
     if not found:
         raise ConfigError(
-            f"{folder} holds no adapter: expected a run folder (with adapter/ or checkpoints/) or an adapter's folder "
-            f"(with {WEIGHTS})"
+            f"{folder} holds no adapter: expected a run folder (with adapter/, model/ or checkpoints/) or an adapter's "
+            f"folder (with {WEIGHTS})"
         )
     return [State(step, found[step]) for step in sorted(found)]
+
+
+def _holds(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS, MODEL))
 
 
 def _steps(folder: Path) -> int:

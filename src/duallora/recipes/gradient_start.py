@@ -76,6 +76,7 @@ def _base(model: str, targets: list[str], steps: int, batch_size: int) -> dict[s
         "train.lr_warmup_ratio": 0.06,
         "train.eval_steps": steps // 3,  # the curve: a start shows in the first steps or never
         "train.report_to": [],
+        "eval.before": False,
         "eval.test": True,
     }
 
