@@ -120,6 +120,7 @@ MINI_BASE: dict[str, Any] = {
     "train.report_to": [],
     "eval.batch_size": 32,
     "eval.test": True,
+    "eval.before": False,
 }
 MINI_HEAD = {"adapter.modules_to_save": ["pooler"]}
 MINI_TARGETS = _QUERY_VALUE
