@@ -61,6 +61,43 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seed_sd, example_sd, bot
         assert resampled_seeds / repeats < 0.85
 
 
+@pytest.mark.parametrize(("noisy", "between"), [(1.0, (0.94, 0.995)), (3.0, (0.82, 0.92))])
+def test_methods_lend_each_other_their_spread_over_seeds(noisy, between):
+    """Six methods, three seeds: narrower than each alone and still right, unless one is three times as noisy."""
+    random = np.random.default_rng(9)
+    hits, widths, alone, repeats = 0, [], [], 800
+    for _ in range(repeats):
+        figures = random.normal(0, 1, (1, 3)) + random.normal(0, 1, (6, 3)) * np.array([1, noisy, 1, 1, 1, 1])[:, None]
+        own = figures[0] - figures[1]
+        sample = Sample(own, np.tile(own, (1500, 1)))
+        shared = statistics.pool(figures, differences=True)
+        assert shared.degrees == 10
+        low, high = estimate(sample, shared, seed=int(random.integers(1 << 30))).interval
+        hits += low <= 0 <= high
+        widths.append(high - low)
+        alone.append(2 * 4.303 * stats.sem(own))
+    assert between[0] <= hits / repeats <= between[1]
+    assert np.mean(widths) < 0.75 * np.mean(alone)
+
+
+def test_a_pool_is_the_residual_of_methods_and_seeds():
+    """Against the textbook's sums of squares, and against the pair's own spread where there are two methods."""
+    figures = np.array([[70.0, 72.5, 71.0], [80.0, 81.0, 86.0], [60.5, 63.0, 61.0], [75.0, 75.5, 79.0]])
+    pooled = statistics.pool(figures, differences=True)
+    total = ((figures - figures.mean()) ** 2).sum()
+    methods, seeds = (number * ((figures.mean(axis) - figures.mean()) ** 2).sum() for number, axis in ((3, 1), (4, 0)))
+    assert pooled == (pytest.approx(np.sqrt(2 * (total - methods - seeds) / 6)), 6)
+    assert statistics.pool(figures, differences=False) == (pytest.approx(np.sqrt(figures.var(1, ddof=1).mean())), 8)
+    two = statistics.pool(figures[:2], differences=True)
+    assert two == (pytest.approx((figures[0] - figures[1]).std(ddof=1)), 2)
+    assert statistics.pool(figures[:, :1], differences=True) is None
+    assert statistics.pool(figures[:1], differences=True) is None
+    # A method noisier than the pool keeps its own spread.
+    wild = Sample(np.array([0.0, 10.0, 20.0]), np.tile([0.0, 10.0, 20.0], (20_000, 1)))
+    interval = estimate(wild, statistics.Pool(1.0, 10)).interval
+    assert interval == pytest.approx(stats.t.interval(0.95, 10, loc=10, scale=10 / np.sqrt(3)), abs=0.6)
+
+
 def test_one_seed_gives_the_percentile_bootstrap_of_scipy():
     random = np.random.default_rng(3)
     gold = random.integers(0, 2, 63).tolist()
@@ -220,10 +257,10 @@ def test_a_mean_over_tasks_is_as_uncertain_as_independent_tasks_make_it():
     runs = [[value if random.random() < 0.8 else 1 - value for value in gold] for _ in range(4)]
     samples = [resample(ACCURACY, [run], gold, seed=index, rounds=4000) for index, run in enumerate(runs)]
     single = np.mean([np.ptp(estimate(sample).interval) for sample in samples])
-    whole = mean_of(samples)
+    whole = mean_of(samples, [None] * 4)
     assert np.ptp(whole.interval) == pytest.approx(single / 2, rel=0.1)
     assert whole.mean == pytest.approx(np.mean([sample.figures[0] for sample in samples]))
-    uneven = mean_of([samples[0], resample(ACCURACY, runs[1:3], gold, rounds=4000)])
+    uneven = mean_of([samples[0], resample(ACCURACY, runs[1:3], gold, rounds=4000)], [None] * 2)
     assert uneven.sd is None
     assert uneven.mean == pytest.approx((samples[0].figures[0] + np.mean([s.figures[0] for s in samples[1:3]])) / 2)
 

@@ -130,6 +130,19 @@ def test_a_seed_that_diverged_at_the_chosen_value_is_named(tmp_path):
     )
 
 
+def test_a_variant_whose_seeds_vary_much_more_is_pointed_at(tmp_path):
+    """The pooled spread over seeds is not its own."""
+    variants = {name: {"adapter.method": name} for name in ("lora", "dora", "hira")} | {"duallora": {}}
+    study = two_tasks(tasks={"cola": {"data.task": "cola"}}, variants=variants, search={}, seeds=(0, 1, 2))
+
+    def skill(cell):
+        return 0.8 if cell.tags["variant"] != "hira" else (0.55, 0.8, 0.97)[cell.tags["seed"]]
+
+    text = "\n".join(studies.summarise(work_off(tmp_path, study, skill), rounds=200)["statement"])
+    assert "hira on cola varies more over seeds" in text
+    assert "lora on cola varies" not in text
+
+
 def test_what_is_unequal_between_methods_is_said(tmp_path):
     variants = {
         "lora": {"adapter.method": "lora", "train.weight_decay": 0.1, "search": {"train.learning_rate": [1e-3, 3e-3]}},
@@ -140,7 +153,7 @@ def test_what_is_unequal_between_methods_is_said(tmp_path):
     assert summary["unequal"]["train.weight_decay"] == {"lora": 0.1, "duallora": 0.0}
     assert set(summary["unequal"]) == {"train.weight_decay", "search"}
     text = "\n".join(summary["statement"])
-    assert "the variants differ in train.weight_decay (lora: 0.1, duallora: 0)" in text
+    assert "the variants differ in train.weight_decay (0.1; duallora: 0)" in text
     assert "values that differ between variants" in text
     assert "lora on cola (train.learning_rate=0.003)" in text  # the best of two values is always at an edge
 

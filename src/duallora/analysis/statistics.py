@@ -5,16 +5,20 @@ have come out otherwise, and each has its own spread:
 
     examples   n are a sample: resample them, the same draw for every method and seed (hence *paired*)
     seeds      S are a sample: S = 3 is too few to resample (an interval of resampled triples covers 75 % of what it
-               promises 95 % for), so the mean's error is s / sqrt(S) times Student's t with S - 1 degrees of freedom
+               promises 95 % for), so the mean's error is s / sqrt(S) times Student's t
 
-A difference between the seeds' models that comes from single examples shows in both, so only that part of the
+With three seeds of its own a method's s is poorly known (t has 2 degrees of freedom), so methods on the same seeds lend
+each other theirs: s is the pooled one (`pool`), or the method's own where that is larger, with the degrees of freedom of
+the pool.
+
+A difference between the seeds' models that comes from single examples shows in both parts, so only that part of the
 bootstrap which the seeds share (their covariance) is added to the t: the model of Obuchowski and Rockette (1995, for
 several readers of the same cases; degrees of freedom after Hillis 2007), with seeds for readers.
 
-    draw = mean + sqrt(cov / var) (bootstrap mean - mean) + t_{S-1} max(s, e) / sqrt(S)
+    draw = mean + sqrt(cov / var) (bootstrap mean - mean) + t max(s, e) / sqrt(S)
 
-e^2 is the variance between seeds which single examples alone would give. Three seeds can lie closer together than that
-by luck; without the floor they would then seem to say more than their own test sets do.
+e^2 is the variance between seeds which single examples alone would give. Seeds can lie closer together than that by
+luck; without the floor they would then seem to say more than their own test sets do.
 
 Figures that are functions of sums over examples (accuracy, correlations, F1, BLEU) cost one matrix product for all
 resamples; any other function of (predictions, gold) is called for each, with fewer resamples.
@@ -56,6 +60,13 @@ class Sample(NamedTuple):
     """On the test set, [S]."""
     resampled: np.ndarray
     """On each resampled test set, [R, S]; row b of every method and seed is the same resample."""
+
+
+class Pool(NamedTuple):
+    """The standard deviation over seeds that several methods share, and its degrees of freedom."""
+
+    sd: float
+    degrees: int
 
 
 class Estimate(NamedTuple):
@@ -121,8 +132,29 @@ def difference(one: Sample, other: Sample) -> Sample:
     return Sample(one.figures - other.figures, one.resampled - other.resampled)
 
 
-def draws(sample: Sample, *, seed: int = 0) -> np.ndarray:
-    """Plausible values [R] of the mean over all seeds and examples there might have been: the formula above."""
+def pool(figures: np.ndarray, *, differences: bool) -> Pool | None:
+    """The spread over seeds of methods that ran on the same seeds: ``figures`` [methods, S]. None with one seed.
+
+    Of ``differences`` between two methods it is sqrt(2) times the residual that methods and seeds leave (what a seed does
+    to all alike cancels), else the spread within methods.
+    """
+    methods, seeds = figures.shape
+    if seeds < 2 or (differences and methods < 2):
+        return None
+    centred = figures - figures.mean(axis=1, keepdims=True)
+    if not differences:
+        degrees = methods * (seeds - 1)
+        return Pool(math.sqrt((centred**2).sum() / degrees), degrees)
+    degrees = (methods - 1) * (seeds - 1)
+    residual = centred - centred.mean(axis=0, keepdims=True)
+    return Pool(math.sqrt(2 * (residual**2).sum() / degrees), degrees)
+
+
+def draws(sample: Sample, pooled: Pool | None = None, *, seed: int = 0) -> np.ndarray:
+    """Plausible values [R] of the mean over all seeds and examples there might have been: the formula above.
+
+    Without ``pooled``, s is the sample's own, with S - 1 degrees of freedom.
+    """
     seeds = len(sample.figures)
     shift = sample.resampled.mean(axis=1) - sample.figures.mean()
     if seeds == 1:
@@ -132,18 +164,19 @@ def draws(sample: Sample, *, seed: int = 0) -> np.ndarray:
     shared = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
     shared = min(max(0.0, shared), own)
     variance = covariance.mean()
-    spread = math.sqrt(max(sample.figures.var(ddof=1), own - shared) / seeds)
     share = math.sqrt(min(1.0, shared / variance)) if variance > 0 else 0.0
-    student = np.random.default_rng([seed, seeds]).standard_t(seeds - 1, size=len(shift))
+    sd, degrees = pooled or Pool(0.0, seeds - 1)
+    spread = max(sample.figures.std(ddof=1), sd, math.sqrt(own - shared)) / math.sqrt(seeds)
+    student = np.random.default_rng([seed, seeds]).standard_t(degrees, size=len(shift))
     return sample.figures.mean() + share * shift + student * spread
 
 
-def estimate(sample: Sample, *, seed: int = 0) -> Estimate:
+def estimate(sample: Sample, pooled: Pool | None = None, *, seed: int = 0) -> Estimate:
     """Mean over seeds, standard deviation over seeds, 95 % percentile intervals, p-value."""
-    return summary(sample.figures, draws(sample, seed=seed), sample.resampled.mean(axis=1))
+    return summary(sample.figures, draws(sample, pooled, seed=seed), sample.resampled.mean(axis=1))
 
 
-def mean_of(samples: Sequence[Sample], *, seed: int = 0) -> Estimate:
+def mean_of(samples: Sequence[Sample], pools: Sequence[Pool | None], *, seed: int = 0) -> Estimate:
     """The unweighted mean over tasks (a table's last column), whose examples and seeds vary independently.
 
     Each task must have been resampled with a ``seed`` of its own: test sets of one size would else move together.
@@ -151,7 +184,13 @@ def mean_of(samples: Sequence[Sample], *, seed: int = 0) -> Estimate:
     """
     rounds = min(len(sample.resampled) for sample in samples)
     samples = [Sample(sample.figures, sample.resampled[:rounds]) for sample in samples]
-    total = np.mean([draws(sample, seed=seed + index) for index, sample in enumerate(samples)], axis=0)
+    total = np.mean(
+        [
+            draws(sample, pooled, seed=seed + index)
+            for index, (sample, pooled) in enumerate(zip(samples, pools, strict=True))
+        ],
+        axis=0,
+    )
     models = np.mean([sample.resampled.mean(axis=1) for sample in samples], axis=0)
     if len({len(sample.figures) for sample in samples}) == 1:
         figures = np.mean([sample.figures for sample in samples], axis=0)

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy.stats import rankdata
 
 from duallora.analysis import statistics
-from duallora.analysis.statistics import ROUNDS, ROUNDS_SLOW, Estimate, Sample, Score
+from duallora.analysis.statistics import ROUNDS, ROUNDS_SLOW, Estimate, Pool, Sample, Score
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
 from duallora.grid.study import CELLS, LOWER_IS_BETTER, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
 from duallora.tasks import metrics as scorers
@@ -28,6 +29,7 @@ from duallora.train import record
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
+NOISY = 2.5  # times the others' spread over seeds, from where on a variant's own is pointed at
 # Figures that are no function of sums, by the names the tasks give them.
 SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "spearman": lambda guess, gold: scorers.correlation(*(rankdata(column) for column in (guess, gold))),
@@ -36,6 +38,8 @@ SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "rouge_l": nlg.rouge_l,
     "cider": nlg.cider,
 }
+# By task: the spread over seeds of figures, and of differences between two variants.
+Pools = dict[str, tuple[Pool | None, Pool | None]]
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
@@ -65,17 +69,20 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     facts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     samples: dict[tuple[str, str], tuple[tuple[int, ...], Sample]] = {}
+    pools: Pools = {}
     for number, task in enumerate(study.tasks):
         runs = {variant: one for variant in study.variants if (one := best[task, variant]) and one.cells}
         facts[task], sampled = _sample(folder, study, found, task, runs, rounds, number)
         samples |= {(task, variant): sample for variant, sample in sampled.items()}
+        pools[task] = _pools(study, sampled)
         rows += [
-            _row(folder, task, variant, one, facts[task], samples.get((task, variant))) for variant, one in runs.items()
+            _row(folder, task, variant, one, facts[task], sampled.get(variant), pools[task][0])
+            for variant, one in runs.items()
         ]
     _add_ratios(rows, _baseline(study, found))
     reference = _reference(study, found)
-    pairs = _pairs(study, samples, rows, reference) if reference else []
-    rows += _averages(study, samples, rows)
+    pairs = _pairs(study, samples, pools, reference) if reference else []
+    rows += _averages(study, samples, pools, rows)
     ran = [name for name in (cell.name for cell in wanted) if name in found]
     summary = {
         "kind": KIND,
@@ -308,6 +315,7 @@ def _row(
     runs: _Runs,
     facts: Mapping[str, Any],
     sampled: tuple[tuple[int, ...], Sample] | None,
+    pooled: Pool | None,
 ) -> dict[str, Any]:
     metric, test = facts["metric"], facts.get("split") == "test"
     every = [_numbers(outcome.test if test else outcome.metrics) for outcome in runs.cells.values()]
@@ -328,7 +336,16 @@ def _row(
         "seconds": _mean(outcome.seconds for outcome in runs.cells.values()),
         "cpu_seconds": _mean(outcome.cpu_seconds for outcome in runs.cells.values()),
     }
-    return {**row, **_estimated(statistics.estimate(sampled[1]))} if sampled else row
+    return {**row, **_estimated(statistics.estimate(sampled[1], pooled))} if sampled else row
+
+
+def _pools(study: Study, sampled: Mapping[str, tuple[tuple[int, ...], Sample]]) -> tuple[Pool | None, Pool | None]:
+    """The spreads over seeds, of figures and of differences, from the variants whose every seed came through."""
+    whole = [sample.figures for seeds, sample in sampled.values() if len(seeds) == len(study.seeds)]
+    if not whole:
+        return None, None
+    figures = np.stack(whole)
+    return statistics.pool(figures, differences=False), statistics.pool(figures, differences=True)
 
 
 def _spread(figures: Sequence[float]) -> dict[str, Any]:
@@ -365,13 +382,15 @@ def _complete(study: Study, samples: Mapping[tuple[str, str], Any]) -> list[str]
 
 
 def _averages(
-    study: Study, samples: Mapping[tuple[str, str], Any], rows: Sequence[dict[str, Any]]
+    study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """A row over all tasks for each variant that has them all."""
     made = []
     for variant in _complete(study, samples):
         own = [row for row in rows if row["variant"] == variant]
-        estimate = statistics.mean_of([samples[task, variant][1] for task in study.tasks])
+        estimate = statistics.mean_of(
+            [samples[task, variant][1] for task in study.tasks], [pools[task][0] for task in study.tasks]
+        )
         ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
         made.append(
             {
@@ -387,9 +406,7 @@ def _averages(
     return made
 
 
-def _pairs(
-    study: Study, samples: Mapping[tuple[str, str], Any], rows: Sequence[dict[str, Any]], reference: str
-) -> list[dict[str, Any]]:
+def _pairs(study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, reference: str) -> list[dict[str, Any]]:
     """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
     pairs = []
     whole = _complete(study, samples)
@@ -403,7 +420,14 @@ def _pairs(
             if not all(seeds for seeds, _ in found):
                 continue
             differences = [sample for _, sample in found]
-            estimate = statistics.mean_of(differences) if task == AVERAGE else statistics.estimate(differences[0])
+            # Two that predict the same everywhere are one method, whatever the others' seeds do.
+            spreads = [
+                pools[name][1] if own.resampled.any() else None for name, own in zip(tasks, differences, strict=True)
+            ]
+            if task == AVERAGE:
+                estimate = statistics.mean_of(differences, spreads)
+            else:
+                estimate = statistics.estimate(differences[0], spreads[0])
             pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **_estimated(estimate)}
             of_task.append({**pair, "p": estimate.p})
         for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
@@ -557,10 +581,15 @@ def _protocol(summary: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield f"Nothing was tuned; figures are means over {_count(seeds, 'seed')}."
     if differing := {key: values for key, values in summary["unequal"].items() if key != "search"}:
-        parts = [
-            f"{key} ({', '.join(f'{v}: {_short(x)}' for v, x in values.items())})" for key, values in differing.items()
-        ]
+        parts = [f"{key} ({_grouped(values)})" for key, values in differing.items()]
         yield f"Beyond the method and the search, the variants differ in {'; '.join(parts)}."
+
+
+def _grouped(values: Mapping[str, Any]) -> str:
+    """``0; lora: 0.1``: what most variants have, then the others."""
+    usual = Counter(map(_short, values.values())).most_common(1)[0][0]
+    others = [f"{variant}: {_short(value)}" for variant, value in values.items() if _short(value) != usual]
+    return "; ".join([usual, *others])
 
 
 def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -600,7 +629,21 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
     if seeds == 1:
         yield "One seed: the intervals allow for other test rows and say nothing of how much another seed would change."
     elif seeds < 5 and summary["pairs"]:
-        yield f"{seeds} seeds leave the spread over seeds itself poorly known, hence the width of the intervals; more seeds narrow it most."
+        yield (
+            f"{seeds} seeds say little of the spread over seeds, so it is pooled over the variants of a task: the intervals trust that "
+            "it is about equally large for all of them, or take a variant's own where that is larger."
+        )
+    for row in summary["rows"]:
+        others = [
+            o["sd"] for o in summary["rows"] if o["task"] == row["task"] and o is not row and o.get("sd") is not None
+        ]
+        if row["task"] in summary["tasks"] and row.get("sd") and len(others) > 1:
+            usual = math.sqrt(plain.fmean(sd**2 for sd in others))
+            if row["sd"] > NOISY * usual:
+                yield (
+                    f"{row['variant']} on {row['task']} varies more over seeds (sd {row['sd']:.2f}) than the others do ({usual:.2f}): its "
+                    "intervals are too narrow."
+                )
     same = [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]
     if same:
         yield f"{', '.join(same)}: validation and test are the same rows, so the figures are those that chose the values: too good by that."
