@@ -50,6 +50,7 @@ VERBS = [
     "config schema",
     "config show",
     "bench layer",
+    "grid",
     "analyze",
     "report",
 ]
@@ -164,6 +165,7 @@ FAILURES = [
     (errors.IntegrityError("x"), 4),
     (errors.NonFiniteError("x"), 5),
     (errors.LockedError("x"), 6),
+    (errors.GridError("x"), 10),
     (errors.DiskError("x"), 7),
     (errors.OutOfMemoryError("x"), 8),
     (MemoryError(), 8),

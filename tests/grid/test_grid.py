@@ -182,7 +182,7 @@ def test_an_adapter_that_other_cells_start_from_stays_until_they_are_done(fakes)
     adapters = [path.parent.name for path in fakes.folder.glob("cells/*/adapter")]
     assert adapters == [first]
     recipe = (fakes.folder / "cells" / "rte-lora-seed0" / "recipe.yaml").read_text()
-    assert str((fakes.folder / "cells" / first / "adapter").resolve()) in recipe
+    assert f'start: "{(fakes.folder / "cells" / first).resolve()}"' in recipe
     fakes.end({})
     fakes.run(study, keep="none")
     assert not list(fakes.folder.glob("cells/*/adapter"))
@@ -229,7 +229,7 @@ def test_the_table_counts_cells_and_reads_where_the_running_ones_stand(fakes):
     found = {cells[0].name: Outcome(cells[0].name, "done", main_metric="accuracy", metrics={"accuracy": 71.25})}
     found[cells[1].name] = Outcome(cells[1].name, "failed", error="NonFiniteError: the loss is nan in step 2; more")
     console = Console(file=io.StringIO(), width=100, force_terminal=True, legacy_windows=False, color_system=None)
-    with live.Show(console, study, fakes.folder, 2) as show:
+    with live.Show(console, study, fakes.folder, 2, {}) as show:
         for cell in (*cells[:2], under_way, begun):
             show.started(cell)
         show.settled(cells[0], found[cells[0].name])
@@ -250,7 +250,7 @@ def test_where_there_is_no_terminal_each_event_is_a_line(fakes):
     fakes.run()
     lines = fakes.said.splitlines()
     assert "\x1b" not in fakes.said
-    assert lines[0].startswith("grid     fake: 1 tasks x 2 variants x 1 seeds, 2 cells and those of the search, in ")
+    assert lines[0].startswith("grid     fake: 1 task x 2 variants x 1 seed, 4 cells, 0 done, in ")
     assert "starts   cola-lora-lr0.002-seed0" in lines
     assert any(
         line.startswith("done     cola-lora-lr0.001-seed0  validation accuracy 0, test accuracy -1") for line in lines

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -388,6 +390,15 @@ def test_a_mistake_in_the_base_recipe_is_told_with_the_recipes_line(tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID)
     with pytest.raises(ConfigError, match=r"recipe.yaml:3: train.max_steps: 0 is not accepted; expected integer >= 1"):
         Study.read(tmp_path / "grid.yaml")
+
+
+def test_the_grids_of_the_documentation_are_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "grid.md").read_text()
+    grid, space = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "grid.yaml").write_text(grid)
+    assert Study.read(tmp_path / "grid.yaml").expected({}) == 2 * 3 * (4 + 2) == 36
+    (tmp_path / "grid.yaml").write_text(grid.partition("search:")[0] + space)
+    assert Study.read(tmp_path / "grid.yaml", trials=20).expected({}) == 2 * 3 * (20 + 2)
 
 
 def test_outcomes_are_what_the_cells_folders_say(tmp_path):

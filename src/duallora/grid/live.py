@@ -27,20 +27,27 @@ TAIL = 4096  # bytes from the end of a log in which its last line lies
 class Show:
     """The counts of cells (queued, running, done, failed), where each running one stands, and the time left."""
 
-    def __init__(self, console: Console, study: Study, folder: Path, workers: int):
-        self.console, self.study, self.folder, self.workers = console, study, folder, workers
+    def __init__(self, console: Console, study: Study, folder: Path, workers: int, found: Mapping[str, Outcome]):
+        self.console, self.study, self.folder, self.workers, self.found = console, study, folder, workers, found
         self.began: dict[str, float] = {}
         self.took: list[float] = []  # seconds of the cells that were done here
         self.drawn = self.spoken = time.monotonic()
         self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Show:
-        count = len(self.study.tasks) * len(self.study.variants)
-        seeds = len(self.study.seeds)
+        parts = [
+            f"{len(group)} {word}{'s' * (len(group) != 1)}"
+            for group, word in [
+                (self.study.tasks, "task"),
+                (self.study.variants, "variant"),
+                (self.study.seeds, "seed"),
+            ]
+        ]
+        done = sum(outcome.settled for outcome in self.found.values())
         self.say(
             "grid",
-            f"[bold]{escape(self.study.name)}[/]: {len(self.study.tasks)} tasks x {len(self.study.variants)} variants "
-            f"x {seeds} seeds, {count * seeds} cells and those of the search, in [bold]{shown(self.folder)}[/]",
+            f"[bold]{escape(self.study.name)}[/]: {' x '.join(parts)}, {self.study.expected(self.found)} cells, {done} done, "
+            f"in [bold]{shown(self.folder)}[/]",
         )
         if self.live:
             self.live.start()
@@ -112,7 +119,7 @@ class Show:
             table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
         for name in running:
             step, steps, loss = places[name]
-            where = f"{step}/{steps}" if step is not None else "starts"
+            where = "starts" if step is None else f"{step}/{steps}"
             figure = "" if loss is None else f"{loss:.3f}"
             table.add_row("", name, where, figure, clock(now - self.began[name]))
         self.live.update(Group(head, table, Text("")), refresh=True)
@@ -170,7 +177,7 @@ def progress(cell: Path) -> Place:
         run = json.loads((cell / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None, None, None
-    if run.get("status") != "running":  # of an earlier attempt
+    if run.get("status") not in ("running", "done"):  # of an earlier attempt
         return None, None, None
     step, loss = 0, None
     try:

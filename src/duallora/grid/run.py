@@ -111,7 +111,7 @@ def run(
             pool = Cluster(ray, workers)
         held.callback(pool.close)
         stopping = held.enter_context(Stopping())
-        show = held.enter_context(Show(console, study, folder, workers))
+        show = held.enter_context(Show(console, study, folder, workers, dict(found)))
         return _Grid(study, folder, found, pool, stopping, show, retries, keep).go()
 
 
