@@ -67,17 +67,17 @@ def report(
     keys = [key_of(summary) for summary in summaries]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"{', '.join(twice)}: two results of one name and scale; give one of each")
-    # First of all, since it may be refused.
-    text = None if markdown is None else _page_of(markdown, summaries)
-    record.write_text(out, html(summaries, printed))
-    if markdown is not None and text is not None:
+    if markdown is not None:  # before the page, since a file of the user's may be refused
+        text = _page_of(markdown, summaries, printed)
         with plots.figures() as Figure:
             drawn = {key_of(summary): list(study_plots.draw(summary, Figure)) for summary in summaries}
-            record.write_text(markdown, fill(text, summaries, printed, drawn, markdown))
+            text = fill(text, summaries, printed, drawn, markdown)
             for key, every in drawn.items():
                 for plot in every:
-                    if f"({_image(key, plot.name)})" in markdown.read_text(encoding="utf-8"):
+                    if f"({_image(key, plot.name)})" in text:
                         plots.save(plot.figure, markdown.parent / _image(key, plot.name))
+        record.write_text(markdown, text)
+    record.write_text(out, html(summaries, printed))
     return {
         "report": str(out),
         **({"markdown": str(markdown)} if markdown else {}),
@@ -364,7 +364,7 @@ def parts(summary: Summary, printed: Sequence[Printed], drawn: Sequence[study_pl
     return {**made, **images, "plots": "\n\n".join(images.values())}
 
 
-def _page_of(path: Path, summaries: Sequence[Summary]) -> str:
+def _page_of(path: Path, summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]]) -> str:
     """The file's text; marks alone where there is no file yet."""
     if path.exists():
         text = path.read_text(encoding="utf-8")
@@ -378,9 +378,9 @@ def _page_of(path: Path, summaries: Sequence[Summary]) -> str:
     for summary in summaries:
         key = key_of(summary)
         sections.append(f"## {key}\n")
-        for part in ("provenance", "statement", "figures", "differences", "paper", "chosen", "plots"):
-            if part in ("provenance", "statement", "plots") or part in {t.part for t in tables(summary)}:
-                sections.append(f"<!-- study:{key}:{part} -->\n<!-- /study:{key}:{part} -->\n")
+        made = [table.part for table in tables(summary, printed.get(summary["name"], ()))]
+        for part in ("provenance", "statement", *made, "plots"):
+            sections.append(f"<!-- study:{key}:{part} -->\n<!-- /study:{key}:{part} -->\n")
     return "\n".join(sections)
 
 

@@ -149,9 +149,13 @@ _PARAMETERS = (
 
 
 def _against_parameters(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
-    return _against(
-        Figure, summary, look, lambda row: row.get("parameters", {}).get("trainable"), "trained parameters", log=True
-    )
+    def trained(row: Mapping[str, Any]) -> Any:
+        return row.get("parameters", {}).get("trainable")
+
+    counts = [trained(row) for row in summary["rows"] if trained(row)]
+    if not counts or max(counts) < 1.05 * min(counts):
+        return None
+    return _against(Figure, summary, look, trained, "trained parameters", log=True)
 
 
 _TIME = (
@@ -194,11 +198,30 @@ def _against(Figure: Any, summary: Summary, look: Mapping[str, Ink], x_of: Any, 
         axes.set(title=_label(summary, task), xlabel=label)
         if log:
             axes.set_xscale("log")
+            ticks = _apart(sorted({x_of(row) for row in of_task}), max(high / low, 2.0) ** 0.2)
+            axes.set_xticks(ticks, [_amount(tick) for tick in ticks])
             axes.minorticks_off()
         axes.margins(x=0.15)
         axes.grid(color=FAINT, linewidth=0.5)
         axes.set_axisbelow(True)
     return figure
+
+
+def _apart(values: Sequence[float], factor: float) -> list[float]:
+    """Those of the rising ``values`` that leave at least ``factor`` to the one before."""
+    kept: list[float] = []
+    for value in values:
+        if not kept or value >= factor * kept[-1]:
+            kept.append(value)
+    return kept
+
+
+def _amount(number: float) -> str:
+    """1,234,567 as 1.2M."""
+    for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{sign}"
+    return f"{number:g}"
 
 
 _SENSITIVITY = (
@@ -259,7 +282,8 @@ def _sensitivity(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: st
         axes.set_axisbelow(True)
         if number % columns == 0:
             axes.set_ylabel(metric)
-        if number + columns >= len(variants):
+        if number + columns >= len(variants):  # the lowest of its column
+            axes.tick_params(labelbottom=True)
             axes.set_xlabel(key.rpartition(".")[2].replace("_", " "))
     return figure
 
@@ -292,7 +316,7 @@ def _line(
     return [x for x, _ in points], [y for _, y in points]
 
 
-_SWEEP = "Variants that differ in one number, mean over seeds with its 95 % interval; the dashed lines are the other variants."
+_SWEEP = "Variants that differ in one number, mean over seeds with its 95 % interval; dashed lines are other variants."
 
 
 def _sweep(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
@@ -302,6 +326,8 @@ def _sweep(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> 
     if key is None or not tasks:
         return None
     others = [name for name in look if name not in swept and any(row["variant"] == name for row in rows)]
+    if len(others) > 4:  # too many lines to tell apart
+        others = [name for name in others if name == summary.get("reference")]
     figure = Figure(layout="constrained")
     legend = _handles(look, others, linestyle="--", marker="", linewidth=1)
     for axes, task in zip(_panels(figure, len(tasks), height=2.3, legend=legend), tasks, strict=True):
