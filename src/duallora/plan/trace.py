@@ -135,6 +135,8 @@ class StandIn:
         self.setting = setting
         self.encoder = is_encoder(config)
         config = at_depth(config, depth)
+        if self.encoder:
+            config.problem_type = "single_label_classification"  # DeBERTa else looks at the labels, which are fake
         attention = setting.attention or getattr(config, "_attn_implementation", None)
         if setting.fused_attention and attention != "eager":
             for name in _ATTENTION_DROPOUT:
