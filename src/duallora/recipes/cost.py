@@ -1,12 +1,13 @@
 """What a run will cost, before any of it has run: predictions, each with the assumption it rests on.
 
-    training   F = [2 N + 2 N + 2 N_w (+ 2 N)] per token + 6 r N_a per step
+    training   F = [2 N + 2 N + 2 N_w (+ 2 N) + 6 n] per token + 6 r N_a per step
                seconds = F / (MFU x peak)
 
 N are the weights in matrix products (the head of a language model too, embeddings not), N_a those with an adapter and
 N_w those whose gradient [out, in] is formed: all in full fine-tuning, N_a for Dual LoRA (its factors' gradients come
-from that of W'), almost none for LoRA. A token costs 2 N forward, 2 N for the gradients of activations, 2 N again where
-activations are recomputed; so 4 N for LoRA and 6 N in full. Products of factors of rank r are formed once per step.
+from that of W'), none for LoRA. A token costs 2 N forward, 2 N for the gradients of activations, 2 N again where
+activations are recomputed, and 6 n in n trained weights that it passes through itself, as LoRA's: 4 N + 6 n for LoRA,
+6 N in full. Products of factors of rank r are formed once per step.
 Attention's own products are left out (under 2 % of a LLaMA-7B at 120 tokens). Rows are real tokens, without padding.
 
     generation   prompts at 2 N per token as above; then each step reads every weight once:
@@ -181,6 +182,7 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     whole = methods.get(method).whole
     per_token = (6 if options.gradient_checkpointing else 4) * counted.linear
     per_token += 2 * counted.linear if whole else _DENSE.get(method, 0) * counted.adapted
+    per_token += 0 if whole or method in ("duallora", "hira") else 6 * counted.trained  # x passes through the factors
     per_step = 6 * _rank(recipe) * counted.adapted if method in _FORMED else 0
     half = recipe.model.dtype in ("bfloat16", "float16")
     rate = gpu.efficiency * 1e12 * (gpu.bfloat16 if half else gpu.float32)
@@ -219,7 +221,7 @@ def memory(recipe: Recipe, gpu: Gpu) -> float | None:
 def _planner(model: str, dtype: str, checkpointing: bool, rank: int, targets: str, gigabytes: float) -> Planner:
     options: dict[str, Any] = {"rank": rank, "targets": ast.literal_eval(targets), "checkpointing": checkpointing}
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return Planner(config_of(SAME_SHAPES.get(model, model)), Gpus(1, gigabytes), dtype=kind, padded=True, **options)
+    return Planner(config_of(SAME_SHAPES.get(model, model)), Gpus(1, gigabytes), dtype=kind, **options)
 
 
 def facts(recipe: Recipe) -> Facts:
