@@ -226,12 +226,11 @@ def _keep_start(adapted: PeftModel) -> None:
 
 
 def _take_off(layer: Any, W0: Tensor) -> None:
-    """The layer's frozen weight becomes W0 - s B A, rounded once; the same bits from the same A and B."""
-    A, B = layer.lora_A["default"].weight.data.float(), layer.lora_B["default"].weight.data.float()
+    """The layer's frozen weight becomes W0 - s B A, rounded once: on the CPU, so that a resumed run finds the same bits."""
+    A, B = (factor["default"].weight.data.float().cpu() for factor in (layer.lora_A, layer.lora_B))
     delta = layer.scaling["default"] * (B @ A)  # [out, in]
-    base = layer.get_base_layer()
-    W0 = W0.to(base.weight.device)
-    base.weight.data = (W0.float() - (delta.T if layer.fan_in_fan_out else delta)).to(W0.dtype)
+    weight = layer.get_base_layer().weight
+    weight.data = (W0.float().cpu() - (delta.T if layer.fan_in_fan_out else delta)).to(weight.device, W0.dtype)
 
 
 def _targets(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, Any]]:
