@@ -186,7 +186,7 @@ def test_the_chosen_figure_decides_losses_the_other_way_round_and_nan_is_the_wor
 
     assert best(small, figures) == 0.002
     assert best(replace(small, metric="loss"), figures) == 0.001
-    assert best(small, {**figures, 0.002: {"accuracy": math.nan}}) == 0.001
+    assert best(small, {0.001: {"accuracy": -5.0}, 0.002: {"accuracy": math.nan}}) == 0.001
     with pytest.raises(ConfigError, match=r"cola-a-lr0.001-seed4: no validation figure f1 .* it has accuracy, loss"):
         best(replace(small, metric="f1"), figures)
 
@@ -223,9 +223,8 @@ def test_a_task_after_another_starts_each_cell_from_the_same_variant_and_seed_at
     assert {cell.tags["task"] for cell in one.wanted({})} == {"mnli"}
     found: dict[str, Outcome] = {}
     while left := [c for c in one.wanted(found) if c.name not in found]:
+        assert all(found[cell.after].status == "done" for cell in left if cell.after is not None)
         for cell in left:
-            if cell.after is not None:
-                assert found[cell.after].status == "done"
             found[cell.name] = done(cell.name, near(1e-3)(cell))
     cells = {cell.name: cell for cell in one.wanted(found)}
     assert cells["rte-duallora-lr0.01-seed4"].after == "mnli-duallora-lr0.001-seed4"
