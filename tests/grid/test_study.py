@@ -224,8 +224,7 @@ def test_a_task_after_another_starts_each_cell_from_the_same_variant_and_seed_at
     found: dict[str, Outcome] = {}
     while left := [c for c in one.wanted(found) if c.name not in found]:
         assert all(found[cell.after].status == "done" for cell in left if cell.after is not None)
-        for cell in left:
-            found[cell.name] = done(cell.name, near(1e-3)(cell))
+        found[left[-1].name] = done(left[-1].name, near(1e-3)(left[-1]))  # rte's first, as soon as they can be run
     cells = {cell.name: cell for cell in one.wanted(found)}
     assert cells["rte-duallora-lr0.01-seed4"].after == "mnli-duallora-lr0.001-seed4"
     assert cells["rte-lora-lr0.001-seed9"].after == "mnli-lora-lr0.001-seed9"
