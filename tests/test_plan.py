@@ -370,13 +370,9 @@ def test_a_model_of_another_kind_is_refused():
 
 def test_a_classifier_that_looks_at_its_labels_is_traced():
     """DeBERTa picks its loss by the labels' values, which fake tensors have not got."""
+    small = {"hidden_size": 96, "pooler_hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 2}
     config = config_of("deberta-v3-base")
-    for name, value in {
-        "hidden_size": 96,
-        "intermediate_size": 128,
-        "num_attention_heads": 2,
-        "vocab_size": 700,
-    }.items():
+    for name, value in {**small, "vocab_size": 700}.items():
         setattr(config, name, value)
     use = Traced(config, Setting("lora", rank=2, targets=["query_proj", "value_proj"]), depths=(2, 4)).use(2, 16)
     assert 0 < use.kept < use.peak

@@ -58,6 +58,13 @@ def test_training_time_by_hand(overrides, products):
     assert in_float32.training == pytest.approx(10 * found.training)
 
 
+def test_a_step_is_no_faster_than_two_readings_of_the_weights():
+    one = recipe(TARGETS, "train.max_steps=1000", "train.batch_size=1", "data.max_length=8")
+    shape, found = cost.shape(one), cost.cost(one, ROUND)
+    assert found.tokens * 6 * shape.linear / 50e12 < found.training
+    assert found.training == pytest.approx(1000 * 2 * 2 * shape.base / 600e9)
+
+
 def test_steps_follow_the_rows_that_are_left():
     """An epoch of CoLA without 855 rows in batches of 32."""
     one = load_recipe(

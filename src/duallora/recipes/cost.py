@@ -1,19 +1,21 @@
 """What a run will cost, before any of it has run: predictions, each with the assumption it rests on.
 
     training   F = [2 N + 2 N + 2 N_w (+ 2 N) + 6 n] per token + 6 r N_a per step
-               seconds = F / (MFU x peak)
+               seconds = F / (MFU x peak), or 2 bytes / (MBU x bandwidth) where that is more
 
 N are the weights in matrix products (the head of a language model too, embeddings not), N_a those with an adapter and
 N_w those whose gradient [out, in] is formed: all in full fine-tuning, N_a for Dual LoRA (its factors' gradients come
 from that of W'), none for LoRA. A token costs 2 N forward, 2 N for the gradients of activations, 2 N again where
 activations are recomputed, and 6 n in n trained weights that it passes through itself, as LoRA's: 4 N + 6 n for LoRA,
-6 N in full. Products of factors of rank r are formed once per step.
+6 N in full. Products of factors of rank r are formed once per step. However few the tokens, a step reads all weights
+twice.
 Attention's own products are left out (under 2 % of a LLaMA-7B at 120 tokens). Rows are real tokens, without padding.
 
     generation   prompts at 2 N per token as above; then each step reads every weight once:
                  seconds = steps x bytes / (MBU x bandwidth)
 
-MFU and MBU are assumptions, not measurements; what a GPU really gives at these small batches may be half of it.
+MFU and MBU are assumptions, not measurements; small models at small batches, whose time goes into starting kernels, get
+a fraction of it.
 """
 
 from __future__ import annotations
@@ -186,7 +188,8 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     per_step = 6 * _rank(recipe) * counted.adapted if method in _FORMED else 0
     half = recipe.model.dtype in ("bfloat16", "float16")
     rate = gpu.efficiency * 1e12 * (gpu.bfloat16 if half else gpu.float32)
-    training = (tokens * per_token + steps * per_step) / rate
+    read = counted.base * (2 if half else 4) / (MBU * 1e9 * gpu.bandwidth)
+    training = max((tokens * per_token + steps * per_step) / rate, 2 * steps * read)
 
     scored = {"validation": min(held_out or known.validation, recipe.data.eval_limit or known.validation)}
     if recipe.eval.test:
@@ -194,7 +197,6 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     scoring = 2 * scored["validation"] * length * 2 * counted.linear / rate  # the loss before and after
     if recipe.eval.metrics and known.generated:
         answer = min(known.generated, recipe.eval.max_new_tokens or known.generated)
-        read = counted.base * (2 if half else 4) / (MBU * 1e9 * gpu.bandwidth)
         for count in scored.values():
             scoring += count * known.prompt * 2 * counted.linear / rate
             scoring += math.ceil(count / recipe.eval.batch_size) * answer * read
