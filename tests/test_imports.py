@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "methods": {"methods", "tuner", "ops", "core", "errors"},
     "tasks": {"tasks", "errors"},
     "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "lm_eval": {"train", "errors"},
     "plots": {"train", "errors"},
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},

@@ -231,6 +231,8 @@ def evaluate(
         console=console.results,
     )
     _show_scores(source, chosen, split, result)
+    if result.note:
+        console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
     payload = {
         "source": source,
         "task": chosen.name,
@@ -239,6 +241,7 @@ def evaluate(
         "n": len(result.examples),
         "main_metric": chosen.main_metric,
         "metrics": result.metrics,
+        "note": result.note,
         "labels": chosen.labels,
         "predictions": result.predictions,
     }
@@ -247,7 +250,7 @@ def evaluate(
         settings |= generation
         settings |= {"scoring": scoring} if scoring == "likelihood" else {}
         more: dict[str, Any] = {
-            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "predictions")
+            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "note", "predictions")
         }
         fingerprints = {split: chosen.fingerprint(split)}
         record.write_json(

@@ -8,7 +8,7 @@ block that saw the prompt would forbid 61 % of the test references.
 
 Validation and test hold one example for each meaning with all its references (547 and 630 meanings); training holds
 one for each sentence. Figures: BLEU (sacrebleu, 13a, lower case: equal to the official one), NIST, ROUGE-L and CIDEr;
-METEOR needs the official scorer's Java program and is left out.
+with Java and the official scorer's programs (`official`) METEOR too, and ROUGE-L and CIDEr on its tokens.
 
 Local files: ``e2e_nlg/{train,valid,test}.txt`` as microsoft/LoRA ships them, lines ``name : X | area : Y||sentence``,
 which are tokenised ("city centre ."). Without a data folder: tuetschek/e2e_nlg on the hub, whose sentences are not;
@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from duallora.tasks import metrics, nlg
+from duallora.tasks import metrics, nlg, official
 from duallora.tasks.example import Example
 from duallora.tasks.files import Faults, load_hub
 from duallora.tasks.local import find_file
@@ -58,20 +58,45 @@ def load(name: str, folder: Path | None) -> Task:
             "no_repeat_ngram_size": 4,
             "do_sample": False,
         },
+        programs=official_metrics,
         extract=lambda text, example: first_line(text),
         source=f"{folder} (e2e_nlg)" if folder else f"hub {_HUB[0]}",
     )
 
 
 def e2e_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """BLEU and ROUGE-L in percent, NIST and CIDEr on their own scales, over all references of each meaning."""
+    """BLEU and ROUGE-L in percent, NIST and CIDEr on their own scales, over all references of each meaning.
+
+    ``nist`` is the scorer's with ``-p``, as LoRA's scripts call it, and ``nist_perl`` what it prints without.
+    """
     references = [example.references for example in examples]
     return {
         "bleu": metrics.bleu(predictions, references, lowercase=True),
         "nist": nlg.nist(predictions, references),
+        "nist_perl": nlg.nist(predictions, references, perl=True),
         "rouge_l": nlg.rouge_l(predictions, references),
         "cider": nlg.cider(predictions, references),
     }
+
+
+def official_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> tuple[dict[str, float], str]:
+    """METEOR in percent, ROUGE-L and CIDEr on the official tokens; nothing, and why, where the programs are not here."""
+    if reason := official.missing():
+        return {}, (
+            f"METEOR is left out: {reason}. ROUGE-L and CIDEr are on duallora's own tokens, close to the official ones "
+            "(docs/evaluation.md)"
+        )
+    references = [example.references for example in examples]
+    texts = list(dict.fromkeys([*predictions, *(text for own in references for text in own)]))
+    found = dict(zip(texts, official.tokens(texts), strict=True))
+    figures = {
+        "meteor": official.meteor(
+            [found[text] for text in predictions], [[found[text] for text in own] for own in references]
+        ),
+        "rouge_l": nlg.rouge_l(predictions, references, tokenize=found.__getitem__),
+        "cider": nlg.cider(predictions, references, tokenize=found.__getitem__),
+    }
+    return figures, "METEOR, and the tokens of ROUGE-L and CIDEr, by the official Java programs"
 
 
 def first_line(text: str) -> str:

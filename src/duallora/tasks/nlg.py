@@ -1,8 +1,9 @@
 """NIST, ROUGE-L and CIDEr with several references, as the E2E challenge's scorer computes them, without Java.
 
-NIST follows the scorer's own Python variant (its ``-p`` option; the Perl script differs in the second digit).
-ROUGE-L and CIDEr follow the COCO caption code behind the scorer, down to its quirks, each noted below; its Stanford
-tokenizer is replaced by `ptb_tokens`. METEOR is left out: it is defined by a Java program with its paraphrase table.
+NIST is the scorer's own Python variant (its ``-p`` option, which LoRA's scripts and so the paper use) or, differing in
+the second digit, the Perl script it runs by default. ROUGE-L and CIDEr follow the COCO caption code behind the scorer,
+down to its quirks, each noted below; its Stanford tokenizer is replaced by `ptb_tokens` where `official` has no Java to
+run it. METEOR is defined by a Java program: `official`.
 
 References: Doddington 2002 (NIST); Lin 2004 (ROUGE-L); Vedantam et al. 2015, arXiv 1411.5726 (CIDEr); the scorer is
 github.com/tuetschek/e2e-metrics.
@@ -13,16 +14,21 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 NGram = tuple[str, ...]
 
 
-def nist(predictions: Sequence[str], references: Sequence[Sequence[str]], *, order: int = 5) -> float:
+def nist(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, order: int = 5, perl: bool = False
+) -> float:
     """Corpus NIST over n-grams up to ``order``; mteval-13a tokens, lower case. 0 and up, no fixed top.
 
     A hit (clipped by the most any one reference has) weighs log2(count of its head / its count), counted over all
     references. The brevity factor is 0.5 at 2/3 of the references' mean length.
+
+    perl: as the Perl script mteval-v13a-sig.pl. It takes the mean length over as many references as the row with most
+        has, as if the others had empty ones; the head "0" for none; and a text shorter than n for one without n-grams.
     """
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -31,8 +37,9 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]], *, ord
     counts: list[Counter[NGram]] = [Counter() for _ in range(order + 1)]
     produced = [0] * (order + 1)
     reference_length = 0.0
+    most_references = max(map(len, references), default=1)
     for text, others in zip(predictions, references, strict=True):
-        guess = tokenize(text).lower().split()
+        guess = tokenize(text).lower().split() or ([] if perl else [""])
         golds = [tokenize(other).lower().split() for other in others]
         for n in range(1, order + 1):
             most: Counter[NGram] = Counter()
@@ -41,12 +48,16 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]], *, ord
                 most |= own
                 counts[n].update(own)  # "+=" would copy the whole count each time
             hits[n] += Counter(_ngrams(guess, n)) & most
-            produced[n] += len(guess) - n + 1  # below 0 for a text shorter than n, as in the scorer
+            # Below 0 for a text shorter than n, as in the scorer.
+            produced[n] += max(0, len(guess) - n + 1) if perl else len(guess) - n + 1
         counts[0][()] += sum(map(len, golds))
-        reference_length += sum(map(len, golds)) / len(golds)
+        reference_length += sum(map(len, golds)) / (most_references if perl else len(golds))
     gain = 0.0
     for n in range(1, order + 1):
-        weight = sum(count * math.log2(counts[n - 1][gram[:-1]] / counts[n][gram]) for gram, count in hits[n].items())
+        weight = 0.0
+        for gram, count in hits[n].items():
+            head = counts[0][()] if perl and gram[:-1] == ("0",) else counts[n - 1][gram[:-1]]
+            weight += count * math.log2(head / counts[n][gram])
         gain += weight / max(1, produced[n])
     ratio = produced[1] / reference_length if reference_length else 0.0
     if ratio <= 0:
@@ -55,17 +66,23 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]], *, ord
     return gain * math.exp(beta * math.log(min(1.0, ratio)) ** 2)
 
 
-def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over rows of the ROUGE-L F-score (beta 1.2), in percent.
+Tokenize = Callable[[str], list[str]]
+
+
+def rouge_l(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize | None = None
+) -> float:
+    """Mean over rows of the ROUGE-L F-score (beta 1.2), in percent; ``tokenize`` is `ptb_tokens` unless given.
 
     Precision and recall are each the best over the references, not those of one best reference.
     """
+    tokenize = tokenize or ptb_tokens
     total = 0.0
     for text, others in zip(predictions, references, strict=True):
-        guess = ptb_tokens(text)
+        guess = tokenize(text)
         precision = recall = 0.0
         for other in others:
-            gold = ptb_tokens(other)
+            gold = tokenize(other)
             common = _longest_common_subsequence(guess, gold)
             precision = max(precision, common / max(1, len(guess)))
             recall = max(recall, common / max(1, len(gold)))
@@ -75,13 +92,20 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def cider(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, order: int = 4, sigma: float = 6
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    order: int = 4,
+    sigma: float = 6,
+    tokenize: Tokenize | None = None,
 ) -> float:
     """Mean over rows of CIDEr, 0 to 10: tf-idf cosine of 1- to 4-grams with clipping and a length factor.
 
-    The document frequency of an n-gram is the number of rows one of whose references has it.
+    The document frequency of an n-gram is the number of rows one of whose references has it. ``tokenize`` is
+    `ptb_tokens` unless given.
     """
-    golds = [[_all_ngrams(other, order) for other in others] for others in references]
+    tokenize = tokenize or ptb_tokens
+    golds = [[_all_ngrams(tokenize(other), order) for other in others] for others in references]
     frequency: Counter[NGram] = Counter()
     for own in golds:
         frequency.update({gram for gold in own for gram in gold})
@@ -97,7 +121,7 @@ def cider(
 
     total = 0.0
     for text, own in zip(predictions, golds, strict=True):
-        guess, guess_norms, guess_length = vector(_all_ngrams(text, order))
+        guess, guess_norms, guess_length = vector(_all_ngrams(tokenize(text), order))
         for gold in own:
             parts, norms, length = vector(gold)
             factor = math.exp(-((guess_length - length) ** 2) / (2 * sigma**2))
@@ -128,8 +152,7 @@ def ptb_tokens(text: str) -> list[str]:
     return tokens
 
 
-def _all_ngrams(text: str, order: int) -> Counter[NGram]:
-    tokens = ptb_tokens(text)
+def _all_ngrams(tokens: Sequence[str], order: int) -> Counter[NGram]:
     return Counter(gram for n in range(1, order + 1) for gram in _ngrams(tokens, n))
 
 

@@ -58,6 +58,9 @@ class Task:
     """Class names by id (classify)."""
     metrics: Metrics
     """(predictions, examples) -> figures; predictions are texts, class ids or floats according to ``kind``."""
+    programs: Callable[[Sequence, Sequence[Example]], tuple[dict[str, float], str]] | None = None
+    """As ``metrics``, by programs outside of Python that may be absent: figures that join or replace those, and a note on
+    what was computed how; too slow to be asked again for each resample of a bootstrap."""
     main_metric: str
     """The key of ``metrics`` that ranks models; greater is better."""
     generation: Mapping[str, Any] = field(default_factory=dict)

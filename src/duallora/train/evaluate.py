@@ -55,11 +55,12 @@ SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside it
 @dataclass(frozen=True)
 class EvalResult:
     """``metrics`` holds the task's figures and ``loss`` (``perplexity`` too where the task generates); predictions
-    (texts, class ids or floats) and examples are in the order of the split."""
+    (texts, class ids or floats) and examples are in the order of the split. ``note`` says what a figure's name does not."""
 
     metrics: dict[str, float]
     predictions: list[Any]
     examples: list[Example]
+    note: str = ""
 
 
 def evaluate(
@@ -107,7 +108,12 @@ def evaluate(
             logits = classify(model, tokenizer, rows, **shared)
             losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
-    return EvalResult({**task.metrics(predictions, examples), **losses}, predictions, examples)
+    more: dict[str, float] = {}
+    note = ""
+    if task.programs is not None:
+        programs = task.programs
+        more, note = processes.from_main(lambda: programs(predictions, examples))
+    return EvalResult({**task.metrics(predictions, examples), **more, **losses}, predictions, examples, note)
 
 
 def check_scoring(task: Task, scoring: Scoring) -> None:

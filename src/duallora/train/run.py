@@ -111,6 +111,7 @@ class _Run:
         self.checkpoints = folder / "checkpoints"
         self.began = False  # whether a training step may have been taken
         self.facts: dict[str, Any] = {}
+        self.notes: dict[str, str] = {}  # on the figures, by split
 
     def go(self) -> dict[str, Any]:
         previous = self.processes.from_main(self._previous)
@@ -213,6 +214,7 @@ class _Run:
                     parameters=self.facts["parameters"],
                     **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
+                    notes=self.notes,
                 ),
             )
         self._write_facts(status="done", finished=record.now(), result=result)
@@ -498,6 +500,9 @@ class _Run:
     def _say_scores(self, result: evaluate.EvalResult, split: str) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
         say(self.console, "scores", f"{figures} ({len(result.examples):,} {split} rows)")
+        if result.note:
+            say(self.console, "note", escape(result.note))
+            self.notes[split] = result.note
 
     def _test(self, model, tokenizer, task: Task) -> dict[str, Any]:
         """The figures on the test rows, and every prediction beside what it should have been in predictions.jsonl."""
