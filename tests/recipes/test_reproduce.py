@@ -41,7 +41,7 @@ def small_table(tiny_encoder_folder, monkeypatch) -> None:
             "train.report_to": [], "eval.test": True,
         }  # fmt: skip
         tasks = {"cola": {"data.task": "cola", "data.holdout": 8}}
-        rows = methods([("lora", 16), ("duallora", 8)], ["query", "value"])
+        rows = methods([("duallora", 8)], ["query", "value"])
         return Study(
             "table2", base, tasks, rows, search={"train.learning_rate": [1e-3]}, seeds=(0,), reference="duallora-r8"
         )
@@ -58,7 +58,7 @@ def run(capsys, *arguments: str) -> dict:
 
 def test_a_table_ends_with_its_figures_beside_the_paper_and_is_not_run_twice(cola, small_table, capsys):
     """The second time nothing is left to do, and it ends with the same summary."""
-    command = ["table2", "--scale", "mini", "--only", "variant=duallora-r8", "-o", "runs/t"]
+    command = ["table2", "--scale", "mini", "-o", "runs/t"]
     first = run(capsys, *command)
     assert first["status"] == "done", first
     done = {path: path.stat().st_mtime_ns for path in Path("runs/t/cells").glob("*/metrics.json")}
@@ -70,18 +70,19 @@ def test_a_table_ends_with_its_figures_beside_the_paper_and_is_not_run_twice(col
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert json.loads(Path("results/studies/table2-mini.json").read_text())["rows"] == summary["rows"]
     # The paper's CoLA of RoBERTa-base stands beside ours.
-    assert re.search(r"duallora-r8 +[\d,]+ +-?\d+\.\d\d \(67\.8\)", shown)
+    assert re.search(r"duallora-r8 \(Dual LoRA\) +-?\d+\.\d \(paper 67\.8\)", shown)
 
 
 def test_a_dry_run_writes_nothing_and_its_commands_are_the_cells(cola, small_table, capsys, tmp_path):
     out = run(capsys, "table2", "--scale", "mini", "--dry-run", "-o", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "results").exists()
-    part = reproduce.parts("table2", "mini")[0]
-    assert out["runs"] == part.study.expected({}) == 2
-    cells = part.first_cells()
-    assert len(out["commands"]) == len(cells) == 2
-    for line, cell in zip(out["commands"], cells, strict=True):
+    assert (out["runs"], len(out["commands"])) == (1, 1)
+    parts = [*reproduce.parts("table2", "mini"), *reproduce.parts("table5", "paper")]
+    cells = [cell for part in parts for cell in part.first_cells()]
+    lines = [*out["commands"], *reproduce.commands(parts[1:])]
+    assert len(cells) == 1 + 7 * 4
+    for line, cell in zip(lines, cells, strict=True):
         words = shlex.split(line)
         assert words[:2] == ["duallora", "train"]
         overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
@@ -104,6 +105,26 @@ def test_the_paper_scale_asks_first(cola, capsys, monkeypatch):
     assert cli.run(["reproduce", "table3", "--scale", "paper", "-o", "runs/t3"]) == 2
     assert "--yes" in capsys.readouterr().err
     assert not Path("runs/t3").exists()
+
+
+def test_a_part_of_a_table_does_not_take_its_place(cola, small_table, capsys, monkeypatch):
+    """Its summary stays with the runs, so that a committed one is not overwritten by half of itself."""
+    monkeypatch.setattr("duallora.grid.run.run", lambda *args, **kwargs: {})
+    Path("runs/t").mkdir(parents=True)
+    part = reproduce.parts("table2", "mini", folder=Path("runs/t"))[0]
+    Path("runs/t/study.yaml").write_text(part.study.yaml())
+    out = run(capsys, "table2", "--scale", "mini", "--only", "task=cola", "-o", "runs/t")
+    assert out["summaries"] == {"table2": "runs/t/summary.json"}
+    assert not Path("results").exists()
+
+
+def test_commands_of_a_task_that_waits_say_for_what():
+    chosen = reproduce.parts(
+        "table2", "paper", ["study=table2-roberta-base", "task=mnli", "task=rte", "variant=lora-r8"]
+    )
+    lines = reproduce.commands(chosen)
+    assert len(lines) == 2 * 5
+    assert ["adapter.start=" in line and "BEST-OF-MNLI" in line for line in lines] == [False] * 5 + [True] * 5
 
 
 def test_only_that_leaves_nothing_names_what_there_is():

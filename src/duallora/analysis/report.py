@@ -249,6 +249,9 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
 def _said(summary: Summary, line: Printed, heading: str) -> float | None:
     """The paper's figure of a column; its average is that of the other columns, since ours are not always all of its."""
     figures = line.get("figures", {})
+    if len(summary["tasks"]) == 1:  # of a table of tasks, whose columns are tasks
+        ((task, facts),) = summary["tasks"].items()
+        heading = task if heading == facts["metric"] and heading not in figures else heading
     if heading != AVERAGE:
         return figures.get(heading)
     others = [other for other, *_ in _columns(summary) if other not in (AVERAGE, *LOWER_IS_BETTER)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,7 +86,9 @@ def reproduce(
     ] = None,
     result: Annotated[
         Path | None,
-        typer.Option("--result", metavar="FILE", help="Summary as JSON; results/studies/STUDY-SCALE.json."),
+        typer.Option(
+            "--result", metavar="FILE", help="Summary; results/studies/STUDY-SCALE.json (of a part: in its folder)."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -132,6 +135,7 @@ def reproduce(
     if scale == "paper" and not yes and not typer.confirm("\nStart these runs?", err=True):
         raise ConfigError("nothing was started; --dry-run shows the plan alone, --yes starts without asking")
 
+    from duallora.analysis import report as page
     from duallora.analysis import studies
     from duallora.grid.run import require_all, run
 
@@ -139,9 +143,10 @@ def reproduce(
     for part in chosen:
         found = run(part.study, part.folder, workers=workers, ray=ray, console=console.results, keep=keep)
         summary = studies.summarise(part.folder, scale=scale)
-        file = result or SUMMARIES / f"{part.study.name}-{scale}.json"
+        whole = SUMMARIES / f"{part.study.name}-{scale}.json"
+        file = result or (part.folder / "summary.json" if only else whole)  # a part does not take the whole one's place
         studies.save(summary, file)
-        table.show_beside(console.results, summary)
+        _show(page.tables(summary, table.printed_lines(part.study.name)))
         for sentence in summary["statement"]:
             console.results.print(sentence, soft_wrap=True, markup=False)
         console.results.print(
@@ -221,3 +226,19 @@ def report(
     for file in filter(None, (output, markdown)):
         console.results.print(f"written to [bold]{file}[/]", soft_wrap=True)
     return made
+
+
+def _show(tables: Sequence[Any]) -> None:
+    """Tables of `duallora.analysis.report` in the terminal, small print in brackets."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    for found in tables:
+        table = Table(*found.head, box=SIMPLE, title=escape(found.title), title_justify="left")
+        for row in found.rows:
+            table.add_row(
+                *(escape(value.text) + (f" [dim]({escape(value.small)})[/]" if value.small else "") for value in row)
+            )
+        console.results.print(table)
+        console.results.print(f"[dim]{escape(found.caption)}[/]", soft_wrap=True)

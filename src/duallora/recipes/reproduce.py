@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from duallora.errors import ConfigError
 from duallora.grid.study import CELLS, EXTENSIONS, Cell, Study
-from duallora.recipes import HOME, printed, studies
+from duallora.recipes import printed, studies
 from duallora.train.recipe import yaml_value
 
 # The columns of Tables 1, 3, 5 and 6 as the task "commonsense" calls its figures.
@@ -240,57 +240,3 @@ def printed_lines(study: str) -> list[dict[str, Any]]:
         {**line, "figures": {_COMMONSENSE.get(name, name): value for name, value in line["figures"].items()}}
         for line in lines
     ]
-
-
-def show_beside(console: Console, summary: Mapping[str, Any]) -> None:
-    """The figures of a summarised study on test rows, the paper's in brackets where it prints one for the same."""
-    paper = {row.variant: row for row in printed_rows(summary["name"])}
-    rows = summary["rows"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    single = len(tasks) == 1
-    columns = tasks
-    if single and paper:  # Tables 1, 3, 4, 5, 6: several figures of one task
-        columns = [column for column in next(iter(paper.values())).figures if _figure(rows[0], column)] or tasks
-    table = Table(Column("variant", no_wrap=True), Column("trained", justify="right"), box=SIMPLE)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = {row["task"]: row for row in rows if row["variant"] == variant}
-        known = paper.get(variant)
-        cells = []
-        for column in columns:
-            row = own.get(column) or (next(iter(own.values())) if single else None)
-            found = None if row is None else ((row["mean"], row["sd"]) if column in own else _figure(row, column))
-            said = known.figures.get(column) if known else None
-            text = (
-                "-"
-                if found is None or found[0] is None
-                else f"{found[0]:.2f}" + (f" ± {found[1]:.2f}" if found[1] else "")
-            )
-            cells.append(text + (f" [dim]({said:g})[/]" if said is not None else ""))
-        trained = next((row["parameters"].get("trainable") for row in own.values() if row.get("parameters")), None)
-        table.add_row(escape(variant), f"{trained:,}" if trained else "-", *cells)
-    console.print(table)
-    if paper:
-        console.print(
-            f"[dim]mean ± standard deviation over seeds, on test rows; in brackets the paper's {escape(next(iter(paper.values())).model)} figures[/]",
-            soft_wrap=True,
-        )
-    for row in paper.values():
-        if row.note or row.copied:
-            console.print(
-                f"[dim]{escape(row.variant)}: {escape('; '.join(filter(None, (row.copied, row.note))))}[/]",
-                soft_wrap=True,
-            )
-
-
-def _figure(row: Mapping[str, Any], column: str) -> tuple[float, float | None] | None:
-    """(mean, deviation) of a column of the paper in a row that holds all figures of one task."""
-    every = row.get("every", {})
-    found = every.get(column) or every.get(f"accuracy_{_COMMONSENSE.get(column, column)}")
-    return (found["mean"], found["sd"]) if found and found["mean"] is not None else None
-
-
-def names() -> list[str]:
-    """What can be reproduced."""
-    return list(HOME)
