@@ -16,9 +16,10 @@ from duallora.tasks import metrics
 
 GOLD = {"cola": np.random.default_rng(0).integers(0, 2, 150).tolist()}
 GOLD["stsb"] = (np.random.default_rng(1).random(120) * 5).round(2).tolist()
+GOLD["twin"] = GOLD["cola"]  # a second task of as many rows
 GOLD["commonsense"] = [("boolq", ["true"])] * 40 + [("piqa", ["solution1"])] * 20
 BOOLQ, PIQA = slice(40), slice(40, 60)
-MAIN = {"cola": "matthews", "stsb": "pearson", "commonsense": "average"}
+MAIN = {"cola": "matthews", "twin": "matthews", "stsb": "pearson", "commonsense": "average"}
 ENVIRONMENT = {
     "commit": "a" * 40, "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "device": "cpu (test)",
     "threads": 1, "platform": "Linux x86_64",
@@ -26,7 +27,7 @@ ENVIRONMENT = {
 
 
 def score(task: str, guess: list) -> dict[str, float]:
-    if task == "cola":
+    if task in ("cola", "twin"):
         return {
             "matthews": metrics.matthews(guess, GOLD[task]),
             "accuracy": metrics.accuracy(guess, GOLD[task]),
@@ -45,7 +46,7 @@ def score(task: str, guess: list) -> dict[str, float]:
 def guesses(task: str, skill: float, seed: int) -> list:
     """Predictions that hit with probability ``skill`` (cola) or have about that correlation (stsb)."""
     random = np.random.default_rng(seed)
-    if task == "cola":
+    if task in ("cola", "twin"):
         return [int(gold if random.random() < skill else 1 - gold) for gold in GOLD[task]]
     if task == "commonsense":
         return [own[0] if random.random() < skill else "" for _, own in GOLD[task]]

@@ -142,6 +142,19 @@ def test_lucky_seeds_do_not_say_more_than_their_test_set():
     assert found.interval[0] < found.interval_of_models[0] < 80 < found.interval_of_models[1] < found.interval[1]
 
 
+def test_what_examples_do_to_single_seeds_is_counted_once():
+    """It shows in the bootstrap and between the seeds; with the spread known, the mean's error is the textbook's."""
+    random = np.random.default_rng(2)
+    sample = two_way(random, 4000, 3, seed_sd=0, example_sd=0, both_sd=1, rounds=20_000)
+    alone = 1 / np.sqrt(4000)
+    spread = max(sample.figures.std(ddof=1), alone)
+    assert spread < 1.3 * alone
+    known = draws(sample, statistics.Pool(alone, 10**6))
+    assert known.std() == pytest.approx(spread / np.sqrt(3), rel=0.06)
+    together = two_way(random, 4000, 3, seed_sd=0, example_sd=1, both_sd=0, rounds=20_000)
+    assert draws(together).std() == pytest.approx(alone, rel=0.06)
+
+
 def test_identical_predictions_differ_by_exactly_nothing():
     gold = [0.5, 1.25, 3.0, 4.0, 2.5, 5.0]
     runs = [[0.4, 1.0, 3.5, 4.5, 2.0, 4.0], [1.4, 1.0, 3.0, 3.5, 2.0, 5.0], [0.0, 2.0, 3.5, 4.5, 2.5, 4.0]]

@@ -75,6 +75,16 @@ def test_pairs_are_seed_by_seed_differences_against_the_reference(summary):
     assert whole["mean"] == pytest.approx((pair["mean"] + pair_of(summary, "stsb", "lora")["mean"]) / 2, rel=1e-4)
 
 
+def test_tasks_are_resampled_apart_however_alike_their_sizes(tmp_path):
+    """Two tasks of 150 rows and the same predictions: their mean must be surer than either, by sqrt(2)."""
+    tasks = {name: {"data.task": "cola"} for name in ("cola", "twin")}
+    summary = studies.summarise(work_off(tmp_path, two_tasks(tasks=tasks, search={}), lambda cell: 0.8), rounds=3000)
+    single, whole = (
+        np.ptp(row_of(summary, task, "lora")["interval_of_models"]) for task in ("cola", "average")
+    )  # fmt: skip
+    assert whole == pytest.approx(single / np.sqrt(2), rel=0.1)
+
+
 def test_methods_with_equal_predictions_cannot_be_told_apart(tmp_path):
     """LoRA and DoRA of the made-up grid predict the same; the summary must not find a winner."""
     summary = studies.summarise(work_off(tmp_path, two_tasks(reference="lora"), made_up), rounds=500)
@@ -120,13 +130,19 @@ def test_an_unfinished_study_says_how_much_of_it_there_is(tmp_path):
 
 def test_a_seed_that_diverged_at_the_chosen_value_is_named(tmp_path):
     study = two_tasks(tasks={"cola": {"data.task": "cola"}})
-    skill = lambda cell: None if cell.tags["seed"] == 2 and cell.tags["variant"] == "lora" else made_up(cell)  # noqa: E731
+    skill = lambda cell: None if cell.tags["seed"] == 1 and cell.tags["variant"] == "lora" else made_up(cell)  # noqa: E731
     summary = studies.summarise(work_off(tmp_path, study, skill), rounds=200)
-    assert row_of(summary, "cola", "lora")["seeds"] == [0, 1]
-    assert pair_of(summary, "cola", "lora")["seeds"] == [0, 1]
+    assert row_of(summary, "cola", "lora")["seeds"] == [0, 2]
+    pair = pair_of(summary, "cola", "lora")
+    assert pair["seeds"] == [0, 2]
+    by_seed = [
+        score("cola", guesses("cola", 0.9, seed))["matthews"] - score("cola", guesses("cola", 0.7, seed))["matthews"]
+        for seed in (0, 2)
+    ]
+    assert pair["mean"] == pytest.approx(np.mean(by_seed), rel=1e-4)
     assert pair_of(summary, "cola", "dora")["seeds"] == [0, 1, 2]
     assert any(
-        line.startswith("lora on cola diverged at its chosen value with seed 2") for line in summary["statement"]
+        line.startswith("lora on cola diverged at its chosen value with seed 1") for line in summary["statement"]
     )
 
 
