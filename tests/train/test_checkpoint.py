@@ -8,7 +8,7 @@ import torch
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.train import checkpoint, record
 
-FILES = ("adapter_config.json", *checkpoint.REQUIRED, *checkpoint.rng_files(1))
+FILES = ("adapter_config.json", checkpoint.WEIGHTS[0], *checkpoint.REQUIRED, *checkpoint.rng_files(1))
 
 
 def make(folder, step, files=FILES):
@@ -59,7 +59,7 @@ def test_the_generators_of_every_process_belong_to_a_checkpoint(tmp_path):
     for count, present in ((2, 2), (3, 2)):
         path = tmp_path / f"checkpoint-{count}"
         path.mkdir()
-        for name in (*checkpoint.REQUIRED, *checkpoint.rng_files(present)):
+        for name in (checkpoint.WEIGHTS[1], *checkpoint.REQUIRED, *checkpoint.rng_files(present)):
             (path / name).write_text(name)
         checkpoint.commit(path, step=count, fingerprints={"processes": count})
     assert checkpoint.verify(tmp_path / "checkpoint-2") is None

@@ -63,6 +63,28 @@ def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
     assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
 
 
+@pytest.mark.parametrize("start", ["pissa", "corda", "eva"])
+def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, console, tmp_path):
+    """The base that it moves is moved by the other run's start, without a look at this run's data."""
+    first = run.train(make_recipe(*settings(start), output=tmp_path / "first"), console=console)
+    recipe = make_recipe(*settings(start, f"adapter.start={tmp_path / 'first'}", "seed=3"), output=tmp_path / "again")
+    again = run.train(recipe, console=console)
+    assert again["metrics"].get("start_rows") is None
+    model, tokenizer = evaluate.load_adapter(tmp_path / "again", "generate")
+    task = run.load(recipe, console)
+    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
+    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(again["metrics"]["loss"], abs=2e-6)
+    begun, _ = evaluate.load_adapter(tmp_path / "first", "generate")
+    before = evaluate.loss_on(begun, tokenizer, held_out, "generate")
+    assert again["metrics"]["loss_before"] == pytest.approx(before, abs=2e-6)
+    assert before != pytest.approx(first["metrics"]["loss_before"], abs=1e-4)
+    other = make_recipe(
+        *settings(start, f"adapter.start={tmp_path / 'first'}", "adapter.r=2"), output=tmp_path / "other"
+    )
+    with pytest.raises(ConfigError, match=r"expected the adapter of a run with the same|r=2|Set adapter.r as there"):
+        run.train(other, console=console)
+
+
 @pytest.mark.parametrize("start", list(STARTS))
 def test_before_the_first_step_the_function_is_the_base_models(start, make_recipe, console, tiny_causal_folder):
     """W_res + s B0 A0 = W0, though B0 A0 is not 0."""

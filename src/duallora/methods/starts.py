@@ -51,6 +51,7 @@ ROWS = 256  # CorDA's paper
 PASSES = 100  # over the rows, in which EVA's directions must have settled
 
 SETTINGS = ("calibration", "corda_method", "corda_config", "eva_config", "lora_ga_config")
+_FACTORS = ("lora_A.weight", "lora_B.weight")
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -161,7 +162,15 @@ def resume(model: nn.Module, config: Any, folder: Path) -> PeftModel:
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     config.init_lora_weights = init
     if start in MOVING:
-        set_peft_model_state_dict(adapted, _split(load_peft_weights(str(folder), device="cpu"))[1])
+        first = split(load_peft_weights(str(folder), device="cpu"))[1]
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        for name, value in own.items():
+            if name.endswith(_FACTORS) and (name not in first or first[name].shape != value.shape):
+                raise ConfigError(
+                    f"{folder} holds no start for {name} {list(value.shape)}: expected the adapter of a run with the same "
+                    f"init_lora_weights={init!r}, modules and ranks"
+                )
+        set_peft_model_state_dict(adapted, first)
         for _, layer in _layers(adapted):
             _take_off(layer, layer.get_base_layer().weight)
         _keep_start(adapted)
@@ -170,10 +179,18 @@ def resume(model: nn.Module, config: Any, folder: Path) -> PeftModel:
 
 def save(adapted: Adapted, folder: Path) -> None:
     """PEFT's form of the adapter, for the untouched base model."""
-    model = adapted.model
     if "first" not in adapted.state:
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        adapted.model.save_pretrained(str(folder), save_embedding_layers=False)
         return
+    config, tensors = for_the_base(adapted)
+    config.save_pretrained(str(folder))
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(contiguous, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def for_the_base(adapted: Adapted) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and tensors of the LoRA of rank 2 r that does on W0 what the factors do on W_res."""
+    model = adapted.model
     tensors = {
         name: value.detach().cpu()
         for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
@@ -191,24 +208,22 @@ def save(adapted: Adapted, folder: Path) -> None:
     config.corda_config = None
     if hasattr(config, "lora_ga_config"):
         config.lora_ga_config = None
-    config.save_pretrained(str(folder))
-    contiguous = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(contiguous, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return config, tensors
 
 
 def restore(adapted: Adapted, folder: Path) -> None:
     """The trained tensors of :func:`save`'s folder into the model that :func:`attach` or :func:`resume` gave."""
     tensors = load_peft_weights(str(folder), device="cpu")
     if "first" in adapted.state:
-        tensors = _split(tensors)[0]
+        tensors = split(tensors)[0]
     set_peft_model_state_dict(adapted.model, tensors)
 
 
-def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the trained tensors, A0 and B0) of what :func:`save` has put together."""
     trained, first = dict(tensors), {}
     for name, value in tensors.items():
-        if name.endswith(("lora_A.weight", "lora_B.weight")):
+        if name.endswith(_FACTORS):
             down = name.endswith("lora_A.weight")
             own, start = value.chunk(2, dim=0 if down else 1)
             trained[name], first[name] = own.contiguous(), start.contiguous() if down else -start
@@ -217,11 +232,7 @@ def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 def _keep_start(adapted: PeftModel) -> None:
     tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    first = {
-        name: value.detach().cpu().clone()
-        for name, value in tensors.items()
-        if name.endswith(("lora_A.weight", "lora_B.weight"))
-    }
+    first = {name: value.detach().cpu().clone() for name, value in tensors.items() if name.endswith(_FACTORS)}
     object.__setattr__(adapted, "_method_state", {"first": first})
 
 

@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 
 from duallora import methods
 from duallora.errors import ConfigError, IntegrityError
+from duallora.methods import starts
 from duallora.train import checkpoint, evaluate
 from duallora.train.models import weights_fingerprint
 
@@ -53,13 +54,20 @@ def from_run(method: methods.Adapted, source: str, kind: evaluate.Kind, base: st
         )
     stored = evaluate.check_adapter(folder)
     model: PeftModel = method.model
-    _compare(evaluate.read_config(folder), model.peft_config["default"], source)
+    moved = "first" in method.state  # its base is not the one that the adapter's file is for
+    own: Mapping[str, torch.Tensor]
+    config: PeftConfig
+    if moved:
+        config, own = starts.for_the_base(method)
+    else:
+        config, own = model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False)
+    _compare(evaluate.read_config(folder), config, source)
     heads = [] if kind == "generate" else evaluate.head_modules(model.get_base_model())
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = _without(_shapes(own), heads)
     _same_tensors(_without(stored, heads), wanted, source)
     tensors = load_peft_weights(str(folder), device="cpu")
-    set_peft_model_state_dict(model, {**own, **{name: tensors[name] for name in wanted}})
+    found = {**own, **{name: tensors[name] for name in wanted}}
+    set_peft_model_state_dict(model, starts.split(found)[0] if moved else found)
     return checkpoint.file_record(folder / evaluate.WEIGHTS)["sha256"]
 
 

@@ -277,8 +277,10 @@ class _Run:
             model.to(evaluate.default_device())
             return list(calibration.batches(drawn, tokenizer, recipe.train.batch_size, model))
 
-        if recipe.adapter.start is not None:
-            return put(model, recipe, kind, lr_warmup, checkpoint=start), {}
+        if recipe.adapter.start is not None:  # what it begins from has had its look at data
+            earlier = evaluate.find(recipe.adapter.start) if start is None else start
+            known = earlier if earlier is not None and (earlier / "adapter_config.json").is_file() else None
+            return put(model, recipe, kind, lr_warmup, checkpoint=known), {}
         began, cpu = time.monotonic(), time.process_time()
         method = put(model, recipe, kind, lr_warmup, batches=batches, checkpoint=start)
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
