@@ -53,6 +53,7 @@ VERBS = [
     "grid",
     "analyze",
     "report",
+    "reproduce",
 ]
 
 
