@@ -243,5 +243,6 @@ def test_the_command_reads_files_and_running_grids(tmp_path, capsys, monkeypatch
     text = (tmp_path / "report.html").read_text()
     assert "4 of 11 cells" in text
     assert "Not finished: 4 of the 11 cells" in text
+    assert "What the paper prints" not in text
     assert cli.run(["report", str(tmp_path / "absent")]) == 2
     assert "does not exist" in capsys.readouterr().err

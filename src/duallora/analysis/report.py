@@ -187,7 +187,8 @@ def _best(summary: Summary, task: str, figure: str) -> set[str]:
         value = (row["every"].get(figure, {}) if figure else row).get("mean") if row["task"] == task else None
         if value is not None:
             means[row["variant"]] = -value if figure in (*LOWER_IS_BETTER, "rmse") else value
-    return {variant for variant, mean in means.items() if mean == max(means.values())} if len(means) > 1 else set()
+    best = {variant for variant, mean in means.items() if mean == max(means.values())}
+    return best if len(best) < len(means) else set()
 
 
 def _count(number: int | None) -> str:
@@ -197,7 +198,7 @@ def _count(number: int | None) -> str:
 def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
     """Our figures and the paper's, for every line it prints; the paper's alone where it has other columns."""
     lines = {line["variant"]: line for line in printed}
-    if not lines:
+    if not lines or not summary["rows"]:
         return None
     columns = [
         column for column in _columns(summary) if any(_said(summary, line, column[0]) is not None for line in printed)
@@ -229,7 +230,10 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
         rows = [
             [
                 Value(line["variant"], line.get("method", "")),
-                *(Value(f"{line['figures'][name]:g}" if name in line["figures"] else NONE) for name in head),
+                *(
+                    Value(f"{line['figures'][name]:.{2 if name in FINE else 1}f}" if name in line["figures"] else NONE)
+                    for name in head
+                ),
             ]
             for line in printed
         ]

@@ -73,6 +73,11 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     for number, task in enumerate(study.tasks):
         runs = {variant: one for variant in study.variants if (one := best[task, variant]) and one.cells}
         facts[task], sampled = _sample(folder, study, found, task, runs, rounds, number)
+        if not runs:  # nothing is chosen yet, but the curves of what has run can be shown
+            known = [
+                found[cell.name].main_metric for cell in wanted if cell.tags["task"] == task and cell.name in found
+            ]
+            facts[task]["chosen_by"] = study.metric or next(filter(None, known), None)
         samples |= {(task, variant): sample for variant, sample in sampled.items()}
         pools[task] = _pools(study, sampled)
         rows += [
