@@ -19,8 +19,8 @@ PASSED_ON = ("DUALLORA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "PYTHON
 class Cluster:
     """Ray runs the cells where it has room, on a GPU each if there are some; a lost worker counts as exit code 9.
 
-    A cell claims as many cores as OMP_NUM_THREADS says, or one. ``workers`` caps the cells under way if it is more than
-    one; on "local" it also is their number.
+    A cell claims as many cores as OMP_NUM_THREADS says, or one. As many are under way as the cluster has room for, or
+    ``workers`` if that is more than one: with more than there is room for, Ray queues them, and may ask for machines.
 
     Raises:
         ConfigError: ray is not installed, or no cluster answers at ``address``.
@@ -34,10 +34,9 @@ class Cluster:
         self.ray = ray
         here = address == "local"
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // workers) if here else 1))
-        options: dict[str, Any] = {"num_cpus": workers * threads} if here else {}
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # a cell without a GPU of its own may still see it
+        options: dict[str, Any] = {}
+        if here:  # nothing goes through the object store but a command and an exit code
+            options = {"num_cpus": workers * threads, "object_store_memory": 100 * 2**20}
         try:
             ray.init(
                 address=address,
@@ -50,15 +49,19 @@ class Cluster:
             raise ConfigError(
                 f"--ray {address}: {str(error).splitlines()[0]}; expected local, auto or HOST:PORT"
             ) from error
-        self.most = workers if here or workers > 1 else None
-        gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        self.task = ray.remote(num_cpus=threads, num_gpus=gpu, max_retries=0)(run_cell)
+        self.workers, self.threads = workers, threads
+        self.gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        self.task = ray.remote(num_cpus=threads, num_gpus=self.gpu, max_retries=0)(run_cell)
         self.environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
         self.environment["OMP_NUM_THREADS"] = str(threads)
         self.cells: dict[str, Any] = {}
 
     def free(self) -> bool:
-        return self.most is None or len(self.cells) < self.most
+        if self.workers > 1:
+            return len(self.cells) < self.workers
+        there = self.ray.cluster_resources()
+        room = there.get("GPU", 0) if self.gpu else there.get("CPU", 0) // self.threads
+        return len(self.cells) < max(1, room)
 
     def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
         task = self.task.options(name=name)

@@ -21,6 +21,7 @@ from duallora.train.progress import LABEL_WIDTH, clock, say, shown
 
 TABLE_EVERY = 0.5  # seconds between looks at the cells' logs
 LINE_EVERY = 60.0  # where there is no terminal to redraw
+ROWS = 16  # running cells that the table has room for
 TAIL = 4096  # bytes from the end of a log in which its last line lies
 
 
@@ -117,11 +118,13 @@ class Show:
         table.add_column(" " * LABEL_WIDTH, no_wrap=True)
         for title, side in (("running", "left"), ("step", "right"), ("loss", "right"), ("time", "right")):
             table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
-        for name in running:
+        for name in list(running)[:ROWS]:
             step, steps, loss = places[name]
             where = "starts" if step is None else f"{step}/{steps}"
             figure = "" if loss is None else f"{loss:.3f}"
             table.add_row("", name, where, figure, clock(now - self.began[name]))
+        if len(running) > ROWS:
+            table.add_row("", f"[dim]and {len(running) - ROWS} more[/]")
         self.live.update(Group(head, table, Text("")), refresh=True)
 
     def _left(self, queued: int, places: Collection[Place]) -> str:
@@ -129,7 +132,7 @@ class Show:
             return "--:-- left"
         each = sum(self.took) / len(self.took)
         under_way = sum(1 - (step or 0) / max(steps or 1, 1) for step, steps, _ in places)
-        return f"about {clock(each * (queued + under_way) / self.workers)} left"
+        return f"about {clock(each * (queued + under_way) / max(self.workers, len(places)))} left"
 
     def _figure(self, now: Outcome) -> str:
         metric = self.study.metric or now.main_metric or "loss"
