@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import GOLD, guesses, made_up, score, two_tasks, work_off, write_cell
+from study_cells import GOLD, guesses, made_up, score, two_tasks, work_off, write_cell
 
 from duallora.analysis import statistics, studies
 from duallora.errors import ConfigError, DataError, IntegrityError

@@ -23,7 +23,7 @@ from duallora.train import record
 Summary = Mapping[str, Any]
 Printed = Mapping[str, Any]
 
-_BLOCK = re.compile(
+MARK = re.compile(
     r"(<!-- study:(?P<name>[\w.+-]+):(?P<part>[\w-]+) -->\n).*?(<!-- /study:(?P=name):(?P=part) -->)", re.DOTALL
 )
 NONE = "-"  # nothing measured
@@ -356,7 +356,7 @@ def fill(
             )
         return f"{match[1]}{have[match['part']]}\n{match[4]}"
 
-    return _BLOCK.sub(replace, text)
+    return MARK.sub(replace, text)
 
 
 def parts(summary: Summary, printed: Sequence[Printed], drawn: Sequence[study_plots.Plot]) -> dict[str, str]:
@@ -375,7 +375,7 @@ def _page_of(path: Path, summaries: Sequence[Summary], printed: Mapping[str, Seq
     """The file's text; marks alone where there is no file yet."""
     if path.exists():
         text = path.read_text(encoding="utf-8")
-        if not any(match["name"] in map(key_of, summaries) for match in _BLOCK.finditer(text)):
+        if not any(match["name"] in map(key_of, summaries) for match in MARK.finditer(text)):
             names = ", ".join(f"<!-- study:{key_of(summary)}:figures -->" for summary in summaries)
             raise ConfigError(
                 f"{path} exists and has no mark of these studies, such as {names}: add marks, or name another file"

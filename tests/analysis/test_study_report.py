@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import made_up, two_tasks, work_off
+from study_cells import made_up, two_tasks, work_off
 
 from duallora import cli, plots
 from duallora.analysis import report, studies
 from duallora.errors import ConfigError
+from duallora.recipes import reproduce
 
 pytest.importorskip("matplotlib")
 
@@ -230,6 +232,34 @@ def test_a_file_without_marks_is_left_alone_and_two_results_of_one_name_are_refu
     mine.write_text("<!-- study:made-up:figurs -->\n<!-- /study:made-up:figurs -->\n")
     with pytest.raises(ConfigError, match="no part 'figurs': expected one of figures, "):
         report.report([small], tmp_path / "r.html", markdown=mine)
+
+
+def test_pages_show_what_the_results_say(summary, tmp_path):
+    """`duallora report --markdown` was run after the last study, and nobody has touched its tables since."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "page.md").write_text("<!-- study:made-up-mini:chosen -->\nold\n<!-- /study:made-up-mini:chosen -->\n")
+    assert stale(tmp_path / "page.md", {"made-up-mini": summary}) == ["made-up-mini:chosen"]
+    folder = root / "results" / "studies"
+    known = {report.key_of(one): one for one in (studies.load(folder) if any(folder.glob("*.json")) else [])}
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        assert stale(page, known) == []
+
+
+def stale(page, known):
+    """The marks of a page whose text is not what its study gives; plots have to exist."""
+    text = page.read_text()
+    found = []
+    for match in report.MARK.finditer(text):
+        inside = match[0].removeprefix(match[1]).removesuffix(match[4]).strip()
+        if match["part"].startswith("plot"):
+            images = re.findall(r"\]\((img/[^)]+)\)", inside)
+            fresh = bool(images) and all((page.parent / image).is_file() for image in images)
+        else:
+            made = known[match["name"]]
+            fresh = inside == report.parts(made, reproduce.printed_lines(made["name"]), ())[match["part"]]
+        if not fresh:
+            found.append(f"{match['name']}:{match['part']}")
+    return found
 
 
 def test_the_command_reads_files_and_running_grids(tmp_path, capsys, monkeypatch):

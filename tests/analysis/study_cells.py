@@ -1,0 +1,127 @@
+"""A grid's folder as finished runs would have left it, from made-up predictions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from duallora.grid.study import CELLS, STUDY, Cell, Study, outcomes
+from duallora.tasks import metrics
+
+GOLD = {"cola": np.random.default_rng(0).integers(0, 2, 150).tolist()}
+GOLD["stsb"] = (np.random.default_rng(1).random(120) * 5).round(2).tolist()
+GOLD["twin"] = GOLD["cola"]  # a second task of as many rows
+GOLD["commonsense"] = [("boolq", ["true"])] * 40 + [("piqa", ["solution1"])] * 20
+BOOLQ, PIQA = slice(40), slice(40, 60)
+MAIN = {"cola": "matthews", "twin": "matthews", "stsb": "pearson", "commonsense": "average"}
+ENVIRONMENT = {
+    "commit": "a" * 40, "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "device": "cpu (test)",
+    "threads": 1, "platform": "Linux x86_64",
+}  # fmt: skip
+
+
+def score(task: str, guess: list) -> dict[str, float]:
+    if task in ("cola", "twin"):
+        return {
+            "matthews": metrics.matthews(guess, GOLD[task]),
+            "accuracy": metrics.accuracy(guess, GOLD[task]),
+            "loss": 0.5,
+        }
+    if task == "commonsense":
+        shares = [metrics.accuracy(guess[part], [own[0] for _, own in GOLD[task][part]]) for part in (BOOLQ, PIQA)]
+        return {"average": sum(shares) / 2, "accuracy_boolq": shares[0], "accuracy_piqa": shares[1], "loss": 1.5}
+    return {
+        "pearson": metrics.correlation(np.array(guess), np.array(GOLD[task])),
+        "spearman": metrics.correlation(stats.rankdata(guess), stats.rankdata(GOLD[task])),
+        "loss": 0.25,
+    }
+
+
+def guesses(task: str, skill: float, seed: int) -> list:
+    """Predictions that hit with probability ``skill`` (cola) or have about that correlation (stsb)."""
+    random = np.random.default_rng(seed)
+    if task in ("cola", "twin"):
+        return [int(gold if random.random() < skill else 1 - gold) for gold in GOLD[task]]
+    if task == "commonsense":
+        return [own[0] if random.random() < skill else "" for _, own in GOLD[task]]
+    noise = random.normal(0, 1.4 * max(0.05, 1 - skill) / max(skill, 0.1), len(GOLD[task]))
+    return [float(value) for value in np.array(GOLD[task]) + noise]
+
+
+def truth(gold: Any) -> dict[str, Any]:
+    return {"references": gold[1], "group": gold[0]} if isinstance(gold, tuple) else {"label": gold}
+
+
+def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6, **facts: Any) -> None:
+    """A finished cell, or one that diverged where ``skill`` is None; ``facts`` replace those of run.json."""
+    there = folder / CELLS / cell.name
+    there.mkdir(parents=True)
+    recipe = cell.recipe().model_dump(mode="json")
+    rank = int(recipe["adapter"]["r"])
+    run = {
+        "status": "done", **ENVIRONMENT, "recipe": recipe, "steps": steps, "fingerprints": {"base": "b" * 64},
+        "parameters": {"trainable": 100 * rank, "total": 100_000}, **facts,
+    }  # fmt: skip
+    log = [{"step": step, "loss": 2.0 / (step + 1) + cell.tags["seed"], "gate": 1.0} for step in range(1, steps + 1)]
+    (there / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"step": 7, "lo')
+    if skill is None:
+        run |= {"status": "failed", "error": "NonFiniteError: the loss is nan in step 3 of /home/somebody/run"}
+    else:
+        task = cell.tags["task"]
+        guess = guesses(task, skill, cell.tags["seed"])
+        lines = [{"prediction": one, **truth(gold)} for one, gold in zip(guess, GOLD[task], strict=True)]
+        (there / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        seconds = {"train_seconds": 10.0 + rank, "train_cpu_seconds": 20.0 + rank}
+        validation = {name: value * 0.9 for name, value in score(task, guesses(task, skill, 77)).items()}
+        result = {
+            **ENVIRONMENT, "main_metric": MAIN[task], "data": {"validation": f"{task}-held-out", "test": f"{task}-test"},
+            "metrics": {**validation, **seconds, "test": score(task, guess)},
+        }  # fmt: skip
+        (there / "metrics.json").write_text(json.dumps(result))
+    (there / "run.json").write_text(json.dumps(run))
+
+
+def work_off(
+    folder: Path, study: Study, skill: Callable[[Cell], float | None], *, stop_after: int | None = None
+) -> Path:
+    """Writes every cell that ``study`` wants, stage by stage, or the first ``stop_after`` of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STUDY).write_text(study.yaml())
+    written = 0
+    while missing := [cell for cell in study.wanted(outcomes(folder)) if cell.name not in outcomes(folder)]:
+        for cell in missing:
+            if written == stop_after:
+                return folder
+            write_cell(folder, cell, skill(cell))
+            written += 1
+    return folder
+
+
+def two_tasks(**changes: Any) -> Study:
+    """Three methods on two tasks, four learning rates, three seeds."""
+    settings: dict[str, Any] = {
+        "base": {"model.name": "builtin:minilm-l6", "train.max_steps": 6, "eval.test": True},
+        "tasks": {"cola": {"data.task": "cola"}, "stsb": {"data.task": "stsb"}},
+        "variants": {
+            "lora": {"adapter.method": "lora", "adapter.r": 16},
+            "duallora": {"adapter.r": 8},
+            "dora": {"adapter.method": "dora", "adapter.r": 16},
+        },
+        "search": {"train.learning_rate": [1e-3, 3e-3, 1e-2]},
+        "extend": False,
+    }
+    return Study("made-up", **{**settings, **changes})
+
+
+def made_up(cell: Cell) -> float | None:
+    """Dual LoRA hits 90 %, the others 70 %, at their best rate (1e-2 and 3e-3); DoRA diverges at 1e-2."""
+    rate, variant = cell.tags["train.learning_rate"], cell.tags["variant"]
+    if variant == "dora" and rate == 1e-2:
+        return None
+    top, best = (0.9, 1e-2) if variant == "duallora" else (0.7, 3e-3)
+    return top if rate == best else top - 0.12
