@@ -425,7 +425,7 @@ def test_the_adapter_section_is_what_the_method_takes():
 
     from duallora.tuner import config as method
 
-    section = {k: v for k, v in recipes.AdapterSection.model_fields.items() if k not in ("method", "options")}
+    section = {k: v for k, v in recipes.AdapterSection.model_fields.items() if k not in recipes.RUNS_OWN}
     fields = {field.name: field for field in dataclasses.fields(method.DualLoraConfig)}
     assert section.keys() <= fields.keys()
     for name, choices in method._CHOICES.items():

@@ -65,6 +65,10 @@ SHARED = (
 )  # fmt: skip
 
 
+# Settings of the run and no fields of DualLoraConfig.
+RUNS_OWN = ("method", "options", "start", "init", "init_batches")
+
+
 class AdapterSection(Section):
     """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C); or another method's."""
 

@@ -55,7 +55,7 @@ from duallora.train.launch import ALONE, Processes, leave_in_place, shares, toge
 from duallora.train.lock import locked
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
-from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
+from duallora.train.recipe import RUNS_OWN, Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
     "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "model", "checkpoints",
@@ -669,7 +669,7 @@ def put(
     """
     name = recipe.adapter.method
     method = methods.get(name)
-    fields = recipe.adapter.model_dump(exclude={"method", "options", "start", "init", "init_batches"})
+    fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
     if fields["warmup_steps"] == "auto":
         fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
     if kind != "generate" and not method.whole:
