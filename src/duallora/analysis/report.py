@@ -1,7 +1,7 @@
 """Summaries of studies as one page: tables beside the paper's numbers, plots, and what the data can and cannot say.
 
-The page is one HTML file that works offline, in light and dark, without scripts. The same tables go into Markdown, between
-marks such as ``<!-- study:table2-mini:figures -->`` and ``<!-- /study:table2-mini:figures -->``, whose text is made here.
+The page is one HTML file that works offline, in light and dark, without scripts. The same tables go into Markdown,
+between marks such as ``<!-- study:table2-mini:figures -->`` and ``<!-- /study:table2-mini:figures -->``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def report(
     column, and ``copied`` and ``note`` where there is something to say of them.
 
     Raises:
-        ConfigError: matplotlib is absent, two summaries have one name and scale, or the Markdown file exists without marks.
+        ConfigError: matplotlib is absent, two summaries have one name and scale, or the Markdown file exists without
+            marks.
     """
     printed = printed or {}
     keys = [key_of(summary) for summary in summaries]

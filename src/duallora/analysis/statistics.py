@@ -7,9 +7,9 @@ have come out otherwise, and each has its own spread:
     seeds      S are a sample: S = 3 is too few to resample (an interval of resampled triples covers 75 % of what it
                promises 95 % for), so the mean's error is s / sqrt(S) times Student's t
 
-With three seeds of its own a method's s is poorly known (t has 2 degrees of freedom), so methods on the same seeds lend
-each other theirs: s is the pooled one (`pool`), or the method's own where that is larger, with the degrees of freedom of
-the pool.
+With three seeds of its own a method's s is poorly known (t has 2 degrees of freedom), so methods on the same seeds
+lend each other theirs: s is the pooled one (`pool`), or the method's own where that is larger, with the degrees of
+freedom of the pool.
 
 A difference between the seeds' models that comes from single examples shows in both parts, so only that part of the
 bootstrap which the seeds share (their covariance) is added to the t: the model of Obuchowski and Rockette (1995, for
@@ -87,7 +87,7 @@ class Estimate(NamedTuple):
 def resample(
     score: Score | Figure, runs: Sequence[Sequence[Any]], gold: Sequence[Any], *, rounds: int = ROUNDS, seed: int = 0
 ) -> Sample:
-    """The figures of ``runs`` (predictions, one sequence a seed) on ``gold`` and on ``rounds`` resamples of its examples.
+    """The figures of ``runs`` (predictions, a sequence each seed) on ``gold`` and on ``rounds`` resamples of its rows.
 
     Equal ``seed``, ``rounds`` and number of examples give equal resamples, so two methods resampled apart are paired.
 
@@ -135,8 +135,8 @@ def difference(one: Sample, other: Sample) -> Sample:
 def pool(figures: np.ndarray, *, differences: bool) -> Pool | None:
     """The spread over seeds of methods that ran on the same seeds: ``figures`` [methods, S]. None with one seed.
 
-    Of ``differences`` between two methods it is sqrt(2) times the residual that methods and seeds leave (what a seed does
-    to all alike cancels), else the spread within methods.
+    Of ``differences`` between two methods it is sqrt(2) times the residual that methods and seeds leave (what a seed
+    does to all alike cancels), else the spread within methods.
     """
     methods, seeds = figures.shape
     if seeds < 2 or (differences and methods < 2):

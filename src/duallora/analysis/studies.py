@@ -488,7 +488,10 @@ def _losses(path: Path, key: str) -> Iterator[tuple[int, float]]:
 
 
 def _unequal(study: Study, best: Mapping[tuple[str, str], _Runs | None]) -> dict[str, dict[str, Any]]:
-    """Settings outside of ``adapter`` and the search that differ between variants, and searches that do: key -> variant -> value."""
+    """Settings outside of ``adapter`` and the search that differ between variants, and searches that do.
+
+    By key, then variant.
+    """
     found: dict[str, dict[str, Any]] = {}
     for task in study.tasks:
         settings: dict[str, dict[str, Any]] = {}

@@ -35,8 +35,8 @@ class Ink(NamedTuple):
     width: float
 
 
-def draw(summary: Summary, Figure: Any, *, ink: str = INK) -> Iterator[Plot]:
-    """Every plot that the summary has the figures for, ``ink`` being the colour of lines that belong to no variant."""
+def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
+    """Every plot that the summary has the figures for, of class ``Figure`` (`duallora.plots.figures`)."""
     look = looks(summary)
     for name, title, caption, make in (
         ("differences", "Differences", _DIFFERENCES, _differences),
@@ -45,11 +45,11 @@ def draw(summary: Summary, Figure: Any, *, ink: str = INK) -> Iterator[Plot]:
         ("sweep", "Sweep", _SWEEP, _sweep),
         ("loss", "Training loss", _LOSS, _losses),
     ):
-        figure = make(Figure, summary, look, ink)
+        figure = make(Figure, summary, look)
         if figure is not None:
             yield Plot(name, title, caption.format(reference=summary.get("reference")), figure)
     for task in summary["study"]["tasks"]:
-        figure = _sensitivity(Figure, summary, look, ink, task)
+        figure = _sensitivity(Figure, summary, look, task)
         if figure is not None:
             caption = _SENSITIVITY.format(reference=summary.get("reference"))
             yield Plot(f"sensitivity-{task}", f"Sensitivity on {task}", caption, figure)
@@ -110,7 +110,7 @@ _DIFFERENCES = (
 )
 
 
-def _differences(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
+def _differences(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
     pairs = summary["pairs"]
     if not pairs:
         return None
@@ -119,7 +119,7 @@ def _differences(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: st
     figure = Figure(layout="constrained")
     panels = _panels(figure, len(tasks), height=0.75 + 0.2 * len(others), sharey=True)
     for axes, task in zip(panels, tasks, strict=True):
-        axes.axvline(0, color=ink, linewidth=0.8)
+        axes.axvline(0, color=INK, linewidth=0.8)
         for pair in (pair for pair in pairs if pair["task"] == task):
             height = len(others) - 1 - others.index(pair["other"])
             colour = look[pair["other"]].colour
@@ -148,7 +148,7 @@ _PARAMETERS = (
 )
 
 
-def _against_parameters(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
+def _against_parameters(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
     def trained(row: Mapping[str, Any]) -> Any:
         return row.get("parameters", {}).get("trainable")
 
@@ -164,7 +164,7 @@ _TIME = (
 )
 
 
-def _against_time(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
+def _against_time(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
     ratio = any("cpu_ratio" in row for row in summary["rows"])
     key, label = ("cpu_ratio", "training time / LoRA's") if ratio else ("cpu_seconds", "processor seconds of training")
     return _against(Figure, summary, look, lambda row: row.get(key), label, log=False)
@@ -230,7 +230,7 @@ _SENSITIVITY = (
 )
 
 
-def _sensitivity(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str, task: str) -> Any:
+def _sensitivity(Figure: Any, summary: Summary, look: Mapping[str, Ink], task: str) -> Any:
     variants: dict[str, tuple[str, list[Any]]] = {}
     for variant in look:
         key = _searched(summary, task, variant)
@@ -275,7 +275,7 @@ def _sensitivity(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: st
         for cross in crosses:
             cross.set_in_layout(False)
         if variant in rows and key in rows[variant].get("values", {}):
-            axes.axvline(rows[variant]["values"][key], color=ink, linestyle=":", linewidth=0.9)
+            axes.axvline(rows[variant]["values"][key], color=INK, linestyle=":", linewidth=0.9)
         axes.set(title=variant, xscale="log" if min(cell["tags"][key] for cell in cells) > 0 else "linear")
         axes.minorticks_off()
         axes.grid(color=FAINT, linewidth=0.5)
@@ -319,7 +319,7 @@ def _line(
 _SWEEP = "Variants that differ in one number, mean over seeds with its 95 % interval; dashed lines are other variants."
 
 
-def _sweep(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
+def _sweep(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
     key, swept = _swept(summary["study"]["variants"])
     rows = [row for row in summary["rows"] if row["mean"] is not None]
     tasks = _tasks([row for row in rows if row["variant"] in swept])
@@ -367,7 +367,7 @@ _LOSS = (
 )
 
 
-def _losses(Figure: Any, summary: Summary, look: Mapping[str, Ink], ink: str) -> Any:
+def _losses(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
     curves = [curve for curve in summary["curves"] if len(curve["steps"]) > 2]
     tasks = _tasks(curves)
     if not curves:
