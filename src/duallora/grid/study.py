@@ -563,12 +563,18 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
         metrics=figures,
         test=test,
         parameters=run.get("parameters") or {},
-        seconds=figures.get("train_seconds"),
-        cpu_seconds=figures.get("train_cpu_seconds"),
+        seconds=_sum(figures, "start_seconds", "train_seconds"),
+        cpu_seconds=_sum(figures, "start_cpu_seconds", "train_cpu_seconds"),
         error=run.get("error"),
         main_metric=(result or {}).get("main_metric"),
         recipe=recipe,
     )
+
+
+def _sum(figures: Mapping[str, Any], *names: str) -> float | None:
+    """What a start from data took is part of what the method costs."""
+    found = [figures[name] for name in names if is_number(figures.get(name))]
+    return sum(found) if found else None
 
 
 def _json(path: Path) -> dict[str, Any] | None:
