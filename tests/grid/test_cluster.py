@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from test_grid import running, when
 
 from duallora.errors import ConfigError, Interrupted
+from duallora.grid import cluster
 from duallora.grid import run as engine
 from duallora.grid.study import outcomes
 from duallora.train import record
@@ -56,6 +58,25 @@ def test_a_stopped_grid_lets_its_cells_on_the_cluster_save(on_ray):
     assert {name: item.status for name, item in outcomes(fakes.folder).items()} == dict.fromkeys(
         NAMES[:2], "interrupted"
     )
+
+
+def test_a_folder_that_a_worker_does_not_have_is_said_plainly(on_ray, monkeypatch):
+    _, go = on_ray
+    monkeypatch.setattr(cluster, "Path", SimpleNamespace(cwd=lambda: "/nowhere"))
+    with pytest.raises(ConfigError, match=r"could not start its cell \(.*'/nowhere'\): .* at the same place on every"):
+        go()
+    assert not ray.is_initialized()
+
+
+def test_cells_of_a_cluster_that_was_closed_are_lost(fakes, tmp_path):
+    """As by a second Ctrl-C, while the loop still waits for them."""
+    pool = cluster.Cluster("local", 1)
+    pool.start("a", ["-c", "import time; time.sleep(3)"], tmp_path / "a.log")
+    assert pool.ended() == []
+    pool.close()
+    assert pool.ended() == [("a", 9)]
+    assert pool.ended() == []
+    assert not ray.is_initialized()
 
 
 def test_a_cluster_that_does_not_answer_and_ray_not_installed_are_said_plainly(on_ray, monkeypatch):

@@ -110,6 +110,38 @@ def test_a_finished_grid_starts_nothing_and_other_settings_under_its_names_are_r
     assert set(fakes.starts().values()) == {1}
 
 
+def test_cells_that_began_where_their_study_would_no_longer_begin_are_refused(fakes):
+    """A new search value that wins on the first task changes what the second one's cells start from."""
+    tasks = {"mnli": {}, "rte": {"after": "mnli", "search": {}}}
+    few = fakes.study(tasks=tasks, variants={"lora": {"method": "lora"}}, search={"learning_rate": [2e-3, 4e-3]})
+    found = fakes.run(few)
+    assert found["rte-lora-seed0"].recipe["adapter"]["start"].endswith("mnli-lora-lr0.002-seed0")
+    moved = fakes.folder.rename(fakes.folder.with_name("moved"))
+    fakes.folder = moved
+    assert fakes.run(few).keys() == found.keys()
+    more = fakes.study(tasks=tasks, variants={"lora": {"method": "lora"}}, search={"learning_rate": [1e-3, 2e-3, 4e-3]})
+    changed = r'adapter.start: "mnli-lora-lr0.002-seed0" -> "mnli-lora-lr0.001-seed0"'
+    with pytest.raises(ConfigError, match=changed):
+        fakes.run(more)
+    own = {"tasks": {"own": {}}, "variants": {"lora": {"method": "lora"}}, "search": {}}
+    fakes.run(fakes.study(base={"task": "cola", "adapter.start": "runs/a"}, **own))
+    with pytest.raises(ConfigError, match=r'adapter.start: "runs/a" -> "runs/b"'):
+        fakes.run(fakes.study(base={"task": "cola", "adapter.start": "runs/b"}, **own))
+
+
+def test_a_search_that_was_decided_on_test_rows_is_said_to_be(fakes):
+    study = fakes.study(tasks={"cola": {}, "rte": {"search": {}}})
+    console = Console(file=io.StringIO(), width=200)
+    for same in (False, True):
+        found = {
+            cell.name: Outcome(cell.name, "done", {"accuracy": 1.0}, main_metric="accuracy", same_rows=same)
+            for cell in study.wanted({})
+        }
+        assert ("cola: validation and test are the same rows" in console.file.getvalue()) is False
+        live.show_best(console, study, found)
+    assert "\ncola: validation and test are the same rows" in console.file.getvalue()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_grid_lets_its_cells_save_and_goes_on_later(number, fakes):
     first, second = "cola-lora-lr0.001-seed0", "cola-lora-lr0.002-seed0"
@@ -149,6 +181,14 @@ def test_two_grids_cannot_share_a_folder(fakes):
     (fakes.folder / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"is not empty and holds no study\.yaml"):
         fakes.run()
+
+
+def test_of_two_that_begin_at_once_the_one_too_late_leaves_the_others_lock_alone(tmp_path, monkeypatch):
+    """It saw no lock at first, and found it taken: were it to delete the file, a third one could begin."""
+    monkeypatch.setattr(lock, "_try_lock", lambda file: False)
+    with pytest.raises(LockedError), lock.locked(tmp_path / "grid", "study.yaml"):
+        pass
+    assert (tmp_path / "grid" / ".lock").exists()
 
 
 def test_a_cell_waits_while_a_process_of_an_earlier_grid_holds_its_folder(fakes, monkeypatch):
@@ -204,6 +244,8 @@ def test_each_cell_has_its_share_of_the_cores_and_a_gpu_of_its_own(fakes, monkey
     told = {file.read_text().strip() for file in fakes.folder.glob("cells/*.starts")}
     assert told <= {"2 3", "2 5"}
     assert len(told) == 2
+    fakes.run(fakes.study(variants={"one": {}}, search={}), workers=1)  # two in sight would share out each batch
+    assert (fakes.folder / "cells" / "cola-one-seed0.starts").read_text() == "7 3\n"
 
 
 def test_no_gpu_is_found_where_the_driver_is_absent_or_none_may_be_seen(monkeypatch, tmp_path):

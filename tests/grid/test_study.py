@@ -133,6 +133,9 @@ def test_whole_numbers_grow_to_whole_numbers_and_stay_in_range():
     names = work_off(one, lambda cell: -cell.tags["adapter.r"])
     assert {"cola-lora-r1-seed4"} <= names.keys()
     assert not any("r0" in name for name in names)
+    four = study(search={"r": [1, 2, 3, 4]}, variants={"lora": {"method": "lora"}}, tasks={"cola": {"task": "cola"}})
+    points = four.points(work_off(four, lambda cell: -cell.tags["adapter.r"]), "cola", "lora")
+    assert [point.values["adapter.r"] for point in points] == [1, 2, 3, 4]  # 1 / 1.59 is 1 again
     drop = study(search={"duallora_dropout": [0.3, 0.6]}, variants={"a": {}}, tasks={"cola": {"task": "cola"}})
     most = max(
         float(n.split("dropout")[1].split("-")[0]) for n in work_off(drop, lambda c: c.tags["adapter.duallora_dropout"])
@@ -187,6 +190,7 @@ def test_the_chosen_figure_decides_losses_the_other_way_round_and_nan_is_the_wor
     assert best(small, figures) == 0.002
     assert best(replace(small, metric="loss"), figures) == 0.001
     assert best(small, {0.001: {"accuracy": -5.0}, 0.002: {"accuracy": math.nan}}) == 0.001
+    assert best(replace(small, metric="rmse"), {0.001: {"rmse": 0.4}, 0.002: {"rmse": 0.6}}) == 0.001
     with pytest.raises(ConfigError, match=r"cola-a-lr0.001-seed4: no validation figure f1 .* it has accuracy, loss"):
         best(replace(small, metric="f1"), figures)
 
@@ -323,6 +327,7 @@ def test_labels_that_could_be_mistaken_are_refused(changes):
         ({"space": {LR: {"low": 1e-4, "high": 1e-2}}, "trials": 3}, "search and space exclude each other"),
         ({"search": {}, "space": {LR: {"low": 1e-4, "high": 1e-2}}}, "a space needs trials"),
         ({"search": {}, "trials": 2, "space": {LR: {"low": 0.0, "high": 1e-2, "log": True}}}, "is not accepted; expected {low"),
+        ({"trials": 20}, "trials: 20, but there is no space"),
         ({"name": "a/b"}, "'a/b' is not accepted"),
     ],
 )  # fmt: skip
@@ -418,6 +423,9 @@ def test_outcomes_are_what_the_cells_folders_say(tmp_path):
     }  # fmt: skip
     assert (found["a"].test, found["a"].metrics["accuracy"], found["a"].cpu_seconds) == ({"accuracy": 65.0}, 70.0, 2.0)
     assert "test" not in found["a"].metrics
+    for data, same in [({"validation": "x", "test": "y"}, False), ({"validation": "x", "test": "x"}, True)]:
+        record.write_json(tmp_path / CELLS / "a" / "metrics.json", {"metrics": metrics, "data": data})
+        assert outcomes(tmp_path)["a"].same_rows is same
     (tmp_path / CELLS / "c" / "run.json").write_text("{")
     with pytest.raises(ConfigError, match=r"c.run\.json cannot be read"):
         outcomes(tmp_path)

@@ -56,6 +56,9 @@ def test_a_program_that_fails_or_ends_early_is_an_error_and_no_figure(home, monk
         official.tokens(["a"])
     with pytest.raises(DataError, match="ended without an answer"):
         official.meteor([["a"]], [[["a"]]])
+    (home / "bin" / "java").write_text(f"#!{sys.executable}\nimport os; os.close(0)")  # gone while it is written to
+    with pytest.raises(DataError, match="ended without an answer"):
+        official.meteor([["a"] * 200_000], [[["a"]]])
 
 
 def test_tokens_keep_to_their_texts_whatever_breaks_a_line(home, monkeypatch):

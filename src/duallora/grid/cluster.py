@@ -68,6 +68,9 @@ class Cluster:
         self.cells[name] = task.remote(list(arguments), str(log), self.environment, str(Path.cwd()))
 
     def ended(self) -> list[tuple[str, int]]:
+        if not self.ray.is_initialized():  # closed: all are gone with it
+            gone, self.cells = [(name, 9) for name in self.cells], {}
+            return gone
         if not self.cells:
             return []
         ready, _ = self.ray.wait(list(self.cells.values()), num_returns=len(self.cells), timeout=0)
@@ -84,6 +87,12 @@ class Cluster:
             return 143
         except exceptions.OutOfMemoryError:
             return 8
+        except exceptions.RayTaskError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ConfigError(
+                f"a worker could not start its cell ({reason}): the grid's folder, the working folder and this Python must be at "
+                "the same place on every machine of the cluster"
+            ) from None
         except (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.LocalRayletDiedError):
             return 9
 

@@ -168,7 +168,24 @@ def show_best(console: Console, study: Study, found: Mapping[str, Outcome]) -> d
             point = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in best.values.items())
             table.add_row(task, variant, escape(point), metric, *shown_values, f"{len(done)}/{len(study.seeds)}")
     console.print(table)
+    if same := ", ".join(task for task in study.tasks if _chosen_on_test(study, found, task)):
+        console.print(
+            f"[yellow]{same}: validation and test are the same rows, so the test figures are those that chose: set "
+            "data.holdout to choose by held-out training rows[/]",
+            soft_wrap=True,
+        )
     return chosen
+
+
+def _chosen_on_test(study: Study, found: Mapping[str, Outcome], task: str) -> bool:
+    """Whether a search of this task compared values on the rows that it reports on."""
+    return any(
+        found[cell.name].same_rows
+        for variant in study.variants
+        if len(points := study.points(found, task, variant)) > 1
+        for cell in study.cells_at(found, task, variant, points[0])
+        if cell.name in found
+    )
 
 
 Place = tuple[int | None, int | None, float | None]

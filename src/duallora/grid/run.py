@@ -305,10 +305,14 @@ def _refuse_drift_of(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> Non
         before = found[cell.name].recipe if cell.name in found else {}
         if before:
             after = cell.recipe().model_dump(mode="json")
+            start = before["adapter"]["start"]
+            if cell.after:  # by its name: the folder may have been moved
+                before = {**before, "adapter": {**before["adapter"], "start": start and Path(start).name}}
+                after["adapter"]["start"] = cell.after
             changed = [
                 f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
                 for key, old, new in _differences(before, after)
-                if key not in ("output", "adapter.start")
+                if key != "output"
             ]
             if changed:
                 raise ConfigError(
@@ -338,7 +342,7 @@ class Here:
         self.workers = workers
         self.processes: dict[str, subprocess.Popen] = {}
         self.slots: dict[str, int] = {}
-        self.gpus = gpus() if workers > 1 else []
+        self.gpus = gpus()
         self.threads = str(max(1, cores() // workers))
 
     def free(self) -> bool:

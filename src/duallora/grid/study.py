@@ -33,7 +33,7 @@ from duallora.train.recipe import (
 )  # fmt: skip
 
 EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
-LOWER_IS_BETTER = ("loss", "perplexity", "parse_failure_rate")
+LOWER_IS_BETTER = ("loss", "perplexity", "parse_failure_rate", "rmse")
 RESERVED = ("after", "search")  # names beside the settings of a task or variant
 SHORT = {"train.learning_rate": "lr"}  # in the names of cells
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
@@ -67,7 +67,7 @@ class Outcome:
     """What a cell's folder says of it: ``status`` is running, done, failed or interrupted, as run.json has it.
 
     ``metrics`` are figures on validation rows, ``test`` on test rows; ``seconds`` and ``cpu_seconds`` the training's.
-    ``recipe`` is the resolved recipe it ran under, by section.
+    ``recipe`` is the resolved recipe it ran under, by section; ``same_rows`` whether its validation rows are its test rows.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Outcome:
     error: str | None = None
     main_metric: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    same_rows: bool = False
 
     @property
     def diverged(self) -> bool:
@@ -441,6 +442,10 @@ class Study:
     def _check_space(self, problems: list[str]) -> None:
         if self.search and self.space:
             problems.append(f"{self._where('space')}: search and space exclude each other: keep one")
+        if self.trials and not self.space:
+            problems.append(
+                f"{self._where('trials')}: trials: {self.trials}, but there is no space for them to be drawn from"
+            )
         if self.space and self.trials < 1:
             problems.append(f"{self._where('trials')}: a space needs trials: --optuna N, or trials: N")
         for key, values in self.space.items():
@@ -557,6 +562,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     result = _json(cell / "metrics.json") if run.get("status") == "done" else None
     figures = dict((result or {}).get("metrics") or {})
     test = figures.pop("test", None) or {}
+    data = (result or {}).get("data") or {}
     return Outcome(
         name,
         str(run.get("status")),
@@ -568,6 +574,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
         error=run.get("error"),
         main_metric=(result or {}).get("main_metric"),
         recipe=recipe,
+        same_rows="test" in data and data["test"] == data.get("validation"),
     )
 
 
@@ -624,6 +631,8 @@ def _beyond(values: Sequence[float], at: float, step: float) -> float | None:
     exact = at * step if at == values[-1] else at / step
     if all(isinstance(value, int) for value in values):
         beyond: float = round(exact)
+        if values[0] <= beyond <= values[-1]:  # below 1 there is none
+            return None
     else:
         digits = max(len(Decimal(repr(value)).normalize().as_tuple().digits) for value in values)
         rounded = (float(f"{exact:.{count - 1}e}") for count in range(digits, 18))

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from duallora.errors import DataError
@@ -83,6 +84,8 @@ def meteor(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[S
             return 100.0 * float(_answer(program))  # the last is the whole's
         finally:
             program.kill()
+            with suppress(BrokenPipeError):
+                program.stdin.close()  # type: ignore[union-attr]
 
 
 def _plain(text: Sequence[str]) -> str:
@@ -91,8 +94,9 @@ def _plain(text: Sequence[str]) -> str:
 
 def _ask(program: subprocess.Popen[str], fields: Sequence[str]) -> str:
     assert program.stdin is not None
-    program.stdin.write(" ||| ".join(fields) + "\n")
-    program.stdin.flush()
+    with suppress(BrokenPipeError):  # it has ended: there is no answer
+        program.stdin.write(" ||| ".join(fields) + "\n")
+        program.stdin.flush()
     return _answer(program)
 
 

@@ -22,7 +22,7 @@ def locked(folder: Path, kept: str = "run.json") -> Iterator[None]:
         LockedError: another process holds it.
     """
     path = folder / ".lock"
-    created, fresh = not folder.exists(), not path.exists()
+    created, fresh, mine = not folder.exists(), not path.exists(), False
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("a+", encoding="utf-8") as file:
@@ -32,13 +32,14 @@ def locked(folder: Path, kept: str = "run.json") -> Iterator[None]:
                     f"{folder} is in use by another run ({file.read().strip() or 'holder unknown'}); "
                     "wait for it, stop it, or choose another folder with -o"
                 )
+            mine = True
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {record.now()}\n")
             file.flush()
             yield
     finally:
-        # A bad file or a mistyped model leaves nothing behind.
-        if fresh and not (folder / kept).exists():
+        # A bad file or a mistyped model leaves nothing behind; another's lock, taken since, stays.
+        if mine and fresh and not (folder / kept).exists():
             path.unlink(missing_ok=True)
             if created and not any(folder.iterdir()):
                 folder.rmdir()
