@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import duallora
 from duallora import cli, methods
-from duallora.analysis import analyze, dynamics, flips, rank, states
+from duallora.analysis import adapter_plots, analyze, dynamics, flips, rank, states
 from duallora.core.equation import Update
 from duallora.errors import ConfigError, IntegrityError
 
@@ -316,6 +316,56 @@ def test_ranks_and_flips_need_no_base_model(trained_run, tmp_path, capsys):
     found = analyze.analyze([lonely], tmp_path / "out", only=["flips", "rank"], draw=False)
     assert found["sources"]["lonely"]["steps"] == [4]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["analysis.json", "flips.csv", "rank.csv"]
+
+
+def test_of_a_lora_there_is_what_it_has_without_being_asked_for(tiny_causal_folder, tmp_path, capsys):
+    """No flips; and where its base is gone, the rank alone, with the reason."""
+    base = LlamaForCausalLM.from_pretrained(tiny_causal_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    folder = save(peft.get_peft_model(base, config), tmp_path / "lora")
+    assert cli.run(["analyze", str(folder), "-o", str(tmp_path / "out"), "--no-plots"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"analysis.json", "rank.csv", "dynamics.csv"}
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    gone = {**settings, "base_model_name_or_path": str(tmp_path / "gone")}
+    (folder / "adapter_config.json").write_text(json.dumps(gone))
+    capsys.readouterr()
+    assert cli.run(["analyze", str(folder), "-o", str(tmp_path / "less"), "--no-plots"]) == 0
+    assert "no dynamics of lora: " in " ".join(capsys.readouterr().out.split())
+    assert {path.name for path in (tmp_path / "less").iterdir()} == {"analysis.json", "rank.csv"}
+    with pytest.raises(ConfigError, match="no model folder"):
+        analyze.analyze([folder], tmp_path / "none", only=["rank", "dynamics"])
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(tiny_causal_folder), prompt)
+    with pytest.raises(ConfigError, match="flips, rank, dynamics: none of the 1 sources"):
+        analyze.analyze([save(model, tmp_path / "prompt")], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_ranks_legend_names_what_any_panel_shows(tmp_path):
+    """The first source may be a LoRA, which has dW alone."""
+    row = {"layer": "x", "module": "x", "step": 0, "out": 9, "in": 7, "rank": 3, "effective_rank": 2.5}
+    rows = [{**row, "source": "lora", "matrix": "dW"}]
+    rows += [{**row, "source": "dual", "matrix": name} for name in ("magnitude", "direction", "dW")]
+    (drawn,) = adapter_plots.draw({"rank": rows}, tmp_path)
+    text = drawn.read_text()
+    assert all(
+        text.count(f">{name}<") == 1 or text.count(f"<!-- {name} -->") == 1 for name in adapter_plots.MATRICES.values()
+    )
+
+
+def test_a_start_that_cancels_has_rank_0(tmp_path):
+    """[B, -B0] [A; A0] of PiSSA before the first step is rounding, of full rank by its own largest singular value."""
+    spec = methods.MethodSpec("lora", r=3, target_modules="all-linear", options={"init_lora_weights": "pissa"})
+    started = methods.apply(llama(), spec)
+    started.save(tmp_path / "start")
+    rows = rank.table(states.states(tmp_path / "start")[0])
+    assert len(rows) == 14
+    assert {(row["rank"], row["effective_rank"]) for row in rows} == {(0, 0.0)}
+    torch.manual_seed(1)
+    for parameter in methods.trained(started.model):
+        parameter.data += 1e-5 * torch.randn_like(parameter)
+    started.save(tmp_path / "moved")
+    assert {row["rank"] for row in rank.table(states.states(tmp_path / "moved")[0])} == {6}
 
 
 def test_what_cannot_be_analysed_is_said(run_folder, tmp_path):

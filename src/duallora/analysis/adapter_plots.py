@@ -70,7 +70,11 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
                     )  # fmt: skip
         axes.set(title=label, xlabel="layer", ylim=(0, 1.02))
     panels[0].set_ylabel("effective rank / min(out, in)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    named: dict[str, Any] = {}  # of LoRA there is dW alone
+    for axes in panels:
+        handles, titles = axes.get_legend_handles_labels()
+        named |= dict(zip(titles, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from duallora.analysis import adapter_plots, flips, rank
 from duallora.analysis.states import Adapter, states
@@ -29,30 +30,32 @@ def analyze(
     sources: Sequence[Path | str],
     output: Path | str,
     *,
-    only: Sequence[str] = PARTS,
+    only: Sequence[str] | None = None,
     axis: str = "out",
     draw: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Writes the files of the parts in ``only`` into ``output`` and returns the summary, which is ``analysis.json``.
+    """Writes the files of the parts into ``output`` and returns the summary, which is ``analysis.json``.
 
     Args:
         sources: run folders or adapters' folders; each is a curve under its folder's name.
+        only: the parts to take; None is every part that the sources allow.
         axis: of the norms in ``dynamics``, "out" or "in".
         draw: whether to draw (matplotlib).
 
     Raises:
-        ConfigError: an unknown part or axis, no adapter there, two sources of one name, or a part that none of the
-            sources allows.
+        ConfigError: an unknown part or axis, no adapter there, two sources of one name, or a part of ``only`` (or every
+            part) that none of the sources allows.
         IntegrityError: an adapter cannot be read.
     """
-    if unknown := sorted({*only} - {*PARTS}):
+    chosen = PARTS if only is None else only
+    if unknown := sorted({*chosen} - {*PARTS}):
         raise ConfigError(f"--only {unknown[0]}: expected {', '.join(PARTS)}")
     if axis not in ("out", "in"):
         raise ConfigError(f"--axis {axis}: expected out or in")
     console, folder = console or Console(quiet=True), Path(output)
     found = {label: states(source) for label, source in labels(sources).items()}
-    tables: dict[str, list[Row]] = {part: [] for part in PARTS if part in only}
+    tables: dict[str, list[Row]] = {part: [] for part in PARTS if part in chosen}
     told: dict[str, Any] = {}
     for (label, course), source in zip(found.items(), sources, strict=True):
         dual = low_rank = False
@@ -75,7 +78,13 @@ def analyze(
         if "dynamics" in tables:
             from duallora.analysis import dynamics  # loads PEFT and the base model
 
-            rows = dynamics.course(source, course, axis)  # type: ignore[arg-type]
+            try:
+                rows = dynamics.course(source, course, axis)  # type: ignore[arg-type]
+            except ConfigError as error:
+                if only is not None:
+                    raise
+                rows = []
+                say(console, "note", f"[yellow]no dynamics of {escape(label)}: {escape(str(error))}[/]")
             tables["dynamics"] += _named(label, rows)
             summary["dynamics"] = dynamics.correlations(rows)
             for row in summary["dynamics"]:
@@ -83,11 +92,13 @@ def analyze(
                     text = f"Pearson {row['pearson']:+.2f}, Spearman {row['spearman']:+.2f} over {row['points']} points"
                     say(console, "dynamics", f"{label}, {row['module']}: {text}")
         told[label] = summary
+    empty = [part for part, rows in tables.items() if not rows]
+    if only is None and len(empty) < len(tables):
+        tables = {part: rows for part, rows in tables.items() if rows}
+    elif empty:
+        remedy = "expected one that changes weights" if only is None else "leave it out of --only"
+        raise ConfigError(f"{', '.join(empty)}: none of the {len(found)} sources is of a method that has it; {remedy}")
     for part, rows in tables.items():
-        if not rows:
-            raise ConfigError(
-                f"{part}: none of the {len(found)} sources is of a method that has it; leave it out of --only"
-            )
         record.write_text(folder / f"{part}.csv", _csv(rows))
     result = {"kind": "analysis", **record.environment(), "axis": axis, "sources": told}
     record.write_json(folder / "analysis.json", result)

@@ -22,22 +22,20 @@ def spectrum(X: Tensor) -> Tensor:
     return torch.linalg.svdvals(X.double())
 
 
-def rank(S: Tensor, shape: tuple[int, ...]) -> int:
-    """How many singular values ``S`` of a matrix of this ``shape`` are above rounding (numpy's and torch's tolerance)."""
-    tolerance = S.max() * max(shape) * torch.finfo(torch.float64).eps
-    return int(S.gt(tolerance).sum())
-
-
 def effective_rank(S: Tensor) -> float:
     """exp(-sum p log p) with p = S / sum(S), from 1 to len(S); 0 for a matrix of zeros."""
     p = S[S > 0] / S.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
 
-def of_matrix(X: Tensor) -> dict[str, float]:
-    """``rank`` and ``effective_rank`` of a matrix."""
+def of_matrix(X: Tensor, terms: float = 0.0) -> dict[str, float]:
+    """``rank`` and ``effective_rank`` of a matrix; the tolerance is numpy's and torch's, with ``terms`` in s_max's place where
+    that is larger: the size of what was summed into X, of which the rounding is left where it cancels.
+    """
     S = spectrum(X)
-    return {"rank": rank(S, tuple(X.shape)), "effective_rank": effective_rank(S)}
+    tolerance = max(float(S.max()), terms) * max(X.shape) * torch.finfo(torch.float64).eps
+    above = S[S.gt(tolerance)]
+    return {"rank": len(above), "effective_rank": effective_rank(above)}
 
 
 def table(state: State) -> list[Row]:
@@ -48,10 +46,13 @@ def table(state: State) -> list[Row]:
         update = adapter.update(layer)
         named = {"magnitude": magnitude(update), "direction": direction(update), "dW": update.delta()}
         rows += [_row(state, layer, name, X) for name, X in named.items()]
-    rows += [_row(state, layer, "dW", adapter.low_rank(layer)) for layer in adapter.low_rank_layers()]
+    for layer in adapter.low_rank_layers():
+        B, A = adapter.low_rank(layer)
+        # At the start of PiSSA and its like the two halves of this product cancel (methods/starts.py).
+        rows.append(_row(state, layer, "dW", B @ A, float(B.norm() * A.norm())))
     return rows
 
 
-def _row(state: State, layer: str, matrix: str, X: Tensor) -> Row:
+def _row(state: State, layer: str, matrix: str, X: Tensor, terms: float = 0.0) -> Row:
     where = {"step": state.step, "layer": short(layer), "module": module(layer), "matrix": matrix}
-    return {**where, "out": X.shape[0], "in": X.shape[1], **of_matrix(X)}
+    return {**where, "out": X.shape[0], "in": X.shape[1], **of_matrix(X, terms)}

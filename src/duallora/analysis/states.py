@@ -115,9 +115,9 @@ class Adapter:
             initial = tuple(factor.double() for factor in drawn)
         return Update(A, B, C, D, 1.0, *names, initial=initial)
 
-    def low_rank(self, layer: str) -> Tensor:
-        """B A of a plain LoRA layer [out, in]."""
-        return self.tensor(f"{layer}.lora_B.weight") @ self.tensor(f"{layer}.lora_A.weight")
+    def low_rank(self, layer: str) -> tuple[Tensor, Tensor]:
+        """(B [out, r], A [r, in]) of a plain LoRA layer."""
+        return self.tensor(f"{layer}.lora_B.weight"), self.tensor(f"{layer}.lora_A.weight")
 
 
 def short(layer: str) -> str:

@@ -163,7 +163,11 @@ def analyze(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for tables and plots.")],
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="PART", help="flips, rank or dynamics (needs the base model); may be repeated."),
+        typer.Option(
+            "--only",
+            metavar="PART",
+            help="flips, rank or dynamics (needs the base model); may be repeated; else all that there is.",
+        ),
     ] = None,
     axis: Annotated[
         Literal["out", "in"], typer.Option("--axis", help="Whose norms the dynamics compare: rows or columns of W.")
@@ -179,13 +183,12 @@ def analyze(
     [dim]Example:[/]
       duallora analyze runs/gaussian runs/gradient -o analysis
     """
-    from duallora.analysis.analyze import PARTS
     from duallora.analysis.analyze import analyze as look
     from duallora.cli.app import refuse_misspelt
 
     for source in adapters:
         refuse_misspelt(source)
-    return look(adapters, output, only=only or PARTS, axis=axis, draw=plots, console=console.results)
+    return look(adapters, output, only=only or None, axis=axis, draw=plots, console=console.results)
 
 
 @app.command()
