@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from duallora import methods
 from duallora.errors import ConfigError
-from duallora.train import evaluate, merge, run
+from duallora.methods import MethodSpec
+from duallora.train import evaluate, merge, models, run
 
 STARTS = {
     "pissa": ("lora", "{init_lora_weights: pissa}"),
@@ -185,3 +188,38 @@ def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
 def test_a_start_that_cannot_be_is_said(options, message, make_recipe, console):
     with pytest.raises(ConfigError, match=message):
         run.train(make_recipe(*settings("pissa", f"adapter.options={options}")), console=console)
+
+
+@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit", "torchao-int8"])
+def test_a_start_that_moves_the_base_is_refused_where_its_weights_are_codes(quantization, make_recipe, console):
+    pytest.importorskip(models.QUANTIZATIONS[quantization])
+    for start in ("pissa", "olora"):
+        with pytest.raises(ConfigError, match=f"'{start}' takes its start off the weights, .* are quantised"):
+            run.train(make_recipe(*settings(start, f"model.quantization={quantization}")), console=console)
+
+
+@pytest.mark.parametrize("start", ["pissa", "corda", "lora-ga"])
+def test_gpt2s_transposed_weights_are_moved_the_right_way_round(start, tmp_path):
+    """Conv1D holds [in, out]: the function before the first step, and that of the saved adapter after a change."""
+
+    def base():
+        torch.manual_seed(0)
+        shape = {"n_embd": 12, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 67}
+        return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+
+    settings(start)  # skips what this PEFT lacks
+    ids = torch.arange(27).reshape(3, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    spec = MethodSpec(
+        "lora", r=3, target_modules=["c_attn", "c_fc"], options={"init_lora_weights": start.replace("-", "_")}
+    )
+    adapted = methods.apply(base(), spec, batches=[batch])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted.model.eval()(ids).logits, base()(ids).logits, atol=1e-6, rtol=0)
+        for parameter in methods.trained(adapted.model):
+            parameter += 0.05
+        expected = adapted.model(ids).logits
+        adapted.save(tmp_path)
+        torch.testing.assert_close(methods.load(base(), tmp_path)(ids).logits, expected, atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match=r"olora does not start .*c_attn, a Conv1D"):
+        methods.apply(base(), replace(spec, options={"init_lora_weights": "OLoRA"}))

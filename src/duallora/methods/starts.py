@@ -44,6 +44,7 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
 from duallora.methods import Adapted, MethodSpec
+from duallora.tuner.quantized import storage
 
 MOVING = ("pissa", "olora", "corda", "lora_ga")  # they take their start off the frozen weights
 FROM_DATA = ("corda", "eva", "lora_ga")
@@ -128,7 +129,7 @@ def attach(model: nn.Module, config: Any, batches: Batches | None) -> PeftModel:
             _start_eva(adapted, batches)
         return adapted
     _maybe_include_all_linear_layers(config, model)  # PEFT does so only after it has looked at the data
-    _check_ranks(model, config, 2 if start == "lora_ga" else 1)
+    _check_layers(model, config, 2 if start == "lora_ga" else 1)
     paper = start == "lora_ga" and config.lora_ga_config.scale == "paper"
     if start == "corda":
         _look_corda(model, config, batches)
@@ -251,9 +252,18 @@ def _targets(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _check_ranks(model: nn.Module, config: Any, pairs: int) -> None:
-    """ConfigError where a layer has fewer than ``pairs`` times r singular triples: PEFT would give it other shapes."""
+def _check_layers(model: nn.Module, config: Any, pairs: int) -> None:
+    """ConfigError where PEFT cannot start a layer, or would give it other shapes: with fewer than ``pairs`` times r
+    singular triples.
+    """
     for name, module in _targets(model, config):
+        if storage(module):
+            raise ConfigError(
+                f"init_lora_weights={config.init_lora_weights!r} takes its start off the weights, and those of {name} are "
+                "quantised: load the base without, or use eva"
+            )
+        if name_of(config.init_lora_weights) == "olora" and isinstance(module, Conv1D):  # PEFT's is of the transpose
+            raise ConfigError(f"olora does not start {name}, a Conv1D (GPT-2's [in, out]): use pissa")
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
         if pairs * rank > min(module.weight.shape):
             raise ConfigError(
