@@ -152,6 +152,23 @@ def test_the_direction_group_gets_its_own_rate_from_the_run(make_recipe, console
     assert seen == [[(1e-2, 28, 0.1), (pytest.approx(3e-3), 28, 0.1)]]
 
 
+def test_a_rate_of_the_direction_group_changes_no_weight_decay(make_recipe, console, tmp_path):
+    """The head's bias is spared, as Trainer spares it where there is one rate for all."""
+    found = []
+    for ratio in (1.0, 3.0):
+        folder = tmp_path / f"{ratio}"
+        own = (f"train.direction_lr_ratio={ratio}", "train.max_steps=2", "train.weight_decay=0.1")
+        run.train(make_recipe(*own, kind="classify", output=folder), console=console)
+        state = torch.load(folder / "checkpoints" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+        sizes: dict[float, list[int]] = {}
+        for group in state["param_groups"]:
+            moments = [state["state"][index]["exp_avg"].numel() for index in group["params"]]
+            sizes.setdefault(group["weight_decay"], []).extend(moments)
+        found.append({decay: sorted(of) for decay, of in sizes.items()})
+    assert found[0] == found[1]
+    assert 2 in found[0][0.0]  # the bias of two classes
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

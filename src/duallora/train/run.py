@@ -842,8 +842,20 @@ class _Trainer(Trainer):
                 self.optimizer = self.method.optimizer(*rates)
             elif own.groups is not None and options.get("direction_lr_ratio") != 1:  # with 1 Trainer's groups will do
                 kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                self.optimizer = kind(self.method.groups(*rates), **settings)
+                self.optimizer = kind(self._spared(self.method.groups(*rates)), **settings)
         return super().create_optimizer(*args, **kwargs)
+
+    def _spared(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``groups`` with what Trainer's own would spare weight decay (biases, norms) in groups apart."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        spared = {id(weight) for name, weight in self.model.named_parameters() if name not in decayed}
+        found = []
+        for group in groups:
+            held: list[list[torch.nn.Parameter]] = [[], []]
+            for weight in group["params"]:
+                held[bool(group["weight_decay"]) and id(weight) in spared].append(weight)
+            found += [{**group, "params": held[0]}, {**group, "params": held[1], "weight_decay": 0.0}]
+        return [group for group in found if group["params"]]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += int(inputs["attention_mask"].sum())
