@@ -133,6 +133,23 @@ def test_seeds_that_differ_by_exactly_nothing_but_themselves_give_students_t():
     assert estimate(sample).interval_of_models == (2.5, 2.5)
 
 
+def test_a_single_seed_takes_its_spread_from_the_pool():
+    """The other seeds of a method diverged: what the variants that came through say of seeds still holds for it."""
+    sample = Sample(np.array([3.0]), np.full((100_000, 1), 3.0))
+    assert estimate(sample, statistics.Pool(2.0, 10)).interval == pytest.approx(
+        stats.t.interval(0.95, 10, loc=3, scale=2), rel=0.03
+    )
+    assert estimate(sample).interval == (3, 3)
+
+
+def test_slow_figures_are_resampled_often_enough_for_a_difference_to_be_found():
+    """No draw on the other side of 0 gives 2 / (R + 1); of 300 that is lost among eight comparisons."""
+    for comparisons in range(1, 60):
+        least = 2 / (statistics.slow_rounds(comparisons) + 1)
+        assert verdict(1.0, holm([least, *[1.0] * (comparisons - 1)])[0]) == "yes"
+    assert verdict(1.0, holm([2 / 301, *[1.0] * 7])[0]) == "cannot be said"
+
+
 def test_lucky_seeds_do_not_say_more_than_their_test_set():
     """Errors on different examples but equal accuracies: sd over seeds 0, and yet the truth is not known."""
     gold = [1] * 60

@@ -139,6 +139,13 @@ def test_one_task_shows_all_its_figures_and_parts_by_the_papers_names(tmp_path):
     assert "paper +3.0" in cells(table(summary, "differences", printed), "lora")["commonsense"].small
 
 
+def test_of_losses_the_lowest_is_best(small):
+    """A task that has no other figure, such as a language model's."""
+    rows = [{**row, "metric": "loss", "mean": 2.0 - (row["variant"] == "lora")} for row in small["rows"]]
+    found = table({**small, "rows": rows, "pairs": []}, "figures")
+    assert ["best" in cells(found, variant)["matthews"].kind for variant in ("lora", "duallora")] == [True, False]
+
+
 def test_values_at_the_edge_of_the_search_are_marked(summary):
     chosen = table(summary, "chosen")
     assert cells(chosen, "duallora")["cola"].text == "0.01 ▸"

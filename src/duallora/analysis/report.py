@@ -161,7 +161,9 @@ def _figures(summary: Summary) -> Table | None:
             line.append(value._replace(kind=" ".join(filter(None, (kind, "best" if variant in best[column] else "")))))
         rows.append(line)
     head = ["variant", "trained", *(["time / LoRA's"] if ratios else []), *(heading for heading, *_ in columns)]
-    caption = f"{_what(summary)}; in small print the 95 % interval over other test rows and other seeds. Bold: the highest mean."
+    caption = (
+        f"{_what(summary)}; in small print the 95 % interval over other test rows and other seeds. Bold: the best mean."
+    )
     if summary["pairs"]:
         caption += (
             f" ▲ and ▼: better or worse than {summary['reference']}, after Holm's correction; unmarked: cannot be told."
@@ -182,12 +184,12 @@ def _variants(summary: Summary) -> list[str]:
 
 
 def _best(summary: Summary, task: str, figure: str) -> set[str]:
-    """The variants with the highest mean of a column (the lowest where less is better), ties included."""
+    """The variants with the best mean of a column, ties included."""
     means = {}
     for row in summary["rows"]:
         value = (row["every"].get(figure, {}) if figure else row).get("mean") if row["task"] == task else None
         if value is not None:
-            means[row["variant"]] = -value if figure in (*LOWER_IS_BETTER, "rmse") else value
+            means[row["variant"]] = -value if (figure or row["metric"]) in LOWER_IS_BETTER else value
     best = {variant for variant, mean in means.items() if mean == max(means.values())}
     return best if len(best) < len(means) else set()
 

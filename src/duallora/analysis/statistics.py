@@ -37,7 +37,7 @@ from sacrebleu.metrics.bleu import BLEU
 from duallora.errors import DataError
 
 ROUNDS = 10_000
-ROUNDS_SLOW = 300  # of a function that is called for each resample
+ROUNDS_SLOW = 300  # of a function that is called for each resample; see `slow_rounds`
 LEVEL = 0.95
 BLOCK = 500  # resamples at once: bounds the memory of the counts, [BLOCK, n]
 
@@ -74,7 +74,7 @@ class Estimate(NamedTuple):
 
     ``interval`` allows for other test examples and other seeds; ``interval_of_models`` for other test examples alone:
     it speaks of the models that were trained, not of the method. ``p`` is two-sided, for a true value of 0.
-    ``sd`` is over seeds (None with one seed, where ``interval`` knows nothing of seeds).
+    ``sd`` is over seeds (None with one seed, where ``interval`` knows of seeds only what a pool says).
     """
 
     mean: float
@@ -121,6 +121,15 @@ def _resample_slowly(figure: Figure, runs, gold, rounds: int, random: np.random.
     return Sample(np.array([figure(predictions, gold) for predictions in runs]), np.array(rows))
 
 
+def slow_rounds(comparisons: int) -> int:
+    """Resamples of a function that is called for each, so that Holm's correction can still find a difference.
+
+    With R of them no p-value is below 2 / (R + 1), and the smallest is multiplied by ``comparisons``: 300 could never
+    show anything among eight.
+    """
+    return max(ROUNDS_SLOW, 80 * comparisons)
+
+
 def difference(one: Sample, other: Sample) -> Sample:
     """``one - other``, seed by seed and resample by resample: the seeds must be the same, in the same order.
 
@@ -153,20 +162,24 @@ def pool(figures: np.ndarray, *, differences: bool) -> Pool | None:
 def draws(sample: Sample, pooled: Pool | None = None, *, seed: int = 0) -> np.ndarray:
     """Plausible values [R] of the mean over all seeds and examples there might have been: the formula above.
 
-    Without ``pooled``, s is the sample's own, with S - 1 degrees of freedom.
+    Without ``pooled``, s is the sample's own, with S - 1 degrees of freedom; of one seed there is none, and the draws
+    are those of the examples.
     """
     seeds = len(sample.figures)
     shift = sample.resampled.mean(axis=1) - sample.figures.mean()
-    if seeds == 1:
+    if seeds == 1 and pooled is None:
         return sample.figures.mean() + shift
-    covariance = np.cov(sample.resampled, rowvar=False)
-    own = covariance.trace() / seeds
-    shared = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
-    shared = min(max(0.0, shared), own)
-    variance = covariance.mean()
-    share = math.sqrt(min(1.0, shared / variance)) if variance > 0 else 0.0
     sd, degrees = pooled or Pool(0.0, seeds - 1)
-    spread = max(sample.figures.std(ddof=1), sd, math.sqrt(own - shared)) / math.sqrt(seeds)
+    if seeds == 1:  # what the seeds share cannot be told from one of them: all of the bootstrap counts
+        share, spread = 1.0, sd
+    else:
+        covariance = np.cov(sample.resampled, rowvar=False)
+        own = covariance.trace() / seeds
+        shared = (covariance.sum() - covariance.trace()) / (seeds * (seeds - 1))
+        shared = min(max(0.0, shared), own)
+        variance = covariance.mean()
+        share = math.sqrt(min(1.0, shared / variance)) if variance > 0 else 0.0
+        spread = max(sample.figures.std(ddof=1), sd, math.sqrt(own - shared)) / math.sqrt(seeds)
     student = np.random.default_rng([seed, seeds]).standard_t(degrees, size=len(shift))
     return sample.figures.mean() + share * shift + student * spread
 

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from duallora.analysis import statistics
-from duallora.analysis.statistics import ROUNDS, ROUNDS_SLOW, Estimate, Pool, Sample, Score
+from duallora.analysis.statistics import ROUNDS, Estimate, Pool, Sample, Score
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
 from duallora.grid.study import CELLS, LOWER_IS_BETTER, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
 from duallora.tasks import metrics as scorers
@@ -53,7 +53,8 @@ class _Runs(NamedTuple):
 def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
     """What `duallora report` shows of a grid's folder, whether it is finished or not.
 
-    ``rounds`` is the number of resamples behind the intervals (of figures that need a call for each: 300 at most).
+    ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of figures that need a
+    call for each.
 
     Raises:
         ConfigError: the folder holds no study.
@@ -256,7 +257,7 @@ def _sample(
                 f"{flat[0][2].name} and {outcome.name} were scored on different test rows: nothing can be compared; remove "
                 "the cells of one of them and run the grid again"
             )
-    facts |= {"examples": len(golds[0]), **_splits(folder, flat[0][2].name)}
+    facts |= {"examples": len(golds[0]), "test_is_validation": flat[0][2].same_rows}
     recorded = [outcome.test.get(str(metric)) for _, _, outcome in flat]
     score = _score(metric, read[0], recorded[0])
     for (_, _, outcome), pair, figure in zip(flat, read, recorded, strict=True):
@@ -264,7 +265,7 @@ def _sample(
             note = f"no intervals: nothing here computes {metric} as {outcome.name} recorded it from its predictions"
             return {**facts, "note": note}, {}
     assert score is not None
-    rounds = rounds if isinstance(score, Score) else min(rounds, ROUNDS_SLOW)
+    rounds = rounds if isinstance(score, Score) else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
     sample = statistics.resample(score, [guess for guess, _ in read], golds[0], rounds=rounds, seed=number)
     facts["rounds"] = rounds
     samples = {}
@@ -280,12 +281,6 @@ def _reported(study: Study, outcome: Outcome, split: str) -> str | None:
     if study.metric and study.metric not in LOWER_IS_BETTER and study.metric in figures:
         return study.metric
     return outcome.main_metric if outcome.main_metric in figures else study.metric
-
-
-def _splits(folder: Path, name: str) -> dict[str, Any]:
-    """Whether validation and test are the same rows, by their fingerprints."""
-    data = record.read_json(folder / CELLS / name / "metrics.json").get("data") or {}
-    return {"test_is_validation": data.get("test") is not None and data.get("test") == data.get("validation")}
 
 
 def _predictions(folder: Path, name: str, metric: str | None) -> tuple[list[Any], list[Any]]:
@@ -636,6 +631,12 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
     seeds = len(study["seeds"])
     if seeds == 1:
         yield "One seed: the intervals allow for other test rows and say nothing of how much another seed would change."
+    elif alone := [
+        task
+        for task in summary["tasks"]
+        if max((len(row["seeds"]) for row in summary["rows"] if row["task"] == task), default=0) == 1
+    ]:
+        yield f"{', '.join(alone)}: one seed so far, so the intervals allow for other test rows alone."
     elif seeds < 5 and summary["pairs"]:
         yield (
             f"{seeds} seeds say little of the spread over seeds, so it is pooled over the variants of a task: the intervals trust that "
