@@ -81,7 +81,7 @@ def test_a_dry_run_writes_nothing_and_its_commands_are_the_cells(cola, small_tab
     parts = [*reproduce.parts("table2", "mini"), *reproduce.parts("table5", "paper")]
     cells = [cell for part in parts for cell in part.first_cells()]
     lines = [*out["commands"], *reproduce.commands(parts[1:])]
-    assert len(cells) == 1 + 7 * 4
+    assert len(cells) == 1 + 7 * 5
     for line, cell in zip(lines, cells, strict=True):
         words = shlex.split(line)
         assert words[:2] == ["duallora", "train"]

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from duallora import recipes
+from duallora import methods, recipes
 from duallora.recipes import cost, printed, reproduce
 from duallora.train import run
 
@@ -31,6 +31,8 @@ def test_methods_differ_in_nothing_but_the_adapter(study):
         recipes_of = [found[task, variant].recipe() for variant in study.variants]
         for one, other in itertools.pairwise(recipes_of):
             same = {"adapter": {*FREE, "modules_to_save"}, "train": {"learning_rate"}}
+            if "full" in (one.adapter.method, other.adapter.method):  # see the test of 16 bits
+                same["model"] = {"dtype"}
             assert one.model_dump(exclude=same) == other.model_dump(exclude=same)
         assert len({tuple(study.search_for(task, v).get("train.learning_rate", ())) for v in study.variants}) == 1
         assert recipes_of[0].eval.test
@@ -51,6 +53,29 @@ def test_the_mini_scale_compares_alike_too(study):
             assert one.model_dump(exclude=same) == other.model_dump(exclude=same)
         assert recipes_of[0].model.name.startswith("builtin:")
     assert len(study.seeds) >= 3
+
+
+@pytest.mark.parametrize("study", [*PAPER.values(), *MINI], ids=lambda study: study.name)
+def test_nobody_trains_the_weights_themselves_in_16_bits(study):
+    """A step of 1e-5 on a weight of 0.02 is below half a unit of bfloat16's last place (2^-9 of it) and would be lost."""
+    for cell in cells(study).values():
+        recipe = cell.recipe()
+        if methods.get(recipe.adapter.method).whole:
+            assert recipe.model.dtype in ("float32", "auto")
+
+
+def test_the_rate_that_a_row_was_published_with_is_among_those_tried():
+    """LoRA 3e-4, DoRA 1e-4 and 2e-4 (DoRA's scripts), HiRA 1e-3 (its README); LoRA's 2e-4 on E2E, and its GLUE scripts."""
+    for name, study in PAPER.items():
+        if name.startswith("table1-"):
+            assert {3e-4, 1e-4, 2e-4, 1e-3} <= {*study.search["train.learning_rate"]}
+        if name.startswith("table4-"):
+            assert 2e-4 in study.search["train.learning_rate"]
+    glue = {"base": {"mnli": 5e-4, "cola": 4e-4}, "large": {"qnli": 2e-4, "rte": 4e-4}}
+    for size, tasks in glue.items():
+        for task, rate in tasks.items():
+            assert rate in PAPER[f"table2-roberta-{size}"].tasks[task]["search"]["train.learning_rate"]
+    assert {6e-5, 1.2e-4} <= {*PAPER["table2-deberta-xxl"].tasks["sst2"]["search"]["train.learning_rate"]}
 
 
 @pytest.mark.parametrize("table", printed.FILES)
@@ -147,7 +172,7 @@ def test_mrpc_rte_and_stsb_start_from_the_same_methods_mnli_adapter():
 
 
 def test_steps_are_those_of_the_scripts():
-    """HiRA's README batch on the rows of the hub's eight sets; LoRA's CoLA script for RoBERTa-base on what is not held out."""
+    """HiRA's README batch on the rows it trained on; LoRA's CoLA script for RoBERTa-base on what is not held out."""
     llama, roberta = PAPER["table1-llama-7b"], PAPER["table2-roberta-base"]
     recipe = cells(llama)["commonsense", "duallora-r16"].recipe()
     assert run.schedule(recipe, 170_300) == (31_932, 100)  # 10,644 batches of 16 in each of three epochs

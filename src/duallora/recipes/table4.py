@@ -1,9 +1,9 @@
 """Table 4: E2E with GPT-2, after LoRA's README (microsoft/LoRA, examples/NLG), whose reruns give the paper's LoRA row.
 
 Differences from it, on purpose: the learning rate is tuned for every method alike on the development set's BLEU. And where
-this package has no such setting: no label smoothing (0.1 there); transformers' GPT-2 has dropout in attention and between
-layers, LoRA's has none; c_attn is adapted whole, where LoRA's code adapts its slices for q and v apart (the counts are the
-same). See also `duallora.tasks.e2e`.
+this package has no such setting: no label smoothing (0.1 there); AdamW's eps is 1e-8 (1e-6 there); transformers' GPT-2 has
+dropout in attention and between layers, LoRA's has none; c_attn is adapted whole, where LoRA's code adapts its slices for
+q and v apart (the counts are the same). See also `duallora.tasks.e2e`.
 """
 
 from __future__ import annotations
