@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from duallora import cli
-from duallora.errors import ConfigError
-from duallora.grid.study import Study
+from duallora.errors import ConfigError, GridError
+from duallora.grid.study import Outcome, Study
 from duallora.recipes import reproduce, table2
 from duallora.recipes.variants import methods
 from duallora.train.recipe import load_recipe
@@ -98,6 +100,35 @@ def test_the_plan_counts_what_the_study_expects():
     lines = planned["studies"][0]["lines"]
     assert planned["hours"] == pytest.approx(sum(line["runs"] * line["hours"] for line in lines))
     assert {line["hours"] > 0 and line["memory"] is None for line in lines} == {True}
+
+
+def test_a_narrow_terminal_shows_every_figure_of_the_plan():
+    """The figures of Table 2's largest tasks, and the rates tried, in 80 columns."""
+    chosen = reproduce.parts("table2", "paper", ["study=table2-roberta-base", "task=mnli", "task=cola", "variant=full"])
+    planned = reproduce.plan(chosen, "a100-80gb")
+    console = Console(width=80, file=StringIO())
+    reproduce.show_plan(console, chosen, planned)
+    shown = console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert f"{planned['studies'][0]['lines'][0]['tokens']:,}" in shown
+    assert all(rate in "".join(shown.split()) for rate in ("0.000125", "0.0016"))
+
+
+def test_the_models_after_one_whose_runs_failed_are_run_too(cola, small_table, capsys, monkeypatch):
+    """The failed ones are told at the end, with an exit code of their own."""
+    ran = []
+
+    def run_study(study, folder, **options):
+        ran.append(study.name)
+        folder.mkdir(parents=True)
+        (folder / "study.yaml").write_text(study.yaml())
+        return {"lost": Outcome("lost", "failed", error="MemoryError: too large")} if len(ran) == 1 else {}
+
+    monkeypatch.setattr("duallora.grid.run.run", run_study)
+    two = ["table2", "--scale", "paper", "--yes", "--only", "task=cola", "--only", "variant=full", "-o", "runs/t"]
+    assert cli.run(["reproduce", *two]) == GridError("").exit_code
+    assert ran == ["table2-roberta-base", "table2-roberta-large", "table2-deberta-xxl"]
+    assert "lost: MemoryError: too large" in capsys.readouterr().err
 
 
 def test_the_paper_scale_asks_first(cola, capsys, monkeypatch):

@@ -139,7 +139,7 @@ def reproduce(
     from duallora.analysis import studies
     from duallora.grid.run import require_all, run
 
-    summaries = {}
+    summaries, outcomes = {}, []
     for part in chosen:
         found = run(part.study, part.folder, workers=workers, ray=ray, console=console.results, keep=keep)
         summary = studies.summarise(part.folder, scale=scale)
@@ -153,7 +153,9 @@ def reproduce(
             f"written to [bold]{file}[/]; next: duallora report {file} -o report.html", soft_wrap=True
         )
         summaries[part.study.name] = str(file)
-        require_all(found, part.folder)
+        outcomes.append((found, part.folder))
+    for found, folder in outcomes:  # a model whose runs fail does not keep the next one's waiting
+        require_all(found, folder)
     return {"runs": planned["runs"], "summaries": summaries}
 
 

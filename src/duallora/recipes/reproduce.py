@@ -153,11 +153,11 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
         )
         table = Table(Column("task", no_wrap=True), box=SIMPLE)
         for heading in ("runs", "steps each", "tokens each", "predicted h"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         searches = {task: _search(study, task) for task in study.tasks}
         apart = len(set(searches.values())) > 1
         if apart:
-            table.add_column("search")
+            table.add_column("search", overflow="fold")
         for task in study.tasks:
             own = [line for line in lines if line["task"] == task]
             start = f" (from {part.after(task)})" if part.after(task) else ""
@@ -168,7 +168,7 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
         console.print(table)
         table = Table(Column("variant", no_wrap=True), box=SIMPLE)
         for heading in ("trained", "of the model", "runs", "predicted h", "predicted GB"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=heading == "trained")
         for variant in study.variants:
             own = [line for line in lines if line["variant"] == variant]
             needs = [line["memory"] for line in own if line["memory"] is not None]
