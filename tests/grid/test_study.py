@@ -388,6 +388,13 @@ def test_a_mistake_in_a_file_is_told_with_its_line(old, new, words, tmp_path):
     assert words in str(error.value)
 
 
+def test_a_file_that_is_not_there_is_not_taken_for_a_recipe(tmp_path):
+    for path, words in [(tmp_path / "grid.yaml", "no such file"), (tmp_path, "holds no study.yaml")]:
+        with pytest.raises(ConfigError, match=rf"{words}.* expected .*grid\.yaml") as error:
+            Study.read(path)
+        assert "config show" not in str(error.value)  # which writes a recipe
+
+
 def test_a_mistake_in_the_base_recipe_is_told_with_the_recipes_line(tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: {name: there}\ntrain:\n  max_steps: 0\n")
     (tmp_path / "grid.yaml").write_text(GRID)

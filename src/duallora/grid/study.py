@@ -444,7 +444,7 @@ class Study:
             problems.append(f"{self._where('space')}: search and space exclude each other: keep one")
         if self.trials and not self.space:
             problems.append(
-                f"{self._where('trials')}: trials: {self.trials}, but there is no space for them to be drawn from"
+                f"{self._where('trials')}: trials: {self.trials}, but there is no space to draw them from: write one instead of search, or leave trials (--optuna) out"
             )
         if self.space and self.trials < 1:
             problems.append(f"{self._where('trials')}: a space needs trials: --optuna N, or trials: N")
@@ -495,6 +495,10 @@ class Study:
             ConfigError: with every problem found, each naming file, line, key, value and what is allowed.
         """
         path = Path(path)
+        if path.is_dir() and not (path / STUDY).exists():
+            raise ConfigError(f"{path} holds no {STUDY}: expected the folder of a grid, or a grid.yaml (docs/grid.md)")
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; expected a grid.yaml (docs/grid.md), or the folder of a grid")
         path = path / STUDY if path.is_dir() else path
         content = read_yaml(path, depth=3)
         known = [item.name for item in fields(cls) if item.name != "places"]
