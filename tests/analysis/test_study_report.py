@@ -123,6 +123,15 @@ def test_a_paper_with_other_columns_is_shown_alone(summary):
     assert cells(found, "lora")["boolq"].text == "67.5"
 
 
+def test_a_study_whose_first_task_alone_has_figures_yet_has_the_papers_column_for_it(tmp_path):
+    """The grid was stopped when CoLA was done: its column is CoLA, not Matthews."""
+    summary = studies.summarise(work_off(tmp_path, two_tasks(search={}), lambda cell: 0.7, stop_after=9), rounds=200)
+    assert {row["task"] for row in summary["rows"]} == {"cola"}
+    beside = table(summary, "paper", PAPER)
+    assert (beside.title, cells(beside, "lora")["cola"].small) == ("Beside the paper", "paper 63.9")
+    assert "; paper +3.9" in cells(table(summary, "differences", PAPER), "lora")["cola"].small
+
+
 def test_one_task_shows_all_its_figures_and_parts_by_the_papers_names(tmp_path):
     study = two_tasks(
         tasks={"commonsense": {"data.task": "commonsense"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}},

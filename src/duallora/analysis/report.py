@@ -105,7 +105,7 @@ def tables(summary: Summary, printed: Sequence[Printed] = ()) -> list[Table]:
 def _columns(summary: Summary) -> list[tuple[str, str, str]]:
     """(heading, task, figure) of each column: the tasks, or all figures where there is one task."""
     tasks = list(dict.fromkeys(row["task"] for row in summary["rows"]))
-    if len(tasks) != 1:
+    if len(summary["tasks"]) != 1 or not tasks:  # of several tasks one alone may have figures yet
         return [(task, task, "") for task in tasks]
     (task,) = tasks
     main = summary["tasks"][task]["metric"]
@@ -274,7 +274,7 @@ def _differences(summary: Summary, printed: Sequence[Printed]) -> Table | None:
     reference = summary["reference"]
     lines = {line["variant"]: line for line in printed}
     tasks = list(dict.fromkeys(pair["task"] for pair in summary["pairs"]))
-    single = len(tasks) == 1
+    single = len(summary["tasks"]) == 1
     rows = []
     for other in _variants(summary):
         own = {pair["task"]: pair for pair in summary["pairs"] if pair["other"] == other}
