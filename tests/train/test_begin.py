@@ -151,6 +151,13 @@ def test_what_does_not_fit_is_named(more, message, trained, make_recipe, console
         run.train(recipe, console=console)
 
 
+@pytest.mark.parametrize("method", ["duallora", "lora+"])
+def test_a_folder_that_is_not_there_is_called_so(method, make_recipe, console):
+    """runs/mnli could be the name of a model on the hub."""
+    with pytest.raises(ConfigError, match=r"adapter\.start=runs/mnli: .* no such folder is here"):
+        run.train(make_recipe(*of(method, "adapter.start=runs/mnli")), console=console)
+
+
 def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(
     trained, make_recipe, console, tmp_path, tiny_causal_folder
 ):

@@ -103,7 +103,8 @@ def analyze(
     result = {"kind": "analysis", **record.environment(), "axis": axis, "sources": told}
     record.write_json(folder / "analysis.json", result)
     drawn = adapter_plots.draw(tables, folder) if draw else []
-    say(console, "saved", f"{', '.join(path.name for path in drawn)} and tables in {shown(folder)}")
+    files = [*(path.name for path in drawn), *(f"{part}.csv" for part in tables), "analysis.json"]
+    say(console, "saved", f"{', '.join(files)} in {shown(folder)}")
     return result
 
 

@@ -37,7 +37,10 @@ def from_run(method: methods.Adapted, source: str, kind: evaluate.Kind, base: st
     """
     folder = evaluate.find(source)
     if folder is None:
-        raise ConfigError(f"adapter.start={source}: expected a run or adapter folder, and this is a plain model")
+        raise ConfigError(
+            f"adapter.start={source}: expected the folder of a run or an adapter, and no such folder is here (nor is it an "
+            "adapter of the hub)"
+        )
     trained_on = evaluate.read_sidecar(folder).get("base", {}).get("fingerprint")
     if trained_on and trained_on != base:
         raise IntegrityError(
