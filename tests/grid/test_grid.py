@@ -144,6 +144,7 @@ def test_a_search_that_was_decided_on_test_rows_is_said_to_be(fakes):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_grid_lets_its_cells_save_and_goes_on_later(number, fakes):
+    before = signal.getsignal(signal.SIGINT)
     first, second = "cola-lora-lr0.001-seed0", "cola-lora-lr0.002-seed0"
     fakes.end({first: ["waits", "done"], second: ["waits", "done"]})
     when(running(fakes, first, second), lambda: os.kill(os.getpid(), number))
@@ -155,7 +156,7 @@ def test_a_stopped_grid_lets_its_cells_save_and_goes_on_later(number, fakes):
     found = fakes.run(study, workers=2)
     assert {item.status for item in found.values()} == {"done"}
     assert fakes.starts() == {first: 2, second: 2}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_signal_ends_the_cells_at_once(fakes, monkeypatch):

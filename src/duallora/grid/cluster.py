@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,9 @@ class Cluster:
 
 def run_cell(arguments: list[str], log: str, environment: Mapping[str, str], folder: str) -> int:
     """On a worker: Python with ``arguments``, waited for; cancelled, it may save a checkpoint first. Its exit code."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # Ray cancels by it, and a grid under nohup passes it on ignored
     running = process(arguments, Path(log), {**os.environ, **environment}, folder)
     try:
         while running.poll() is None:  # wait() would sleep through Ray's way of interrupting
