@@ -527,3 +527,10 @@ def test_a_resume_on_other_held_out_rows_takes_the_first_loss_anew(make_recipe):
     previous["recipe"]["data"]["eval_limit"] = 6
     assert run._loss_before(previous, recipe) == 5.0
     assert run._loss_before(None, recipe) is None
+
+
+def test_a_batch_is_as_large_as_the_recipe_says_where_several_gpus_are_seen(monkeypatch, tmp_path):
+    """One process trains on one device: transformers alone would take the batch size for that of each GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    recipe = load_recipe(overrides=["data.task=cola", "train.batch_size=6"])
+    assert run._arguments(recipe, tmp_path, steps=1, lr_warmup=0).train_batch_size == 6

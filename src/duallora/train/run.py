@@ -752,7 +752,7 @@ def _arguments(
     options = recipe.train
     batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.count)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(checkpoints),
             max_steps=steps,
             per_device_train_batch_size=batch_size,
@@ -787,6 +787,9 @@ def _arguments(
         )
     except ValueError as error:
         raise ConfigError(f"transformers does not accept these settings: {error}") from error
+    # transformers would put a batch on each GPU it sees, and the steps would be of other sizes than the recipe's.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
