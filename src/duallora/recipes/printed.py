@@ -59,6 +59,7 @@ NOTES = {
     (2, "RoBERTa-base", "GaRare", "8"): "MRPC is F1, as GaLore's",
     (2, "RoBERTa-large", "GaLore", "16"): "MRPC is F1 (its author in an issue)",
     (2, "RoBERTa-large", "GaRare", "16"): "MRPC is F1, as GaLore's",
+    (2, "RoBERTa-base", "VeRA", ""): "no rank of its scripts gives 0.3 M: r = 1024 has 0.16",
     (2, "DeBERTa-XXL", "DoRA", "32"): "9.4 M is LoRA's count; DoRA's lengths come on top: 9.6 M",
     (
         3,
@@ -66,6 +67,8 @@ NOTES = {
         "STE (ours)",
         "",
     ): "1.64 % is r1 = r2 = 32, yet the average is that of r1 = r2 = 16 (0.83 %) in Tables 1, 5, 6",
+    (3, "", "XNOR-Net", ""): "1.64 % is r1 = r2 = 32; the variant here has 16",
+    (3, "", "Dorefa-Net", ""): "1.64 % is r1 = r2 = 32; the variant here has 16",
     (5, "", "Setting 1(r=32)", ""): "twice the parameters of the row it ablates",
     (5, "", "Setting 2(r=32)", ""): "twice the parameters of the row it ablates",
     (5, "", "Setting 3(r=32)", ""): "0.84 % is DoRA's; one group of r = 32 is 0.83",
