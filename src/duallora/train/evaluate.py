@@ -81,7 +81,7 @@ def evaluate(
 
     ``generation`` overrides the task's own arguments for transformers' ``generate``. ``scoring="likelihood"`` generates
     nothing: each row's prediction is the likeliest of its `Task.options`, and figures that end in ``_norm`` are those of
-    the option with the greatest log-likelihood per byte (lm-eval's acc_norm). The loss is the mean over trained tokens
+    the option with the greatest log-likelihood per byte (lm-eval's acc_bytes). The loss is the mean over trained tokens
     (nats per token) for tasks that generate, over rows otherwise.
 
     Raises:
