@@ -208,6 +208,8 @@ def test_gpt2s_transposed_weights_are_moved_the_right_way_round(start, tmp_path)
         return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
 
     settings(start)  # skips what this PEFT lacks
+    if start == "corda" and not hasattr(peft.tuners.lora.config, "LoraGAConfig"):
+        pytest.skip(f"CorDA of PEFT {peft.__version__} knows nn.Linear alone")
     ids = torch.arange(27).reshape(3, 9)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     spec = MethodSpec(

@@ -856,7 +856,7 @@ class _Trainer(Trainer):
         for group in groups:
             held: list[list[torch.nn.Parameter]] = [[], []]
             for weight in group["params"]:
-                held[bool(group["weight_decay"]) and id(weight) in spared].append(weight)
+                held[bool(group.get("weight_decay")) and id(weight) in spared].append(weight)
             found += [{**group, "params": held[0]}, {**group, "params": held[1], "weight_decay": 0.0}]
         return [group for group in found if group["params"]]
 
