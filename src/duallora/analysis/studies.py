@@ -631,17 +631,17 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
     seeds = len(study["seeds"])
     if seeds == 1:
         yield "One seed: the intervals allow for other test rows and say nothing of how much another seed would change."
-    elif alone := [
-        task
-        for task in summary["tasks"]
-        if max((len(row["seeds"]) for row in summary["rows"] if row["task"] == task), default=0) == 1
-    ]:
-        yield f"{', '.join(alone)}: one seed so far, so the intervals allow for other test rows alone."
     elif seeds < 5 and summary["pairs"]:
         yield (
             f"{seeds} seeds say little of the spread over seeds, so it is pooled over the variants of a task: the intervals trust that "
             "it is about equally large for all of them, or take a variant's own where that is larger."
         )
+    most = {
+        task: max((len(row["seeds"]) for row in summary["rows"] if row["task"] == task), default=0)
+        for task in summary["tasks"]
+    }
+    if seeds > 1 and (alone := [task for task, count in most.items() if count == 1]):
+        yield f"{', '.join(alone)}: one seed so far, so the intervals allow for other test rows alone."
     for row in summary["rows"]:
         others = [
             o["sd"] for o in summary["rows"] if o["task"] == row["task"] and o is not row and o.get("sd") is not None
