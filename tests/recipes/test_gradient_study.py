@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from duallora.errors import ConfigError
 from duallora.recipes import studies
-from duallora.train import run
+from duallora.train.adapter import adapt
 
 STUDIES = {study.name: study for study in studies("gradient-start", "mini")}
 
@@ -40,7 +40,7 @@ def test_every_variant_trains_as_many_parameters(name):
         adapter = recipe.adapter.model_copy(update={"target_modules": ["query", "value"], "options": {}})
         with torch.device("meta"):
             model = BertForSequenceClassification(config)
-        adapted = run.adapt(model, recipe.model_copy(update={"adapter": adapter}), "classify", lr_warmup=1)
+        adapted = adapt(model, recipe.model_copy(update={"adapter": adapter}), "classify", lr_warmup=1)
         counts[variant] = sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and "layer.0" in n)
     assert set(counts.values()) == {2 * 8 * (20 + 20)}, counts
 

@@ -22,7 +22,7 @@ from duallora import cli
 from duallora.cli import training
 from duallora.console import exit_code_for
 from duallora.errors import ConfigError, LostProcessError
-from duallora.train import checkpoint, evaluate, launch, record, run
+from duallora.train import checkpoint, evaluate, launch, loop, record, run
 
 slow = pytest.mark.skipif("DUALLORA_SLOW" not in os.environ, reason="slow: `make distributed` runs it")
 FORK = multiprocessing.get_context("fork")
@@ -79,14 +79,14 @@ def at_step(step, rank, action):
     """A plant: before ``step`` (counted from 1) process ``rank`` does ``action(trainer)``."""
 
     def plant(index):
-        plain = run._Trainer.training_step
+        plain = loop.RunTrainer.training_step
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             if index == rank and self.state.global_step + 1 == step:
                 action(self)
             return plain(self, model, inputs, num_items_in_batch)
 
-        run._Trainer.training_step = training_step
+        loop.RunTrainer.training_step = training_step
 
     return plant
 
@@ -288,11 +288,11 @@ def test_rows_that_cannot_be_shared_evenly_are_refused_with_the_number_to_choose
 @pytest.mark.parametrize(("rows", "at_once"), [(21, 6), (24, 6), (1, 8), (5, 2)])
 def test_an_epoch_holds_every_row_once_and_is_filled_at_its_end_only(rows, at_once):
     lengths = [row * 37 % 101 for row in range(rows)]
-    order = list(run.LikeLengths(lengths, at_once, seed=3, fill_to=at_once))
-    assert order[:rows] == list(run.LikeLengths(lengths, at_once, seed=3))
+    order = list(loop.LikeLengths(lengths, at_once, seed=3, fill_to=at_once))
+    assert order[:rows] == list(loop.LikeLengths(lengths, at_once, seed=3))
     assert sorted(order[:rows]) == list(range(rows))
     assert order[rows:] == [rows] * (-rows % at_once)
-    assert len(order) == len(run.LikeLengths(lengths, at_once, seed=3, fill_to=at_once))
+    assert len(order) == len(loop.LikeLengths(lengths, at_once, seed=3, fill_to=at_once))
 
 
 @pytest.mark.parametrize("kind", ["classify", "regress"])
@@ -308,9 +308,9 @@ def test_the_shares_of_a_heads_loss_add_up_to_its_mean_over_rows(kind):
     mean = sum(float(row) for row in rows) / 5
     count = torch.tensor(5)
     parts = [
-        run.row_loss(kind, {"logits": logits[:3]}, labels[:3], count),
-        run.row_loss(kind, {"logits": torch.cat([logits[3:], logits[:2]])}, torch.cat([labels[3:], filler]), count),
-        run.row_loss(kind, {"logits": logits[:2]}, filler, count),
+        loop.row_loss(kind, {"logits": logits[:3]}, labels[:3], count),
+        loop.row_loss(kind, {"logits": torch.cat([logits[3:], logits[:2]])}, torch.cat([labels[3:], filler]), count),
+        loop.row_loss(kind, {"logits": logits[:2]}, filler, count),
     ]
     assert float(sum(parts)) == pytest.approx(mean, rel=1e-6)
     assert parts[2] == 0

@@ -22,7 +22,7 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from duallora.train import checkpoint, lock, record, run
+from duallora.train import checkpoint, lock, loop, record, run
 from duallora.train.recipe import LATER, load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,7 +46,7 @@ def at(monkeypatch):
     """``at(step, micro_batch, action)`` runs ``action(trainer)`` before that micro-batch (both counted from 1)."""
 
     def plant(step, micro_batch, action):
-        plain = run._Trainer.training_step
+        plain = loop.RunTrainer.training_step
         seen = {"micro": 0}
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -56,7 +56,7 @@ def at(monkeypatch):
                 action(self)
             return plain(self, model, inputs, num_items_in_batch)
 
-        monkeypatch.setattr(run._Trainer, "training_step", training_step)
+        monkeypatch.setattr(loop.RunTrainer, "training_step", training_step)
 
     return plant
 
@@ -468,7 +468,7 @@ def _with_model(recipe, folder):
 @pytest.mark.parametrize(("rows", "batch_size"), [(103, 4), (64, 8), (5, 2), (3, 8), (1, 1)])
 def test_batches_of_like_length_hold_every_row_once_and_repeat_with_the_epoch(rows, batch_size):
     lengths = [row * 37 % 101 for row in range(rows)]
-    sampler = run.LikeLengths(lengths, batch_size, seed=3)
+    sampler = loop.LikeLengths(lengths, batch_size, seed=3)
     first = list(sampler)
     assert sorted(first) == list(range(rows))
     assert list(sampler) == first
@@ -476,7 +476,7 @@ def test_batches_of_like_length_hold_every_row_once_and_repeat_with_the_epoch(ro
     assert rows < 5 or list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
-    assert rows < 5 or list(run.LikeLengths(lengths, batch_size, seed=4)) != first
+    assert rows < 5 or list(loop.LikeLengths(lengths, batch_size, seed=4)) != first
     if rows > 50:
         batches = [[lengths[row] for row in first[at : at + batch_size]] for at in range(0, rows, batch_size)]
         padded = sum(len(batch) * max(batch) for batch in batches)

@@ -17,6 +17,7 @@ from duallora import methods
 from duallora.errors import ConfigError
 from duallora.methods import MethodSpec
 from duallora.train import evaluate, merge, models, run
+from duallora.train.adapter import put
 
 STARTS = {
     "pissa": ("lora", "{init_lora_weights: pissa}"),
@@ -103,7 +104,7 @@ def test_before_the_first_step_the_function_is_the_base_models(start, make_recip
     def batches(count):
         return list(run.calibration.batches(rows[:count], tokenizer, 4, model))
 
-    method = run.put(model, recipe, "generate", 1, batches=batches)
+    method = put(model, recipe, "generate", 1, batches=batches)
     adapted = method.model.eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(**batch).logits, expected, atol=2e-6, rtol=0)
@@ -131,7 +132,7 @@ def test_lora_ga_of_the_paper_is_the_gradients_singular_vectors(make_recipe, con
     batches = list(run.calibration.batches(rows, tokenizer, 3, plain))
     for batch in batches:
         plain(**batch).loss.backward()
-    adapted = run.put(model, recipe, "generate", 1, batches=lambda count: batches).model
+    adapted = put(model, recipe, "generate", 1, batches=lambda count: batches).model
     layer = adapted.get_base_model().model.layers[1].mlp.down_proj
     G = plain.model.layers[1].mlp.down_proj.weight.grad.double()
     U, _, Vh = torch.linalg.svd(G)

@@ -587,7 +587,7 @@ def _on_a_line(value: Any) -> str:
 def _plan(recipe: Recipe) -> dict[str, Any]:
     """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
     from duallora.tasks import encode_split
-    from duallora.train import plugins, run
+    from duallora.train import adapter, plugins, run
     from duallora.train.evaluate import select
     from duallora.train.models import load_model
     from duallora.train.progress import quiet_libraries, say
@@ -610,7 +610,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             train_on=recipe.data.train_on,
         )
         steps, warmup = run.schedule(recipe, counts.rows)
-        trainable, total = run.parameter_counts(run.adapt(model, recipe, task.kind, warmup))
+        trainable, total = adapter.parameter_counts(adapter.adapt(model, recipe, task.kind, warmup))
     folder = recipe.output or default_output(recipe)
     out = console.results
     say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")

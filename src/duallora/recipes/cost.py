@@ -40,6 +40,7 @@ from duallora.plan.architectures import config_of
 from duallora.plan.planner import Gpus, Planner
 from duallora.plan.trace import at_depth, depth_of
 from duallora.train import run
+from duallora.train.adapter import put
 from duallora.train.progress import quiet_libraries
 from duallora.train.recipe import AdapterSection, DataSection, Recipe
 
@@ -263,7 +264,7 @@ def _count(recipe: Recipe, kind: Literal["generate", "classify"], config: Any) -
         model = factory.from_config(config)
         base = model.num_parameters()
         weights = [m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
-        adapted = run.put(model, recipe, kind, lr_warmup=1).model
+        adapted = put(model, recipe, kind, lr_warmup=1).model
     heads = {id(p) for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.parameters()}
     layers = [m.get_base_layer() for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
     return Shape(

@@ -8,32 +8,24 @@ adapter/  the result; model/  where the method trains the whole model
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import math
 import os
-import random
 import shutil
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from safetensors.torch import load_model as load_model_weights
-from safetensors.torch import save_model as save_model_weights
-from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -48,14 +40,24 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from duallora.methods import starts
-from duallora.tasks import IGNORE, Collator, Task, encode_split, hold_out, load_data, load_task
+from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
 from duallora.train import begin, calibration, checkpoint, evaluate, plugins, record
+from duallora.train.adapter import gate, load_weights, parameter_counts, put
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.lock import locked
+from duallora.train.loop import (
+    FiniteGradients,
+    JsonLines,
+    LossDuringTraining,
+    RunTrainer,
+    ShowTraining,
+    Stopping,
+    nothing_to_learn,
+    row_loss,
+)
 from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import Bar, amount, clock, quiet_libraries, say, shown, size
-from duallora.train.recipe import RUNS_OWN, Recipe, default_output, fingerprint, recipe_yaml, with_later
+from duallora.train.progress import amount, clock, quiet_libraries, say, shown, size
+from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
     "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "model", "checkpoints",
@@ -63,8 +65,6 @@ MATTERS = (
 )  # fmt: skip
 
 START = "start"  # beside the checkpoints: the adapter before its first step
-
-WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
 
 
 def train(recipe: Recipe, *, resume: str = "never", console: Console | None = None) -> dict[str, Any]:
@@ -384,7 +384,7 @@ class _Run:
             self.stopping,
             checkpoint.SealCheckpoints(self.checkpoints, recipe.train.save_total_limit, fingerprints, processes),
         ]
-        trainer = _Trainer(
+        trainer = RunTrainer(
             model=model,
             args=_arguments(recipe, self.checkpoints, steps, lr_warmup, processes),
             train_dataset=[*rows, nothing_to_learn(rows[0], task.kind)],
@@ -645,107 +645,6 @@ def load(recipe: Recipe, console: Console) -> Task:
     return task
 
 
-def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> Any:
-    """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full.
-
-    A method that trains the weights themselves gives the model back, all of it trained.
-    """
-    return put(model, recipe, kind, lr_warmup).model
-
-
-def put(
-    model: torch.nn.Module,
-    recipe: Recipe,
-    kind: evaluate.Kind,
-    lr_warmup: int,
-    *,
-    batches: Callable[[int], Iterable[Mapping[str, Any]]] | None = None,
-    checkpoint: Path | None = None,
-) -> methods.Adapted:
-    """`adapt`, with what the method says of its optimizer.
-
-    ``batches(n)`` are n rows of data for a start that looks at some; without them, and without the ``checkpoint`` of a run
-    that is resumed, such an adapter is given the usual start: its shapes are what they will be.
-    """
-    name = recipe.adapter.method
-    method = methods.get(name)
-    fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
-    if fields["warmup_steps"] == "auto":
-        fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
-    if kind != "generate" and not method.whole:
-        heads = evaluate.head_modules(model)
-        # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
-        own = {*(fields["modules_to_save"] or ()), *heads} - {"classifier", "score"}
-        fields["modules_to_save"] = sorted(own) or None
-        if fields["exclude_modules"] is None and fields["target_modules"] == "all-linear":
-            fields["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
-    task_type = "CAUSAL_LM" if kind == "generate" else "SEQ_CLS"
-    if name == "duallora":
-        config = duallora.DualLoraConfig(**fields, task_type=task_type, revision=recipe.model.revision)
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise ConfigError(f"adapter.target_modules={recipe.adapter.target_modules!r}: {error}") from error
-        options = {"direction_lr_ratio": recipe.train.direction_lr_ratio}
-        found = methods.Adapted(adapted, method, methods.MethodSpec(name, options=options))
-    else:
-        spec = other(recipe, method, fields, task_type)
-        count = methods.rows_wanted(method, spec)
-        if count and checkpoint is None and batches is None:
-            spec = starts.without_data(spec)
-        data = batches(count) if count and checkpoint is None and batches else None
-        found = methods.apply(model, spec, batches=data, checkpoint=checkpoint)
-    if method.whole:
-        return found
-    config = found.model.peft_config["default"]
-    # The name the user gave, not the local folder it resolved to: the adapter may be loaded on another machine.
-    config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
-    return found
-
-
-def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_type: str) -> methods.MethodSpec:
-    """The recipe's settings as those of another method than Dual LoRA; ``fields`` are the adapter section's."""
-    values = {"r": fields["r"], "alpha": fields["alpha"], "dropout": fields["duallora_dropout"] or None}
-    values["target_modules"] = fields["target_modules"]
-    untouched = type(recipe.adapter)()
-    for name, key in (("r", "r"), ("target_modules", "target_modules")):
-        # What a method has not got, or has a better place for, is its own where the recipe says nothing else.
-        if values[name] == getattr(untouched, key) and (name not in method.defaults or (method.rule and name != "r")):
-            values[name] = None
-    options = dict(recipe.adapter.options)
-    if "target_modules" in method.defaults or method.whole:  # a whole model's method refuses what it has not got
-        chosen = ("exclude_modules", "modules_to_save", "layers_to_transform")
-        options |= {name: fields[name] for name in chosen if fields[name] is not None}
-    return methods.MethodSpec(method.name, task_type=task_type, options=options, **values)
-
-
-def parameter_counts(model: Any) -> tuple[int, int]:
-    """(trained, all) weights of a model, with or without an adapter."""
-    if isinstance(model, PeftModel):
-        return model.get_nb_trainable_parameters()
-    return sum(weight.numel() for weight in methods.trained(model)), model.num_parameters()
-
-
-def load_weights(method: methods.Adapted, folder: Path) -> None:
-    """The trained weights of a checkpoint into the model; IntegrityError where they are another model's."""
-    model = method.model
-    if method.method.restore is not None:
-        method.method.restore(method, folder)
-        return
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        return
-    try:
-        load_model_weights(model, folder / WHOLE_MODEL)
-    except RuntimeError as error:  # names or shapes
-        raise IntegrityError(f"{folder / WHOLE_MODEL} does not fit the model: {str(error).splitlines()[0]}") from error
-
-
-def gate(model: Any) -> float:
-    """Dual LoRA's gate; 1 for methods that have none."""
-    return duallora.gate(model) if any(hasattr(m, "duallora_step") for m in model.modules()) else 1.0
-
-
 def _arguments(
     recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int, processes: Processes = ALONE
 ) -> TrainingArguments:
@@ -822,333 +721,6 @@ def _loss_before(previous: dict[str, Any] | None, recipe: Recipe) -> float | Non
     if not previous or previous.get("recipe", {}).get("data", {}).get("eval_limit") != recipe.data.eval_limit:
         return None
     return previous.get("loss_before")
-
-
-class _Trainer(Trainer):
-    """Counts real tokens, stops at the first non-finite loss, and saves nothing but what is trained."""
-
-    model: Any
-    lr_scheduler: Any
-    processes = ALONE
-    kind: evaluate.Kind = "generate"
-    method: methods.Adapted | None = None
-    tokens = 0
-    step_tokens = 0
-    step_loss = 0.0
-    logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
-
-    def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None and self.method is not None:
-            own, options = self.method.method, self.method.spec.options
-            rates = self.args.learning_rate, self.args.weight_decay
-            if own.optimizer is not None:
-                self.optimizer = self.method.optimizer(*rates)
-            elif own.groups is not None and options.get("direction_lr_ratio") != 1:  # with 1 Trainer's groups will do
-                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-                self.optimizer = kind(self._spared(self.method.groups(*rates)), **settings)
-        return super().create_optimizer(*args, **kwargs)
-
-    def _spared(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """``groups`` with what Trainer's own would spare weight decay (biases, norms) in groups apart."""
-        decayed = set(self.get_decay_parameter_names(self.model))
-        spared = {id(weight) for name, weight in self.model.named_parameters() if name not in decayed}
-        found = []
-        for group in groups:
-            held: list[list[torch.nn.Parameter]] = [[], []]
-            for weight in group["params"]:
-                held[bool(group.get("weight_decay")) and id(weight) in spared].append(weight)
-            found += [{**group, "params": held[0]}, {**group, "params": held[1], "weight_decay": 0.0}]
-        return [group for group in found if group["params"]]
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.step_tokens += int(inputs["attention_mask"].sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_loss += float(loss)
-        if self.processes.count == 1:  # several stop together: see FiniteGradients
-            self.require_finite("loss", self.step_loss)
-        return loss
-
-    def require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise self.non_finite(what, value)
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows: Any = self.train_dataset
-        lengths = [len(row["input_ids"]) for row in rows[:-1]]  # the last one is `nothing_to_learn`
-        # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
-        at_once = self.args.train_batch_size * self.processes.count
-        step = at_once * self.args.gradient_accumulation_steps
-        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.count > 1 else 1)
-        return self.sampler
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        if self.kind == "generate":
-            return super()._get_num_items_in_batch(batch_samples, device)
-        own = sum(int(has_label(batch["labels"]).sum()) for batch in batch_samples)
-        return torch.tensor(sum(count for (count,) in self.processes.numbers([own])), device=device)
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            tokens, moment, cpu = self.logged
-            self.logged = (self.tokens, time.monotonic(), time.process_time())
-            seconds = self.logged[1] - moment
-            speed = (self.tokens - tokens) / max(seconds, 1e-9)
-            logs = {**logs, "gate": gate(self.model), "tokens_per_second": speed, "seconds": seconds}
-            logs["cpu_seconds"] = self.logged[2] - cpu
-        super().log(logs, start_time)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        if not self.args.should_save:
-            return
-        folder = Path(str(output_dir or self.args.output_dir))
-        if self.method is not None and self.method.method.save is not None:
-            self.method.save(folder)
-        elif isinstance(self.model, PeftModel):
-            # PEFT's own default asks the hub whether the vocabulary grew.
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        else:  # as they are called here: from_pretrained may rename and restack
-            folder.mkdir(parents=True, exist_ok=True)
-            save_model_weights(self.model, str(folder / WHOLE_MODEL))
-        if self.method is not None and self.method.method.checkpoint is not None:
-            self.method.method.checkpoint(self.method, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        method = self.method
-        if method is None or (isinstance(self.model, PeftModel) and method.method.restore is None):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:  # Trainer's own passes over what does not fit
-            load_weights(method, Path(resume_from_checkpoint))
-
-    def non_finite(self, what: str, value: float) -> NonFiniteError:
-        """The error for a NaN or infinite ``what`` in the step under way, which is also logged."""
-        step = self.state.global_step + 1
-        self.log({what: value, "stopped_in_step": step})
-        return NonFiniteError(
-            f"the {what.replace('_', ' ')} is {value} in step {step}; the step was not applied and nothing of it was "
-            f"saved. Lower train.learning_rate (it is {self.args.learning_rate:g}), look at the rows, or use "
-            "model.dtype=float32; earlier checkpoints are intact"
-        )
-
-
-def nothing_to_learn(row: dict[str, Any], kind: evaluate.Kind) -> dict[str, Any]:
-    """A row of one token that adds nothing to any loss: it fills the last step, where processes would lack rows."""
-    nothing: dict[str, Any] = {"generate": [IGNORE], "classify": IGNORE, "regress": math.nan}
-    return {**{key: row[key][:1] for key in row if key != "labels"}, "labels": nothing[kind]}
-
-
-def has_label(labels: torch.Tensor) -> torch.Tensor:
-    """Which rows of a batch [rows] of class ids or targets are to be learnt."""
-    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
-
-
-def row_loss(kind: evaluate.Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
-    """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
-    learnt = has_label(labels)
-    logits, labels = outputs["logits"][learnt].float(), labels[learnt]
-    if kind == "classify":
-        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
-    return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum") / num_items_in_batch
-
-
-class LikeLengths(torch.utils.data.Sampler[int]):
-    """A random order in which the rows of a step have like lengths, so that little is padding.
-
-    Rows are drawn at random into groups of ``GROUP`` batches; a group is sorted, cut into batches, and the batches of
-    the epoch are drawn at random again. The order depends on seed and epoch alone, so a resumed run finds it again.
-    The last batch is filled to a multiple of ``fill_to`` with the number after the last row's.
-    """
-
-    GROUP = 8
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, fill_to: int = 1):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        self.filling = [len(lengths)] * (-len(lengths) % fill_to)
-
-    def __len__(self) -> int:
-        return len(self.lengths) + len(self.filling)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        draw = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        draw.shuffle(order)
-        whole = len(order) - len(order) % self.batch_size  # the last, smaller batch stays last and random
-        span = self.GROUP * self.batch_size
-        batches = []
-        for start in range(0, whole, span):
-            group = sorted(order[start : min(start + span, whole)], key=lambda row: self.lengths[row])
-            batches += [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
-        draw.shuffle(batches)
-        return itertools.chain(*batches, order[whole:], self.filling)
-
-
-class FiniteGradients(TrainerCallback):
-    """Looks at every gradient before it is applied: an infinite one would only show in the loss a step later."""
-
-    def __init__(self, trainer: _Trainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        trainer = self.trainer
-        told = trainer.processes.numbers([trainer.step_loss, trainer.step_tokens])
-        trainer.tokens += round(sum(tokens for _, tokens in told))
-        trainer.step_tokens = 0
-        trainer.step_loss = sum(loss for loss, _ in told) / len(told)
-        trainer.require_finite("loss", trainer.step_loss)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        trainer.require_finite("grad_norm", float(torch.nn.utils.get_total_norm(gradients)))
-        share_token_errors(model, trainer.processes)
-
-
-def share_token_errors(model: torch.nn.Module, processes: Processes) -> None:
-    """Gives every process the same sampling errors, so that the token budget is spent alike (gradient_tokens_by)."""
-    probes = [probe for module in model.modules() for probe in getattr(module, "token_probes", {}).values()]
-    probes = [probe for probe in probes if probe.grad is not None]
-    if probes and processes.count > 1:
-        for probe, error in zip(probes, processes.mean(torch.stack([p.grad for p in probes])), strict=True):
-            probe.grad = error
-
-
-class LossDuringTraining(TrainerCallback):
-    """The validation loss every ``every`` steps, into the log; draws no random number, so training is unchanged."""
-
-    def __init__(self, trainer: _Trainer, loss: Callable[[], float], every: int):
-        self.trainer, self.loss, self.every = trainer, loss, every
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0:
-            wanted = control.should_log
-            self.trainer.log({"eval_loss": self.loss()})
-            control.should_log = wanted  # logging clears it, and this step's own line may be due
-
-
-class JsonLines(TrainerCallback):
-    """``log.jsonl``: one object per logging step, flushed at once. NaN is written as NaN."""
-
-    MARKS = ("loss", "eval_loss", "stopped_in_step")  # what tells a line of the course from Trainer's closing summary
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def drop_after(self, step: int) -> None:
-        """Forgets lines past ``step``: the steps they tell of are about to be taken again."""
-        kept = [line for line in self.read() if line["step"] <= step]
-        if self.path.exists():
-            record.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def read(self) -> list[dict[str, Any]]:
-        lines = []
-        if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a kill can cut the last line short
-                    lines.append(json.loads(text))
-        return lines
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not any(mark in logs for mark in self.MARKS):
-            return
-        line = {"step": state.global_step, **logs, "time": record.now()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def summary(self) -> dict[str, Any]:
-        """The last loss, and the time and speed of the training steps."""
-        steps = [line for line in self.read() if "gate" in line]
-        if not steps:
-            return {}
-        seconds = sum(line["seconds"] for line in steps)
-        tokens = sum(line["tokens_per_second"] * line["seconds"] for line in steps)
-        return {
-            "train_loss": steps[-1]["loss"],
-            "train_seconds": round(seconds, 1),
-            "train_cpu_seconds": round(sum(line.get("cpu_seconds", 0.0) for line in steps), 1),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        }
-
-
-class ShowTraining(TrainerCallback):
-    """The bar: steps, time left, loss (smoothed over about ten steps), learning rate, gate, real tokens per second."""
-
-    def __init__(self, console: Console, trainer: _Trainer):
-        self.console, self.trainer = console, trainer
-        self.bar: Bar | None = None
-        self.loss: float | None = None
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate's shards of a loader, shortened for a resumed run, hide the sampler from Trainer.
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began = time.monotonic()
-        self.trainer.logged = (0, self.began, time.process_time())
-        self.bar = Bar(self.console, "train", state.max_steps, done=state.global_step).__enter__()
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps belong in the log, whatever logging_steps is
-        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-        speed = self.trainer.tokens / max(time.monotonic() - self.began, 1e-9)
-        if self.bar is not None:
-            self.bar.update(
-                state.global_step,
-                loss=f"{self.loss:.3f}",
-                lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
-                gate=f"{gate(model):.2f}",
-                **{"tok/s": f"{speed:,.0f}"},
-            )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.__exit__()
-            self.bar = None
-
-
-class Stopping(TrainerCallback):
-    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop. A second one leaves at once.
-
-    Outside of training there is nothing to finish, so `Interrupted` is raised on the spot. Of several processes it is
-    enough that one is asked: all stop after the same step.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, processes: Processes = ALONE) -> None:
-        self.processes = processes
-        self.number: int | None = None
-        self.training = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-            self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.training and self.number is None:
-            self.number = number
-            return
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.training = True
-
-    def agreed(self) -> int | None:
-        """The signal that came to any of the processes, or None."""
-        return round(max(number for (number,) in self.processes.numbers([self.number or 0]))) or None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.agreed() is not None:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
 
 
 # -- the folder and its lock ------------------------------------------------------------------------------------------

@@ -1,0 +1,125 @@
+"""The recipe's method on a model: Dual LoRA's config or another method's spec, and what the saved weights of it are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_model as load_model_weights
+
+import duallora
+from duallora import methods
+from duallora.errors import (
+    ConfigError,
+    IntegrityError,
+)
+from duallora.methods import starts
+from duallora.train import evaluate
+from duallora.train.recipe import RUNS_OWN, Recipe
+
+WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
+
+
+def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> Any:
+    """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full.
+
+    A method that trains the weights themselves gives the model back, all of it trained.
+    """
+    return put(model, recipe, kind, lr_warmup).model
+
+
+def put(
+    model: torch.nn.Module,
+    recipe: Recipe,
+    kind: evaluate.Kind,
+    lr_warmup: int,
+    *,
+    batches: Callable[[int], Iterable[Mapping[str, Any]]] | None = None,
+    checkpoint: Path | None = None,
+) -> methods.Adapted:
+    """`adapt`, with what the method says of its optimizer.
+
+    ``batches(n)`` are n rows of data for a start that looks at some; without them, and without the ``checkpoint`` of a run
+    that is resumed, such an adapter is given the usual start: its shapes are what they will be.
+    """
+    name = recipe.adapter.method
+    method = methods.get(name)
+    fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
+    if fields["warmup_steps"] == "auto":
+        fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
+    if kind != "generate" and not method.whole:
+        heads = evaluate.head_modules(model)
+        # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
+        own = {*(fields["modules_to_save"] or ()), *heads} - {"classifier", "score"}
+        fields["modules_to_save"] = sorted(own) or None
+        if fields["exclude_modules"] is None and fields["target_modules"] == "all-linear":
+            fields["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
+    task_type = "CAUSAL_LM" if kind == "generate" else "SEQ_CLS"
+    if name == "duallora":
+        config = duallora.DualLoraConfig(**fields, task_type=task_type, revision=recipe.model.revision)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"adapter.target_modules={recipe.adapter.target_modules!r}: {error}") from error
+        options = {"direction_lr_ratio": recipe.train.direction_lr_ratio}
+        found = methods.Adapted(adapted, method, methods.MethodSpec(name, options=options))
+    else:
+        spec = other(recipe, method, fields, task_type)
+        count = methods.rows_wanted(method, spec)
+        if count and checkpoint is None and batches is None:
+            spec = starts.without_data(spec)
+        data = batches(count) if count and checkpoint is None and batches else None
+        found = methods.apply(model, spec, batches=data, checkpoint=checkpoint)
+    if method.whole:
+        return found
+    config = found.model.peft_config["default"]
+    # The name the user gave, not the local folder it resolved to: the adapter may be loaded on another machine.
+    config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
+    return found
+
+
+def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_type: str) -> methods.MethodSpec:
+    """The recipe's settings as those of another method than Dual LoRA; ``fields`` are the adapter section's."""
+    values = {"r": fields["r"], "alpha": fields["alpha"], "dropout": fields["duallora_dropout"] or None}
+    values["target_modules"] = fields["target_modules"]
+    untouched = type(recipe.adapter)()
+    for name, key in (("r", "r"), ("target_modules", "target_modules")):
+        # What a method has not got, or has a better place for, is its own where the recipe says nothing else.
+        if values[name] == getattr(untouched, key) and (name not in method.defaults or (method.rule and name != "r")):
+            values[name] = None
+    options = dict(recipe.adapter.options)
+    if "target_modules" in method.defaults or method.whole:  # a whole model's method refuses what it has not got
+        chosen = ("exclude_modules", "modules_to_save", "layers_to_transform")
+        options |= {name: fields[name] for name in chosen if fields[name] is not None}
+    return methods.MethodSpec(method.name, task_type=task_type, options=options, **values)
+
+
+def parameter_counts(model: Any) -> tuple[int, int]:
+    """(trained, all) weights of a model, with or without an adapter."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    return sum(weight.numel() for weight in methods.trained(model)), model.num_parameters()
+
+
+def load_weights(method: methods.Adapted, folder: Path) -> None:
+    """The trained weights of a checkpoint into the model; IntegrityError where they are another model's."""
+    model = method.model
+    if method.method.restore is not None:
+        method.method.restore(method, folder)
+        return
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        return
+    try:
+        load_model_weights(model, folder / WHOLE_MODEL)
+    except RuntimeError as error:  # names or shapes
+        raise IntegrityError(f"{folder / WHOLE_MODEL} does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def gate(model: Any) -> float:
+    """Dual LoRA's gate; 1 for methods that have none."""
+    return duallora.gate(model) if any(hasattr(m, "duallora_step") for m in model.modules()) else 1.0

@@ -1,0 +1,360 @@
+"""The steps of a run: transformers' Trainer with our loss, order of rows, checks, log and bar, and a way to stop it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import save_model as save_model_weights
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
+
+from duallora import methods
+from duallora.errors import (
+    Interrupted,
+    NonFiniteError,
+)
+from duallora.tasks import IGNORE
+from duallora.train import evaluate, record
+from duallora.train.adapter import WHOLE_MODEL, gate, load_weights
+from duallora.train.launch import ALONE, Processes
+from duallora.train.progress import Bar
+
+
+class RunTrainer(Trainer):
+    """Counts real tokens, stops at the first non-finite loss, and saves nothing but what is trained."""
+
+    model: Any
+    lr_scheduler: Any
+    processes = ALONE
+    kind: evaluate.Kind = "generate"
+    method: methods.Adapted | None = None
+    tokens = 0
+    step_tokens = 0
+    step_loss = 0.0
+    logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.method is not None:
+            own, options = self.method.method, self.method.spec.options
+            rates = self.args.learning_rate, self.args.weight_decay
+            if own.optimizer is not None:
+                self.optimizer = self.method.optimizer(*rates)
+            elif own.groups is not None and options.get("direction_lr_ratio") != 1:  # with 1 Trainer's groups will do
+                kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(self._spared(self.method.groups(*rates)), **settings)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _spared(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``groups`` with what Trainer's own would spare weight decay (biases, norms) in groups apart."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        spared = {id(weight) for name, weight in self.model.named_parameters() if name not in decayed}
+        found = []
+        for group in groups:
+            held: list[list[torch.nn.Parameter]] = [[], []]
+            for weight in group["params"]:
+                held[bool(group.get("weight_decay")) and id(weight) in spared].append(weight)
+            found += [{**group, "params": held[0]}, {**group, "params": held[1], "weight_decay": 0.0}]
+        return [group for group in found if group["params"]]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.step_tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss += float(loss)
+        if self.processes.count == 1:  # several stop together: see FiniteGradients
+            self.require_finite("loss", self.step_loss)
+        return loss
+
+    def require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise self.non_finite(what, value)
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows: Any = self.train_dataset
+        lengths = [len(row["input_ids"]) for row in rows[:-1]]  # the last one is `nothing_to_learn`
+        # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
+        at_once = self.args.train_batch_size * self.processes.count
+        step = at_once * self.args.gradient_accumulation_steps
+        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.count > 1 else 1)
+        return self.sampler
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        if self.kind == "generate":
+            return super()._get_num_items_in_batch(batch_samples, device)
+        own = sum(int(has_label(batch["labels"]).sum()) for batch in batch_samples)
+        return torch.tensor(sum(count for (count,) in self.processes.numbers([own])), device=device)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            tokens, moment, cpu = self.logged
+            self.logged = (self.tokens, time.monotonic(), time.process_time())
+            seconds = self.logged[1] - moment
+            speed = (self.tokens - tokens) / max(seconds, 1e-9)
+            logs = {**logs, "gate": gate(self.model), "tokens_per_second": speed, "seconds": seconds}
+            logs["cpu_seconds"] = self.logged[2] - cpu
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self.method is not None and self.method.method.save is not None:
+            self.method.save(folder)
+        elif isinstance(self.model, PeftModel):
+            # PEFT's own default asks the hub whether the vocabulary grew.
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:  # as they are called here: from_pretrained may rename and restack
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model_weights(self.model, str(folder / WHOLE_MODEL))
+        if self.method is not None and self.method.method.checkpoint is not None:
+            self.method.method.checkpoint(self.method, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        method = self.method
+        if method is None or (isinstance(self.model, PeftModel) and method.method.restore is None):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # Trainer's own passes over what does not fit
+            load_weights(method, Path(resume_from_checkpoint))
+
+    def non_finite(self, what: str, value: float) -> NonFiniteError:
+        """The error for a NaN or infinite ``what`` in the step under way, which is also logged."""
+        step = self.state.global_step + 1
+        self.log({what: value, "stopped_in_step": step})
+        return NonFiniteError(
+            f"the {what.replace('_', ' ')} is {value} in step {step}; the step was not applied and nothing of it was "
+            f"saved. Lower train.learning_rate (it is {self.args.learning_rate:g}), look at the rows, or use "
+            "model.dtype=float32; earlier checkpoints are intact"
+        )
+
+
+def nothing_to_learn(row: dict[str, Any], kind: evaluate.Kind) -> dict[str, Any]:
+    """A row of one token that adds nothing to any loss: it fills the last step, where processes would lack rows."""
+    nothing: dict[str, Any] = {"generate": [IGNORE], "classify": IGNORE, "regress": math.nan}
+    return {**{key: row[key][:1] for key in row if key != "labels"}, "labels": nothing[kind]}
+
+
+def has_label(labels: torch.Tensor) -> torch.Tensor:
+    """Which rows of a batch [rows] of class ids or targets are to be learnt."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
+
+
+def row_loss(kind: evaluate.Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
+    learnt = has_label(labels)
+    logits, labels = outputs["logits"][learnt].float(), labels[learnt]
+    if kind == "classify":
+        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+    return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum") / num_items_in_batch
+
+
+class LikeLengths(torch.utils.data.Sampler[int]):
+    """A random order in which the rows of a step have like lengths, so that little is padding.
+
+    Rows are drawn at random into groups of ``GROUP`` batches; a group is sorted, cut into batches, and the batches of
+    the epoch are drawn at random again. The order depends on seed and epoch alone, so a resumed run finds it again.
+    The last batch is filled to a multiple of ``fill_to`` with the number after the last row's.
+    """
+
+    GROUP = 8
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, fill_to: int = 1):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.filling = [len(lengths)] * (-len(lengths) % fill_to)
+
+    def __len__(self) -> int:
+        return len(self.lengths) + len(self.filling)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        whole = len(order) - len(order) % self.batch_size  # the last, smaller batch stays last and random
+        span = self.GROUP * self.batch_size
+        batches = []
+        for start in range(0, whole, span):
+            group = sorted(order[start : min(start + span, whole)], key=lambda row: self.lengths[row])
+            batches += [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
+        draw.shuffle(batches)
+        return itertools.chain(*batches, order[whole:], self.filling)
+
+
+class FiniteGradients(TrainerCallback):
+    """Looks at every gradient before it is applied: an infinite one would only show in the loss a step later."""
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer = self.trainer
+        told = trainer.processes.numbers([trainer.step_loss, trainer.step_tokens])
+        trainer.tokens += round(sum(tokens for _, tokens in told))
+        trainer.step_tokens = 0
+        trainer.step_loss = sum(loss for loss, _ in told) / len(told)
+        trainer.require_finite("loss", trainer.step_loss)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        trainer.require_finite("grad_norm", float(torch.nn.utils.get_total_norm(gradients)))
+        share_token_errors(model, trainer.processes)
+
+
+def share_token_errors(model: torch.nn.Module, processes: Processes) -> None:
+    """Gives every process the same sampling errors, so that the token budget is spent alike (gradient_tokens_by)."""
+    probes = [probe for module in model.modules() for probe in getattr(module, "token_probes", {}).values()]
+    probes = [probe for probe in probes if probe.grad is not None]
+    if probes and processes.count > 1:
+        for probe, error in zip(probes, processes.mean(torch.stack([p.grad for p in probes])), strict=True):
+            probe.grad = error
+
+
+class LossDuringTraining(TrainerCallback):
+    """The validation loss every ``every`` steps, into the log; draws no random number, so training is unchanged."""
+
+    def __init__(self, trainer: RunTrainer, loss: Callable[[], float], every: int):
+        self.trainer, self.loss, self.every = trainer, loss, every
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            wanted = control.should_log
+            self.trainer.log({"eval_loss": self.loss()})
+            control.should_log = wanted  # logging clears it, and this step's own line may be due
+
+
+class JsonLines(TrainerCallback):
+    """``log.jsonl``: one object per logging step, flushed at once. NaN is written as NaN."""
+
+    MARKS = ("loss", "eval_loss", "stopped_in_step")  # what tells a line of the course from Trainer's closing summary
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def drop_after(self, step: int) -> None:
+        """Forgets lines past ``step``: the steps they tell of are about to be taken again."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        if self.path.exists():
+            record.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def read(self) -> list[dict[str, Any]]:
+        lines = []
+        if self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a kill can cut the last line short
+                    lines.append(json.loads(text))
+        return lines
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not any(mark in logs for mark in self.MARKS):
+            return
+        line = {"step": state.global_step, **logs, "time": record.now()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """The last loss, and the time and speed of the training steps."""
+        steps = [line for line in self.read() if "gate" in line]
+        if not steps:
+            return {}
+        seconds = sum(line["seconds"] for line in steps)
+        tokens = sum(line["tokens_per_second"] * line["seconds"] for line in steps)
+        return {
+            "train_loss": steps[-1]["loss"],
+            "train_seconds": round(seconds, 1),
+            "train_cpu_seconds": round(sum(line.get("cpu_seconds", 0.0) for line in steps), 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        }
+
+
+class ShowTraining(TrainerCallback):
+    """The bar: steps, time left, loss (smoothed over about ten steps), learning rate, gate, real tokens per second."""
+
+    def __init__(self, console: Console, trainer: RunTrainer):
+        self.console, self.trainer = console, trainer
+        self.bar: Bar | None = None
+        self.loss: float | None = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate's shards of a loader, shortened for a resumed run, hide the sampler from Trainer.
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+        self.trainer.logged = (0, self.began, time.process_time())
+        self.bar = Bar(self.console, "train", state.max_steps, done=state.global_step).__enter__()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps belong in the log, whatever logging_steps is
+        loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
+        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+        speed = self.trainer.tokens / max(time.monotonic() - self.began, 1e-9)
+        if self.bar is not None:
+            self.bar.update(
+                state.global_step,
+                loss=f"{self.loss:.3f}",
+                lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
+                gate=f"{gate(model):.2f}",
+                **{"tok/s": f"{speed:,.0f}"},
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.__exit__()
+            self.bar = None
+
+
+class Stopping(TrainerCallback):
+    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop. A second one leaves at once.
+
+    Outside of training there is nothing to finish, so `Interrupted` is raised on the spot. Of several processes it is
+    enough that one is asked: all stop after the same step.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
+        self.number: int | None = None
+        self.training = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
+            self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.training and self.number is None:
+            self.number = number
+            return
+        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
+
+    def agreed(self) -> int | None:
+        """The signal that came to any of the processes, or None."""
+        return round(max(number for (number,) in self.processes.numbers([self.number or 0]))) or None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed() is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
