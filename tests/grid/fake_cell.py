@@ -17,7 +17,7 @@ from pathlib import Path
 from duallora.errors import LockedError
 from duallora.train.launch import together
 from duallora.train.lock import locked
-from duallora.train.recipe import load_recipe
+from duallora.train.recipe import fingerprint, load_recipe
 from duallora.train.record import write_json, write_text
 
 folder = Path(sys.argv[sys.argv.index("-o") + 1])
@@ -34,6 +34,7 @@ facts = {
     "recipe": recipe.model_dump(mode="json"),
     "steps": 9,
     "parameters": {"trainable": 3, "total": 4},
+    "fingerprints": {"recipe": fingerprint(recipe)},
 }
 
 

@@ -159,6 +159,32 @@ def test_a_stopped_grid_lets_its_cells_save_and_goes_on_later(number, fakes):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_what_another_study_has_run_is_copied_and_everything_else_is_run(fakes, tmp_path):
+    """Equal recipes under other names, a diverged one among them; another seed and a failed one are not taken."""
+    fakes.end({"cola-lora-lr0.001-seed0": ["diverged"], "cola-own-lr0.001-seed0": ["bad data"]})
+    fakes.run()
+    first, fakes.folder = fakes.folder, tmp_path / "second"
+    fakes.end({})
+    study = fakes.study(tasks={"again": {}}, variants={"lora": {"method": "lora"}, "dual": {}}, seeds=[0, 5])
+    found = fakes.run(study, reuse=[first])
+    assert fakes.starts() == {
+        "again-lora-lr0.002-seed5": 1,
+        "again-dual-lr0.001-seed0": 1,  # the failed one
+        "again-dual-lr0.001-seed5": 1,
+    }
+    assert found["again-lora-lr0.001-seed0"].diverged
+    copied, source = (folder / "cells" / name for folder, name in (
+        (fakes.folder, "again-dual-lr0.002-seed0"), (first, "cola-own-lr0.002-seed0"),
+    ))  # fmt: skip
+    assert (copied / "metrics.json").read_bytes() == (source / "metrics.json").read_bytes()
+    assert f"reused   again-dual-lr0.002-seed0: {source}" in fakes.said
+    before = fakes.starts()
+    fakes.run(study, reuse=[first])
+    assert fakes.starts() == before
+    with pytest.raises(ConfigError, match=r"reuse: .*nothing holds no study.yaml; expected the folder of a grid"):
+        fakes.run(study, reuse=[tmp_path / "nothing"])
+
+
 def test_a_second_signal_ends_the_cells_at_once(fakes, monkeypatch):
     """A cell that is deep in something does not see the first one."""
     name = "cola-lora-lr0.001-seed0"

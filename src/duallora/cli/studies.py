@@ -21,6 +21,13 @@ Keep = Annotated[
     Literal["none", "best", "all"], typer.Option("--keep", help="Whose adapters stay; all keeps checkpoints too.")
 ]
 
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--reuse", metavar="DIR", help="Another grid: its finished runs of equal recipe are copied. Repeatable."
+    ),
+]
+
 
 @app.command()
 def grid(
@@ -41,6 +48,7 @@ def grid(
     retries: Annotated[
         int, typer.Option("--retries", min=0, metavar="N", help="New tries of a cell that was killed.")
     ] = 1,
+    reuse: Reuse = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell's recipe and list them.")] = False,
     json: Json = False,
     debug: Debug = False,
@@ -68,7 +76,8 @@ def grid(
         expected = study.expected(outcomes(folder))
         console.results.print(f"{len(cells)} cells to begin with, {expected} if no search grows further")
         return {"cells": [cell.name for cell in cells], "expected": expected}
-    found = run(study, folder, workers=workers, ray=ray, console=console.results, retries=retries, keep=keep)
+    options: dict[str, Any] = {"workers": workers, "ray": ray, "keep": keep, "reuse": reuse or ()}
+    found = run(study, folder, console=console.results, retries=retries, **options)
     chosen = live.show_best(console.results, study, found)
     require_all(found, folder)
     return {"folder": str(folder), "cells": len(found), "best": chosen}
@@ -97,6 +106,7 @@ def reproduce(
     workers: Workers = 1,
     ray: Ray = None,
     keep: Keep = "best",
+    reuse: Reuse = None,
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME", help="For the predicted hours: a100-80gb, h100, ..., or cpu (mini)."),
@@ -141,7 +151,8 @@ def reproduce(
 
     summaries, outcomes = {}, []
     for part in chosen:
-        found = run(part.study, part.folder, workers=workers, ray=ray, console=console.results, keep=keep)
+        options: dict[str, Any] = {"workers": workers, "ray": ray, "keep": keep, "reuse": reuse or ()}
+        found = run(part.study, part.folder, console=console.results, **options)
         summary = studies.summarise(part.folder, scale=scale)
         whole = SUMMARIES / f"{part.study.name}-{scale}.json"
         file = result or (part.folder / "summary.json" if only else whole)  # a part does not take the whole one's place

@@ -28,8 +28,8 @@ from duallora.grid.live import Show
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
 from duallora.train.launch import STARTER
 from duallora.train.lock import locked
-from duallora.train.recipe import recipe_yaml
-from duallora.train.record import write_text
+from duallora.train.recipe import fingerprint, recipe_yaml
+from duallora.train.record import read_json, write_text
 
 Keep = Literal["none", "best", "all"]
 PROGRAM = ("-m", "duallora.cli")
@@ -70,6 +70,7 @@ def run(
     console: Console | None = None,
     retries: int = 1,
     keep: Keep = "best",
+    reuse: Sequence[Path | str] = (),
 ) -> dict[str, Outcome]:
     """Runs what ``study`` wants and ``folder`` has not got, and returns the outcome of every cell by name.
 
@@ -83,9 +84,11 @@ def run(
         retries: how often a cell that was killed, or ran out of memory, is tried again.
         keep: whose adapters stay: those of no cell, of the best search value's cells, of all. Checkpoints stay with
             "all" alone; records, logs and predictions always.
+        reuse: folders of other studies. A finished run there with the same recipe is copied and not run again; so the
+            method itself is trained once for all the tables it is a row of.
 
     Raises:
-        ConfigError: the folder is not a study's, or a cell in it was run with other settings.
+        ConfigError: the folder is not a study's, a cell in it was run with other settings, or one of ``reuse`` is no study's.
         LockedError: another grid works in it.
         Interrupted: SIGINT or SIGTERM came; the running cells have saved checkpoints.
     """
@@ -112,7 +115,7 @@ def run(
         held.callback(pool.close)
         stopping = held.enter_context(Stopping())
         show = held.enter_context(Show(console, study, folder, workers, dict(found)))
-        return _Grid(study, folder, found, pool, stopping, show, retries, keep).go()
+        return _Grid(study, folder, found, pool, stopping, show, retries, keep, _finished(reuse)).go()
 
 
 def require_all(found: Mapping[str, Outcome], folder: Path | str) -> None:
@@ -139,9 +142,11 @@ class _Grid:
         show: Show,
         retries: int,
         keep: Keep,
+        elsewhere: Mapping[str, Path],
     ):
         self.study, self.folder, self.outcomes, self.pool = study, folder, found, pool
         self.stopping, self.show, self.retries, self.keep = stopping, show, retries, keep
+        self.elsewhere = elsewhere
         self.running: dict[str, Cell] = {}
         self.failed: dict[str, str] = {}  # given up, with the reason
         self.tries: Counter[str] = Counter()
@@ -189,9 +194,31 @@ class _Grid:
         return {cell.name: self._outcome(cell.name) for cell in wanted}
 
     def _wanted(self) -> list[Cell]:
-        wanted = self.study.wanted(self.outcomes, self.trials.asked if self.trials else None)
-        _refuse_drift_of(wanted, self.outcomes)
-        return wanted
+        while True:
+            wanted = self.study.wanted(self.outcomes, self.trials.asked if self.trials else None)
+            _refuse_drift_of(wanted, self.outcomes)
+            taken = [cell for cell in wanted if cell.name not in self.outcomes and self._take_over(cell)]
+            if not taken:
+                return wanted
+
+    def _take_over(self, cell: Cell) -> bool:
+        """Whether the cell has been run in another study, whose folder it then is a copy of."""
+        if not self.elsewhere or cell.name in self.running or cell.name in self.failed:
+            return False
+        source = self.elsewhere.get(fingerprint(cell.recipe(self.folder.resolve())))
+        if source is None:
+            return False
+        place = self.folder / CELLS / cell.name
+        beside = place.with_name(f".{cell.name}.tmp")
+        for rest in (beside, place):  # of a copy cut short; of a cell that was killed before its run.json
+            shutil.rmtree(rest, ignore_errors=True)
+        shutil.copytree(source, beside, ignore=shutil.ignore_patterns("checkpoints", "tb", ".lock"))
+        beside.rename(place)
+        found = outcome(self.folder, cell.name)
+        assert found is not None  # the source has one
+        self.outcomes[cell.name] = found
+        self.show.say("reused", f"{cell.name}: {source}")
+        return True
 
     def _may_run(self, cell: Cell) -> bool:
         if cell.name in self.running or cell.name in self.failed:
@@ -285,6 +312,19 @@ class _Grid:
                             place = self.folder / CELLS / cell.name
                             for part in ("checkpoints", *(() if stay else RESULTS)):
                                 shutil.rmtree(place / part, ignore_errors=True)
+
+
+def _finished(folders: Sequence[Path | str]) -> dict[str, Path]:
+    """The settled cells of other studies by the fingerprint of their recipe."""
+    found = {}
+    for folder in map(Path, folders):
+        if not (folder / STUDY).is_file():
+            raise ConfigError(f"reuse: {folder} holds no {STUDY}; expected the folder of a grid")
+        for name, item in outcomes(folder).items():
+            run = read_json(folder / CELLS / name / "run.json")
+            if item.settled and "recipe" in run.get("fingerprints", {}):
+                found[run["fingerprints"]["recipe"]] = folder / CELLS / name
+    return found
 
 
 def _how(code: int) -> str:
