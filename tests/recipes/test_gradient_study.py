@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from duallora.errors import ConfigError
 from duallora.recipes import studies
 from duallora.train.adapter import adapt
+from duallora.train.recipe import fingerprint
 
 STUDIES = {study.name: study for study in studies("gradient-start", "mini")}
 
@@ -42,7 +43,8 @@ def test_every_variant_trains_as_many_parameters(name):
             model = BertForSequenceClassification(config)
         adapted = adapt(model, recipe.model_copy(update={"adapter": adapter}), "classify", lr_warmup=1)
         counts[variant] = sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and "layer.0" in n)
-    assert set(counts.values()) == {2 * 8 * (20 + 20)}, counts
+    rank = 8 if name == "gradient-start-e2e" else 16
+    assert set(counts.values()) == {2 * rank * (20 + 20)}, counts
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -59,3 +61,17 @@ def test_starts_from_data_look_at_as_many_rows(name):
 def test_the_paper_has_no_such_comparison():
     with pytest.raises(ConfigError, match="is ours, not the paper's: expected --scale mini, not paper"):
         studies("gradient-start", "paper")
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "label"), [("gradient-start", "table2", "r8"), ("gradient-start-e2e", "table4", "r4")]
+)
+def test_the_rows_without_a_start_are_the_tables_own(name, table, label):
+    """So that --reuse trains them once."""
+    study = STUDIES[name]
+    other = next(iter(studies(table, "mini")))
+    theirs = {fingerprint(cell.recipe()) for cell in other.wanted({})}
+    for variant in ("lora", "duallora"):
+        own = [cell for cell in study.wanted({}) if cell.tags["variant"] == variant]
+        assert {fingerprint(cell.recipe()) for cell in own} <= theirs, variant
+    assert f"duallora-{label}" in other.variants

@@ -121,6 +121,7 @@ MINI_BASE: dict[str, Any] = {
     "train.lr_warmup_ratio": 0.06,
     "train.weight_decay": 0.0,
     "train.save_steps": 500,
+    "train.eval_steps": 50,  # the curve
     "train.report_to": [],
     "eval.batch_size": 32,
     "eval.test": True,
