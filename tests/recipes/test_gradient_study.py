@@ -73,5 +73,6 @@ def test_the_rows_without_a_start_are_the_tables_own(name, table, label):
     theirs = {fingerprint(cell.recipe()) for cell in other.wanted({})}
     for variant in ("lora", "duallora"):
         own = [cell for cell in study.wanted({}) if cell.tags["variant"] == variant]
+        assert own
         assert {fingerprint(cell.recipe()) for cell in own} <= theirs, variant
     assert f"duallora-{label}" in other.variants

@@ -13,10 +13,7 @@ from safetensors.torch import load_model as load_model_weights
 
 import duallora
 from duallora import methods
-from duallora.errors import (
-    ConfigError,
-    IntegrityError,
-)
+from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
 from duallora.train import evaluate
 from duallora.train.recipe import RUNS_OWN, Recipe
