@@ -18,4 +18,4 @@ def figure2(scale: str) -> Study:
     shares: dict[str, dict[str, Any]] = {
         f"r1-{r1}": {"adapter.r1": r1, "adapter.r2": total - r1, "adapter.alpha": float(total)} for r1 in first
     }
-    return study(scale, "figure2", shares, f"r1-{total // 2}")
+    return study(scale, "figure2", shares, f"r1-{total // 2}", ["stsb"])

@@ -107,13 +107,16 @@ def _deberta() -> dict[str, Variant]:
 
 # MiniLM, 22.7 M parameters. Every value is ours. The pooler, which the sentence model never trained, is trained by every
 # method, as RoBERTa's head (dense, tanh, projection) is in LoRA's scripts. Steps: few enough for two cores, enough for
-# LoRA to learn the task (but on RTE, which a model of this size leaves at chance).
+# LoRA to learn SST-2 and STS-B. CoLA stays at its majority class for eight hundred steps (LOG.md) and RTE at chance: they
+# are run because the table has them, and briefly.
 MINI_TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"data.task": "sst2", "data.holdout": 500, "train.max_steps": 150},
     "stsb": {"data.task": "stsb", "data.holdout": 500, "train.max_steps": 150},
-    "cola": {"data.task": "cola", "data.holdout": 500, "train.max_steps": 1200},
-    "rte": {"data.task": "rte", "data.holdout": 249, "train.max_steps": 150, "data.max_length": 128},
-}
+    "cola": {"data.task": "cola", "data.holdout": 500, "train.max_steps": 100},
+    "rte": {
+        "data.task": "rte", "data.holdout": 249, "train.max_steps": 60, "train.batch_size": 8, "data.max_length": 128,
+    },
+}  # fmt: skip
 MINI_BASE: dict[str, Any] = {
     "model.name": "builtin:minilm-l6",
     "data.max_length": 64,

@@ -62,7 +62,7 @@ MINI_BASE: dict[str, Any] = {
     "data.eval_limit": 64,
     "data.max_length": 128,
     "train.max_steps": 80,
-    "train.batch_size": 8,
+    "train.batch_size": 4,
     "train.lr_warmup_ratio": 0.06,
     "train.weight_decay": 0.0,
     "train.eval_steps": 20,  # the curve
@@ -78,7 +78,7 @@ MINI_SEARCH = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
 
 def _mini() -> Study:
     """460,800 parameters on q and v each (DoRA's lengths on top)."""
-    rows = [("lora", 8), ("lora+", 8), ("dora", 8), ("hira", 8), ("duallora", 4)]
+    rows = [("lora", 8), ("dora", 8), ("hira", 8), ("duallora", 4)]
     return Study(
         "table4",
         MINI_BASE,

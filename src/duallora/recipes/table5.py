@@ -22,4 +22,4 @@ def table5(scale: str) -> Study:
         forms[f"setting2-{label}"] = {"adapter.r": rank, "adapter.direction": "identity"}
     for label, rank in (("2r", 2 * r), ("4r", 4 * r)):
         forms[f"setting3-{label}"] = {"adapter.r": rank, "adapter.direction": "fixed"}
-    return study(scale, "table5", forms, "duallora")
+    return study(scale, "table5", forms, "duallora", ["stsb"])
