@@ -16,9 +16,10 @@ from duallora.tasks import metrics
 GOLD = {"cola": np.random.default_rng(0).integers(0, 2, 150).tolist()}
 GOLD["stsb"] = (np.random.default_rng(1).random(120) * 5).round(2).tolist()
 GOLD["twin"] = GOLD["cola"]  # a second task of as many rows
+GOLD["e2e"] = [[f"text {number}"] for number in range(60)]
 GOLD["commonsense"] = [("boolq", ["true"])] * 40 + [("piqa", ["solution1"])] * 20
 BOOLQ, PIQA = slice(40), slice(40, 60)
-MAIN = {"cola": "matthews", "twin": "matthews", "stsb": "pearson", "commonsense": "average"}
+MAIN = {"cola": "matthews", "twin": "matthews", "stsb": "pearson", "commonsense": "average", "e2e": "bleu"}
 ENVIRONMENT = {
     "commit": "a" * 40, "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "device": "cpu (test)",
     "threads": 1, "platform": "Linux x86_64",
@@ -35,6 +36,8 @@ def score(task: str, guess: list) -> dict[str, float]:
     if task == "commonsense":
         shares = [metrics.accuracy(guess[part], [own[0] for _, own in GOLD[task][part]]) for part in (BOOLQ, PIQA)]
         return {"average": sum(shares) / 2, "accuracy_boolq": shares[0], "accuracy_piqa": shares[1], "loss": 1.5}
+    if task == "e2e":
+        return {"bleu": 12.5, "loss": -sum(own for own, _ in guess) / sum(tokens for _, tokens in guess)}
     return {
         "pearson": metrics.correlation(np.array(guess), np.array(GOLD[task])),
         "spearman": metrics.correlation(stats.rankdata(guess), stats.rankdata(GOLD[task])),
@@ -49,11 +52,25 @@ def guesses(task: str, skill: float, seed: int) -> list:
         return [int(gold if random.random() < skill else 1 - gold) for gold in GOLD[task]]
     if task == "commonsense":
         return [own[0] if random.random() < skill else "" for _, own in GOLD[task]]
+    if task == "e2e":  # (log-likelihood, tokens): rows differ in length and in how hard they are, whoever answers
+        rows = np.random.default_rng(2)
+        tokens, hard = rows.integers(3, 30, 60), rows.uniform(0.5, 1.5, 60)
+        per_token = hard + 1 - skill + random.normal(0, 0.05, 60)
+        return [(float(-n * each), int(n)) for n, each in zip(tokens, per_token, strict=True)]
     noise = random.normal(0, 1.4 * max(0.05, 1 - skill) / max(skill, 0.1), len(GOLD[task]))
     return [float(value) for value in np.array(GOLD[task]) + noise]
 
 
+def said(task: str, guess: Any) -> dict[str, Any]:
+    if task == "e2e":
+        log_likelihood, tokens = guess
+        return {"prediction": "", "log_likelihood": log_likelihood, "tokens": tokens}
+    return {"prediction": guess}
+
+
 def truth(gold: Any) -> dict[str, Any]:
+    if isinstance(gold, list):
+        return {"references": gold}
     return {"references": gold[1], "group": gold[0]} if isinstance(gold, tuple) else {"label": gold}
 
 
@@ -74,7 +91,7 @@ def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6,
     else:
         task = cell.tags["task"]
         guess = guesses(task, skill, cell.tags["seed"])
-        lines = [{"prediction": one, **truth(gold)} for one, gold in zip(guess, GOLD[task], strict=True)]
+        lines = [{**said(task, one), **truth(gold)} for one, gold in zip(guess, GOLD[task], strict=True)]
         (there / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         seconds = {"train_seconds": 10.0 + rank, "train_cpu_seconds": 20.0 + rank}
         validation = {name: value * 0.9 for name, value in score(task, guesses(task, skill, 77)).items()}

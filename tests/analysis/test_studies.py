@@ -91,10 +91,9 @@ def test_methods_with_equal_predictions_cannot_be_told_apart(tmp_path):
     pair = pair_of(summary, "cola", "dora")
     assert (pair["mean"], pair["interval"], pair["better"]) == (0, [0, 0], "cannot be said")
     assert pair_of(summary, "cola", "duallora")["better"] == "no"
-    assert pair_of(summary, "cola", "duallora")["strongest"]
     text = "\n".join(summary["statement"])
     assert "lora is worse than duallora" in text
-    assert "cannot be told from dora (+0.00 [+0.00, +0.00])" in text
+    assert "cannot be told from dora (+0.000 [+0.000, +0.000])" in text
 
 
 def test_cost_is_relative_to_lora_and_parameters_are_the_runs(summary):
@@ -275,6 +274,29 @@ def test_figures_without_sums_and_averages_over_parts_have_intervals_too(tmp_pat
         row = row_of(summary, task, "duallora")
         assert row["interval"][0] < row["mean"] < row["interval"][1]
     assert row_of(summary, "commonsense", "lora")["every"]["accuracy_piqa"]["mean"] > 0
+
+
+def test_a_study_by_loss_reports_the_loss_of_answers_and_the_lower_is_better(tmp_path):
+    study = two_tasks(tasks={"e2e": {"data.task": "e2e"}}, metric="loss", reference="duallora")
+    folder = work_off(tmp_path, study, made_up)
+    summary = studies.summarise(folder, rounds=500)
+    assert summary["tasks"]["e2e"]["metric"] == "loss"
+    losses = []
+    for seed in range(3):
+        lines = (folder / "cells" / f"e2e-lora-lr0.003-seed{seed}" / "predictions.jsonl").read_text().splitlines()
+        own = [json.loads(line) for line in lines]
+        losses.append(-sum(line["log_likelihood"] for line in own) / sum(line["tokens"] for line in own))
+    assert row_of(summary, "e2e", "lora")["mean"] == pytest.approx(np.mean(losses), rel=1e-5)
+    pair = pair_of(summary, "e2e", "lora")
+    assert pair["mean"] == pytest.approx(-0.2, abs=0.03)  # 0.9 and 0.7 of skill
+    assert pair["interval"][1] < 0
+    assert pair["better"] == "yes"
+    assert "duallora is better than lora (-0.2" in "\n".join(summary["statement"])
+    for path in folder.glob("cells/*/predictions.jsonl"):  # as of runs that did not keep the answers
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{name: line[name] for name in ("prediction", "references")} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert studies.summarise(folder, rounds=500)["tasks"]["e2e"]["metric"] == "bleu"
 
 
 def test_a_curve_is_the_mean_loss_over_seeds_in_few_points(tmp_path):

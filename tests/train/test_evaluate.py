@@ -50,6 +50,9 @@ def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, ta
     expected = loss_by_hand(model, tokenizer, task.splits["validation"])
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-6)
     assert result.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    for answer, example in zip(result.answers, result.examples, strict=True):
+        alone = loss_by_hand(model, tokenizer, [example])
+        assert -answer.log_likelihood / answer.tokens == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_loss_is_that_of_transformers_weighted_by_tokens(trained, task):

@@ -177,4 +177,6 @@ def test_a_run_scores_its_test_rows_by_likelihood(make_recipe, tmp_path, monkeyp
     text = Path(recipe.output, "predictions.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["group"] for line in lines] == ["boolq", "piqa", "boolq", "boolq"]
+    total = sum(line["log_likelihood"] for line in lines)
+    assert -total / sum(line["tokens"] for line in lines) == pytest.approx(metrics["test"]["loss"], rel=1e-6)
     assert {line["prediction"] for line in lines} <= {"true", "false", "solution1", "solution2"}

@@ -27,7 +27,7 @@ MARK = re.compile(
     r"(<!-- study:(?P<name>[\w.+-]+):(?P<part>[\w-]+) -->\n).*?(<!-- /study:(?P=name):(?P=part) -->)", re.DOTALL
 )
 NONE = "-"  # nothing measured
-FINE = {"nist", "cider", "rmse", "loss", "perplexity"}  # figures of small size: two decimals
+FINE = {"nist", "cider", "rmse", "perplexity"}  # figures of small size: two decimals; the loss has three
 
 
 class Value(NamedTuple):
@@ -120,7 +120,7 @@ def _columns(summary: Summary) -> list[tuple[str, str, str]]:
 
 def _digits(summary: Summary, task: str, figure: str) -> int:
     name = figure or summary["tasks"].get(task, {}).get("metric")
-    return 2 if name in FINE else 1
+    return 3 if name == "loss" else 2 if name in FINE else 1
 
 
 def _cell(summary: Summary, row: Mapping[str, Any] | None, task: str, figure: str) -> Value | None:
@@ -287,7 +287,7 @@ def _differences(summary: Summary, printed: Sequence[Printed]) -> Table | None:
                 cells.append(Value(NONE))
                 continue
             low, high = pair["interval"]
-            digits = 2 if high - low < 1 else _digits(summary, task, "")
+            digits = 3 if high - low < 0.1 else 2 if high - low < 1 else _digits(summary, task, "")
             column = summary["tasks"][task]["metric"] if single else task
             mine, its = (_said(summary, lines.get(name, {}), column) for name in (reference, other))
             said = f"; paper {mine - its:+.{digits}f}" if mine is not None and its is not None else ""

@@ -320,6 +320,15 @@ def _bleu(sums: np.ndarray) -> np.ndarray:
     return np.apply_along_axis(one, -1, sums)
 
 
+def _tokens(answers: Sequence[tuple[float, int]], gold: Sequence[Any]) -> np.ndarray:
+    """Of answers as `duallora.train.evaluate.Answer` has them."""
+    return np.array([[-log_likelihood, tokens] for log_likelihood, tokens in answers], dtype=float)
+
+
+def _per_token(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
 # By the names the tasks give their figures. Tasks differ in whether BLEU reads capitals: `matching` finds out.
 SCORES: dict[str, tuple[Score, ...]] = {
     "accuracy": (Score(_hits, _share),),
@@ -328,6 +337,7 @@ SCORES: dict[str, tuple[Score, ...]] = {
     "f1": (Score(_f1_terms, _f1),),
     "matthews": (Score(_moments, _correlation),),
     "pearson": (Score(_moments, _correlation),),
+    "loss": (Score(_tokens, _per_token),),
     "bleu": tuple(Score(functools.partial(_bleu_terms, lowercase=case), _bleu) for case in (True, False)),
 }
 
@@ -335,7 +345,8 @@ SCORES: dict[str, tuple[Score, ...]] = {
 def matching(metric: str, predictions: Sequence[Any], gold: Sequence[Any], recorded: float) -> Score | None:
     """The score called ``metric`` that gives the ``recorded`` figure for these predictions; None where none does.
 
-    ``gold`` holds labels, lists of references or, for the average over parts of a task, (part, label or references).
+    ``gold`` holds labels, lists of references or, for the average over parts of a task, (part, label or references). For
+    the loss ``predictions`` are (log-likelihood, tokens) of the right answers.
     """
     for score in SCORES.get(metric, ()):
         try:

@@ -26,6 +26,7 @@ from duallora.tasks import metrics as scorers
 from duallora.tasks import nlg
 from duallora.train import record
 
+PREDICTIONS = "predictions.jsonl"
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
@@ -87,8 +88,8 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
         ]
     _add_ratios(rows, _baseline(study, found))
     reference = _reference(study, found)
-    pairs = _pairs(study, samples, pools, reference) if reference else []
-    rows += _averages(study, samples, pools, rows)
+    pairs = _pairs(study, samples, pools, reference, facts) if reference else []
+    rows += _averages(study, samples, pools, rows, facts)
     ran = [name for name in (cell.name for cell in wanted) if name in found]
     summary = {
         "kind": KIND,
@@ -245,7 +246,7 @@ def _sample(
     if not flat:
         return {"metric": study.metric, "chosen_by": study.metric}, {}
     split = "test" if all(outcome.test for _, _, outcome in flat) else "validation"
-    metric = _reported(study, flat[0][2], split)
+    metric = _reported(study, folder, flat[0][2], split)
     facts: dict[str, Any] = {"metric": metric, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
     if split == "validation":
         return {**facts, "note": "no test rows were scored (eval.test)"}, {}
@@ -275,27 +276,43 @@ def _sample(
     return facts, samples
 
 
-def _reported(study: Study, outcome: Outcome, split: str) -> str | None:
-    """The figure of the tables: the study's where it is one of success and there, else the task's main one."""
+def _reported(study: Study, folder: Path, outcome: Outcome, split: str) -> str | None:
+    """The figure of the tables: the study's where it is one of success, or the loss of answers, else the task's main one."""
     figures = outcome.test if split == "test" else outcome.metrics
-    if study.metric and study.metric not in LOWER_IS_BETTER and study.metric in figures:
+    if study.metric in figures and study.metric not in LOWER_IS_BETTER:
+        return study.metric
+    if study.metric == "loss" and split == "test" and "tokens" in _lines(folder, outcome.name)[0]:
         return study.metric
     return outcome.main_metric if outcome.main_metric in figures else study.metric
 
 
 def _predictions(folder: Path, name: str, metric: str | None) -> tuple[list[Any], list[Any]]:
     """(predictions, gold) of a cell, as `statistics.matching` takes them."""
-    path = folder / CELLS / name / "predictions.jsonl"
+    lines = _lines(folder, name)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         truths = [line["references"] if "references" in line else line["label"] for line in lines]
         if metric == AVERAGE:
             truths = [(line.get("group", ""), truth) for line, truth in zip(lines, truths, strict=True)]
+        if metric == "loss":
+            return [(line["log_likelihood"], line["tokens"]) for line in lines], truths
         return [line["prediction"] for line in lines], truths
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, name, error) from None
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / CELLS / name / PREDICTIONS
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise IntegrityError(f"{path} is gone: remove {path.parent} and run the grid again") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path} is damaged ({error!r}): remove {path.parent} and run the grid again") from None
+    except ValueError as error:
+        raise _damaged(folder, name, error) from None
+
+
+def _damaged(folder: Path, name: str, error: Exception) -> IntegrityError:
+    path = folder / CELLS / name / PREDICTIONS
+    return IntegrityError(f"{path} is damaged ({error!r}): remove {path.parent} and run the grid again")
 
 
 def _score(metric: str | None, pair: tuple[list[Any], list[Any]], recorded: Any) -> Any:
@@ -374,19 +391,27 @@ def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
             row["cpu_ratio"] = row["cpu_seconds"] / time[row["task"]]
 
 
-def _complete(study: Study, samples: Mapping[tuple[str, str], Any]) -> list[str]:
-    """The variants that have a figure on every task, where there are several."""
-    if len(study.tasks) < 2 or AVERAGE in study.tasks:
+def _higher_is_better(facts: Mapping[str, Any]) -> bool:
+    return facts["metric"] not in LOWER_IS_BETTER
+
+
+def _complete(study: Study, samples: Mapping[tuple[str, str], Any], facts: Mapping[str, Any]) -> list[str]:
+    """The variants that have a figure on every task, where there are several and the figures have one direction."""
+    if len(study.tasks) < 2 or AVERAGE in study.tasks or len(set(map(_higher_is_better, facts.values()))) > 1:
         return []
     return [variant for variant in study.variants if all((task, variant) in samples for task in study.tasks)]
 
 
 def _averages(
-    study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, rows: Sequence[dict[str, Any]]
+    study: Study,
+    samples: Mapping[tuple[str, str], Any],
+    pools: Pools,
+    rows: Sequence[dict[str, Any]],
+    facts: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A row over all tasks for each variant that has them all."""
     made = []
-    for variant in _complete(study, samples):
+    for variant in _complete(study, samples, facts):
         own = [row for row in rows if row["variant"] == variant]
         estimate = statistics.mean_of(
             [samples[task, variant][1] for task in study.tasks], [pools[task][0] for task in study.tasks]
@@ -406,12 +431,15 @@ def _averages(
     return made
 
 
-def _pairs(study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, reference: str) -> list[dict[str, Any]]:
+def _pairs(
+    study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, reference: str, facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
     pairs = []
-    whole = _complete(study, samples)
+    whole = _complete(study, samples, facts)
     for task in [*study.tasks, *([AVERAGE] if reference in whole else [])]:
         of_task = []
+        higher = _higher_is_better(facts[next(iter(study.tasks)) if task == AVERAGE else task])
         for other in study.variants:
             tasks = list(study.tasks) if task == AVERAGE else [task]
             if other == reference or not all((name, who) in samples for name in tasks for who in (reference, other)):
@@ -431,10 +459,8 @@ def _pairs(study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, r
             pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **_estimated(estimate)}
             of_task.append({**pair, "p": estimate.p})
         for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
-            pairs.append({**pair, "p_adjusted": p, "better": statistics.verdict(pair["mean"], p)})
-        means = {pair["other"]: pair["mean"] for pair in of_task}
-        for pair in pairs[len(pairs) - len(of_task) :]:
-            pair["strongest"] = pair["mean"] == min(means.values())
+            gain = pair["mean"] if higher else -pair["mean"]
+            pairs.append({**pair, "p_adjusted": p, "better": statistics.verdict(gain, p)})
     return pairs
 
 
@@ -621,7 +647,7 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _difference(pair: Mapping[str, Any]) -> str:
     low, high = pair["interval"]
-    digits = 1 if high - low >= 1 else 2
+    digits = 1 if high - low >= 1 else 2 if high - low >= 0.1 else 3
     mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (pair["mean"], low, high))
     return f"{pair['other']} ({mean} [{low}, {high}])"
 

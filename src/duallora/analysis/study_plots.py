@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from duallora.errors import is_number
+from duallora.grid.study import LOWER_IS_BETTER
 from duallora.plots import FAINT, GROUND, INK, PALETTE
 
 Summary = Mapping[str, Any]
@@ -131,6 +132,8 @@ def _differences(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
                 markerfacecolor=colour if told else GROUND, zorder=3,
             )  # fmt: skip
         axes.set(title=_label(summary, task), ylim=(-0.6, len(others) - 0.4))
+        if summary["tasks"].get(task, {}).get("metric") in LOWER_IS_BETTER:
+            axes.invert_xaxis()
         axes.set_yticks(range(len(others)), others[::-1])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", color=FAINT, linewidth=0.5)

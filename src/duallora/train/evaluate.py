@@ -9,9 +9,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -52,15 +52,24 @@ BASE_LAYER = ".base_layer."  # in the name of a tensor that is the base model's 
 SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
 
 
+class Answer(NamedTuple):
+    """What the model makes of a row's right answer: its log-likelihood in nats, and over how many tokens."""
+
+    log_likelihood: float
+    tokens: int
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """``metrics`` holds the task's figures and ``loss`` (``perplexity`` too where the task generates); predictions
-    (texts, class ids or floats) and examples are in the order of the split. ``note`` says what a figure's name does not."""
+    (texts, class ids or floats), examples and, where the task generates, ``answers`` are in the order of the split.
+    ``note`` says what a figure's name does not."""
 
     metrics: dict[str, float]
     predictions: list[Any]
     examples: list[Example]
     note: str = ""
+    answers: list[Answer] = field(default_factory=list)
 
 
 def evaluate(
@@ -96,11 +105,14 @@ def evaluate(
     predictions: list[Any]
     with inference(model):
         if scoring == "likelihood":
-            predictions, figures, loss = choose(model, tokenizer, task, examples, rows, max_length=max_length, **shared)
-            return EvalResult({**figures, **_losses(loss, split)}, predictions, examples)
+            predictions, figures, answers = choose(
+                model, tokenizer, task, examples, rows, max_length=max_length, **shared
+            )
+            return EvalResult({**figures, **_losses(answers, split)}, predictions, examples, answers=answers)
+        answers = []
         if task.kind == "generate":
-            loss = answer_loss(model, tokenizer, rows, **shared)
-            losses = _losses(loss, split)  # before the long part
+            answers = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
+            losses = _losses(answers, split)  # before the long part
             settings = {**task.generation, **(generation or {})}
             texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
             predictions = [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
@@ -113,7 +125,7 @@ def evaluate(
     if task.programs is not None:
         programs = task.programs
         more, note = processes.from_main(lambda: programs(predictions, examples))
-    return EvalResult({**task.metrics(predictions, examples), **more, **losses}, predictions, examples, note)
+    return EvalResult({**task.metrics(predictions, examples), **more, **losses}, predictions, examples, note, answers)
 
 
 def check_scoring(task: Task, scoring: Scoring) -> None:
@@ -125,7 +137,8 @@ def check_scoring(task: Task, scoring: Scoring) -> None:
         )
 
 
-def _losses(loss: float, split: str) -> dict[str, float]:
+def _losses(answers: Sequence[Answer], split: str) -> dict[str, float]:
+    loss = _per_token(answers)
     return {"loss": _finite(loss, split), "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -180,11 +193,16 @@ def answer_loss(
 ) -> float:
     """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
-    return _per_token(log_likelihoods(model, tokenizer, rows, **shared), rows)
+    return _per_token(_answers(log_likelihoods(model, tokenizer, rows, **shared), rows))
 
 
-def _per_token(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> float:
-    return -math.fsum(found) / sum(label != IGNORE for row in rows for label in row["labels"])
+def _answers(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    tokens = [sum(label != IGNORE for label in row["labels"]) for row in rows]
+    return [Answer(*one) for one in zip(found, tokens, strict=True)]
+
+
+def _per_token(answers: Sequence[Answer]) -> float:
+    return -math.fsum(one.log_likelihood for one in answers) / sum(one.tokens for one in answers)
 
 
 def log_likelihoods(
@@ -265,8 +283,8 @@ def choose(
     *,
     max_length: int = 512,
     **shared: Any,
-) -> tuple[list[str], dict[str, float], float]:
-    """The likeliest option of each example, the task's figures, and the loss of the right answers (``rows``).
+) -> tuple[list[str], dict[str, float], list[Answer]]:
+    """The likeliest option of each example, the task's figures, and the right answers (``rows``).
 
     An option's log-likelihood is the sum over its tokens, without the end of text; of equals the first is taken.
     Figures that end in ``_norm`` take the likeliest per byte.
@@ -288,7 +306,7 @@ def choose(
     figures = {**task.metrics(likeliest, examples), **normed}
     # Every option is an answer, so a parse failure cannot be.
     kept = {name: value for name, value in figures.items() if not name.startswith("parse_failure")}
-    return likeliest, kept, _per_token(right, rows)
+    return likeliest, kept, _answers(right, rows)
 
 
 def _answer(task: Task, text: str, example: Example) -> str:

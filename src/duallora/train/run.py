@@ -514,10 +514,11 @@ class _Run:
         self._say_scores(result, "test")
         if self.processes.main:
             lines = []
-            for prediction, example in zip(result.predictions, result.examples, strict=True):
+            for number, (prediction, example) in enumerate(zip(result.predictions, result.examples, strict=True)):
                 truth = {"references": example.references} if task.kind == "generate" else {"label": example.label}
                 part = {"group": example.group} if example.group else {}
-                lines.append(json.dumps({"prediction": prediction, **truth, **part}) + "\n")
+                answer = result.answers[number]._asdict() if result.answers else {}
+                lines.append(json.dumps({"prediction": prediction, **truth, **part, **answer}) + "\n")
             record.write_text(self.folder / "predictions.jsonl", "".join(lines))
         return {"test": result.metrics}
 
