@@ -85,6 +85,16 @@ def test_generating_reads_every_weight_at_each_step():
     assert without.scoring < short.scoring
 
 
+def test_the_loss_is_taken_as_often_as_the_recipe_says():
+    """After training; before it; every three steps of ten."""
+    settings = [TARGETS, "train.max_steps=10", "eval.metrics=false"]
+    once, before, on_the_way = (
+        cost.cost(recipe(*settings, *more), ROUND).scoring
+        for more in (["eval.before=false"], ["eval.before=true"], ["eval.before=false", "train.eval_steps=3"])
+    )
+    assert (before / once, on_the_way / once) == pytest.approx((2, 4))
+
+
 def test_memory_is_the_planners():
     """LoRA on LLaMA-7B in bfloat16 holds the 13.5 GB of weights and does not fit a card of 12 GB; no figure for HiRA."""
     one = recipe(

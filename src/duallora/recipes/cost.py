@@ -195,7 +195,8 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     scored = {"validation": min(held_out or known.validation, recipe.data.eval_limit or known.validation)}
     if recipe.eval.test:
         scored["test"] = min(known.test, recipe.data.eval_limit or known.test)
-    scoring = 2 * scored["validation"] * length * 2 * counted.linear / rate  # the loss before and after
+    passes = 1 + recipe.eval.before + (steps // options.eval_steps if options.eval_steps else 0)
+    scoring = passes * scored["validation"] * length * 2 * counted.linear / rate  # the loss after, before, on the way
     if recipe.eval.metrics and known.generated:
         answer = min(known.generated, recipe.eval.max_new_tokens or known.generated)
         for count in scored.values():
