@@ -142,7 +142,9 @@ def _mini() -> Study:
         MINI_BASE,
         MINI_TASKS,
         methods(rows, MINI_TARGETS, MINI_HEAD),
-        search={"train.learning_rate": [3e-4, 1e-3, 3e-3, 1e-2]},
+        # From full fine-tuning's to Dual LoRA's: with 3e-4 for its lowest, full fine-tuning is at chance on STS-B wherever it
+        # looks, and a grid that grows towards its best value cannot see where to go.
+        search={"train.learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]},
         seeds=(0, 1, 2),
         reference="duallora-r8",
     )
