@@ -173,3 +173,11 @@ def test_steps_are_those_of_the_scripts():
     assert run.schedule(recipe, 170_300) == (31_932, 100)  # 10,644 batches of 16 in each of three epochs
     recipe = cells(roberta)["cola", "lora-r8"].recipe()
     assert run.schedule(recipe, 8_551 - 855) == (80 * 241, 1157)  # 7,696 / 32 = 240.5; 6 % of 19,280 is 1,156.8
+
+
+def test_table_4_has_loras_own_scale():
+    """LoRA's README: alpha 32 at r = 4, so B A counts eight times; DoRA and Dual LoRA have that alpha, not that of their rank."""
+    for name in ("table4-gpt2-m", "table4-gpt2-l"):
+        for (_, variant), cell in cells(PAPER[name]).items():
+            if variant.startswith(("lora", "dora", "duallora")):
+                assert cell.recipe().adapter.alpha == 32, variant
