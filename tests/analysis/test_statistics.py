@@ -80,6 +80,43 @@ def test_methods_lend_each_other_their_spread_over_seeds(noisy, between):
     assert np.mean(widths) < 0.75 * np.mean(alone)
 
 
+def test_an_outlying_spread_is_cochrans():
+    """His 1 % point for six variances of three values each is 0.7218 (table of ISO 5725-2)."""
+    shape = np.array([-1.0, 0.0, 1.0]) + np.array([[70.0], [60.0], [50.0], [40.0], [30.0], [20.0]])
+    for share, found in ((0.721, []), (0.7225, [4])):
+        figures = shape.copy()
+        figures[4] = 30 + (figures[4] - 30) * np.sqrt(5 * share / (1 - share))
+        assert statistics.outlying(figures) == found
+    figures[4] = 30 + (figures[4] - 30) * 3
+    figures[1] = 60 + (figures[1] - 60) * 1000  # beside it the other does not show before it is gone
+    assert statistics.outlying(figures) == [1, 4]
+    assert statistics.outlying(np.zeros((6, 3))) == []
+    assert statistics.outlying(figures[:, :1]) == []
+    assert statistics.outlying(figures[:1]) == []
+
+
+@pytest.mark.parametrize(("noise", "found"), [(1.0, (0.0, 0.02)), (30.0, (0.95, 1.0))])
+def test_a_method_of_another_spread_spoils_no_interval(noise, found):
+    """The pair of two others is covered as promised, by no wider interval than without it; so are its own pairs."""
+    random = np.random.default_rng(10)
+    hits, apart, ratios, repeats = {0: 0, 2: 0}, 0, [], 600
+    for _ in range(repeats):
+        figures = random.normal(0, 1, (1, 3)) + random.normal(0, 1, (6, 3)) * np.array([1, 1, noise, 1, 1, 1])[:, None]
+        out = statistics.outlying(figures)
+        apart += out == [2]
+        shared = statistics.pool(np.delete(figures, out, axis=0), differences=True)
+        for one in hits:
+            own = figures[one] - figures[1]
+            sample = Sample(own, np.tile(own, (1000, 1)))
+            used = None if {one, 1} & set(out) else shared
+            low, high = estimate(sample, used, seed=int(random.integers(1 << 30))).interval
+            hits[one] += low <= 0 <= high
+        ratios.append(shared.sd / statistics.pool(np.delete(figures, 2, axis=0), differences=True).sd)
+    assert found[0] <= apart / repeats <= found[1]
+    assert min(hits.values()) / repeats >= 0.95 - 0.027
+    assert np.median(ratios) == pytest.approx(1, abs=0.1)
+
+
 def test_a_pool_is_the_residual_of_methods_and_seeds():
     """Against the textbook's sums of squares, and against the pair's own spread where there are two methods."""
     figures = np.array([[70.0, 72.5, 71.0], [80.0, 81.0, 86.0], [60.5, 63.0, 61.0], [75.0, 75.5, 79.0]])

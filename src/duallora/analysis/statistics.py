@@ -9,7 +9,7 @@ have come out otherwise, and each has its own spread:
 
 With three seeds of its own a method's s is poorly known (t has 2 degrees of freedom), so methods on the same seeds
 lend each other theirs: s is the pooled one (`pool`), or the method's own where that is larger, with the degrees of
-freedom of the pool.
+freedom of the pool. A method whose spread is of another kind (`outlying`) neither lends nor borrows.
 
 A difference between the seeds' models that comes from single examples shows in both parts, so only that part of the
 bootstrap which the seeds share (their covariance) is added to the t: the model of Obuchowski and Rockette (1995, for
@@ -33,12 +33,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
+from scipy import stats
 
 from duallora.errors import DataError
 
 ROUNDS = 10_000
 ROUNDS_SLOW = 300  # of a function that is called for each resample; see `slow_rounds`
 LEVEL = 0.95
+APART = 0.01  # level of the test that finds a method whose spread over seeds is of another kind
 BLOCK = 500  # resamples at once: bounds the memory of the counts, [BLOCK, n]
 
 Figure = Callable[[Sequence[Any], Sequence[Any]], float]
@@ -157,6 +159,24 @@ def pool(figures: np.ndarray, *, differences: bool) -> Pool | None:
     degrees = (methods - 1) * (seeds - 1)
     residual = centred - centred.mean(axis=0, keepdims=True)
     return Pool(math.sqrt(2 * (residual**2).sum() / degrees), degrees)
+
+
+def outlying(figures: np.ndarray) -> list[int]:
+    """The methods of ``figures`` [methods, S] whose spread over seeds is too large to be pooled with the others'.
+
+    Cochran's test for an outlying variance, again on those that are left until it finds none (ISO 5725-2, 7.3.3).
+    """
+    seeds, left, found = figures.shape[1], list(range(len(figures))), []
+    variances = figures.var(axis=1, ddof=min(1, seeds - 1))
+    while len(left) > 1 and seeds > 1:
+        widest = max(left, key=lambda index: variances[index])
+        others = len(left) - 1
+        bound = 1 / (1 + others / stats.f.isf(APART / len(left), seeds - 1, others * (seeds - 1)))
+        if variances[widest] <= bound * variances[left].sum():
+            break
+        found.append(widest)
+        left.remove(widest)
+    return found
 
 
 def draws(sample: Sample, pooled: Pool | None = None, *, seed: int = 0) -> np.ndarray:

@@ -30,7 +30,6 @@ PREDICTIONS = "predictions.jsonl"
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
-NOISY = 2.5  # times the others' spread over seeds, from where on a variant's own is pointed at
 # Figures that are no function of sums, by the names the tasks give them.
 SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "spearman": lambda guess, gold: scorers.correlation(*(rankdata(column) for column in (guess, gold))),
@@ -40,7 +39,6 @@ SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "cider": nlg.cider,
 }
 # By task: the spread over seeds of figures, and of differences between two variants.
-Pools = dict[str, tuple[Pool | None, Pool | None]]
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
@@ -49,6 +47,20 @@ class _Runs(NamedTuple):
 
     point: Point
     cells: dict[int, Outcome]
+
+
+class _Spreads(NamedTuple):
+    """Of a task: the pooled spreads over seeds, and the variants whose own is of another kind and is used for them."""
+
+    figures: Pool | None
+    differences: Pool | None
+    apart: tuple[str, ...]
+
+    def of(self, variant: str) -> Pool | None:
+        return None if variant in self.apart else self.figures
+
+    def between(self, one: str, other: str) -> Pool | None:
+        return None if {one, other} & set(self.apart) else self.differences
 
 
 def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     facts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     samples: dict[tuple[str, str], tuple[tuple[int, ...], Sample]] = {}
-    pools: Pools = {}
+    spreads: dict[str, _Spreads] = {}
     for number, task in enumerate(study.tasks):
         runs = {variant: one for variant in study.variants if (one := best[task, variant]) and one.cells}
         facts[task], sampled = _sample(folder, study, found, task, runs, rounds, number)
@@ -81,15 +93,16 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
             ]
             facts[task]["chosen_by"] = study.metric or next(filter(None, known), None)
         samples |= {(task, variant): sample for variant, sample in sampled.items()}
-        pools[task] = _pools(study, sampled)
+        spreads[task] = _spreads(study, sampled)
+        facts[task]["apart"] = list(spreads[task].apart)
         rows += [
-            _row(folder, task, variant, one, facts[task], sampled.get(variant), pools[task][0])
+            _row(folder, task, variant, one, facts[task], sampled.get(variant), spreads[task].of(variant))
             for variant, one in runs.items()
         ]
     _add_ratios(rows, _baseline(study, found))
     reference = _reference(study, found)
-    pairs = _pairs(study, samples, pools, reference, facts) if reference else []
-    rows += _averages(study, samples, pools, rows, facts)
+    pairs = _pairs(study, samples, spreads, reference, facts) if reference else []
+    rows += _averages(study, samples, spreads, rows, facts)
     ran = [name for name in (cell.name for cell in wanted) if name in found]
     summary = {
         "kind": KIND,
@@ -356,13 +369,14 @@ def _row(
     return {**row, **_estimated(statistics.estimate(sampled[1], pooled))} if sampled else row
 
 
-def _pools(study: Study, sampled: Mapping[str, tuple[tuple[int, ...], Sample]]) -> tuple[Pool | None, Pool | None]:
-    """The spreads over seeds, of figures and of differences, from the variants whose every seed came through."""
-    whole = [sample.figures for seeds, sample in sampled.values() if len(seeds) == len(study.seeds)]
+def _spreads(study: Study, sampled: Mapping[str, tuple[tuple[int, ...], Sample]]) -> _Spreads:
+    """From the variants whose every seed came through."""
+    whole = {name: sample.figures for name, (seeds, sample) in sampled.items() if len(seeds) == len(study.seeds)}
     if not whole:
-        return None, None
-    figures = np.stack(whole)
-    return statistics.pool(figures, differences=False), statistics.pool(figures, differences=True)
+        return _Spreads(None, None, ())
+    apart = [list(whole)[index] for index in statistics.outlying(np.stack(list(whole.values())))]
+    alike = np.stack([figures for name, figures in whole.items() if name not in apart])
+    return _Spreads(statistics.pool(alike, differences=False), statistics.pool(alike, differences=True), tuple(apart))
 
 
 def _spread(figures: Sequence[float]) -> dict[str, Any]:
@@ -405,7 +419,7 @@ def _complete(study: Study, samples: Mapping[tuple[str, str], Any], facts: Mappi
 def _averages(
     study: Study,
     samples: Mapping[tuple[str, str], Any],
-    pools: Pools,
+    spreads: Mapping[str, _Spreads],
     rows: Sequence[dict[str, Any]],
     facts: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
@@ -414,7 +428,7 @@ def _averages(
     for variant in _complete(study, samples, facts):
         own = [row for row in rows if row["variant"] == variant]
         estimate = statistics.mean_of(
-            [samples[task, variant][1] for task in study.tasks], [pools[task][0] for task in study.tasks]
+            [samples[task, variant][1] for task in study.tasks], [spreads[task].of(variant) for task in study.tasks]
         )
         ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
         made.append(
@@ -432,7 +446,11 @@ def _averages(
 
 
 def _pairs(
-    study: Study, samples: Mapping[tuple[str, str], Any], pools: Pools, reference: str, facts: Mapping[str, Any]
+    study: Study,
+    samples: Mapping[tuple[str, str], Any],
+    spreads: Mapping[str, _Spreads],
+    reference: str,
+    facts: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
     pairs = []
@@ -449,13 +467,14 @@ def _pairs(
                 continue
             differences = [sample for _, sample in found]
             # Two that predict the same everywhere are one method, whatever the others' seeds do.
-            spreads = [
-                pools[name][1] if own.resampled.any() else None for name, own in zip(tasks, differences, strict=True)
+            pools = [
+                spreads[name].between(reference, other) if own.resampled.any() else None
+                for name, own in zip(tasks, differences, strict=True)
             ]
             if task == AVERAGE:
-                estimate = statistics.mean_of(differences, spreads)
+                estimate = statistics.mean_of(differences, pools)
             else:
-                estimate = statistics.estimate(differences[0], spreads[0])
+                estimate = statistics.estimate(differences[0], pools[0])
             pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **_estimated(estimate)}
             of_task.append({**pair, "p": estimate.p})
         for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
@@ -647,7 +666,7 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _difference(pair: Mapping[str, Any]) -> str:
     low, high = pair["interval"]
-    digits = 1 if high - low >= 1 else 2 if high - low >= 0.1 else 3
+    digits = 1 if high - low >= 1 else 3 if 0 < high - low < 0.1 else 2
     mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (pair["mean"], low, high))
     return f"{pair['other']} ({mean} [{low}, {high}])"
 
@@ -668,17 +687,15 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
     }
     if seeds > 1 and (alone := [task for task, count in most.items() if count == 1]):
         yield f"{', '.join(alone)}: one seed so far, so the intervals allow for other test rows alone."
-    for row in summary["rows"]:
-        others = [
-            o["sd"] for o in summary["rows"] if o["task"] == row["task"] and o is not row and o.get("sd") is not None
-        ]
-        if row["task"] in summary["tasks"] and row.get("sd") and len(others) > 1:
-            usual = math.sqrt(plain.fmean(sd**2 for sd in others))
-            if row["sd"] > NOISY * usual:
-                yield (
-                    f"{row['variant']} on {row['task']} varies more over seeds (sd {row['sd']:.2f}) than the others do ({usual:.2f}): its "
-                    "intervals are too narrow."
-                )
+    for task, facts in summary["tasks"].items():
+        sds = {row["variant"]: row.get("sd") for row in summary["rows"] if row["task"] == task}
+        if apart := facts.get("apart"):
+            usual = math.sqrt(plain.fmean(sd**2 for name, sd in sds.items() if sd is not None and name not in apart))
+            named = " and ".join(f"{name} (sd {sds[name]:.2f})" for name in apart)
+            yield (
+                f"On {task} {named} {'varies' if len(apart) == 1 else 'vary'} more over seeds than the others ({usual:.2f}; Cochran's test): "
+                "each has its own spread, from few seeds, and the others are pooled without it."
+            )
     same = [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]
     if same:
         yield f"{', '.join(same)}: validation and test are the same rows, so the figures are those that chose the values: too good by that."
