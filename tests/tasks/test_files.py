@@ -242,7 +242,7 @@ def test_unknown_names_and_fractions_are_config_errors(tmp_path):
 
 def test_a_hub_name_without_the_hub_is_a_clear_data_error(monkeypatch):
     monkeypatch.setattr("duallora.tasks.files.reachable", lambda: False)
-    with pytest.raises(DataError, match=r"data set org/nothing-there.*hub"):
+    with pytest.raises(DataError, match=r"data set org/nothing-there.*hub.*give a local file.*DUALLORA_DATA"):
         load_data("org/nothing-there")
     with pytest.raises(DataError, match="no file 'justaname'"):
         load_data("justaname")

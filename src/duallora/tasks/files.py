@@ -25,6 +25,7 @@ from duallora.tasks.task import Kind, LazySplits, Metrics, Task
 BadRows = Literal["error", "skip"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LOCAL = f"a local file ({', '.join(SUFFIXES)}) or, for a task, the folder of its data (--data-dir, DUALLORA_DATA)"
 MAX_FAULTS = 20
 EXCERPT = 80
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -225,14 +226,16 @@ def load_hub(name: str, config: str | None, revision: str | None = None) -> Any:
     label = f"{name}:{config}" if config else name
     if not reachable() and not constants.HF_HUB_OFFLINE:
         raise DataError(
-            f"data set {label}: the hub cannot be reached from here. Check the network, give a local file "
-            f"({', '.join(SUFFIXES)}), or set HF_HUB_OFFLINE=1 to use a copy loaded before."
+            f"data set {label}: the hub cannot be reached from here. Check the network, give {LOCAL}, or set HF_HUB_OFFLINE=1 "
+            "to use a copy loaded before."
         )
     try:
         return datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # the hub client, fsspec and datasets raise many kinds; each means "not from the hub"
         offline = " (HF_HUB_OFFLINE is set, so only copies loaded before are found)" if constants.HF_HUB_OFFLINE else ""
-        raise DataError(f"data set {label} cannot be loaded from the hub{offline}: {_first_line(error)}") from error
+        raise DataError(
+            f"data set {label} cannot be loaded from the hub{offline}: {_first_line(error)}. Or give {LOCAL}"
+        ) from error
 
 
 def _read_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
