@@ -292,3 +292,14 @@ def test_the_command_reads_files_and_running_grids(tmp_path, capsys, monkeypatch
     assert "What the paper prints" not in text
     assert cli.run(["report", str(tmp_path / "absent")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_page_of_the_papers_tables_says_what_the_committed_studies_say(tmp_path, capsys):
+    root = Path(__file__).resolve().parents[2]
+    page = tmp_path / "reproduction.md"
+    page.write_text((root / "docs" / "reproduction.md").read_text())
+    arguments = ["report", str(root / "results" / "studies"), "-o", str(tmp_path / "r.html"), "--markdown", str(page)]
+    assert cli.run(arguments) == 0, capsys.readouterr().err
+    assert page.read_text() == (root / "docs" / "reproduction.md").read_text()
+    for plot in (tmp_path / "img").iterdir():
+        assert (root / "docs" / "img" / plot.name).is_file(), plot.name
