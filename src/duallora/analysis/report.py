@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from duallora import plots
 from duallora.analysis import study_plots
-from duallora.analysis.studies import AVERAGE
+from duallora.analysis.studies import AVERAGE, decimals
 from duallora.errors import ConfigError
 from duallora.grid.study import LOWER_IS_BETTER
 from duallora.train import record
@@ -287,7 +287,7 @@ def _differences(summary: Summary, printed: Sequence[Printed]) -> Table | None:
                 cells.append(Value(NONE))
                 continue
             low, high = pair["interval"]
-            digits = 3 if 0 < high - low < 0.1 else 2 if high - low < 1 else _digits(summary, task, "")
+            digits = decimals(low, high, _digits(summary, task, ""))
             column = summary["tasks"][task]["metric"] if single else task
             mine, its = (_said(summary, lines.get(name, {}), column) for name in (reference, other))
             said = f"; paper {mine - its:+.{digits}f}" if mine is not None and its is not None else ""

@@ -38,7 +38,6 @@ SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "rouge_l": nlg.rouge_l,
     "cider": nlg.cider,
 }
-# By task: the spread over seeds of figures, and of differences between two variants.
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
@@ -664,9 +663,14 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def decimals(low: float, high: float, usual: int = 1) -> int:
+    """Of a difference with that interval: ``usual`` where it is wide, more where it is narrow."""
+    return 3 if 0 < high - low < 0.1 else 2 if high - low < 1 else usual
+
+
 def _difference(pair: Mapping[str, Any]) -> str:
     low, high = pair["interval"]
-    digits = 1 if high - low >= 1 else 3 if 0 < high - low < 0.1 else 2
+    digits = decimals(low, high)
     mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (pair["mean"], low, high))
     return f"{pair['other']} ({mean} [{low}, {high}])"
 
