@@ -241,9 +241,11 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
             for line in printed
         ]
         caption = f"The paper's figures alone{f', with {models}' if models else ''}: it reports other tasks than are measured here with {base}."
-    notes = [
-        f"{line['variant']}: {text}." for line in printed for text in (line.get("copied"), line.get("note")) if text
-    ]
+    remarks: dict[str, list[str]] = {}
+    for line in printed:
+        for text in filter(None, (line.get("copied"), line.get("note"))):
+            remarks.setdefault(text, []).append(line["variant"])
+    notes = [f"{', '.join(names)}: {text}." for text, names in remarks.items()]
     return Table(
         "paper",
         "Beside the paper" if columns else "What the paper prints",
