@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from duallora.recipes import printed
@@ -49,3 +51,17 @@ def test_a_figure_that_is_copied_elsewhere_is_the_same_there():
     one = next(r for r in printed.rows(1) if (r.model, r.method) == ("LLaMA-7B", "Dual LoRA")).figures
     assert printed.rows(5)[0].figures == printed.rows(6)[0].figures == one
     assert printed.rows(3)[0].figures["average"] == one["average"]
+
+
+def test_the_page_prints_table_1_as_the_paper_does():
+    """Its averages and counts, and which rows are copied; no study fills them in."""
+    text = (Path(__file__).parents[2] / "docs" / "reproduction.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    head = next(line for line in lines if line[0].startswith("printed average"))
+    shown = {
+        (name, line[0]): cell for line in lines if len(line) == len(head) for name, cell in zip(head, line, strict=True)
+    }
+    for row in printed.rows(1):
+        label = f"{row.method}, r = {row.rank}" if row.rank else row.method
+        wanted = f"{row.figures['average']:.1f} ({row.trainable:g}){' copied' if row.copied else ''}"
+        assert shown[row.model, label] == wanted
