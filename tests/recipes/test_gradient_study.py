@@ -68,7 +68,7 @@ def test_the_paper_has_no_such_comparison():
     [
         ("gradient-start", "table2", ["lora", "duallora"]),
         ("gradient-start-e2e", "table4", ["lora", "duallora"]),
-        ("gradient-start-parts", "ablations", ["duallora", "duallora-direction-std0.1"]),
+        ("gradient-start-parts", "ablations", ["duallora", "duallora-direction-std0.1", "duallora-direction-std0.002"]),
     ],
 )
 def test_the_rows_without_a_start_are_another_studys(name, other, rows):

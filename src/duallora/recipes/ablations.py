@@ -36,14 +36,18 @@ def study(
 
 
 def mini(
-    name: str, variants: Mapping[str, Mapping[str, Any]], reference: str, mini_tasks: Sequence[str] = _MINI_TASKS
+    name: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    reference: str,
+    mini_tasks: Sequence[str] = _MINI_TASKS,
+    seeds: Sequence[int] = (0, 1, 2),
 ) -> Study:
     """MiniLM under the settings of Table 2's mini scale, without the losses on the way; the rates are ours."""
     base = {**MINI_BASE, "train.eval_steps": None}
     tasks = {task: MINI_TASKS[task] for task in mini_tasks}
     search = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
     changed = {label: {**MINI_HEAD, **own} for label, own in duallora(MINI_TARGETS, variants).items()}
-    return Study(name, base, tasks, changed, search=search, seeds=(0, 1, 2), reference=reference)
+    return Study(name, base, tasks, changed, search=search, seeds=tuple(seeds), reference=reference)
 
 
 def ablations(scale: str) -> Study:

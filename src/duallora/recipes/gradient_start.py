@@ -56,6 +56,7 @@ _PARTS: dict[str, Variant] = {
         for label, change in (
             ("direction-lr0.3", {"train.direction_lr_ratio": 0.3}),
             ("direction-lr3", {"train.direction_lr_ratio": 3.0}),
+            ("direction-std0.002", {"adapter.direction_init_std": 0.002}),
             ("direction-std0.1", {"adapter.direction_init_std": 0.1}),
         )
     },
