@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from duallora.grid.study import Study
-from duallora.recipes.variants import Variant, methods
+from duallora.recipes.variants import PLAIN_START, Variant, methods
 
 MODELS = {"gpt2-m": "openai-community/gpt2-medium", "gpt2-l": "openai-community/gpt2-large"}
 _WIDTH = {"gpt2-m": 224, "gpt2-l": 248}  # Adapter-L's, from the counts 11.09 M and 23.00 M
@@ -78,11 +78,13 @@ MINI_SEARCH = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
 def _mini() -> Study:
     """460,800 parameters on q and v each (DoRA's lengths on top)."""
     rows = [("lora", 8), ("dora", 8), ("hira", 8), ("duallora", 4)]
+    variants = methods(rows, MINI_BASE["adapter.target_modules"])
+    variants["duallora-r4"] |= PLAIN_START
     return Study(
         "table4",
         MINI_BASE,
         {"e2e": {"data.task": "e2e"}},
-        methods(rows, MINI_BASE["adapter.target_modules"]),
+        variants,
         search=MINI_SEARCH,
         metric="loss",
         reference="duallora-r4",

@@ -9,6 +9,9 @@ from duallora.recipes.printed import variant
 
 Variant = dict[str, Any]
 
+# What the mini studies of the method as the paper prints it start from: transformers' usual width for every factor.
+PLAIN_START: Variant = {"adapter.init_std": 0.02, "adapter.direction_init_std": 0.02}
+
 
 def methods(
     rows: Sequence[tuple[str, int | None]], targets: Any, settings: Mapping[str, Any] | None = None
