@@ -19,7 +19,7 @@ from duallora.train.record import write_json
 COMMON = (
     "adapter.r=4", "adapter.target_modules=[q_proj,v_proj]", "learning_rate=1.2e-2", "max_steps=120",
     "train.batch_size=8", "data.eval_limit=150", "eval.metrics=false", "eval_steps=40", "logging_steps=5",
-    "lr_warmup_steps=10",
+    "lr_warmup_steps=10", "adapter.init_std=0.02", "adapter.direction_init_std=0.02",
 )  # fmt: skip
 BF16 = "model.dtype=bfloat16"
 SETTINGS = {

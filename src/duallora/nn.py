@@ -37,7 +37,8 @@ class DualLoraLinear(nn.Module):
         r: rank of both groups, >= 1. r1, r2: of the magnitude and the direction group; None = r.
         alpha: numerator of the scaling alpha/sqrt(r1 r2), > 0 and finite; None = 2 r.
         warmup_steps: optimizer steps until dW is fully on, >= 0; it starts at 0 (with 0 it starts fully on).
-        init_std, direction_init_std: standard deviation of A, B and of C, D at the start, > 0.
+        init_std, direction_init_std: standard deviation of A, B and of C, D at the start, > 0; None for A, B is
+            :func:`duallora.core.init.magnitude_std`.
         init_seed: seed of the initial values; None = torch's global generator.
         magnitude, direction, ste_clip: as in :func:`duallora.dual_delta`; fixed signs exist in DualLoraConfig only.
         gradient_tokens, backend: as in :func:`duallora.dual_linear`.
@@ -55,8 +56,8 @@ class DualLoraLinear(nn.Module):
         r2: int | None = None,
         alpha: float | None = None,
         warmup_steps: int = 100,
-        init_std: float = 0.02,
-        direction_init_std: float = 0.02,
+        init_std: float | None = None,
+        direction_init_std: float = 0.002,
         init_seed: int | None = None,
         magnitude: str = "relu",
         direction: str = "ste",
@@ -69,7 +70,9 @@ class DualLoraLinear(nn.Module):
         alpha = 2 * r if alpha is None else alpha
         for name, rank in (("r", r), ("r1", r1), ("r2", r2)):
             check_rank(name, rank)
-        for name, number in (("alpha", alpha), ("init_std", init_std), ("direction_init_std", direction_init_std)):
+        if init_std is not None:
+            check_positive("init_std", init_std)
+        for name, number in (("alpha", alpha), ("direction_init_std", direction_init_std)):
             check_positive(name, number)
         check_steps("warmup_steps", warmup_steps)
         for value, allowed in ((magnitude, MAGNITUDES), (direction, DIRECTIONS[:-1]), (ste_clip, STE_CLIPS)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from duallora.core.init import draw_factors, draw_signs, layer_seed
+from duallora.core.init import draw_factors, draw_signs, layer_seed, magnitude_std
 
 
 def test_shapes_widths_and_seeds():
@@ -16,6 +17,25 @@ def test_shapes_widths_and_seeds():
     again = draw_factors(7, 400, 300, 5, 3, init_std=0.02, direction_init_std=0.5)
     assert all(torch.equal(f, g) for f, g in zip((A, B, C, D), again, strict=True))
     assert not torch.equal(A, draw_factors(8, 400, 300, 5, 3, init_std=0.02, direction_init_std=0.5)[0])
+
+
+@pytest.mark.parametrize(("in_features", "r1"), [(100, 1), (384, 8), (4096, 16)])
+def test_the_magnitudes_own_width_makes_the_same_noise_at_any_width_and_rank(in_features, r1):
+    """Half the entries of B A are open, so ReLU(B A) has half its mean square: a tenth of x's rms in each output."""
+    squares, noise = [], []
+    x = torch.randn(in_features, generator=torch.Generator().manual_seed(1))
+    for seed in range(40):  # with r1 = 1 one draw's mean square is off by a tenth
+        A, B, C, D = draw_factors(seed, 300, in_features, r1, 3, init_std=None, direction_init_std=0.002)
+        squares.append(torch.relu(B @ A).square().mean())
+        noise.append((torch.relu(B @ A) * torch.sign(D @ C) @ x).square().mean() / x.square().mean())
+    assert (torch.stack(squares).mean() * in_features).sqrt().item() == pytest.approx(0.1, rel=0.05)
+    assert torch.stack(noise).mean().sqrt().item() == pytest.approx(0.1, rel=0.15)
+
+
+def test_the_magnitudes_own_width_is_the_one_that_was_best():
+    """results/studies/start-values-mini.json: 0.05 on MiniLM (384 inputs, r1 = 8) and on SmolLM2 (576 and 4)."""
+    assert magnitude_std(384, 8) == pytest.approx(0.05, rel=0.02)
+    assert magnitude_std(576, 4) == pytest.approx(0.05, rel=0.1)
 
 
 def test_fixed_signs_need_no_direction_group():

@@ -33,9 +33,9 @@ def test_its_variants_are_the_ablations_but_for_task_seed_and_rank():
             }
 
 
-def test_the_default_on_e2e_is_table_4s():
+def test_the_plain_start_on_e2e_is_table_4s():
     (table4,) = studies("table4", "mini")
-    assert prints(STUDIES["start-values-e2e"], variant="default") == prints(table4, variant="duallora-r4")
+    assert prints(STUDIES["start-values-e2e"], variant="plain") == prints(table4, variant="duallora-r4")
 
 
 def test_the_paper_prints_no_start_values():

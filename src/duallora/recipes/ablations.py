@@ -55,7 +55,7 @@ def ablations(scale: str) -> Study:
     if scale != "mini":
         raise ConfigError("ablations is a study of ours, at --scale mini alone")
     changes: dict[str, dict[str, Any]] = {
-        "default": {},
+        "plain": {},
         "residual": {"adapter.warmup": "residual"},
         "no-warmup": {"adapter.warmup": "none"},
         "init-std-0.05": {"adapter.init_std": 0.05, "adapter.direction_init_std": 0.05},
@@ -68,4 +68,4 @@ def ablations(scale: str) -> Study:
         "tokens-0.5": {"adapter.gradient_tokens": 0.5},
         "tokens-0.25": {"adapter.gradient_tokens": 0.25},
     }
-    return mini("ablations", {label: {"adapter.r": 8, **own} for label, own in changes.items()}, "default", ["stsb"])
+    return mini("ablations", {label: {"adapter.r": 8, **own} for label, own in changes.items()}, "plain", ["stsb"])

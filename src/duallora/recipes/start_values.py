@@ -15,7 +15,7 @@ from duallora.recipes.ablations import mini
 from duallora.recipes.variants import PLAIN_START
 
 _VALUES: dict[str, dict[str, Any]] = {
-    "default": {},
+    "plain": {},
     "direction-std-0.002": {"adapter.direction_init_std": 0.002},
     "magnitude-std-0.05-direction-std-0.002": {"adapter.init_std": 0.05, "adapter.direction_init_std": 0.002},
 }
@@ -29,7 +29,7 @@ def start_values(scale: str) -> tuple[Study, ...]:
     """
     if scale != "mini":
         raise ConfigError(f"start-values is ours, not the paper's: expected --scale mini, not {scale}")
-    glue = mini("start-values", _with_rank(8), "default", ["sst2", "stsb"], seeds=(3, 4, 5))
+    glue = mini("start-values", _with_rank(8), "plain", ["sst2", "stsb"], seeds=(3, 4, 5))
     e2e = Study(
         "start-values-e2e",
         table4.MINI_BASE,
@@ -37,7 +37,7 @@ def start_values(scale: str) -> tuple[Study, ...]:
         _with_rank(4),
         search=table4.MINI_SEARCH,
         metric="loss",
-        reference="default",
+        reference="plain",
     )
     return glue, e2e
 

@@ -97,9 +97,12 @@ class AdapterSection(Section):
         {}, "Other ranks, r or [r1, r2], for modules by name or regular expression (PEFT)."
     )
     alpha_pattern: dict[Text, Positive] = setting({}, "Other alphas for modules by name or regular expression (PEFT).")
-    init_std: Positive = setting(0.02, "Standard deviation of A and B at the start (paper: Gaussian, no value).")
+    init_std: Positive | None = setting(
+        None,
+        "Standard deviation of A and B at the start; null goes by a layer's width and r1 (paper: Gaussian, no value).",
+    )
     direction_init_std: Positive = setting(
-        0.02, "Standard deviation of C and D at the start; sets only how easily signs flip under Adam."
+        0.002, "Standard deviation of C and D at the start; sets only how easily signs flip under Adam."
     )
     init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
@@ -243,7 +246,7 @@ class TrainSection(Section):
         1, "Forward passes per optimizer step; several processes share its rows out."
     )
     learning_rate: Positive = setting(
-        4e-3, "Peak learning rate (measured on SmolLM2-135M; the paper tunes it per task and prints none)."
+        2e-3, "Peak learning rate (measured at mini scale; the paper tunes it per task and prints none)."
     )
     direction_lr_ratio: Positive = setting(
         1.0, "Dual LoRA's learning rate of C and D, over that of everything else (paper: one rate)."

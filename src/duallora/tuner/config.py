@@ -87,9 +87,14 @@ class DualLoraConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata=_help("True: dW = 0 at the start; False: the gate starts open (for tests).")
     )
-    init_std: float = field(default=0.02, metadata=_help("Standard deviation of A and B at the start, > 0."))
+    init_std: float | None = field(
+        default=None,
+        metadata=_help(
+            "Standard deviation of A and B at the start, > 0; None: by the layer's width and r1 (docs/method.md)."
+        ),
+    )
     direction_init_std: float = field(
-        default=0.02, metadata=_help("Standard deviation of C and D at the start, > 0; sets how easily signs flip.")
+        default=0.002, metadata=_help("Standard deviation of C and D at the start, > 0; sets how easily signs flip.")
     )
     init_seed: int | None = field(
         default=None, metadata=_help("Seed of the initial values, one stream per layer; None = torch's generator.")
@@ -170,7 +175,8 @@ class DualLoraConfig(PeftConfig):
         if self.alpha is None:
             self.alpha = 2 * self.r
         check_positive("alpha", self.alpha)
-        check_positive("init_std", self.init_std)
+        if self.init_std is not None:
+            check_positive("init_std", self.init_std)
         check_positive("direction_init_std", self.direction_init_std)
         for key, alpha in (self.alpha_pattern or {}).items():
             check_positive(f"alpha_pattern[{key!r}]", alpha)
