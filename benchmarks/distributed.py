@@ -51,6 +51,7 @@ def base() -> LlamaForCausalLM:
 def adapted(**options: Any) -> PeftModel:
     """The model and adapter that every process starts with."""
     settings: dict[str, Any] = {"r1": 3, "r2": 5, "alpha": 10, "target_modules": "all-linear", "warmup_steps": WARMUP}
+    settings |= {"init_std": 0.02, "direction_init_std": 0.02}  # smaller signs flip on a sum's last bit
     model = get_peft_model(base(), DualLoraConfig(**{**settings, "init_seed": 0, **options}))
     first = next(module for module in model.modules() if isinstance(module, DualLoraLayer))
     first.register_forward_pre_hook(lambda layer, _: FORMS.append(layer._form(["default"])))

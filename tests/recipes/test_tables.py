@@ -12,7 +12,10 @@ from duallora.train import run
 
 PAPER = {study.name: study for name in recipes.HOME if name[:5] in ("table", "figur") for study in recipes.studies(name, "paper")}  # fmt: skip
 MINI = [study for name in recipes.HOME for study in recipes.studies(name, "mini")]
-FREE = ("r", "r1", "r2", "alpha", "method", "options", "magnitude", "direction", "target_modules", "duallora_dropout")
+FREE = (
+    "r", "r1", "r2", "alpha", "method", "options", "magnitude", "direction", "target_modules", "duallora_dropout",
+    "init_std", "direction_init_std",
+)  # fmt: skip
 
 
 def cells(study):
@@ -42,7 +45,7 @@ def test_methods_differ_in_nothing_but_the_adapter(study):
 @pytest.mark.parametrize("study", MINI, ids=lambda study: study.name)
 def test_the_mini_scale_compares_alike_too(study):
     """Starts and rates of the direction group are what gradient-start and ablations compare."""
-    more = {"init", "init_batches", "warmup", "init_std", "direction_init_std", "gradient_tokens"}
+    more = {"init", "init_batches", "warmup", "gradient_tokens"}
     found = cells(study)
     for task in study.tasks:
         recipes_of = [found[task, variant].recipe() for variant in study.variants]

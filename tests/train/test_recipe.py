@@ -410,6 +410,15 @@ def test_the_fingerprint_ignores_key_order_and_the_run_folder_only(tmp_path):
     assert len({fingerprint(recipe) for recipe in [one, load_recipe(None, TASK), *other]}) == 6
 
 
+def test_a_new_default_of_dual_lora_leaves_the_recipes_of_other_methods():
+    """init_std was 0.02 for all: LoRA's old runs are still read, resumed and reused."""
+    recipe = Recipe(adapter={"method": "lora"}, data={"task": "e2e"}, train={"learning_rate": 1e-3})
+    assert fingerprint(recipe) == "3528dd3255272cc05a1b091522e12f8231a74f540aefb0e0b16d9e36dcb77a82"
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+    with pytest.raises(ValueError, match=r"adapter.init_std = 0.05 is a setting of Dual LoRA, but"):
+        Recipe(adapter={"method": "lora", "init_std": 0.05}, data={"task": "e2e"})
+
+
 def test_the_fingerprint_does_not_move_between_releases():
     """A changed default or field changes it, which makes old checkpoints refuse to resume: do that knowingly."""
     assert fingerprint(Recipe(data={"task": "e2e"})) == FINGERPRINT_OF_THE_DEFAULTS

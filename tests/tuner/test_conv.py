@@ -29,6 +29,7 @@ def adapted(base: nn.Module, **options) -> tuple[peft.PeftModel, Conv]:
         "alpha": 10,
         "warmup_steps": 4,
         "init_std": 0.5,
+        "direction_init_std": 0.02,
         "init_seed": 5,
         "target_modules": ["0"],
     }

@@ -34,6 +34,7 @@ def adapted(base: nn.Module | None = None, seed: int = 7, **options) -> tuple[pe
         "alpha": 10,
         "warmup_steps": 4,
         "init_std": 0.5,
+        "direction_init_std": 0.02,
         "init_seed": 11,
         "target_modules": ["0"],
     }

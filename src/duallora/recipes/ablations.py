@@ -14,7 +14,7 @@ from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.recipes.table1 import TARGETS, commonsense
 from duallora.recipes.table2 import MINI_BASE, MINI_HEAD, MINI_TARGETS, MINI_TASKS
-from duallora.recipes.variants import PLAIN_START, duallora
+from duallora.recipes.variants import duallora
 
 _MODEL = "llama-7b"
 
@@ -46,7 +46,7 @@ def mini(
     base = {**MINI_BASE, "train.eval_steps": None}
     tasks = {task: MINI_TASKS[task] for task in mini_tasks}
     search = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
-    changed = {label: {**MINI_HEAD, **PLAIN_START, **own} for label, own in duallora(MINI_TARGETS, variants).items()}
+    changed = {label: {**MINI_HEAD, **own} for label, own in duallora(MINI_TARGETS, variants).items()}
     return Study(name, base, tasks, changed, search=search, seeds=tuple(seeds), reference=reference)
 
 

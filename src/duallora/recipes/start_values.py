@@ -12,7 +12,6 @@ from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.recipes import table4
 from duallora.recipes.ablations import mini
-from duallora.recipes.variants import PLAIN_START
 
 _VALUES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,4 +42,4 @@ def start_values(scale: str) -> tuple[Study, ...]:
 
 
 def _with_rank(r: int) -> dict[str, dict[str, Any]]:
-    return {label: {"adapter.r": r, **PLAIN_START, **own} for label, own in _VALUES.items()}
+    return {label: {"adapter.r": r, **own} for label, own in _VALUES.items()}

@@ -6,6 +6,8 @@ have 16 here.
 
 from __future__ import annotations
 
+from typing import Any
+
 from duallora.grid.study import Study
 from duallora.recipes.ablations import study
 
@@ -13,5 +15,10 @@ from duallora.recipes.ablations import study
 def table3(scale: str) -> Study:
     """Straight through (Eq. 7), XNOR-Net's and DoReFa-Net's scaled signs."""
     rank = 16 if scale == "paper" else 8  # 8: as Table 2's mini scale
-    estimators = ("ste", "xnor", "dorefa")
-    return study(scale, "table3", {name: {"adapter.r": rank, "adapter.direction": name} for name in estimators}, "ste")
+    variants: dict[str, dict[str, Any]] = {"ste": {"adapter.r": rank, "adapter.direction": "ste"}}
+    for name in (
+        "xnor",
+        "dorefa",
+    ):  # 0.02 is ours: |D C| scales their dW, which the default would start at next to nothing
+        variants[name] = {"adapter.r": rank, "adapter.direction": name, "adapter.direction_init_std": 0.02}
+    return study(scale, "table3", variants, "ste")

@@ -71,6 +71,7 @@ MINI_BASE: dict[str, Any] = {
     "eval.num_beams": 1,  # the task's ten beams would take ten times as long
     "eval.max_new_tokens": 48,
     "eval.test": True,
+    **PLAIN_START,
 }
 MINI_SEARCH = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
 
@@ -78,13 +79,11 @@ MINI_SEARCH = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
 def _mini() -> Study:
     """460,800 parameters on q and v each (DoRA's lengths on top)."""
     rows = [("lora", 8), ("dora", 8), ("hira", 8), ("duallora", 4)]
-    variants = methods(rows, MINI_BASE["adapter.target_modules"])
-    variants["duallora-r4"] |= PLAIN_START
     return Study(
         "table4",
         MINI_BASE,
         {"e2e": {"data.task": "e2e"}},
-        variants,
+        methods(rows, MINI_BASE["adapter.target_modules"]),
         search=MINI_SEARCH,
         metric="loss",
         reference="duallora-r4",

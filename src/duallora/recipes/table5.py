@@ -19,7 +19,12 @@ def table5(scale: str) -> Study:
     forms: dict[str, dict[str, Any]] = {"duallora": {"adapter.r": r}}
     for label, rank in (("2r", 2 * r), ("r", r)):
         forms[f"setting1-{label}"] = {"adapter.r": rank, "adapter.magnitude": "identity"}
-        forms[f"setting2-{label}"] = {"adapter.r": rank, "adapter.direction": "identity"}
+        # 0.02 is ours: D C scales dW here.
+        forms[f"setting2-{label}"] = {
+            "adapter.r": rank,
+            "adapter.direction": "identity",
+            "adapter.direction_init_std": 0.02,
+        }
     for label, rank in (("2r", 2 * r), ("4r", 4 * r)):
         forms[f"setting3-{label}"] = {"adapter.r": rank, "adapter.direction": "fixed"}
     return study(scale, "table5", forms, "duallora", ["stsb"])

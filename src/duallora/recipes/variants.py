@@ -9,7 +9,7 @@ from duallora.recipes.printed import variant
 
 Variant = dict[str, Any]
 
-# What the mini studies of the method as the paper prints it start from: transformers' usual width for every factor.
+# What Dual LoRA starts from in the mini studies, which began before start-values: transformers' usual width throughout.
 PLAIN_START: Variant = {"adapter.init_std": 0.02, "adapter.direction_init_std": 0.02}
 
 

@@ -64,6 +64,8 @@ SHARED = (
     "layers_to_transform", "start",
 )  # fmt: skip
 
+# What runs of other methods hold for these of Dual LoRA's, whose defaults have changed since: their recipes stay as they were.
+UNUSED = {"init_std": 0.02, "direction_init_std": 0.02}
 
 # Settings of the run and no fields of DualLoraConfig.
 RUNS_OWN = ("method", "options", "start", "init", "init_batches")
@@ -153,7 +155,10 @@ class AdapterSection(Section):
                 )
             return self
         for name, field in type(self).model_fields.items():
-            if name not in SHARED and getattr(self, name) != field.get_default(call_default_factory=True):
+            unused = UNUSED.get(name, field.get_default(call_default_factory=True))
+            if name in UNUSED and name not in self.model_fields_set:
+                self.__dict__[name] = unused
+            if name not in SHARED and getattr(self, name) != unused:
                 raise ValueError(
                     f"adapter.{name} = {_show(getattr(self, name))} is a setting of Dual LoRA, but adapter.method is "
                     f'"{self.method}": leave it out (what {self.method} takes besides is adapter.options)'

@@ -94,7 +94,11 @@ class DualLoraConfig(PeftConfig):
         ),
     )
     direction_init_std: float = field(
-        default=0.002, metadata=_help("Standard deviation of C and D at the start, > 0; sets how easily signs flip.")
+        default=0.002,
+        metadata=_help(
+            "Standard deviation of C and D at the start, > 0; sets how easily signs flip, and where D C's size "
+            "counts (direction xnor, dorefa, identity) that size: 0.02 suits them."
+        ),
     )
     init_seed: int | None = field(
         default=None, metadata=_help("Seed of the initial values, one stream per layer; None = torch's generator.")
