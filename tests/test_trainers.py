@@ -22,7 +22,8 @@ WORDS = [f"{n} and {n + 1} make {2 * n + 1}." for n in range(24)]
 
 
 def config(**options) -> DualLoraConfig:
-    return DualLoraConfig(**{**OPTIONS, "warmup_steps": 5, **options})
+    start = {"init_std": 0.02, "direction_init_std": 0.02}  # of random weights of 0.02
+    return DualLoraConfig(**{**OPTIONS, **start, "warmup_steps": 5, **options})
 
 
 def base() -> LlamaForCausalLM:

@@ -52,6 +52,8 @@ def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
             "adapter.r1": 3,
             "adapter.alpha": 10,
             "adapter.duallora_dropout": 0.1,
+            "adapter.init_std": 0.02,  # of random weights of 0.02; the default is meant for trained ones
+            "adapter.direction_init_std": 0.02,
             "adapter.warmup_steps": 6,
             "data.eval_fraction": 0.2,
             "data.max_length": 64,
