@@ -16,9 +16,9 @@ DEAD = (
     "the layer has one output and 2 or 5 inputs: as drawn from seed 0, ReLU(B A) is zero everywhere, so dW = 0 and the "
     "factors get no gradient. A property of the method; the layer warns of it"
 )
-SMALL_STEPS = (
-    "the gradients of C and D carry the factor ReLU(B A), about 1e-3 at the start, so three SGD steps behind a ReLU move "
-    "them by less than the test's 1e-4"
+CONVERSION = (
+    "dW has full rank from the start, where the default is meant for trained weights and not for random ones of 0.02: of a "
+    "layer this narrow the rank that the test converts to keeps less than it asks for"
 )
 BY_NAME = "asserts LoRA's class name, PEFT type or parameter count"
 STATUS = "test_tuners_utils.py::TestModelAndLayerStatus::"
@@ -40,7 +40,8 @@ EXCEPTIONS = {
     CUSTOM + "test_disable_adapters_with_merging[Conv1d LoRA-*": DEAD,
     CUSTOM + "test_disable_adapters[Embedding + transformers Conv1D 1 LoRA-*": DEAD,
     CUSTOM + "test_disable_adapters_with_merging[Embedding + transformers Conv1D 1 LoRA-*": DEAD,
-    CUSTOM + "test_only_params_are_updated[Embedding + transformers Conv1D 2 *": SMALL_STEPS,
+    "test_decoder_models.py::TestDecoderModels::test_lora_conversion[*kwargs0-*tiny-random-Gemma3*": CONVERSION,
+    "test_decoder_models.py::TestDecoderModels::test_lora_conversion[*kwargs1-*tiny-dummy-qwen2*": CONVERSION,
     STATUS + "test_module_type_*": BY_NAME,
     STATUS + "test_adapter_model_type_*": BY_NAME,
     STATUS + "test_peft_types_*": BY_NAME,
