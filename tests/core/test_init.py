@@ -32,7 +32,7 @@ def test_the_magnitudes_own_width_makes_the_same_noise_at_any_width_and_rank(in_
     assert torch.stack(noise).mean().sqrt().item() == pytest.approx(0.1, rel=0.15)
 
 
-def test_the_magnitudes_own_width_is_the_one_that_was_best():
+def test_the_magnitudes_own_width_is_the_one_that_was_measured():
     """results/studies/start-values-mini.json: 0.05 on MiniLM (384 inputs, r1 = 8) and on SmolLM2 (576 and 4)."""
     assert magnitude_std(384, 8) == pytest.approx(0.05, rel=0.02)
     assert magnitude_std(576, 4) == pytest.approx(0.05, rel=0.1)

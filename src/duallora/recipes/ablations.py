@@ -47,7 +47,7 @@ def mini(
     tasks = {task: MINI_TASKS[task] for task in mini_tasks}
     search = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
     changed = {label: {**MINI_HEAD, **own} for label, own in duallora(MINI_TARGETS, variants).items()}
-    return Study(name, base, tasks, changed, search=search, seeds=tuple(seeds), reference=reference)
+    return Study(name, base, tasks, changed, search=search, seeds=seeds, reference=reference)
 
 
 def ablations(scale: str) -> Study:

@@ -104,7 +104,8 @@ class AdapterSection(Section):
         "Standard deviation of A and B at the start; null goes by a layer's width and r1 (paper: Gaussian, no value).",
     )
     direction_init_std: Positive = setting(
-        0.002, "Standard deviation of C and D at the start; sets only how easily signs flip under Adam."
+        0.002,
+        "Standard deviation of C and D at the start: how easily signs flip; 0.02 suits direction xnor, dorefa and identity.",
     )
     init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
