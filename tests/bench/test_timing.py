@@ -50,6 +50,12 @@ def test_every_round_runs_each_subject_once_and_the_first_is_forgotten(clock):
     assert gc.get_freeze_count() == 0
 
 
+def test_runs_that_follow_one_another_are_timed_together_and_divided(clock):
+    """before, run, before, run, before, run: the first before is free, the device is waited for at both ends only."""
+    subject = Subject(lambda: clock.advance(2.0), before=lambda: clock.advance(0.5), times=3)
+    assert timing.timed(subject, CPU) == pytest.approx((3 * 2.0 + 2 * 0.5) / 3)
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (39.0, 3), (40.0, 4), (65.0, 6), (1000.0, 8)])
 def test_no_round_is_begun_that_would_end_after_the_budget_but_three_are_run(seconds, rounds, clock):
     times = interleave({"a": Subject(lambda: clock.advance(10.0))}, CPU, rounds=8, seconds=seconds)

@@ -1,6 +1,6 @@
-"""The Triton kernels without a GPU: what they compute, in Triton's interpreter, and what four architectures make of them.
+"""The Triton kernels: what they compute, in Triton's interpreter and on a GPU where there is one, and what the compilers
+of four architectures make of them.
 
-Not proven here: timings, the hardware's own rounding, races. ``duallora bench kernel`` checks and times on a GPU.
 DUALLORA_ALL_TILES=1 compiles every option of every tile instead of the main ones (some minutes).
 """
 
@@ -37,14 +37,29 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("groups", ["sizes_and_layouts", "options nan", "dora_and_residual dtypes", "large"])
-def test_interpreted_kernels_compute_what_the_oracle_does(groups):
-    """Signs of exact zeros, masks, clips, both layouts, DoRA and residual: interpret_triton.py says how."""
-    script = Path(__file__).with_name("interpret_triton.py")
+GROUPS = ["sizes_and_layouts", "options nan", "dora_and_residual dtypes", "large"]
+
+
+def check(where: str, groups: str) -> None:
+    """check_triton.py says how."""
+    script = Path(__file__).with_name("check_triton.py")
     run = subprocess.run(
-        [sys.executable, script, *groups.split()], capture_output=True, text=True, check=False, timeout=250
+        [sys.executable, script, where, *groups.split()], capture_output=True, text=True, check=False, timeout=280
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_interpreted_kernels_compute_what_the_oracle_does(groups):
+    """Signs of exact zeros, masks, clips, both layouts, DoRA and residual."""
+    check("interpreter", groups)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("groups", [*GROUPS, "device"])
+def test_kernels_on_a_device_compute_what_the_oracle_does(groups):
+    """The same, and that a device adds no race, no wait and no rounding of its own."""
+    check("cuda", groups)
 
 
 class Driver:

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from duallora.bench.store import Store, default_device
-from duallora.bench.timing import Subject, figures, interleave
+from duallora.bench.timing import Subject, back_to_back, figures, interleave
 from duallora.core.equation import Update
 from duallora.errors import IntegrityError
 from duallora.ops import recompute
@@ -204,13 +204,8 @@ def measure(
     for name, backend in supported.items():
         if name not in wrong:
             calls[f"{name} build"], calls[f"{name} gradients"] = passes(backend, case)
-    inner = 20 if device.type == "cuda" else 1  # a launch takes about as long as a small kernel
-
-    def repeated(call: Callable[[], object]) -> Subject:
-        return Subject(lambda: [call() for _ in range(inner)])
-
-    times = interleave({name: repeated(call) for name, call in calls.items()}, device, rounds=rounds, seconds=seconds)
-    times = {name: [value / inner for value in values] for name, values in times.items()}
+    subjects = {name: Subject(call, times=back_to_back(device)) for name, call in calls.items()}
+    times = interleave(subjects, device, rounds=rounds, seconds=seconds)
     measured = figures(times, {"memcpy": MEMCPY, "gemm": GEMM})
     elements, size = width * width, case.W.element_size()
     _add_rates(measured[MEMCPY], 0, 2 * elements * size)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from duallora.bench import methods
 from duallora.bench.store import Store, default_device
-from duallora.bench.timing import Subject, figures, interleave
+from duallora.bench.timing import Subject, back_to_back, figures, interleave
 from duallora.ops import dual_linear
 from duallora.train.progress import clock, quiet_libraries, say
 
@@ -93,7 +93,8 @@ def measure(
         # Held until all three are done, as a training step holds them.
         _ = F.linear(x.detach(), W), dY @ W, dY.T @ x.detach()
 
-    subjects, facts, skipped = {methods.FLOOR: Subject(gemms)}, {methods.FLOOR: {"parameters": 0}}, {}
+    subjects = {methods.FLOOR: Subject(gemms, times=back_to_back(device))}
+    facts, skipped = {methods.FLOOR: {"parameters": 0}}, {}
     for name, method in methods.layer_methods(rank, ["0"], kind, width).items():
         layer = _layer(W, method)
         subjects[name] = _subject(layer, x, dY, methods.trained(layer))
@@ -122,7 +123,7 @@ def _subject(run: Callable[[Tensor], Tensor], x: Tensor, dY: Tensor, parameters:
         for tensor in (x, *parameters):
             tensor.grad = None
 
-    return Subject(lambda: run(x).backward(dY), before=clear)
+    return Subject(lambda: run(x).backward(dY), before=clear, times=back_to_back(x.device))
 
 
 def _add_compiled(

@@ -16,10 +16,15 @@ LEAST_ROUNDS = 3
 
 
 class Subject(NamedTuple):
-    """One competitor: ``run`` is timed, ``before`` puts the scene in order ahead of each run and is not."""
+    """One competitor: ``run`` is timed, ``before`` puts the scene in order ahead of each run and is not.
+
+    With ``times`` > 1 that many runs follow one another before the clock is read, ``before`` in between, as steps of a
+    training do: on a GPU the host prepares the next run while the device works on this one.
+    """
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
+    times: int = 1
 
 
 def interleave(
@@ -60,14 +65,23 @@ def interleave(
 
 
 def timed(subject: Subject, device: torch.device) -> float:
-    """Seconds of one run, from an idle device to an idle device."""
-    if subject.before is not None:
-        subject.before()
+    """Seconds a run, from an idle device to an idle device."""
+    run, before, times = subject
+    if before is not None:
+        before()
     synchronize(device)
     begin = time.perf_counter()
-    subject.run()
+    for number in range(times):
+        if number and before is not None:
+            before()
+        run()
     synchronize(device)
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / times
+
+
+def back_to_back(device: torch.device) -> int:
+    """``Subject.times`` for what takes a GPU about as long as the host needs to launch it."""
+    return 20 if device.type == "cuda" else 1
 
 
 def synchronize(device: torch.device) -> None:

@@ -237,7 +237,7 @@ def dual_linear(
         raise ValueError(f"x is {x.dtype} but the base weight is {W.dtype}: cast x, or run under torch.autocast.")
     scaling = update.scaling
     if not isinstance(scaling, Tensor):
-        scaling = torch.tensor(scaling, dtype=torch.float32, device=x.device)
+        scaling = torch.full((), scaling, dtype=torch.float32, device=x.device)  # filled there: no copy to wait for
     tokens: Tensor | None = None
     if seed is not None:
         tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
@@ -359,7 +359,7 @@ def dual_weight(
     """:func:`duallora.ops.dual_weight`, by the kernel backends."""
     scaling = update.scaling
     if not isinstance(scaling, Tensor):
-        scaling = torch.tensor(scaling, dtype=torch.float32, device=update.A.device)
+        scaling = torch.full((), scaling, dtype=torch.float32, device=update.A.device)
     weight, _norm = _weight(
         W, *update[:4], m, scaling, update.fixed_sign, list(update.initial),
         update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, minus_base, dtype, backend,

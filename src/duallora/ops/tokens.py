@@ -55,7 +55,7 @@ def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
     c = (above**2 / (m - position)).argmin()
     rest, k = above[c], m - c
     uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
-    uniform = uniform.to(p.device)
+    uniform = uniform.to(p.device, non_blocking=True)
     drawn = torch.searchsorted(below, below[-1] - rest + (position - c + uniform) / k * rest, right=True)
     drawn = drawn.clamp(max=len(p) - 1).maximum(c)
     chosen = torch.where(position < c, position, drawn)

@@ -1,12 +1,12 @@
-"""Runs the Triton kernels in Triton's interpreter against the float64 oracle: ``python interpret_triton.py GROUP ...``.
+"""Runs the Triton kernels against the float64 oracle: ``python check_triton.py interpreter|cuda GROUP ...``.
 
-A process of its own, because the interpreter must be chosen before triton is imported and a wrong kernel writes where
-it likes. Three tricks make it strict:
+On a GPU, or in Triton's interpreter. A process of its own, because the interpreter must be chosen before triton is
+imported and a wrong kernel writes where it likes. Three tricks make it strict:
 
 * dyadic data (multiples of 1/4): BA, DC and all sums are exact, zeros included, so most comparisons are for equality;
 * inputs are views into buffers of NaN, and what the kernels fill starts as NaN between guards;
-* TF32 products read 11 bits of each operand, as the instruction does. The interpreter's own bfloat16 is also mended:
-  it multiplies bit patterns and truncates.
+* in the interpreter TF32 products read 11 bits of each operand, as the instruction does. Its own bfloat16 is also
+  mended: it multiplies bit patterns and truncates.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1] == "cuda" else "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -28,8 +29,13 @@ from torch import Tensor
 from triton._C.libtriton import ir
 
 from duallora.core.equation import Update
+from duallora.ops import dual_linear
 from duallora.ops import triton as kernels
 
+ON_GPU = sys.argv[1] == "cuda"
+if ON_GPU:
+    torch.set_default_device("cuda")
+ARCHITECTURE = (ON_GPU and kernels._architecture(torch.device("cuda"))) or "sm_90"
 GUARD, MARK = 64, 7.0
 filled: list[Tensor] = []
 
@@ -132,7 +138,7 @@ def check(
     minus_base: bool = False,
     gaussian: bool = False,
     tolerance: float = 0,
-    architecture: str = "sm_90",
+    architecture: str = ARCHITECTURE,
     **options: str,
 ) -> None:
     torch.manual_seed(out * inn + r1)
@@ -180,6 +186,8 @@ def sizes_and_layouts():
         for conv in (False, True):
             yield lambda size=size, conv=conv: check(*size, conv=conv)
     for architecture in ("sm_80", "gfx942"):
+        if ON_GPU and architecture[:2] != ARCHITECTURE[:2]:
+            continue  # another maker's instructions
         yield lambda architecture=architecture: check(65, 50, 5, 33, architecture=architecture)
 
 
@@ -247,19 +255,103 @@ def nan():
         for g, want in zip(got[1:5], gradients, strict=True):
             assert (g.isnan() | ~want.isnan()).all(), f"NaN in {name}"
 
-    kernels._architecture = lambda _device: "sm_90"
+    kernels._architecture = lambda _device: ARCHITECTURE
     for name, magnitude in itertools.product("ABCDG", ("relu", "abs")):
         yield lambda name=name, magnitude=magnitude: one(name, magnitude)
 
 
-GROUPS = {f.__name__: f for f in (sizes_and_layouts, options, dora_and_residual, dtypes, large, nan)}
+def device():
+    """What only a device can show: its rounding, races, waiting for it, capture; on sizes of many programs."""
+    size = (1000, 1504, 16, 12)
+
+    def problem(dtype: torch.dtype, out: int, inn: int, r1: int, r2: int) -> tuple[Tensor, Tensor, Update]:
+        # 12 bits for A and C, 6 for B and D: float32 forms BA and DC without rounding, so no sign hangs on a last bit,
+        # and TF32, which has 11, does not.
+        torch.manual_seed(r2)
+        shapes = ((r1, inn), (out, r1), (r2, inn), (out, r2))
+        bits = (12, 6, 12, 6)
+        factors = [torch.randint(1 - 2**b, 2**b, shape) / 2**b for shape, b in zip(shapes, bits, strict=True)]
+        return torch.randn(out, inn).to(dtype), torch.randn(out, inn).to(dtype), Update(*factors, 0.5)
+
+    def accurate(dtype: torch.dtype, *shape: int) -> None:
+        G, W, update = problem(dtype, *shape)
+        exact = Update(*(factor.double() for factor in update[:4]), 0.5)
+        dW, *gradients = exact.backward(G.double())
+        weight, *got, _ = kernels.weight_and_gradients(G, W, update, fan_in_fan_out=False, dtype=dtype)
+        rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+        compare("W'", weight, W.double() + dW, rounding)
+        for name, g, want in zip(("dA", "dB", "dC", "dD"), got, gradients, strict=True):
+            compare(name, g, want, rounding)
+
+    def same_bits(dtype: torch.dtype, programs: int, m: bool) -> None:
+        G, W, update = problem(dtype, *size)
+        given = {"fan_in_fan_out": False, "dtype": dtype, "m": torch.rand(size[0]) if m else None}
+        before, kernels.PROGRAMS = kernels.PROGRAMS, programs
+        norm = kernels.build_weight(W, update, **given)[1]
+        first, *more = (kernels.weight_and_gradients(G, W, update, norm=norm, **given) for _ in range(30))
+        kernels.PROGRAMS = before
+        assert all(torch.equal(a, b) for again in more for a, b in zip(first, again, strict=True)), "not the same bits"
+
+    def layer_step(**options) -> Callable[[], list[Tensor]]:
+        _, W, update = problem(torch.bfloat16, *size)
+        x = torch.randn(96, size[1], dtype=torch.bfloat16).requires_grad_()
+        leaves = [x, *(factor.requires_grad_() for factor in update[:4])]
+        dY = torch.randn(96, size[0], dtype=torch.bfloat16)
+
+        def run() -> list[Tensor]:
+            y = dual_linear(x, W, None, *leaves[1:], 0.5, **options)
+            return [y, *torch.autograd.grad(y, leaves, dY)]
+
+        return run
+
+    def never_waits(**options) -> None:
+        run = layer_step(**options)
+        run()  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def captured() -> None:
+        """The same numbers from a CUDA graph, replayed."""
+        run = layer_step()
+        want = run()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run()
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), "a captured step differs"
+
+    for dtype in kernels.DTYPES:
+        for shape in (size, (999, 1501, 5, 33), (1024, 768, 64, 24)):
+            yield lambda dtype=dtype, shape=shape: accurate(dtype, *shape)
+        for programs, m in ((64, False), (1024, False), (1024, True)):
+            yield lambda dtype=dtype, programs=programs, m=m: same_bits(dtype, programs, m)
+    yield never_waits
+    yield lambda: never_waits(form="added")
+    yield lambda: never_waits(m=torch.rand(size[0]))
+    yield lambda: never_waits(gradient_tokens=0.25, seed=torch.tensor(3, device="cpu"))
+    yield captured
+
+
+GROUPS = {f.__name__: f for f in (sizes_and_layouts, options, dora_and_residual, dtypes, large, nan, device)}
 
 if __name__ == "__main__":
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    interpreter.InterpreterBuilder.cast_impl = cast_impl
-    Tensor.new_empty = new_empty
+    if not ON_GPU:
+        interpreter.InterpreterBuilder.create_dot = create_dot
+        interpreter.InterpreterBuilder.cast_impl = cast_impl
+    if sys.argv[2:] != ["device"]:  # which captures: no new tensors filled behind its back
+        Tensor.new_empty = new_empty
     failures = []
-    for number, case in enumerate((case for group in sys.argv[1:] for case in GROUPS[group]()), 1):
+    for number, case in enumerate((case for group in sys.argv[2:] for case in GROUPS[group]()), 1):
         try:
             case()
         except Exception as error:
