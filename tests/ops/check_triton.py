@@ -11,10 +11,11 @@ imported and a wrong kernel writes where it likes. Three tricks make it strict:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1] == "cuda" else "1"
@@ -181,6 +182,20 @@ def check(
         compare(name, g, want, tolerance)
 
 
+@contextlib.contextmanager
+def programs(count: int) -> Iterator[None]:
+    """The gradient pass in about that many programs."""
+    before = kernels.GRADIENTS
+    kernels.GRADIENTS = {
+        name: {dtype: kernels.Gradients(*(t._replace(programs=count) for t in tiles)) for dtype, tiles in row.items()}
+        for name, row in before.items()
+    }
+    try:
+        yield
+    finally:
+        kernels.GRADIENTS = before
+
+
 def sizes_and_layouts():
     for size in [(63, 100, 3, 5), (1, 7, 1, 2), (65, 130, 16, 16), (64, 48, 16, 16)]:
         for conv in (False, True):
@@ -223,9 +238,8 @@ def large():
     """Several tiles for a program, in both directions, and one program alone: the sums in registers and in memory."""
 
     def with_programs(count: int, *size: int, **flags) -> None:
-        before, kernels.PROGRAMS = kernels.PROGRAMS, count
-        check(*size, **flags)
-        kernels.PROGRAMS = before
+        with programs(count):
+            check(*size, **flags)
 
     yield lambda: with_programs(1, 70, 50, 5, 3)
     yield lambda: with_programs(1, 80, 64, 16, 3, conv=True)
@@ -283,13 +297,12 @@ def device():
         for name, g, want in zip(("dA", "dB", "dC", "dD"), got, gradients, strict=True):
             compare(name, g, want, rounding)
 
-    def same_bits(dtype: torch.dtype, programs: int, m: bool) -> None:
+    def same_bits(dtype: torch.dtype, count: int, m: bool) -> None:
         G, W, update = problem(dtype, *size)
         given = {"fan_in_fan_out": False, "dtype": dtype, "m": torch.rand(size[0]) if m else None}
-        before, kernels.PROGRAMS = kernels.PROGRAMS, programs
         norm = kernels.build_weight(W, update, **given)[1]
-        first, *more = (kernels.weight_and_gradients(G, W, update, norm=norm, **given) for _ in range(30))
-        kernels.PROGRAMS = before
+        with programs(count):
+            first, *more = (kernels.weight_and_gradients(G, W, update, norm=norm, **given) for _ in range(30))
         assert all(torch.equal(a, b) for again in more for a, b in zip(first, again, strict=True)), "not the same bits"
 
     def layer_step(**options) -> Callable[[], list[Tensor]]:
@@ -300,7 +313,8 @@ def device():
 
         def run() -> list[Tensor]:
             y = dual_linear(x, W, None, *leaves[1:], 0.5, **options)
-            return [y, *torch.autograd.grad(y, leaves, dY)]
+            # Detached: what kept the graph alive would keep its leaves' nodes on the stream of the first run.
+            return [y.detach(), *torch.autograd.grad(y, leaves, dY)]
 
         return run
 
@@ -333,8 +347,8 @@ def device():
     for dtype in kernels.DTYPES:
         for shape in (size, (999, 1501, 5, 33), (1024, 768, 64, 24)):
             yield lambda dtype=dtype, shape=shape: accurate(dtype, *shape)
-        for programs, m in ((64, False), (1024, False), (1024, True)):
-            yield lambda dtype=dtype, programs=programs, m=m: same_bits(dtype, programs, m)
+        for count, m in ((64, False), (1024, False), (1024, True)):
+            yield lambda dtype=dtype, count=count, m=m: same_bits(dtype, count, m)
     yield never_waits
     yield lambda: never_waits(form="added")
     yield lambda: never_waits(m=torch.rand(size[0]))

@@ -4,17 +4,20 @@
     backward   dx = dY W'                  db = sum_t dY_t
                G  = dY^T x   [out, in]     dA, dB, dC, dD (and dm) from G, by the backend
 
-Registered with torch.library as opaque operators, so ``torch.compile(fullgraph=True)`` takes them as they are. Second
-derivatives are not provided.
+Registered with torch.library as opaque operators, so ``torch.compile(fullgraph=True)`` takes them as they are. Eager
+mode runs the same functions as a ``torch.autograd.Function``: the machinery around an operator costs the host 0.3 ms a
+layer (LOG.md), as long as a GPU takes for its products. Second derivatives are not provided.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from duallora.core.equation import Update
 from duallora.ops.backends import pick
@@ -27,7 +30,27 @@ def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
     return x.dtype if W is None else torch.promote_types(x.dtype, W.dtype)
 
 
-@torch.library.custom_op("duallora::dual_linear", mutates_args=())
+def _eager(forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """``apply`` of a Function made of what an operator is registered with."""
+
+    def run(ctx: Any, *inputs: Any) -> Any:  # the form with ctx: the other one binds a signature at every call
+        outputs = forward(*inputs)
+        setup_context(ctx, inputs, outputs)
+        return outputs
+
+    def gradients(ctx: Any, *outputs: Any) -> Any:
+        # An operator's list of tensors has a list of gradients; to a Function it is one argument without any.
+        return tuple(None if isinstance(g, list) else g for g in backward(ctx, *outputs))
+
+    methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(gradients))}
+    return type(forward.__name__, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether someone records what happens and should see one operator: a compiler, or a tensor without values."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+
+
 def _forward(
     x: Tensor,
     W: Tensor | None,
@@ -69,13 +92,15 @@ def _forward(
     return y, x.new_empty(0) if norm is None else norm
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("duallora::dual_linear", _forward, mutates_args=())
+
+
+@_forward_op.register_fake
 def _(x, W, b, A, B, C, D, m, *_options):
     norm = x.new_empty(0) if m is None else m.new_empty(m.shape, dtype=torch.promote_types(A.dtype, torch.float32))
     return x.new_empty(*x.shape[:-1], B.shape[0]), norm
 
 
-@torch.library.custom_op("duallora::dual_linear_backward", mutates_args=())
 def _backward(
     dY: Tensor,
     x: Tensor,
@@ -177,7 +202,10 @@ def _base_gradient(G: Tensor, m: Tensor | None, norm: Tensor, W: Tensor, form: s
     return scaled.to(W.dtype).clone(memory_format=torch.contiguous_format)
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("duallora::dual_linear_backward", _backward, mutates_args=())
+
+
+@_backward_op.register_fake
 def _(dY, x, W, A, B, C, D, m, *options):
     need_dx, need_dW, need_factors, need_probe = options[-4:]
     return [
@@ -202,7 +230,8 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
         return nothing
     x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
     need_x, need_W, need_b, *need_factors, need_probe = ctx.needs_input_grad[:9]
-    dx, dW, *factors, probed = _backward(
+    backward = _backward_op if _traced(dY) else _backward
+    dx, dW, *factors, probed = backward(
         dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
         need_x, need_W, any(need_factors), need_probe,
     )  # fmt: skip
@@ -213,7 +242,8 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
     return dx if need_x else None, dW if need_W else None, db, *gradients, probed if need_probe else None, *rest
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+_forward_eager = _eager(_forward, _setup_context, _autograd)
 
 
 def dual_linear(
@@ -241,14 +271,13 @@ def dual_linear(
     tokens: Tensor | None = None
     if seed is not None:
         tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
-    y, _norm = _forward(
+    y, _norm = (_forward_op if _traced(x) else _forward_eager)(
         x, W, b, *update[:4], m, probe, scaling, update.fixed_sign, list(update.initial), seed, tokens,
         update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, form, backend,
     )  # fmt: skip
     return y
 
 
-@torch.library.custom_op("duallora::dual_weight", mutates_args=())
 def _weight(
     W: Tensor | None,
     A: Tensor,
@@ -274,7 +303,10 @@ def _weight(
     return weight, A.new_empty(0) if norm is None else norm
 
 
-@_weight.register_fake
+_weight_op = torch.library.custom_op("duallora::dual_weight", _weight, mutates_args=())
+
+
+@_weight_op.register_fake
 def _(
     W, A, B, C, D, m, _scaling, _fixed_sign, _initial, _magnitude, _direction, _clip, fan_in_fan_out, _minus, dtype, _b
 ):
@@ -283,7 +315,6 @@ def _(
     return A.new_empty(shape, dtype=dtype), norm
 
 
-@torch.library.custom_op("duallora::dual_weight_backward", mutates_args=())
 def _weight_backward(
     G: Tensor,
     W: Tensor | None,
@@ -315,7 +346,10 @@ def _weight_backward(
     return [g.contiguous() for g in result]
 
 
-@_weight_backward.register_fake
+_weight_backward_op = torch.library.custom_op("duallora::dual_weight_backward", _weight_backward, mutates_args=())
+
+
+@_weight_backward_op.register_fake
 def _(G, W, A, B, C, D, m, *_options):
     return [G.new_empty(0) if f is None else f.new_empty(f.shape) for f in (A, B, C, D, m)]
 
@@ -335,7 +369,7 @@ def _weight_autograd(ctx, G: Tensor | None, _dnorm):
     need_W, *need_factors = ctx.needs_input_grad[:6]
     gradients: list[Tensor | None] = [None] * 5
     if any(need_factors):
-        gradients = _weight_backward(
+        gradients = (_weight_backward_op if _traced(G) else _weight_backward)(
             G, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, *ctx.options
         )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(gradients, need_factors, strict=True)]
@@ -344,7 +378,8 @@ def _weight_autograd(ctx, G: Tensor | None, _dnorm):
     return dW, *gradients, None, None, [None] * len(initial), *[None] * len(ctx.options)
 
 
-_weight.register_autograd(_weight_autograd, setup_context=_weight_context)
+_weight_op.register_autograd(_weight_autograd, setup_context=_weight_context)
+_weight_eager = _eager(_weight, _weight_context, _weight_autograd)
 
 
 def dual_weight(
@@ -360,7 +395,7 @@ def dual_weight(
     scaling = update.scaling
     if not isinstance(scaling, Tensor):
         scaling = torch.full((), scaling, dtype=torch.float32, device=update.A.device)
-    weight, _norm = _weight(
+    weight, _norm = (_weight_op if _traced(update.A) else _weight_eager)(
         W, *update[:4], m, scaling, update.fixed_sign, list(update.initial),
         update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, minus_base, dtype, backend,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
     below = p.cumsum(0, dtype=torch.float64)
     above = (below[-1] - torch.cat([below.new_zeros(1), below[: m - 1]])).clamp(min=0)  # R_c for c = 0 .. m - 1
     c = (above**2 / (m - position)).argmin()
-    rest, k = above[c], m - c
+    rest, k = above.gather(0, c[None])[0], m - c  # above[c] would bring c to the host
     uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
     uniform = uniform.to(p.device, non_blocking=True)
     drawn = torch.searchsorted(below, below[-1] - rest + (position - c + uniform) / k * rest, right=True)

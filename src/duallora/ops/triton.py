@@ -33,10 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 K = 16  # ranks at a time: the depth of a matrix instruction, and the least that ``tl.dot`` takes
 MAX_RANK = 128
 
-# Programs of the gradient pass to aim at, four for each place on an H100: fewer leave it idle at the end, more write
-# more partial sums.
-PROGRAMS = 1024
-
 
 @triton.jit
 def _row_factor(factor, row0, rank0, out, R: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
@@ -258,13 +254,16 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int = 1
-    hoist: bool = True  # what does not depend on the row out of the loop over rows: faster, but takes registers
+    hoist: bool = True  # what does not depend on the row out of the loop over rows: fewer instructions, more registers
+    programs: int = (
+        1024  # of the gradient pass, to aim at: fewer leave the device idle at the end, more write more sums
+    )
 
 
-# Chosen from what the compilers report (no spills; then instructions per element), not by timing.
-# tests/ops/test_triton.py compiles them all.
-BUILD = Tile(64, 64, 4)
-BUILD_HEAVY = Tile(64, 32, 4)  # more than K ranks, or ``initial``
+# Those of sm_90 by the clock of an H100 (benchmarks/tiles.py), the others by what the compilers report: no spills, then
+# instructions per element. tests/ops/test_triton.py compiles them all.
+BUILD = Tile(32, 128, 4)
+BUILD_HEAVY = Tile(32, 64, 4)  # more than K ranks, or ``initial``
 
 
 class Gradients(NamedTuple):
@@ -285,9 +284,13 @@ GRADIENTS: dict[str, dict[torch.dtype, Gradients]] = {
         torch.float32: Gradients(Tile(32, 16, 2), Tile(32, 16, 2), Tile(32, 16, 2, hoist=False)),
     },
     "sm_90": {
-        torch.bfloat16: Gradients(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 32, 4)),
-        torch.float16: Gradients(Tile(64, 32, 4), Tile(64, 64, 4, hoist=False), Tile(32, 32, 4)),
-        torch.float32: Gradients(Tile(32, 16, 2), Tile(64, 32, 4, hoist=False), Tile(32, 16, 2, hoist=False)),
+        torch.bfloat16: Gradients(Tile(64, 64, 4, hoist=False, programs=512), Tile(128, 64, 8), Tile(32, 32, 4)),
+        torch.float16: Gradients(
+            Tile(64, 64, 4, hoist=False, programs=512), Tile(64, 64, 4, hoist=False), Tile(32, 32, 4)
+        ),
+        torch.float32: Gradients(
+            Tile(32, 32, 2, hoist=False), Tile(64, 32, 4, hoist=False), Tile(32, 16, 2, hoist=False)
+        ),
     },
     "gfx90a": dict.fromkeys(DTYPES, _CDNA),
     "gfx942": dict.fromkeys(DTYPES, _CDNA),
@@ -467,7 +470,7 @@ def weight_and_gradients(
     tiles_of = GRADIENTS[architecture][kind]
     tile = tiles_of.uneven if out % 16 or inn % 16 else tiles_of.wide if ranks > K else tiles_of.plain
     panels, rows = triton.cdiv(inn, tile.columns), triton.cdiv(out, tile.rows)
-    tiles = max(1, panels * rows // PROGRAMS)  # of a program, about a square of them: fewest partial sums
+    tiles = max(1, panels * rows // tile.programs)  # of a program, about a square of them: fewest partial sums
     group = min(panels, math.isqrt(tiles))
     stripe = min(rows, tiles // group)
     groups, stripes = triton.cdiv(panels, group), triton.cdiv(rows, stripe)
