@@ -344,6 +344,21 @@ def device():
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), "a captured step differs"
 
+    def compiled() -> None:
+        """The operators that a compiler sees give what eager mode gives."""
+        _, W, update = problem(torch.bfloat16, *size)
+        x = torch.randn(96, size[1], dtype=torch.bfloat16).requires_grad_()
+        leaves = [x, *(factor.requires_grad_() for factor in update[:4])]
+        dY = torch.randn(96, size[0], dtype=torch.bfloat16)
+
+        def step(x: Tensor, *factors: Tensor) -> Tensor:
+            return dual_linear(x, W, None, *factors, 0.5)
+
+        eager, traced = (
+            torch.autograd.grad(run(*leaves), leaves, dY) for run in (step, torch.compile(step, fullgraph=True))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True)), "a compiled step differs"
+
     for dtype in kernels.DTYPES:
         for shape in (size, (999, 1501, 5, 33), (1024, 768, 64, 24)):
             yield lambda dtype=dtype, shape=shape: accurate(dtype, *shape)
@@ -354,6 +369,7 @@ def device():
     yield lambda: never_waits(m=torch.rand(size[0]))
     yield lambda: never_waits(gradient_tokens=0.25, seed=torch.tensor(3, device="cpu"))
     yield captured
+    yield compiled
 
 
 GROUPS = {f.__name__: f for f in (sizes_and_layouts, options, dora_and_residual, dtypes, large, nan, device)}

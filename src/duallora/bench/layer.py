@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from duallora.bench import methods
 from duallora.bench.store import Store, default_device
-from duallora.bench.timing import Subject, back_to_back, figures, interleave
+from duallora.bench.timing import Subject, back_to_back, captured, figures, interleave
 from duallora.ops import dual_linear
 from duallora.train.progress import clock, quiet_libraries, say
 
@@ -82,7 +82,10 @@ def measure(
     device: torch.device,
     compiles: bool = False,
 ) -> dict[str, Any]:
-    """One cell: ``methods`` -> figures, and ``skipped`` -> why a competitor is not among them."""
+    """One cell: ``methods`` -> figures, and ``skipped`` -> why a competitor is not among them.
+
+    On a GPU ``graph`` holds a method's figures when it is replayed as a CUDA graph, where the host no longer counts.
+    """
     kind: torch.dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     W = nn.Parameter(torch.randn(width, width).div_(width**0.5).to(device, kind), requires_grad=False)
@@ -94,7 +97,8 @@ def measure(
         _ = F.linear(x.detach(), W), dY @ W, dY.T @ x.detach()
 
     subjects = {methods.FLOOR: Subject(gemms, times=back_to_back(device))}
-    facts, skipped = {methods.FLOOR: {"parameters": 0}}, {}
+    facts: dict[str, dict[str, Any]] = {methods.FLOOR: {"parameters": 0}}
+    skipped: dict[str, str] = {}
     for name, method in methods.layer_methods(rank, ["0"], kind, width).items():
         layer = _layer(W, method)
         subjects[name] = _subject(layer, x, dY, methods.trained(layer))
@@ -105,8 +109,25 @@ def measure(
         if reason:
             skipped[COMPILED] = reason
     times = interleave(subjects, device, rounds=rounds, seconds=seconds)
-    found = figures(times, {"lora": methods.LORA, "gemms": methods.FLOOR})
+    over = {"lora": methods.LORA, "gemms": methods.FLOOR}
+    found = figures(times, over)
+    if device.type == "cuda":
+        graphs, why = _graphs(subjects)
+        skipped |= why
+        replayed = figures(interleave(graphs, device, rounds=rounds, seconds=seconds), over)
+        facts = {name: fact | ({"graph": replayed[name]} if name in graphs else {}) for name, fact in facts.items()}
     return {"methods": {name: {**facts[name], **found[name]} for name in subjects}, "skipped": skipped}
+
+
+def _graphs(subjects: Mapping[str, Subject]) -> tuple[dict[str, Subject], dict[str, str]]:
+    """Replays of what can be captured, and why the others cannot."""
+    found, why = {}, {}
+    for name, subject in subjects.items():
+        try:
+            found[name] = captured(subject)
+        except RuntimeError as error:
+            why[f"graph of {name}"] = str(error).strip().splitlines()[0][:200]
+    return found, why
 
 
 def _layer(W: nn.Parameter, method: methods.Method) -> nn.Module:

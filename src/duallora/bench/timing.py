@@ -79,6 +79,28 @@ def timed(subject: Subject, device: torch.device) -> float:
     return (time.perf_counter() - begin) / times
 
 
+def captured(subject: Subject) -> Subject:
+    """The subject as a CUDA graph that is replayed: what the device does, without the host that launches it.
+
+    Raises RuntimeError where it cannot be captured: it waits for the device, say.
+    """
+    run, before, times = subject
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and settles what is allocated
+            if before is not None:
+                before()
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    if before is not None:
+        before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return Subject(graph.replay, times=times)
+
+
 def back_to_back(device: torch.device) -> int:
     """``Subject.times`` for what takes a GPU about as long as the host needs to launch it."""
     return 20 if device.type == "cuda" else 1

@@ -11,6 +11,8 @@ layer (LOG.md), as long as a GPU takes for its products. Second derivatives are 
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +30,22 @@ from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample, t
 def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
     """What decides which backend can serve: float64 anywhere needs the torch operators."""
     return x.dtype if W is None else torch.promote_types(x.dtype, W.dtype)
+
+
+def _operator(name: str, body: Callable, returns: type) -> Any:
+    """The opaque operator of a function: empty where that returns None, and a tensor of its own for each view."""
+
+    def run(*inputs: Any) -> Any:
+        found = body(*inputs)
+        tensors = (inputs[0].new_empty(0) if t is None else t if t._base is None else t.clone() for t in found)
+        return type(found)(tensors)
+
+    run.__signature__ = inspect.signature(body).replace(return_annotation=returns)  # type: ignore[attr-defined]
+    return torch.library.custom_op(f"duallora::{name}", run, mutates_args=())
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _eager(forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
@@ -72,10 +90,10 @@ def _forward(
     fan_in_fan_out: bool,
     form: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(y, norm); norm [out] with m, else empty. ``probe`` is there to receive a gradient: see :mod:`duallora.ops.tokens`."""
+) -> tuple[Tensor, Tensor | None]:
+    """(y, norm); norm [out] with m, else None. ``probe`` is there to receive a gradient: see :mod:`duallora.ops.tokens`."""
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-    with torch.autocast(x.device.type, enabled=False):  # eager mode runs this body under the caller's autocast
+    with _no_autocast(x.device.type):  # eager mode runs this body under the caller's autocast
         build = pick(backend, update, _weight_dtype(x, W)).build_weight
         b = None if b is None else b.to(x.dtype)
         if form == "merged":
@@ -89,10 +107,10 @@ def _forward(
                 y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), delta if fan_in_fan_out else delta.T)
             else:
                 y = apply_weight(x, delta, None, fan_in_fan_out)
-    return y, x.new_empty(0) if norm is None else norm
+    return y, norm
 
 
-_forward_op = torch.library.custom_op("duallora::dual_linear", _forward, mutates_args=())
+_forward_op = _operator("dual_linear", _forward, tuple[Tensor, Tensor])
 
 
 @_forward_op.register_fake
@@ -110,7 +128,7 @@ def _backward(
     C: Tensor | None,
     D: Tensor | None,
     m: Tensor | None,
-    norm: Tensor,
+    norm: Tensor | None,
     scaling: Tensor,
     fixed_sign: Tensor | None,
     initial: Sequence[Tensor],
@@ -126,11 +144,11 @@ def _backward(
     need_dW: bool,
     need_factors: bool,
     need_probe: bool,
-) -> list[Tensor]:
-    """[dx, dW, dA, dB, dC, dD, dm, the probe's]; what is not needed, or does not exist, is an empty tensor."""
-    result = [x.new_empty(0) for _ in range(8)]
+) -> list[Tensor | None]:
+    """[dx, dW, dA, dB, dC, dD, dm, the probe's]; what is not needed, or does not exist, is None."""
+    result: list[Tensor | None] = [None] * 8
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         kernel = pick(backend, update, _weight_dtype(x, W))
         dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
         tokens = len(dY2)
@@ -149,11 +167,7 @@ def _backward(
             if need_factors:
                 given = {} if m is None else {"norm": norm}
                 weight, *gradients = kernel.weight_and_gradients(G, W, update, **options, **given)
-                result[2:7] = [
-                    g if f is None else g.to(f.dtype) for g, f in zip(gradients, (A, B, C, D, m), strict=True)
-                ]
-                # A new tensor each: an operator must not hand out views of one another or of its inputs.
-                result[2:7] = [g.contiguous() for g in result[2:7]]
+                result[2:7] = _cast(gradients, (A, B, C, D, m))
         if need_dx:
             if weight is None:
                 weight, _ = kernel.build_weight(W, update, **options)
@@ -163,6 +177,11 @@ def _backward(
             else:
                 result[0] = x.new_zeros(tokens, x.shape[-1]).index_copy_(0, keep, dY2 @ by_rows).view(x.shape)
     return result
+
+
+def _cast(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Contiguous, in the dtype of what they are gradients of."""
+    return [None if f is None else g.to(f.dtype).contiguous() for g, f in zip(gradients, inputs, strict=True)]
 
 
 def _weight_gradient(
@@ -194,15 +213,21 @@ def _weight_gradient(
     return G, bounds
 
 
-def _base_gradient(G: Tensor, m: Tensor | None, norm: Tensor, W: Tensor, form: str, fan_in_fan_out: bool) -> Tensor:
+def _base_gradient(
+    G: Tensor, m: Tensor | None, norm: Tensor | None, W: Tensor, form: str, fan_in_fan_out: bool
+) -> Tensor:
     """dL/dW0, for whoever trains the base weight as well."""
-    scaled = G if m is None else G * ((m / norm) if fan_in_fan_out else (m / norm)[:, None])
+    scaled = G
+    if m is not None:
+        assert norm is not None
+        c = m / norm
+        scaled = G * (c if fan_in_fan_out else c[:, None])
     if form == "delta":
         scaled = scaled - G
     return scaled.to(W.dtype).clone(memory_format=torch.contiguous_format)
 
 
-_backward_op = torch.library.custom_op("duallora::dual_linear_backward", _backward, mutates_args=())
+_backward_op = _operator("dual_linear_backward", _backward, list[Tensor])
 
 
 @_backward_op.register_fake
@@ -212,14 +237,15 @@ def _(dY, x, W, A, B, C, D, m, *options):
         x.new_empty(x.shape) if need_dx else x.new_empty(0),  # contiguous, whatever the strides of x
         W.new_empty(W.shape) if need_dW and W is not None else x.new_empty(0),
         *(x.new_empty(0) if f is None or not need_factors else f.new_empty(f.shape) for f in (A, B, C, D, m)),
-        x.new_empty(len(FRACTIONS) if need_probe else 0, dtype=torch.float32),
+        x.new_empty(len(FRACTIONS), dtype=torch.float32) if need_probe else x.new_empty(0),
     ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, W, _b, *factors, m, _probe, scaling, fixed_sign, initial, seed, gradient_tokens = inputs[:14]
     ctx.save_for_backward(x, W, *factors, m, output[1], scaling, fixed_sign, seed, gradient_tokens, *initial)
-    ctx.mark_non_differentiable(output[1])
+    if output[1] is not None:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.options = inputs[14:]
 
@@ -230,7 +256,7 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
         return nothing
     x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
     need_x, need_W, need_b, *need_factors, need_probe = ctx.needs_input_grad[:9]
-    backward = _backward_op if _traced(dY) else _backward
+    backward: Callable = _backward_op if _traced(dY) else _backward
     dx, dW, *factors, probed = backward(
         dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
         need_x, need_W, any(need_factors), need_probe,
@@ -295,15 +321,14 @@ def _weight(
     minus_base: bool,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(W' in the layout of W, norm); norm [out] with m, else empty."""
+) -> tuple[Tensor, Tensor | None]:
+    """(W' in the layout of W, norm); norm [out] with m, else None."""
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     build = pick(backend, update, dtype if W is None else W.dtype).build_weight
-    weight, norm = build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base)
-    return weight, A.new_empty(0) if norm is None else norm
+    return build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base)
 
 
-_weight_op = torch.library.custom_op("duallora::dual_weight", _weight, mutates_args=())
+_weight_op = _operator("dual_weight", _weight, tuple[Tensor, Tensor])
 
 
 @_weight_op.register_fake
@@ -323,7 +348,7 @@ def _weight_backward(
     C: Tensor | None,
     D: Tensor | None,
     m: Tensor | None,
-    norm: Tensor,
+    norm: Tensor | None,
     scaling: Tensor,
     fixed_sign: Tensor | None,
     initial: Sequence[Tensor],
@@ -334,19 +359,18 @@ def _weight_backward(
     minus_base: bool,
     dtype: torch.dtype,
     backend: str,
-) -> list[Tensor]:
-    """[dA, dB, dC, dD, dm]; what does not exist is an empty tensor."""
+) -> list[Tensor | None]:
+    """[dA, dB, dC, dD, dm]; what does not exist is None."""
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     kernel = pick(backend, update, dtype if W is None else W.dtype)
     given = {} if m is None else {"norm": norm}
     _, *gradients = kernel.weight_and_gradients(
         G.contiguous(), W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base, **given
     )
-    result = [G.new_empty(0) if f is None else g.to(f.dtype) for g, f in zip(gradients, (A, B, C, D, m), strict=True)]
-    return [g.contiguous() for g in result]
+    return _cast(gradients, (A, B, C, D, m))
 
 
-_weight_backward_op = torch.library.custom_op("duallora::dual_weight_backward", _weight_backward, mutates_args=())
+_weight_backward_op = _operator("dual_weight_backward", _weight_backward, list[Tensor])
 
 
 @_weight_backward_op.register_fake
@@ -357,7 +381,8 @@ def _(G, W, A, B, C, D, m, *_options):
 def _weight_context(ctx, inputs, output) -> None:
     W, *factors, m, scaling, fixed_sign, initial = inputs[:9]
     ctx.save_for_backward(W, *factors, m, output[1], scaling, fixed_sign, *initial)
-    ctx.mark_non_differentiable(output[1])
+    if output[1] is not None:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.options = inputs[9:]
 

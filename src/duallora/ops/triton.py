@@ -182,7 +182,7 @@ def _gradients(
     to the next panel.
 
     dA, dC [stripes, R, in] are summed in registers down a panel, dB, dD [groups, out, R] in memory from one panel to
-    the next.
+    the next. Each pair lies in one buffer, [stripes, R1 in + R2 in] and [groups, out R1 + out R2].
     """
     row, column, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, K)
     group, slot = tl.program_id(0), tl.program_id(1)
@@ -190,6 +190,10 @@ def _gradients(
     steps = tl.cdiv(tl.minimum(stripe, out - first), ROWS)
     s = tl.load(scaling)
     A, B, C, D = factors
+    dA += slot.to(tl.int64) * (R1 + R2) * inn
+    dC += slot.to(tl.int64) * (R1 + R2) * inn
+    dB += group.to(tl.int64) * (R1 + R2) * out
+    dD += group.to(tl.int64) * (R1 + R2) * out
     for job in range(0, CHUNKS * tl.minimum(panels, tl.cdiv(inn, COLUMNS) - group * panels)):
         panel, chunk = job // CHUNKS, job % CHUNKS
         column0, rank0 = (group * panels + panel) * COLUMNS, chunk * K
@@ -236,16 +240,16 @@ def _gradients(
                 B_tile *= c[:, None]
             sum_A += _product(tl.trans(U), B_tile.to(OPERAND), GRADIENT)
             sum_C += _product(tl.trans(V), D_tile.to(OPERAND), GRADIENT)
-            part = dB + (group * out + row0 + row)[:, None] * R1 + rank[None, :]
+            part = dB + (row0 + row)[:, None] * R1 + rank[None, :]
             mask = inside[:, None] & (rank < R1)[None, :]
             tl.store(part, part_B + tl.load(part, mask=mask & (panel > 0), other=0.0), mask=mask)
-            part = dD + (group * out + row0 + row)[:, None] * R2 + rank[None, :]
+            part = dD + (row0 + row)[:, None] * R2 + rank[None, :]
             mask = inside[:, None] & (rank < R2)[None, :]
             tl.store(part, part_D + tl.load(part, mask=mask & (panel > 0), other=0.0), mask=mask)
         mask = (at < inn)[:, None] & (rank < R1)[None, :]
-        tl.store(dA + (slot * R1 + rank)[None, :] * inn + at[:, None], sum_A * s, mask=mask)
+        tl.store(dA + rank[None, :] * inn + at[:, None], sum_A * s, mask=mask)
         mask = (at < inn)[:, None] & (rank < R2)[None, :]
-        tl.store(dC + (slot * R2 + rank)[None, :] * inn + at[:, None], sum_C, mask=mask)
+        tl.store(dC + rank[None, :] * inn + at[:, None], sum_C, mask=mask)
         tl.debug_barrier()  # the sums in memory are read for the next panel, by whichever thread
 
 
@@ -479,14 +483,11 @@ def weight_and_gradients(
     ratio = None if m is None or norm is None else m.to(torch.float32) / norm
     arguments = _arguments(update, tile)
     R1, R2 = arguments["R1"], arguments["R2"]
-    parts = {
-        "dA": _float32(G, stripes, R1, inn), "dB": _float32(G, groups, out, R1),
-        "dC": _float32(G, stripes, R2, inn), "dD": _float32(G, groups, out, R2),
-    }  # fmt: skip
+    down, across = _float32(G, stripes, (R1 + R2) * inn), _float32(G, groups, (R1 + R2) * out)
     precision = {torch.bfloat16: "ieee", torch.float16: "tf32", torch.float32: "split"}[kind]
     with torch.cuda.device_of(G):
         _gradients[groups, stripes](
-            **arguments, **parts, G=G, W=W, ratio=ratio, weight=None if apart else weight,
+            **arguments, dA=down, dC=down[:, R1 * inn :], dB=across, dD=across[:, R1 * out :], G=G, W=W, ratio=ratio, weight=None if apart else weight,
             stripe=stripe * tile.rows, panels=group,
             g_strides=_strides(G, fan_in_fan_out), w_strides=_strides(W, fan_in_fan_out),
             v_strides=_strides(weight, fan_in_fan_out), CHUNKS=triton.cdiv(ranks, K),
@@ -499,8 +500,11 @@ def weight_and_gradients(
             dm = _launch_build(
                 W, update, weight, fan_in_fan_out, ratio=ratio, G=None if m is None else G, minus_base=minus_base
             )
-    dA, dB, dC, dD = (_sum(part) for part in parts.values())
-    dA, dB, dC, dD = dA[:r1], dB[:, :r1].contiguous(), dC[:r2], dD[:, :r2].contiguous()
+    dA, dC = _sum(down).split((R1 * inn, R2 * inn))
+    dB, dD = _sum(across).split((R1 * out, R2 * out))
+    dA, dB, dC, dD = dA.view(R1, inn), dB.view(out, R1), dC.view(R2, inn), dD.view(out, R2)
+    if (r1, r2) != (R1, R2):
+        dA, dB, dC, dD = dA[:r1], dB[:, :r1].contiguous(), dC[:r2], dD[:, :r2].contiguous()
     if dm is None or norm is None or ratio is None:
         return [weight, dA, dB, dC, dD, _float32(G, 0)]
     return [weight, dA, dB.mul_(ratio[:, None]), dC, dD, dm.div_(norm)]
