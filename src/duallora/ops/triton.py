@@ -382,6 +382,10 @@ def _float32(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv, a function of the language, takes ten times as long on the host
+
+
 def _sum(parts: Tensor) -> Tensor:
     return parts.sum(0) if parts.shape[0] > 1 else parts[0]
 
@@ -400,7 +404,7 @@ def _launch_build(
     """Fill ``weight``, if given. Returns [out], over the rows: the sums of squares, or of G . (W0 + dW)."""
     out, inn = update.shape
     tile = BUILD_HEAVY if update.initial or _ranks(update)[2] > K else BUILD
-    grid = triton.cdiv(inn, tile.columns), triton.cdiv(out, tile.rows)
+    grid = _cdiv(inn, tile.columns), _cdiv(out, tile.rows)
     parts = _float32(update.A, grid[0], out) if squares or G is not None else None
     _build[grid](
         **_arguments(update, tile), W=W, G=G, ratio=ratio, weight=weight,
@@ -473,11 +477,11 @@ def weight_and_gradients(
     kind = G.dtype if G.dtype in DTYPES else torch.float32
     tiles_of = GRADIENTS[architecture][kind]
     tile = tiles_of.uneven if out % 16 or inn % 16 else tiles_of.wide if ranks > K else tiles_of.plain
-    panels, rows = triton.cdiv(inn, tile.columns), triton.cdiv(out, tile.rows)
+    panels, rows = _cdiv(inn, tile.columns), _cdiv(out, tile.rows)
     tiles = max(1, panels * rows // tile.programs)  # of a program, about a square of them: fewest partial sums
     group = min(panels, math.isqrt(tiles))
     stripe = min(rows, tiles // group)
-    groups, stripes = triton.cdiv(panels, group), triton.cdiv(rows, stripe)
+    groups, stripes = _cdiv(panels, group), _cdiv(rows, stripe)
     weight = _empty_weight(update, fan_in_fan_out, dtype)
     apart = ranks > K or bool(update.initial) or m is not None
     ratio = None if m is None or norm is None else m.to(torch.float32) / norm
@@ -490,7 +494,7 @@ def weight_and_gradients(
             **arguments, dA=down, dC=down[:, R1 * inn :], dB=across, dD=across[:, R1 * out :], G=G, W=W, ratio=ratio, weight=None if apart else weight,
             stripe=stripe * tile.rows, panels=group,
             g_strides=_strides(G, fan_in_fan_out), w_strides=_strides(W, fan_in_fan_out),
-            v_strides=_strides(weight, fan_in_fan_out), CHUNKS=triton.cdiv(ranks, K),
+            v_strides=_strides(weight, fan_in_fan_out), CHUNKS=_cdiv(ranks, K),
             CLIP=update.ste_clip if update.direction == "ste" else "none",
             GRADIENT=precision if arguments["PRODUCT"] == "split" else "ieee",
             OPERAND=tl.bfloat16 if kind == torch.bfloat16 else tl.float32, HOIST=tile.hoist,
