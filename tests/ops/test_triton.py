@@ -129,8 +129,8 @@ def spills(kernel) -> dict[str, int]:
     return {key: int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"]).group(1)) for key in keys}
 
 
-def assert_lean(name, kernel, dtype, spilled=0) -> None:
-    assert sum(spills(kernel).values()) <= spilled, f"{name} spills: {spills(kernel)}"
+def assert_lean(name, kernel, dtype) -> None:
+    assert not any(spills(kernel).values()), f"{name} spills: {spills(kernel)}"
     if "cubin" in kernel.asm:
         ptx = kernel.asm["ptx"]
         kinds = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)\S*\.(tf32|bf16)\.", ptx))
@@ -182,10 +182,8 @@ IDS = [f"{architecture}-{str(dtype).removeprefix('torch.')}-{i}" for i, (archite
 def test_compiled_kernels_spill_nothing_and_use_matrix_instructions_and_no_atomics(
     compiled, architecture, dtype, option
 ):
-    # The fastest float32 tile of sm_90 has a register too few for an ablation.
-    spilled = 2 if (architecture, dtype, option) == ("sm_90", FP32, {"direction": "identity"}) else 0
     for name, kernel in compiled(architecture, dtype, **option):
-        assert_lean(name, kernel, dtype, spilled)
+        assert_lean(name, kernel, dtype)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -21,6 +21,7 @@ from duallora.train.progress import say, shown
 
 NAMES = ("layer", "step", "kernel", "merge")
 QUALITY = "quality"  # written by benchmarks/quality.py: runs, not cells
+GPU = "gpu"  # a folder with the files of a GPU; the others are the CPU's
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>\w+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
 MIB = 1 << 20
 
@@ -31,9 +32,15 @@ def load(folder: Path) -> Results:
     Raises:
         IntegrityError: a backend was found wrong, so no figure is shown.
     """
+    found: dict[str, Any] = _files(folder)
+    found[QUALITY] = read(folder / f"{QUALITY}.json")
+    found[GPU] = _files(folder / GPU)
+    return found
+
+
+def _files(folder: Path) -> dict[str, dict[str, Any]]:
     found = {name: read(folder / f"{name}.json") for name in NAMES}
     found = {name: content if content.get("cells") else {} for name, content in found.items()}
-    found[QUALITY] = read(folder / f"{QUALITY}.json")
     for cell in found["kernel"].get("cells", []):
         if wrong := kernel.red(cell):
             raise IntegrityError(
@@ -47,7 +54,7 @@ def report(folder: Path, root: Path, *, plots: bool = True, console: Console | N
     """Fills the marks of README.md and docs/*.md below ``root`` and draws docs/img/bench-*.svg."""
     console = console or Console()
     results = load(folder)
-    if not any(results.values()):
+    if not any(results[name] for name in (*NAMES, QUALITY)):
         raise ConfigError(f"{folder} holds no results: run `duallora bench layer` (step, kernel, merge) first")
     changed = []
     for page in pages(root):
@@ -162,8 +169,7 @@ def layers(results: Results) -> str | None:
     compiled = [cell["methods"][layer.COMPILED]["compile_s"] for _, cell in every if layer.COMPILED in cell["methods"]]
     if compiled:
         parts.append(f"Compiling took {min(compiled):.0f} to {max(compiled):.0f} s a shape, not counted above.")
-    figure = "![Time of one layer over the three products it cannot do without](img/bench-layer.svg)"
-    return "\n\n".join([*parts, figure])
+    return "\n\n".join(parts)
 
 
 def _with_quartiles(cell: Mapping[str, Any]) -> str:
@@ -204,7 +210,6 @@ def step(results: Results) -> str | None:
             if any(name in cell["methods"] for _, cell in known)
         ]
         parts.append(_table(["peak above the model, MiB (/ LoRA's)", *(where for where, _ in known)], rows))
-    parts.append("![Time and peak memory of a training step, relative to LoRA's](img/bench-step.svg)")
     return "\n\n".join(parts)
 
 
@@ -251,6 +256,36 @@ def merging(results: Results) -> str | None:
     return "\n\n".join(parts) or None
 
 
+def gpu(results: Results) -> str | None:
+    """One layer as launched and as a replayed graph, and a step of a model."""
+    found: Results = results.get(GPU, {})
+    every = list(cells(found, "layer"))
+    if not every:
+        return None
+    head = ["time / LoRA's"]
+    for where, _ in every:
+        head += [where, "replayed"]
+    rows = []
+    for name in _unique(name for _, cell in every for name in cell["methods"]):
+        row = [name]
+        for _, cell in every:
+            row += [_number(ratio(cell, name, methods.LORA)), _number(_replayed(cell, name, "ratio_to_lora"))]
+        rows.append(row)
+    rows.append([f"**{methods.EXACT} / {methods.FLOOR}**"])
+    for _, cell in every:
+        over = cell["methods"][methods.EXACT]["ratio_to_gemms"]["median"]
+        rows[-1] += [_number(over), _number(_replayed(cell, methods.EXACT, "ratio_to_gemms"))]
+    content = found["layer"]
+    versions = ", ".join(f"{name} {content['versions'][name]}" for name in ("torch", "triton", "peft"))
+    parts = [f"{content['device']}, {versions}; JSON in `results/bench/{GPU}/`.", _table(head, rows)]
+    return "\n\n".join([*parts, *filter(None, [step(found)])])
+
+
+def _replayed(cell: Mapping[str, Any], name: str, what: str) -> float | None:
+    found = cell["methods"].get(name, {}).get("graph")
+    return None if found is None else found[what]["median"]
+
+
 def quality(results: Results) -> str | None:
     """Held-out loss by step of the runs of benchmarks/quality.py, one row a setting, seeds side by side."""
     runs = results.get(QUALITY, {}).get("runs", [])
@@ -282,6 +317,13 @@ def readme(results: Results) -> str | None:
         text.append(
             f"A training step of SmolLM2-135M, all linear layers ([JSON](results/bench/step.json)): {_list(plain[0])}."
         )
+    over = [cell for _, cell in cells(results.get(GPU, {}), "layer") if cell["cell"]["tokens"] == 8192]
+    if over:
+        key, content = over[0]["cell"], results[GPU]["layer"]
+        text.append(
+            f"The layer on a GPU ({key['width']} x {key['width']}, {key['tokens']} tokens, bf16, {content['device']}, "
+            f"[JSON](results/bench/{GPU}/layer.json)): {_list(over[0])}; more in [docs/gpu.md](docs/gpu.md)."
+        )
     text.append("What was aimed at and what was missed: [docs/performance.md](docs/performance.md).")
     return "\n".join(text)
 
@@ -293,6 +335,7 @@ def _list(cell: Mapping[str, Any]) -> str:
         methods.sampled(0.25): "with a quarter of the tokens in its gradient",
         methods.PLAIN: "plain autograd of the formula",
         methods.DORA: "PEFT's DoRA",
+        methods.LORA_OWN: "PEFT's LoRA with its factors in bf16",
         methods.FAST_DORA: "the same DoRA after `fast_dora`",
         methods.HIRA: "PEFT's HiRA",
     }
@@ -313,6 +356,7 @@ TABLES: dict[str, Callable[[Results], str | None]] = {
     "step": step,
     "kernel": kernels,
     "merge": merging,
+    "gpu": gpu,
     "quality": quality,
     "readme": readme,
     "pointer": pointer,

@@ -190,10 +190,6 @@ def _gradients(
     steps = tl.cdiv(tl.minimum(stripe, out - first), ROWS)
     s = tl.load(scaling)
     A, B, C, D = factors
-    dA += slot.to(tl.int64) * (R1 + R2) * inn
-    dC += slot.to(tl.int64) * (R1 + R2) * inn
-    dB += group.to(tl.int64) * (R1 + R2) * out
-    dD += group.to(tl.int64) * (R1 + R2) * out
     for job in range(0, CHUNKS * tl.minimum(panels, tl.cdiv(inn, COLUMNS) - group * panels)):
         panel, chunk = job // CHUNKS, job % CHUNKS
         column0, rank0 = (group * panels + panel) * COLUMNS, chunk * K
@@ -240,16 +236,16 @@ def _gradients(
                 B_tile *= c[:, None]
             sum_A += _product(tl.trans(U), B_tile.to(OPERAND), GRADIENT)
             sum_C += _product(tl.trans(V), D_tile.to(OPERAND), GRADIENT)
-            part = dB + (row0 + row)[:, None] * R1 + rank[None, :]
+            part = dB + (group * out * (R1 + R2) + (row0 + row) * R1)[:, None] + rank[None, :]
             mask = inside[:, None] & (rank < R1)[None, :]
             tl.store(part, part_B + tl.load(part, mask=mask & (panel > 0), other=0.0), mask=mask)
-            part = dD + (row0 + row)[:, None] * R2 + rank[None, :]
+            part = dD + (group * out * (R1 + R2) + (row0 + row) * R2)[:, None] + rank[None, :]
             mask = inside[:, None] & (rank < R2)[None, :]
             tl.store(part, part_D + tl.load(part, mask=mask & (panel > 0), other=0.0), mask=mask)
         mask = (at < inn)[:, None] & (rank < R1)[None, :]
-        tl.store(dA + rank[None, :] * inn + at[:, None], sum_A * s, mask=mask)
+        tl.store(dA + slot * (R1 + R2) * inn + rank[None, :] * inn + at[:, None], sum_A * s, mask=mask)
         mask = (at < inn)[:, None] & (rank < R2)[None, :]
-        tl.store(dC + rank[None, :] * inn + at[:, None], sum_C, mask=mask)
+        tl.store(dC + slot * (R1 + R2) * inn + rank[None, :] * inn + at[:, None], sum_C, mask=mask)
         tl.debug_barrier()  # the sums in memory are read for the next panel, by whichever thread
 
 
@@ -283,7 +279,7 @@ _CDNA = Gradients(Tile(64, 32, 4), Tile(64, 32, 4), Tile(64, 32, 4))
 # [architecture][dtype of G]
 GRADIENTS: dict[str, dict[torch.dtype, Gradients]] = {
     "sm_80": {
-        torch.bfloat16: Gradients(Tile(64, 32, 4, stages=2), Tile(64, 32, 4, hoist=False), Tile(32, 32, 4)),
+        torch.bfloat16: Gradients(Tile(64, 32, 4, stages=2), Tile(64, 32, 8, hoist=False), Tile(32, 32, 4)),
         torch.float16: Gradients(Tile(64, 32, 4), Tile(32, 32, 2), Tile(32, 32, 4)),
         torch.float32: Gradients(Tile(32, 16, 2), Tile(32, 16, 2), Tile(32, 16, 2, hoist=False)),
     },
@@ -293,7 +289,7 @@ GRADIENTS: dict[str, dict[torch.dtype, Gradients]] = {
             Tile(64, 64, 4, hoist=False, programs=512), Tile(64, 64, 4, hoist=False), Tile(32, 32, 4)
         ),
         torch.float32: Gradients(
-            Tile(32, 32, 2, hoist=False), Tile(64, 32, 4, hoist=False), Tile(32, 16, 2, hoist=False)
+            Tile(64, 32, 4, hoist=False), Tile(64, 32, 4, hoist=False), Tile(32, 16, 2, hoist=False)
         ),
     },
     "gfx90a": dict.fromkeys(DTYPES, _CDNA),
