@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from duallora.core.init import draw_factors, draw_signs, layer_seed, magnitude_std
+from duallora.core.init import draw_factors, draw_signs, layer_seed, magnitude_std, positive_std
 
 
 def test_shapes_widths_and_seeds():
@@ -61,3 +61,11 @@ def test_layer_seeds_differ_by_name_and_follow_the_generator():
     torch.manual_seed(5)
     assert layer_seed(None, "x") == first
     assert layer_seed(None, "x") != first
+
+
+@pytest.mark.parametrize(("out", "inn", "r1"), [(700, 384, 8), (901, 2048, 16), (1500, 100, 3)])
+def test_positive_factors_start_with_the_same_sum_over_a_row_at_any_width_and_rank(out, inn, r1):
+    generator = torch.Generator().manual_seed(inn)
+    A, B = (torch.randn(shape, generator=generator).abs() * positive_std(inn, r1) for shape in ((r1, inn), (out, r1)))
+    assert float((B @ A).sum(1).mean()) == pytest.approx(0.8, rel=0.1)
+    assert positive_std(384, 8) == pytest.approx(0.02, rel=0.02)  # as measured

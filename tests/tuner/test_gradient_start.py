@@ -75,7 +75,7 @@ def test_a_sketch_thinner_than_the_layer_still_points_down(llama, ids):
 
 
 def test_magnitudes_are_open_everywhere_and_the_model_is_unchanged(llama, ids):
-    model = adapted(llama(), modules_to_save=["lm_head"]).train()
+    model = adapted(llama(), modules_to_save=["lm_head"], init_std=0.03).train()
     model.base_model.model.model.layers[0].eval()
     before = model(ids).logits.detach()
     modes = [m.training for m in model.modules()]
@@ -195,3 +195,18 @@ def test_batches_that_reach_no_layer_change_nothing_and_say_so():
     model = adapted(Branches(used=False), target_modules=["a", "b"])
     with pytest.warns(UserWarning, match="2 of 2 layers saw no gradient"):
         duallora.init_from_gradient(model, [torch.ones(2, 6)], lambda m, x: m(x))
+
+
+@pytest.mark.parametrize("init_std", [None, 0.03])
+def test_the_width_of_positive_factors_is_their_own_unless_one_is_given(llama, ids, init_std):
+    """The Gaussian start's default would be several times too wide: positive entries add up over a layer's inputs."""
+    random, started = (adapted(llama(**SMALL), init_std=init_std, init_seed=5) for _ in range(2))
+    duallora.init_from_gradient(started, batches(ids))
+    for (name, before), after in zip(layers(random).items(), layers(started).values(), strict=True):
+        width = 1.0
+        if init_std is None:
+            r1, into = before.r1["default"], before.in_features
+            width = np.sqrt(0.4 * np.pi / (into * r1)) / np.sqrt(0.1 * np.sqrt(2 / (into * r1)))
+        for factor in ("duallora_A", "duallora_B"):
+            drawn, found = (getattr(layer, factor)["default"] for layer in (before, after))
+            assert torch.allclose(found, drawn.abs() * width, rtol=1e-5), f"{name} {factor}"

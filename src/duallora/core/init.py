@@ -32,6 +32,16 @@ def magnitude_std(in_features: int, r1: int) -> float:
     return math.sqrt(0.1 * math.sqrt(2 / (in_features * r1)))
 
 
+def positive_std(in_features: int, r1: int) -> float:
+    """Standard deviation of A and B by which the entries of |A| |B| start at 0.8 / in_features (mean).
+
+    All positive, and with the signs of a matrix of low rank, they add up over a layer's inputs where those of a Gaussian
+    start cancel. Ours: 0.02 did as well as a Gaussian start at 384 inputs and r1 = 8, where this gives 0.0202, and 0.05
+    destroyed the model.
+    """
+    return math.sqrt(0.8 * math.pi / (2 * in_features * r1))
+
+
 def draw_factors(
     seed: int,
     out_features: int,

@@ -1,6 +1,6 @@
 """A start that knows where down is: signs and magnitudes drawn from the gradient at W0 instead of from a Gaussian.
 
-    G = dL/dW0      D C = the best rank-r2 approximation of -G, rescaled      A, B = |N(0, init_std^2)|
+    G = dL/dW0      D C = the best rank-r2 approximation of -G, rescaled      A, B = |N(0, std^2)|
 
 With random signs the paper's start spends its first steps on flipping them. Ours, not the paper's. G itself is never
 formed: a layer's share of a batch, dY^T x, enters two thin sketches of it (Tropp, Yurtsever, Udell and Cevher,
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duallora.core.init import layer_seed
+from duallora.core.init import layer_seed, magnitude_std, positive_std
 from duallora.errors import ConfigError, NonFiniteError
 from duallora.tuner.layer import DualLoraLayer, Linear
 
@@ -68,7 +68,8 @@ def init_from_gradient(
         batches: what ``loss_fn`` takes, at least one; a batch costs a forward and a backward. None is kept.
         loss_fn: ``(model, batch) -> loss``; by default ``model(**batch).loss``.
         signs: D, C from the leading r2 singular pairs of -G, with the standard deviation ``direction_init_std``.
-        magnitudes: A, B positive, so that ReLU(B A) is open everywhere.
+        magnitudes: A, B positive, so that ReLU(B A) is open everywhere; where ``init_std`` is None as wide as
+            :func:`duallora.core.init.positive_std` has it.
 
     Linear and Conv1D layers only; the others keep their Gaussian start, and so does a layer that saw no gradient (with a
     warning). The ramp still makes dW = 0 at the start.
@@ -193,5 +194,9 @@ def _start(layer: Linear, adapter: str, sketch: _Sketch, signs: bool, magnitudes
             else:
                 factor[: scaled.shape[0]] = scaled.to(factor.dtype)
     if magnitudes:
-        A.abs_()
-        B.abs_()
+        width = 1.0  # over that of the draw
+        if layer.duallora_config[adapter].init_std is None:
+            sizes = layer.in_features, layer.r1[adapter]
+            width = positive_std(*sizes) / magnitude_std(*sizes)
+        A.abs_().mul_(width)
+        B.abs_().mul_(width)
