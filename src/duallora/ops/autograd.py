@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from duallora.core.equation import Update
 from duallora.ops.backends import pick
@@ -33,12 +32,19 @@ def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
 
 
 def _operator(name: str, body: Callable, returns: type) -> Any:
-    """The opaque operator of a function: empty where that returns None, and a tensor of its own for each view."""
+    """The opaque operator of a function: empty where that returns None, memory of its own for each output."""
 
     def run(*inputs: Any) -> Any:
-        found = body(*inputs)
-        tensors = (inputs[0].new_empty(0) if t is None else t if t._base is None else t.clone() for t in found)
-        return type(found)(tensors)
+        found = []
+        taken = {t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor)}
+        for tensor in body(*inputs):
+            if tensor is None:
+                tensor = next(t for t in inputs if isinstance(t, Tensor)).new_empty(0)
+            elif tensor.untyped_storage()._cdata in taken:
+                tensor = tensor.clone()
+            taken.add(tensor.untyped_storage()._cdata)
+            found.append(tensor)
+        return found if returns == list[Tensor] else tuple(found)
 
     run.__signature__ = inspect.signature(body).replace(return_annotation=returns)  # type: ignore[attr-defined]
     return torch.library.custom_op(f"duallora::{name}", run, mutates_args=())
@@ -48,7 +54,7 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _eager(forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
+def _eager(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
     """``apply`` of a Function made of what an operator is registered with."""
 
     def run(ctx: Any, *inputs: Any) -> Any:  # the form with ctx: the other one binds a signature at every call
@@ -60,13 +66,19 @@ def _eager(forward: Callable, setup_context: Callable, backward: Callable) -> Ca
         # An operator's list of tensors has a list of gradients; to a Function it is one argument without any.
         return tuple(None if isinstance(g, list) else g for g in backward(ctx, *outputs))
 
-    methods = {"forward": staticmethod(run), "backward": staticmethod(once_differentiable(gradients))}
-    return type(forward.__name__, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+    methods = {"forward": staticmethod(run), "backward": staticmethod(gradients)}
+    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
 
 def _traced(x: Tensor) -> bool:
     """Whether someone records what happens and should see one operator: a compiler, or a tensor without values."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+    return torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter)
+
+
+def _opaque(dY: Tensor) -> bool:
+    """Whether the backward must be an operator: traced, or under create_graph, where the operator says that it has no
+    second derivative and the plain functions would pass for constants."""
+    return torch.is_grad_enabled() or _traced(dY)
 
 
 def _forward(
@@ -256,7 +268,7 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
         return nothing
     x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
     need_x, need_W, need_b, *need_factors, need_probe = ctx.needs_input_grad[:9]
-    backward: Callable = _backward_op if _traced(dY) else _backward
+    backward: Callable = _backward_op if _opaque(dY) else _backward
     dx, dW, *factors, probed = backward(
         dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
         need_x, need_W, any(need_factors), need_probe,
@@ -269,7 +281,7 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
-_forward_eager = _eager(_forward, _setup_context, _autograd)
+_forward_eager = _eager("DualLinear", _forward, _setup_context, _autograd)
 
 
 def dual_linear(
@@ -394,7 +406,7 @@ def _weight_autograd(ctx, G: Tensor | None, _dnorm):
     need_W, *need_factors = ctx.needs_input_grad[:6]
     gradients: list[Tensor | None] = [None] * 5
     if any(need_factors):
-        gradients = (_weight_backward_op if _traced(G) else _weight_backward)(
+        gradients = (_weight_backward_op if _opaque(G) else _weight_backward)(
             G, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, *ctx.options
         )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(gradients, need_factors, strict=True)]
@@ -404,7 +416,7 @@ def _weight_autograd(ctx, G: Tensor | None, _dnorm):
 
 
 _weight_op.register_autograd(_weight_autograd, setup_context=_weight_context)
-_weight_eager = _eager(_weight, _weight_context, _weight_autograd)
+_weight_eager = _eager("DualWeight", _weight, _weight_context, _weight_autograd)
 
 
 def dual_weight(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duallora.core.init import layer_seed, magnitude_std, positive_std
+from duallora.core.init import layer_seed, positive_std
 from duallora.errors import ConfigError, NonFiniteError
 from duallora.tuner.layer import DualLoraLayer, Linear
 
@@ -194,9 +194,8 @@ def _start(layer: Linear, adapter: str, sketch: _Sketch, signs: bool, magnitudes
             else:
                 factor[: scaled.shape[0]] = scaled.to(factor.dtype)
     if magnitudes:
-        width = 1.0  # over that of the draw
-        if layer.duallora_config[adapter].init_std is None:
-            sizes = layer.in_features, layer.r1[adapter]
-            width = positive_std(*sizes) / magnitude_std(*sizes)
-        A.abs_().mul_(width)
-        B.abs_().mul_(width)
+        for factor in (A, B):
+            factor.abs_()
+            if layer.duallora_config[adapter].init_std is None:
+                rms = factor.float().square().mean().sqrt()
+                factor.mul_(positive_std(layer.in_features, layer.r1[adapter]) / rms)
