@@ -143,11 +143,13 @@ def test_workspace_is_what_the_operators_allocate_inside(dtype):
     end = ("relu", "ste", "chain", False, "merged", "auto")
     forward = (x, W, None, A, B, C, D, None, None, scaling, None, [], None, None, *end)
     backward = (dY, x, W, A, B, C, D, None, empty, scaling, None, [], None, None, *end, True, False, True, False)
-    for operator, arguments in ((autograd._forward, forward), (autograd._backward, backward)):
-        expected = trace.workspace(operator._opoverload, arguments)
+    operators = torch.ops.duallora.dual_linear.default, torch.ops.duallora.dual_linear_backward.default
+    bodies = (autograd._forward, forward), (autograd._backward, backward)
+    for operator, (body, arguments) in zip(operators, bodies, strict=True):
+        expected = trace.workspace(operator, arguments)
         ledger = trace._Ledger({})
         with ledger:
-            held = operator._init_fn(*arguments)
+            held = body(*arguments)
         outputs = ledger.live
         inside = max(ledger.peaks.values()) - outputs
         # Forward: y is a product with W', so both are alive. Backward: dx, the last, while W' and G are.
