@@ -113,7 +113,6 @@ def main() -> None:
     for (which, dtype, rank, tile), fact in zip(jobs, facts, strict=True):
         row = {"pass": which, "dtype": str(dtype).removeprefix("torch."), "rank": rank, **tile._asdict(), **fact}
         if "failed" not in fact and not fact["spills"] and fact["error"] < 1e-2:
-            use(which, tile)
             row["us"] = timed(which, dtype, rank, tile)
         content["tiles"].append(row)
     content["programs"] = []

@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0" if sys.argv[1] == "cuda" else "1"
@@ -305,14 +306,17 @@ def device():
             first, *more = (kernels.weight_and_gradients(G, W, update, norm=norm, **given) for _ in range(30))
         assert all(torch.equal(a, b) for again in more for a, b in zip(first, again, strict=True)), "not the same bits"
 
-    def layer_step(**options) -> Callable[[], list[Tensor]]:
+    def layer_step(through: Callable = lambda step: step, **options) -> Callable[[], list[Tensor]]:
+        """A forward and backward; the same values from every call."""
         _, W, update = problem(torch.bfloat16, *size)
         x = torch.randn(96, size[1], dtype=torch.bfloat16).requires_grad_()
         leaves = [x, *(factor.requires_grad_() for factor in update[:4])]
         dY = torch.randn(96, size[0], dtype=torch.bfloat16)
 
+        forward = through(lambda x, *factors: dual_linear(x, W, None, *factors, 0.5, **options))
+
         def run() -> list[Tensor]:
-            y = dual_linear(x, W, None, *leaves[1:], 0.5, **options)
+            y = forward(*leaves)
             # Detached: what kept the graph alive would keep its leaves' nodes on the stream of the first run.
             return [y.detach(), *torch.autograd.grad(y, leaves, dY)]
 
@@ -346,16 +350,8 @@ def device():
 
     def compiled() -> None:
         """The operators that a compiler sees give what eager mode gives."""
-        _, W, update = problem(torch.bfloat16, *size)
-        x = torch.randn(96, size[1], dtype=torch.bfloat16).requires_grad_()
-        leaves = [x, *(factor.requires_grad_() for factor in update[:4])]
-        dY = torch.randn(96, size[0], dtype=torch.bfloat16)
-
-        def step(x: Tensor, *factors: Tensor) -> Tensor:
-            return dual_linear(x, W, None, *factors, 0.5)
-
         eager, traced = (
-            torch.autograd.grad(run(*leaves), leaves, dY) for run in (step, torch.compile(step, fullgraph=True))
+            layer_step(through)() for through in (lambda step: step, partial(torch.compile, fullgraph=True))
         )
         assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True)), "a compiled step differs"
 

@@ -317,15 +317,13 @@ def readme(results: Results) -> str | None:
         text.append(
             f"A training step of SmolLM2-135M, all linear layers ([JSON](results/bench/step.json)): {_list(plain[0])}."
         )
-    over = [cell for _, cell in cells(results.get(GPU, {}), "layer") if cell["cell"]["tokens"] in (4096, 8192)]
-    for cell in over:
+    on_gpu = [cell for _, cell in cells(results.get(GPU, {}), "layer") if cell["cell"]["tokens"] in (4096, 8192)]
+    for cell in on_gpu:
         key, device = cell["cell"], results[GPU]["layer"]["device"]
         text.append(
             f"On a GPU ({key['width']} x {key['width']}, {key['tokens']} tokens, bf16, {device}, "
             f"[JSON](results/bench/{GPU}/layer.json)): {_list(cell)}."
         )
-    if over:
-        text.append("At 4096 tokens the host is what takes that long: [docs/gpu.md](docs/gpu.md).")
     text.append("What was aimed at and what was missed: [docs/performance.md](docs/performance.md).")
     return "\n".join(text)
 

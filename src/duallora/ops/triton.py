@@ -255,9 +255,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int = 1
     hoist: bool = True  # what does not depend on the row out of the loop over rows: fewer instructions, more registers
-    programs: int = (
-        1024  # of the gradient pass, to aim at: fewer leave the device idle at the end, more write more sums
-    )
+    programs: int = 1024  # of the gradient pass, about: fewer leave the device idle at the end, more write more sums
 
 
 # Those of sm_90 by the clock of an H100 (benchmarks/tiles.py), the others by what the compilers report: no spills, then
@@ -487,7 +485,8 @@ def weight_and_gradients(
     precision = {torch.bfloat16: "ieee", torch.float16: "tf32", torch.float32: "split"}[kind]
     with torch.cuda.device_of(G):
         _gradients[groups, stripes](
-            **arguments, dA=down, dC=down[:, R1 * inn :], dB=across, dD=across[:, R1 * out :], G=G, W=W, ratio=ratio, weight=None if apart else weight,
+            **arguments, dA=down, dC=down[:, R1 * inn :], dB=across, dD=across[:, R1 * out :],
+            G=G, W=W, ratio=ratio, weight=None if apart else weight,
             stripe=stripe * tile.rows, panels=group,
             g_strides=_strides(G, fan_in_fan_out), w_strides=_strides(W, fan_in_fan_out),
             v_strides=_strides(weight, fan_in_fan_out), CHUNKS=_cdiv(ranks, K),

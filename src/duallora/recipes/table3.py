@@ -16,9 +16,7 @@ def table3(scale: str) -> Study:
     """Straight through (Eq. 7), XNOR-Net's and DoReFa-Net's scaled signs."""
     rank = 16 if scale == "paper" else 8  # 8: as Table 2's mini scale
     variants: dict[str, dict[str, Any]] = {"ste": {"adapter.r": rank, "adapter.direction": "ste"}}
-    for name in (
-        "xnor",
-        "dorefa",
-    ):  # 0.02 is ours: |D C| scales their dW, which the default would start at next to nothing
+    # 0.02 is ours: |D C| scales their dW, which the default would start at next to nothing.
+    for name in ("xnor", "dorefa"):
         variants[name] = {"adapter.r": rank, "adapter.direction": name, "adapter.direction_init_std": 0.02}
     return study(scale, "table3", variants, "ste")
