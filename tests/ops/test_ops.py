@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from duallora import ops
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update
 from duallora.ops import build_weight, dual_linear, dual_weight, recompute
+from duallora.ops.autograd import _operator
 from duallora.ops.reference import apply_weight
 from duallora.ops.tokens import FRACTIONS
 
@@ -242,6 +243,21 @@ def test_registered_operator_passes_opcheck():
     torch.library.opcheck(
         torch.ops.duallora.dual_linear_backward.default, (torch.randn(2, 5, OUT), crosswise, *backward[2:])
     )
+
+
+def test_no_output_of_an_operator_shares_memory_with_another_or_an_input():
+    """A backend may return views of one buffer, or its input; an operator may not, and has no None to return."""
+
+    def body(x: torch.Tensor):
+        halves = torch.stack([x, -x])
+        return halves[0], halves[1], x, None
+
+    operator = _operator("views_of_a_test", body, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor])
+    x = torch.arange(3.0)
+    *found, nothing = operator(x)
+    assert [t.tolist() for t in found] == [[0, 1, 2], [0, -1, -2], [0, 1, 2]]
+    assert nothing.numel() == 0
+    assert len({t.untyped_storage().data_ptr() for t in (x, *found)}) == 4
 
 
 def test_second_derivatives_are_refused_and_never_taken_for_zero():
