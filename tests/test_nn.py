@@ -58,6 +58,33 @@ def test_targets_by_name_and_names_that_match_nothing():
         adapt(network(), ["2", "q_proj"])
 
 
+class Reads(nn.Module):
+    """Multiplies by the weight of ``read`` itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(63, 63), nn.Linear(63, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x @ self.read.weight)
+
+
+def test_a_layer_that_its_parent_only_reads_is_left_out_or_refused_and_the_model_is_whole():
+    net = Reads()
+    with pytest.raises(
+        ConfigError, match=r"Reads reads the weight of 1 layers such as 'read' without calling them.*leave"
+    ):
+        adapt(net, ["read", "called"])
+    assert type(net.called) is nn.Linear
+    with pytest.warns(UserWarning, match="'read' without calling them: an adapter there would do nothing"):
+        adapt(net, r=2, warmup_steps=0, init_std=0.3)
+    assert (type(net.read), type(net.called)) == (nn.Linear, DualLoraLinear)
+    train(net)
+    x = torch.randn(5, 63)
+    y = net(x)
+    assert torch.equal(merge(net)(x), y)
+
+
 def test_init_seed_gives_each_layer_its_own_values():
     nets = [adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), init_seed=3, r=2) for _ in range(2)]
     assert torch.equal(nets[0][0].duallora_A, nets[1][0].duallora_A)

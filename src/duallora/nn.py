@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
 from duallora.core.gate import Gate, ramp, track
 from duallora.core.init import draw_factors, layer_seed
+from duallora.core.reads import only_read
 from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
 from duallora.ops.cache import EvalCache, Watch
@@ -196,7 +197,7 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
         options: as for :class:`DualLoraLinear`; with ``init_seed`` each layer gets a stream of its own.
 
     Raises:
-        ConfigError: a name matches no linear layer.
+        ConfigError: a name matches no linear layer, or one whose weight its parent reads without calling it.
     """
     if isinstance(model, nn.Linear):
         return DualLoraLinear(model, **options)
@@ -212,6 +213,14 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
         raise ConfigError(
             f"target_modules={missing or targets} match no nn.Linear; this model has: {', '.join(linear)}."
         )
+    read = {name for name in found if _is_only_read(model, name)}
+    if read:
+        owners = sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in read})
+        text = f"{', '.join(owners)} reads the weight of {len(read)} layers such as {min(read)!r} without calling them"
+        if targets is not None or len(read) == len(found):
+            raise ConfigError(f"{text}, so an adapter there would do nothing: leave them out of target_modules.")
+        warnings.warn(f"{text}: an adapter there would do nothing, so they are left out.", stacklevel=2)
+        found = {name: layer for name, layer in found.items() if name not in read}
     init_seed = options.pop("init_seed", None)
     adapted: dict[nn.Linear, DualLoraLinear] = {}  # a layer used in two places stays one layer
     for name, linear_layer in found.items():
@@ -225,6 +234,11 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
         model.set_submodule(name, adapted[linear_layer])
         keep_off_the_fast_path(model.get_submodule(name.rpartition(".")[0]), adapted[linear_layer])
     return model
+
+
+def _is_only_read(model: nn.Module, name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    return child in only_read(model.get_submodule(parent))
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

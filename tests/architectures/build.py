@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -134,7 +134,9 @@ def _small_list(name: str, values: list[int], layers: int) -> list[int]:
         return [min(v, 1) for v in values]
     if re.fullmatch(r".*heads.*", name):
         return [min(v, 2) for v in values]
-    if re.fullmatch(r"(.*hidden_sizes?|embed_dims?|.*_channels|channels|.*_dims?|.*dim_per_stage|.*channel_list)", name):
+    if re.fullmatch(
+        r"(.*hidden_sizes?|embed_dims?|.*_channels|channels|.*_dims?|.*dim_per_stage|.*channel_list)", name
+    ):
         return [v if v <= 16 else max(16, v // 8 // 8 * 8) for v in values]
     if re.fullmatch(r"(image|crop)_size", name):
         return [min(v, 32) for v in values]
@@ -154,7 +156,16 @@ def small_values(config: PretrainedConfig, widths: bool = True) -> dict[str, Any
     allowed, values = accepted(type(config)), {}
     special = iter(range(FIRST_SPECIAL, VOCABULARY - 1))
     kinds = _layer_types(config, allowed)
-    layers = max([kinds.pop("", 2), *(min(6, len(v)) for n, v in vars(config).items() if _INDICES.fullmatch(n) and isinstance(v, (list, tuple)))])
+    layers = max(
+        [
+            kinds.pop("", 2),
+            *(
+                min(6, len(v))
+                for n, v in vars(config).items()
+                if _INDICES.fullmatch(n) and isinstance(v, (list, tuple))
+            ),
+        ]
+    )
     for name, value in vars(config).items():
         if name not in allowed or isinstance(value, bool):
             continue
@@ -359,7 +370,9 @@ def layouts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     pictures = ["plain", "frames", "patches"] if "pixel" in "".join(has) else [""]
     if "grid_thw" in parameters or "image_grid_thw" in parameters:
         pictures = ["patches", "plain"]
-    sounds = ["bins last", "bins first", "one channel", "long"] if "input_values" in has or "input_features" in has else [""]
+    sounds = (
+        ["bins last", "bins first", "one channel", "long"] if "input_values" in has or "input_features" in has else [""]
+    )
     sizes = ["default", 80, 128, 160, 320] if "input_features" in has else ["default"]
     for extra, picture, bins, sound in itertools.product(also, pictures, sizes, sounds):
         yield {"also": extra, "picture": picture, "bins": bins, "sound": sound, "image_tokens": 0}
@@ -387,7 +400,11 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
     depth = setting(config, "temporal_patch_size") or 1
     if re.fullmatch(r"(qformer_|classes_|text_|task_)?input_ids|task_inputs", name) or name == "decoder_input_ids":
         ids = torch.randint(4, vocabulary, (ROWS, length - 2 * name.startswith("decoder")), generator=g)
-        if codebooks := setting(config, "num_codebooks") if name == "input_ids" and type(model).__name__.startswith("Musicgen") else None:
+        if (
+            codebooks := setting(config, "num_codebooks")
+            if name == "input_ids" and type(model).__name__.startswith("Musicgen")
+            else None
+        ):
             return torch.randint(4, vocabulary, (ROWS * codebooks, length), generator=g)
         token = setting(config, "image_token_id", "image_token_index", "media_placeholder_token_id")
         if layout["image_tokens"] and token is not None and name == "input_ids":
@@ -409,7 +426,9 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
     if name in ("input_values", "input_features", "padding_mask", "input_features_mask"):
         bins = layout["bins"]
         if bins == "default":
-            bins = setting(config, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim") or 80
+            bins = (
+                setting(config, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim") or 80
+            )
         positions = setting(config, "max_source_positions", "max_position_embeddings")
         if name == "input_features":
             if layout["sound"] == "bins first":
@@ -418,7 +437,9 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
         if name == "input_features_mask":
             return torch.ones(ROWS, 64, dtype=torch.long)
         if layout["sound"] == "bins first":
-            return torch.randn(ROWS, setting(config, "max_length") or 64, setting(config, "num_mel_bins") or 80, generator=g)
+            return torch.randn(
+                ROWS, setting(config, "max_length") or 64, setting(config, "num_mel_bins") or 80, generator=g
+            )
         samples = 4000 if layout["sound"] != "long" else 16000
         sound = torch.randn(ROWS, samples, generator=g)
         return sound[:, None] if layout["sound"] == "one channel" else sound
@@ -428,12 +449,16 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
     if name == "past_values":
         steps = setting(config, "context_length") or 32
         lags = max(setting(config, "lags_sequence") or [0])
-        series = setting(config, "num_input_channels") or (None if lags or hasattr(config, "freq_size") else None)
+        series = setting(config, "num_input_channels")
         shape = (ROWS, steps + lags) if series is None else (ROWS, steps, series)
         return torch.rand(shape, generator=g)
     if name in ("past_time_features", "past_observed_mask"):
         steps = (setting(config, "context_length") or 32) + max(setting(config, "lags_sequence") or [0])
-        return torch.ones(ROWS, steps) if name.endswith("mask") else torch.rand(ROWS, steps, setting(config, "num_time_features") or 1)
+        return (
+            torch.ones(ROWS, steps)
+            if name.endswith("mask")
+            else torch.rand(ROWS, steps, setting(config, "num_time_features") or 1)
+        )
     if name == "visual_feats":
         return torch.randn(ROWS, 5, setting(config, "visual_feat_dim") or 64, generator=g)
     if name == "visual_pos":
@@ -457,7 +482,9 @@ def floats(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, dict):
-        return [t for name, value in output.items() if "past" not in name and "cache" not in name for t in floats(value)]
+        return [
+            t for name, value in output.items() if "past" not in name and "cache" not in name for t in floats(value)
+        ]
     if isinstance(output, (list, tuple)):
         return [t for value in output for t in floats(value)]
     return []

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,12 +77,23 @@ def equal(ours: list[Tensor], theirs: list[Tensor], scale: float | None = None) 
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return f"other shapes: {[tuple(t.shape) for t in ours]}, {[tuple(t.shape) for t in theirs]}"[:120]
     worst = distance(ours, theirs)
-    allowed = 0.0 if scale is None else 1e-2 * scale + 1e-5 * max((float(t.abs().max()) for t in theirs if t.numel()), default=0.0)
+    allowed = (
+        0.0
+        if scale is None
+        else 1e-2 * scale + 1e-5 * max((float(t.abs().max()) for t in theirs if t.numel()), default=0.0)
+    )
     return worst <= allowed or f"differs by {worst:.2g}"
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max((float((a - b).abs().nan_to_num(nan=float("inf")).max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
+    return max(
+        (
+            float((a - b).abs().nan_to_num(nan=float("inf")).max())
+            for a, b in zip(ours, theirs, strict=True)
+            if a.numel()
+        ),
+        default=0.0,
+    )
 
 
 @contextmanager
@@ -162,7 +172,11 @@ def run(small: Small, method: str, chosen: list[str] | str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     plain = copy.deepcopy(small.model)
     with verdict(found, "adapt"):
-        model = duallora.nn.adapt(plain, _linear(small.model, chosen), **OPTIONS) if method == "nn" else get_peft_model(plain, CONFIGS[method](chosen))
+        model = (
+            duallora.nn.adapt(plain, _linear(small.model, chosen), **OPTIONS)
+            if method == "nn"
+            else get_peft_model(plain, CONFIGS[method](chosen))
+        )
         found["adapt"] = True
     if found["adapt"] is not True:
         return found
@@ -244,7 +258,9 @@ def examine(small: Small, method: str) -> dict[str, Any]:
     sets = targets(small.model) if base["deterministic"] is True else {}
     if method == "nn":  # adapts linear layers of torch
         linear = {n for n, m in small.model.named_modules() if type(m) is nn.Linear}
-        sets = {name: chosen for name, chosen in sets.items() if linear and (isinstance(chosen, str) or {*chosen} <= linear)}
+        sets = {
+            name: chosen for name, chosen in sets.items() if linear and (isinstance(chosen, str) or {*chosen} <= linear)
+        }
     return {"base": base, "targets": {name: run(small, method, chosen) for name, chosen in sets.items()}}
 
 

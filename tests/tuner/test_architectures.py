@@ -37,6 +37,7 @@ CLASSES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("model_type", "name"), CLASSES)
 @pytest.mark.parametrize("method", ["duallora", "nn"])
 def test_every_layer_trains_or_is_named_and_what_is_merged_saved_or_copied_computes_the_same(model_type, name, method):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import duallora
 from duallora import DualLoraConfig
@@ -120,6 +120,51 @@ def test_targeting(llama):
         adapted(llama(), target_modules=["query"])
     with pytest.raises(ValueError, match=r"'model\.norm' is a LlamaRMSNorm; Dual LoRA adapts torch\.nn\.Linear"):
         adapted(llama(), target_modules=["model.norm"])
+
+
+class Reads(nn.Module):
+    """Multiplies by the weight of ``read`` itself, as Mamba and WavLM do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x @ self.read.weight)
+
+
+def test_a_layer_that_its_parent_only_reads_is_left_out_of_all_linear_and_refused_by_name(tmp_path):
+    net = nn.ModuleDict({"a": Reads(), "b": nn.Linear(12, 12)})
+    options = {"task_type": None, "init_weights": False, "init_std": 0.3}
+    with pytest.warns(UserWarning, match=r"leaves out 1 layers such as 'a\.read': Reads reads their weight"):
+        model = adapted(net, **options)
+    assert {n.rpartition(".")[2] for n in layers(model)} == {"called", "b"}
+    assert model.peft_config["default"].target_modules == {"a.called", "b"}
+    x = torch.randn(2, 12)
+    y = model.base_model.model["a"](x)
+    model.merge_adapter()
+    assert torch.equal(model.base_model.model["a"](x), y)
+    with pytest.raises(ValueError, match=r"'a\.read' belongs to Reads, which reads its weight.*add 'read' to exclude"):
+        adapted(nn.ModuleDict({"a": Reads()}), target_modules=["read"], **options)
+    # What an earlier release saved still loads.
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["a.read", "a.called", "b"]}))
+    again = peft.PeftModel.from_pretrained(nn.ModuleDict({"a": Reads(), "b": nn.Linear(12, 12)}), tmp_path)
+    assert {n.rpartition(".")[2] for n in layers(again)} == {"read", "called", "b"}
+
+
+def test_a_model_without_word_embeddings_is_saved(tmp_path):
+    """transformers 5 raises where PEFT asks such a model for them, after the training."""
+    config = Wav2Vec2Config(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[16],
+        conv_stride=[5], conv_kernel=[10], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = adapted(Wav2Vec2ForCTC(config), target_modules=["q_proj"], task_type=None)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 5  # A, B, C, D and the counter
+    assert peft.PeftModel.from_pretrained(Wav2Vec2ForCTC(config), tmp_path)
 
 
 def test_the_saved_counter_decides_the_gate(llama, ids, tmp_path):

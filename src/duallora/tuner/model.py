@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import peft
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from duallora.core.reads import only_read
 from duallora.errors import ConfigError
 from duallora.ops import keep_off_the_fast_path
 from duallora.tuner import quantized
@@ -62,6 +64,13 @@ class DualLoraModel(BaseTuner):
         for layer in self._layers():
             layer.shares_weight = len(users.get(id(getattr(layer.get_base_layer(), "weight", None)), ())) > 1
         return [names for names in users.values() if len(names) > 1]
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The base model's; None where it has none. transformers raises there, and PEFT asks when an adapter is saved."""
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
 
     def _layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
@@ -131,6 +140,7 @@ class DualLoraModel(BaseTuner):
         super()._prepare_model(peft_config, model)
         quantized.keep_exact(model)
         quantized.include_all_linear(peft_config, model)
+        _leave_out_what_is_only_read(peft_config, model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's wants a weight attribute where an adapter is taken off, and moves an 8-bit layer's factors, be they on meta.
@@ -202,10 +212,10 @@ class DualLoraModel(BaseTuner):
                 f"target module {current_key!r} is a {stored.name} layer, whose weight cannot be read; use_dora needs its "
                 "row lengths. Set use_dora=False, or load the base model unquantised."
             )
-        if isinstance(parent, nn.MultiheadAttention):
+        if target_name in only_read(parent) and not peft_config.inference_mode:  # saved ones load as they are
             raise ConfigError(
-                f"target module {current_key!r} belongs to torch.nn.MultiheadAttention, which reads its weight without "
-                f"calling it, so an adapter there would do nothing: add {target_name!r} to exclude_modules."
+                f"target module {current_key!r} belongs to {type(parent).__name__}, which reads its weight without calling "
+                f"it, so an adapter there would do nothing: add {target_name!r} to exclude_modules."
             )
         if peft_config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
             warnings.warn(
@@ -275,6 +285,28 @@ class DualLoraModel(BaseTuner):
             "model.set_scale(name, weight) for each, then model.base_model.set_adapter([names]), which merge_and_unload() "
             "writes as well. For one low-rank adapter, approximately: convert each to LoRA and combine those."
         )
+
+
+def _leave_out_what_is_only_read(config: DualLoraConfig, model: nn.Module) -> None:
+    """Take the linear layers that their parent reads without calling them out of ``target_modules="all-linear"``."""
+    if config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    modules = dict(model.named_modules())
+    targets: set[str] = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    read = [name for name in modules if name in targets and _is_only_read(modules, name)]
+    if read:
+        config.target_modules = targets - {*read}
+        owners = sorted({type(modules[name.rpartition(".")[0]]).__name__ for name in read})
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {len(read)} layers such as {read[0]!r}: {', '.join(owners)} reads "
+            "their weight without calling them, so an adapter there would do nothing.",
+            stacklevel=2,
+        )
+
+
+def _is_only_read(modules: dict[str, nn.Module], name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    return child in only_read(modules[parent])
 
 
 def _warn_of_experts(model: nn.Module) -> None:
