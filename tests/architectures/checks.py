@@ -264,16 +264,32 @@ def examine(small: Small, method: str) -> dict[str, Any]:
     return {"base": base, "targets": {name: run(small, method, chosen) for name, chosen in sets.items()}}
 
 
+def outcome(base: dict[str, Verdict], verdicts: dict[str, Any]) -> str:
+    """ "passed"; "refused", with a reason; "nothing to train", which torch says itself; or "fault"."""
+    if any(str(value).startswith("refused") for value in verdicts.values()):
+        return "refused" if verdicts.get("unchanged", True) is True else "fault"
+    if verdicts.get("step") == NOTHING:
+        return "nothing to train"
+    return "fault" if _wrong(base, verdicts) else "passed"
+
+
 def faults(found: dict[str, Any]) -> list[str]:
-    """What must not be: all that is not True, but for what the base model cannot do either and what is refused or named."""
-    wrong = []
-    for name, verdicts in found["targets"].items():
-        for check, value in verdicts.items():
-            if check in ("layers", "idle", "idle_kinds", "effect") or value is True:
-                continue
-            if found["base"].get(check, True) is not True or str(value).startswith("refused") or value == NOTHING:
-                continue
-            if check == "named":
-                value = f"{verdicts['idle']} of {verdicts['layers']} untrained: {', '.join(verdicts['idle_kinds'])}"
-            wrong.append(f"{name}, {check}: {value}")
+    """What must not be, in words."""
+    return [
+        f"{name}, {check}: {value}"
+        for name, verdicts in found["targets"].items()
+        if outcome(found["base"], verdicts) == "fault"
+        for check, value in _wrong(found["base"], verdicts).items()
+    ]
+
+
+def _wrong(base: dict[str, Verdict], verdicts: dict[str, Any]) -> dict[str, Any]:
+    """All that is not True, but for what the base model cannot do either."""
+    wrong = {}
+    for check, value in verdicts.items():
+        if check in ("layers", "idle", "idle_kinds", "effect") or value is True or base.get(check, True) is not True:
+            continue
+        if check == "named":
+            value = f"{verdicts['idle']} of {verdicts['layers']} untrained: {', '.join(verdicts['idle_kinds'])}"
+        wrong[check] = value
     return wrong

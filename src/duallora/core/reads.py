@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -44,6 +44,14 @@ _OF_A_TENSOR = frozenset(
 )
 
 
+class _Method(NamedTuple):
+    """What a method does with the attributes of ``self``."""
+
+    names: set[str]  # all that it names
+    weights: set[str]  # children whose weight it takes
+    uses: set[str]  # children that it names for anything but their facts: calls, passes on, lists
+
+
 def only_read(parent: nn.Module) -> frozenset[str]:
     """Names of the children of ``parent`` whose weight its forward takes into its own hands, and that it never calls.
 
@@ -56,45 +64,61 @@ def only_read(parent: nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _only_read(cls: type) -> frozenset[str]:
-    methods: dict[str, ast.FunctionDef] = {}
-    for ancestor in reversed(cls.__mro__):
-        if ancestor in (object, nn.Module):
+    methods: dict[str, _Method] = {}
+    for ancestor in cls.__mro__:
+        if ancestor is nn.Module:
+            break
+        if "forward" in methods and ancestor.__module__ != cls.__module__:  # a library's base class of all models
             continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(ancestor)))
-        except (OSError, TypeError, SyntaxError):  # typed into a console, or made by code
-            continue
-        body = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
-        methods |= {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+        for name, method in _classes(ancestor.__module__).get(ancestor.__qualname__, {}).items():
+            methods.setdefault(name, method)
     reached, left = set(), ["forward"]
     while left:
         name = left.pop()
         if name in methods and name not in reached:
             reached.add(name)
-            left += [node.attr for node in ast.walk(methods[name]) if _is_of_self(node)]
-    read = {child for name in reached for child in _weights(methods[name])}
-    used = {child for name in methods.keys() - _NOT_USES for child in _uses(methods[name])}
+            left += methods[name].names
+    read = {child for name in reached for child in methods[name].weights}
+    used = {child for name in methods.keys() - _NOT_USES for child in methods[name].uses}
     return frozenset(read - used)
 
 
-def _is_of_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+@functools.cache
+def _classes(module: str) -> dict[str, dict[str, _Method]]:
+    """The methods of each class of a module, by its qualified name; none where there is no source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):  # typed into a console, or made by code
+        return {}
+    found: dict[str, dict[str, _Method]] = {}
+    left: list[tuple[ast.AST, str]] = [(tree, "")]
+    while left:
+        node, prefix = left.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                name = prefix + child.name
+                functions = [m for m in child.body if isinstance(m, ast.FunctionDef)]
+                found[name] = {m.name: _method(m) for m in functions}
+                left.append((child, f"{name}."))
+            elif isinstance(child, ast.FunctionDef):
+                left.append((child, f"{prefix}{child.name}.<locals>."))
+            elif isinstance(child, ast.stmt):
+                left.append((child, prefix))
+    return found
 
 
-def _weights(method: ast.FunctionDef) -> set[str]:
-    """Children whose weight is taken here."""
-    facts = {id(n.value) for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr in _OF_A_TENSOR}
-    return {
-        n.value.attr  # type: ignore[attr-defined]
-        for n in ast.walk(method)
-        if isinstance(n, ast.Attribute) and n.attr == "weight" and _is_of_self(n.value) and id(n) not in facts
-    }
-
-
-def _uses(method: ast.FunctionDef) -> set[str]:
-    """Children that are named here for anything but their facts: called, passed on, listed."""
-    facts = {id(n.value) for n in ast.walk(method) if isinstance(n, ast.Attribute) and n.attr in _FACTS}
-    return {n.attr for n in ast.walk(method) if _is_of_self(n) and id(n) not in facts}  # type: ignore[attr-defined]
+def _method(method: ast.FunctionDef) -> _Method:
+    attributes = [node for node in ast.walk(method) if isinstance(node, ast.Attribute)]
+    of_self = [node for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "self"]
+    children = {id(node): node.attr for node in of_self}
+    facts = {id(node.value) for node in attributes if node.attr in _FACTS}
+    of_weights = {id(node.value) for node in attributes if node.attr in _OF_A_TENSOR}
+    weights = [node for node in attributes if node.attr == "weight" and id(node) not in of_weights]
+    return _Method(
+        set(children.values()),
+        {children[id(node.value)] for node in weights if id(node.value) in children},
+        {node.attr for node in of_self if id(node) not in facts},
+    )
 
 
 class ReadsThrough:
