@@ -208,12 +208,28 @@ def test_saving_and_merging_with_a_closed_gate_say_so(llama, ids, tmp_path):
         model.merge_adapter()
 
 
-def test_counters_and_seeds_stay_integers(llama):
+def test_counters_and_seeds_keep_their_types(llama):
     """Old PEFT casts every buffer to the base dtype: a bf16 counter would stick at 256, a seed lose its low bits."""
     model = adapted(llama(torch.bfloat16), warmup="residual")
     for layer in layers(model).values():
-        assert layer.duallora_step["default"].dtype == torch.int64
+        assert layer.duallora_step["default"].dtype == torch.float32
         assert layer.duallora_seed["default"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("options", [{"direction": "fixed"}, {"warmup": "residual"}])
+def test_seeds_and_signs_outlive_a_copy_whose_tensors_are_averaged(llama, ids, options, tmp_path):
+    """An average of equal integers is no integer: the signs would be 0, the seed another one."""
+    model = adapted(llama(), init_std=0.5, **options)
+    duallora.advance_gate(model, 1000)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(3):
+        ema.update_parameters(model)
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        torch.testing.assert_close(ema.module.eval()(ids).logits, want)
+        ema.module.save_pretrained(tmp_path)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
 
 
 def test_init_seed_reproduces_the_adapter(llama):

@@ -37,7 +37,8 @@ def adapted(base: torch.nn.Module, ids: torch.Tensor, targets: list[str], **opti
 
 def weights(model: peft.PeftModel) -> tuple[torch.Tensor, torch.Tensor]:
     base = model.get_base_model()
-    return base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    return tuple(getattr(module, "base_layer", module).weight for module in ends)
 
 
 @pytest.mark.parametrize("targets", SIDES, ids=str)
@@ -204,7 +205,7 @@ def test_three_modules_of_one_weight(tmp_path):
     assert torch.equal(model(**inputs).logits, want)
     model.unmerge_adapter()
     shared = model.get_base_model().shared.weight
-    assert model.get_base_model().decoder.embed_tokens.weight is shared
+    assert model.get_base_model().decoder.embed_tokens.base_layer.weight is shared
     with pytest.warns(UserWarning, match=r"decoder\.embed_tokens.*shared one weight"):
         merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)

@@ -75,6 +75,8 @@ def clip_direction_gradient(G: Tensor, M: Tensor, direction: str, ste_clip: str)
 class _Directed(torch.autograd.Function):
     """M . direction(Q) for the quantised directions, with the straight-through gradient for Q."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(M: Tensor, Q: Tensor, direction: str, ste_clip: str) -> Tensor:
         return M * quantise(Q, direction)

@@ -58,9 +58,11 @@ def _eager(name: str, forward: Callable, setup_context: Callable, backward: Call
     """``apply`` of a Function made of what an operator is registered with."""
 
     def run(ctx: Any, *inputs: Any) -> Any:  # the form with ctx: the other one binds a signature at every call
-        outputs = forward(*inputs)
-        setup_context(ctx, inputs, outputs)
-        return outputs
+        y, norm = forward(*inputs)
+        if y._is_view():  # of what a product made inside, seen by nobody else: the model may write into y all the same
+            y = y.new_empty(0).set_(y)  # the same memory
+        setup_context(ctx, inputs, (y, norm))
+        return y, norm
 
     def gradients(ctx: Any, *outputs: Any) -> Any:
         # An operator's list of tensors has a list of gradients; to a Function it is one argument without any.

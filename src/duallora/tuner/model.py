@@ -16,8 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from duallora.core.gate import never_trained, never_trained_message
 from duallora.errors import ConfigError
-from duallora.ops import keep_off_the_fast_path
 from duallora.tuner import quantized
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.conv import TORCH, Conv, convolves_as_torch
@@ -107,9 +107,16 @@ class DualLoraModel(BaseTuner):
             if any(name in layer.duallora_A for name in names):
                 quantized.require_writable(layer.get_base_layer(), layer.requantise)
 
+    def _name_never_trained(self, adapter_names: list[str] | None) -> None:
+        layers = self._layers()
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if message := never_trained_message(never_trained(layers, adapter)):
+                warnings.warn(f"Merging a Dual LoRA adapter of which {message}", stacklevel=4)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             self._require_mergeable(kwargs.get("adapter_names"))
+            self._name_never_trained(kwargs.get("adapter_names"))
         shared, configs = self._find_shared_weights(), _tying_configs(self.model)
         with quantized.merge_losses(self.model) as losses, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
@@ -123,6 +130,7 @@ class DualLoraModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """PEFT's; where weights are quantised, one warning says what rounding W0 + dW to their grid loses."""
         self._require_mergeable(adapter_names)
+        self._name_never_trained(adapter_names)
         with quantized.merge_losses(self.model) as losses:
             super().merge_adapter(adapter_names, *args, **kwargs)
         quantized.warn_of(losses)
@@ -202,11 +210,6 @@ class DualLoraModel(BaseTuner):
                 f"target module {current_key!r} is a {stored.name} layer, whose weight cannot be read; use_dora needs its "
                 "row lengths. Set use_dora=False, or load the base model unquantised."
             )
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ConfigError(
-                f"target module {current_key!r} belongs to torch.nn.MultiheadAttention, which reads its weight without "
-                f"calling it, so an adapter there would do nothing: add {target_name!r} to exclude_modules."
-            )
         if peft_config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True has no effect on {current_key!r}: a torch.nn.Linear stores [out, in].",
@@ -214,7 +217,6 @@ class DualLoraModel(BaseTuner):
             )
         new_module = kind(target, adapter_name, **arguments)
         new_module.requantise = quantized.requantiser(self.model)
-        keep_off_the_fast_path(parent, new_module)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, new_module, target)
@@ -242,9 +244,13 @@ class DualLoraModel(BaseTuner):
         hook = partial(_with_adapter_names, adapter_names=adapter_names)
         wrapped = [m for m in self.modules() if isinstance(m, (DualLoraLayer, AuxiliaryTrainingWrapper))]
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in wrapped]
+        for layer in self._layers():
+            layer.mixed_batch = True
         try:
             yield
         finally:
+            for layer in self._layers():
+                layer.mixed_batch = False
             for handle in handles:
                 handle.remove()
 
