@@ -82,6 +82,9 @@ class DualLoraLinear(Gated, nn.Module):
         ConfigError (a ValueError): a value out of range.
     """
 
+    duallora_step: Tensor
+    duallora_options: Tensor
+
     def __init__(
         self,
         base: nn.Linear,
@@ -130,7 +133,8 @@ class DualLoraLinear(Gated, nn.Module):
                 stacklevel=2,
             )
         base.requires_grad_(False)
-        self.weight, self.bias = base.weight, base.bias
+        self._parameters["weight"] = base._parameters["weight"]  # the name itself reads W0 + dW
+        self.bias = base.bias
         device = base.weight.device
         A, B, C, D = draw_factors(
             layer_seed(init_seed, ""), self.out_features, self.in_features, r1, r2,
@@ -182,11 +186,14 @@ class DualLoraLinear(Gated, nn.Module):
     @property
     def weight(self) -> Tensor:
         """W0 + dW, for a parent that reads it instead of calling the layer; W0 is the parameter of this name."""
-        W = self._parameters.get("weight")
-        if W is None:
-            raise AttributeError("weight")  # nn.Module asks before it is set
+        W = self._base_weight()
         update = Update(*self._arguments(), **self.options)
         return read_weight(W, lambda: dual_weight(W, update, dtype=W.dtype, backend=self.backend))
+
+    def _base_weight(self) -> Tensor:
+        W = self._parameters["weight"]
+        assert W is not None
+        return W
 
     def get_delta_weight(self) -> Tensor:
         """dW [out, in] at the present gate, float32."""
@@ -197,7 +204,7 @@ class DualLoraLinear(Gated, nn.Module):
         """A plain ``nn.Linear`` with W0 + dW, whose output has the very bits of this layer's."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        weight = build_weight(self._parameters["weight"], *self._arguments(), **self.options, backend=self.backend)
+        weight = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
         return linear
@@ -209,16 +216,14 @@ class DualLoraLinear(Gated, nn.Module):
             if kept is None:
                 watch = self._watch()
                 with torch.inference_mode(False):
-                    kept = build_weight(
-                        self._parameters["weight"], *self._arguments(), **self.options, backend=self.backend
-                    )
+                    kept = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
                 if watch is not None:
                     self._eval_cache.keep(kept, watch, whole=True)
             return apply_weight(x, kept, self.bias, False)
         sampled = self.gradient_tokens < 1 and self.training
         seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if sampled else None
         return dual_linear(
-            x, self._parameters["weight"], self.bias, *self._arguments(), **self.options,
+            x, self._base_weight(), self.bias, *self._arguments(), **self.options,
             gradient_tokens=self.gradient_tokens, seed=seed, backend=self.backend,
         )  # fmt: skip
 
@@ -228,7 +233,7 @@ class DualLoraLinear(Gated, nn.Module):
             self.training
             or torch.is_grad_enabled()
             or x.device.type != "cpu"
-            or x.dtype != self._parameters["weight"].dtype
+            or x.dtype != self._base_weight().dtype
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
         )

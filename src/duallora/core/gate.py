@@ -206,7 +206,7 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
         gate = None if layer is None else next((g for g in layer.gates() if g.name == name), None)
         trained = [] if gate is None else [p for p in gate.factors if p.requires_grad]
         first = next((i for i, p in enumerate(trained) if id(p) in owned), None)
-        if gate is None or gate.frozen or first is None:
+        if layer is None or gate is None or gate.frozen or first is None:
             continue
         watch = layer.gate_watches.setdefault(name, _Watch())
         # A sharded factor can be empty on this rank; its peers step all the same.
@@ -224,7 +224,7 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
     if counters and found_inf is None:
         torch._foreach_add_(counters, 1)
     for step in counters if found_inf is not None else ():
-        step.add_((found_inf == 0).to(step).reshape(()))
+        step.add_(torch.as_tensor(found_inf == 0).to(step).reshape(()))
     if counters:
         _name_idle([layer for layer, watch in idle if not (watch.steps or watch.named)])
         for _, watch in idle:

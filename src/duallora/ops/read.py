@@ -41,7 +41,7 @@ class ReadWeight(Tensor):
         args, kwargs = tree_map_only(ReadWeight, take, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"W0 + dW of {tuple(self.shape)}, built when it is used"
 
 
