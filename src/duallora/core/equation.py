@@ -87,7 +87,6 @@ class _Directed(torch.autograd.Function):
         ctx.save_for_backward(M, Q)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, G):
         M, Q = ctx.saved_tensors
         return G * quantise(Q, ctx.direction), clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None
