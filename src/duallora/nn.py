@@ -24,6 +24,7 @@ from duallora.errors import ConfigError, IntegrityError, check_positive, check_r
 from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
 from duallora.ops.cache import EvalCache, Watch
 from duallora.ops.reference import apply_weight
+from duallora.ties import plan, slots
 
 
 class DualLoraLinear(nn.Module):
@@ -260,13 +261,29 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``."""
+    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``.
+
+    A layer whose weight other modules share gets one of its own. A model of transformers is left so that
+    ``save_pretrained`` saves what it computes.
+
+    Raises:
+        ConfigError: it shares weights in a way that cannot be saved once they came apart; nothing was merged.
+    """
     if isinstance(model, DualLoraLinear):
         return model.merged()
+    before, after = {}, {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for _, key, tensor in slots(module):
+            before[f"{name}.{key}"] = after[f"{name}.{key}"] = id(tensor)
+            if key == "weight" and isinstance(module, DualLoraLinear):
+                after[f"{name}.{key}"] = id(module)
+    untying = plan(model, before, after)
     merged: dict[DualLoraLinear, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DualLoraLinear):
             if module not in merged:
                 merged[module] = module.merged()
             model.set_submodule(name, merged[module])
+    if untying:
+        untying.apply(model, stacklevel=2)
     return model
