@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duallora import ties
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
 from duallora.core.gate import Gate, ramp, track
 from duallora.core.init import draw_factors, layer_seed
@@ -24,7 +25,6 @@ from duallora.errors import ConfigError, IntegrityError, check_positive, check_r
 from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
 from duallora.ops.cache import EvalCache, Watch
 from duallora.ops.reference import apply_weight
-from duallora.ties import plan, slots
 
 
 class DualLoraLinear(nn.Module):
@@ -271,13 +271,9 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, DualLoraLinear):
         return model.merged()
-    before, after = {}, {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for _, key, tensor in slots(module):
-            before[f"{name}.{key}"] = after[f"{name}.{key}"] = id(tensor)
-            if key == "weight" and isinstance(module, DualLoraLinear):
-                after[f"{name}.{key}"] = id(module)
-    untying = plan(model, before, after)
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, DualLoraLinear)}
+    untying = ties.plan(model, before, before | {f"{name}.weight": id(module) for name, module in owners.items()})
     merged: dict[DualLoraLinear, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DualLoraLinear):

@@ -41,7 +41,7 @@ def _named_slots(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, T
     """As :func:`slots`, of all modules, under each name that ``model.state_dict()`` has for it."""
     for name, module in model.named_modules(remove_duplicate=False):
         for held, key, tensor in slots(module):
-            yield f"{name}.{key}".lstrip("."), held, key, tensor
+            yield f"{name}.{key}" if name else key, held, key, tensor
 
 
 def _shared(identities: Identities) -> list[Group]:
@@ -64,16 +64,20 @@ class Untying:
     parts: list[_Part]
 
     def apply(self, merged: nn.Module, stacklevel: int) -> None:
-        """Do it, in place, and say so."""
+        """Do it, in place, and warn of what came apart. ``stacklevel``: as if the caller warned."""
         for part in self.parts:
             part.apply(merged)
-        more = f", and so with {len(self.apart) - 1} more weights" if len(self.apart) > 1 else ""
-        done = sorted({part.done for part in self.parts if part.done})
-        if self.apart:
-            shared = _modules(self.apart[0])
-            done.insert(0, f"{shared} shared one weight; with an adapter merged into it each has its own{more}")
-        if done:
-            warnings.warn(": ".join(done), stacklevel=stacklevel + 1)
+        if not self.apart:
+            return
+        more = f" (and {len(self.apart) - 1} more sets of modules)" if len(self.apart) > 1 else ""
+        remedies = dict.fromkeys(part.remedy for part in self.parts) or {
+            "load its state dict only into a model that does not tie them": None
+        }
+        warnings.warn(
+            f"{_modules(self.apart[0])} shared one weight{more}; with an adapter merged into it each has its own: "
+            + ", ".join(filter(None, remedies)),
+            stacklevel=stacklevel + 1,
+        )
 
 
 @dataclass
@@ -83,7 +87,7 @@ class _Part:
     name: str
     flags: set[str]  # of its configs, to be switched off
     together: list[Group]  # what loading will tie
-    done: str = ""
+    remedy: str = "its config did not say that it does"
 
     def apply(self, merged: nn.Module) -> None:
         root = merged.get_submodule(self.name)
@@ -99,13 +103,8 @@ class _Part:
             seen.add((id(held), key))
             mine, group = copies[id(tensor)], group_of.get(name, name)
             if group not in mine:
-                mine[group] = _copy(tensor) if mine else tensor
+                mine[group] = copy.deepcopy(tensor) if mine else tensor
             held[key] = mine[group]
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _modules(group: Group) -> str:
@@ -126,9 +125,9 @@ def plan(model: nn.Module, before: Identities, after: Identities) -> Untying | N
     parts = []
     for name, root in _roots(model):
         prefix = f"{name}." if name else ""
-        inside = {n.removeprefix(prefix): identity for n, identity in after.items() if n.startswith(prefix)}
-        own = [g for g in apart if any(n.startswith(prefix) for n in g)]
+        own = [group for group in apart if any(n.startswith(prefix) for n in group)]
         if own or _ends_differ(root):
+            inside = {n.removeprefix(prefix): identity for n, identity in after.items() if n.startswith(prefix)}
             parts.append(_plan(name, root, inside, own))
     return Untying(apart, parts) if apart or parts else None
 
@@ -138,9 +137,9 @@ def _roots(model: nn.Module) -> list[tuple[str, Any]]:
     library = sys.modules.get("transformers.modeling_utils")  # a model of transformers has imported it
     found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
-        if library and isinstance(module, library.PreTrainedModel):
-            if not any(outer == "" or name.startswith(f"{outer}.") for outer, _ in found):
-                found.append((name, module))
+        is_inner = any(outer == "" or name.startswith(f"{outer}.") for outer, _ in found)
+        if library and isinstance(module, library.PreTrainedModel) and not is_inner:
+            found.append((name, module))
     return found
 
 
@@ -157,42 +156,38 @@ def _ends_differ(root: Any) -> bool:
 
 
 def _plan(name: str, root: Any, after: Identities, apart: list[Group]) -> _Part:
-    prefix = f"{name}." if name else ""
     flags = set().union(*(_flags(config) for config in _configs(root)))
     try:
         as_is = _Loaded(root, set())
-        if not _broken(as_is.tied, after):
+        tied = _broken(as_is.tied, after)
+        if not tied:
             return _Part(name, set(), as_is.tied)
         off = _Loaded(root, flags)
     except Exception as error:
-        why = f"what loading it would tie cannot be found out, for no empty model can be made of its config ({error})"
-        raise _refusal(root, apart, why) from error
-    why_not = _side_effect(root, as_is, off, flags)
-    if not why_not and _broken(off.tied, after):
-        why_not = "loading ties them whatever its config says"
-    never_saved = {f"{prefix}{key}" for key in root._keys_to_ignore_on_save or ()} & set().union(*apart)
+        why = f"no empty model can be made of its config, to see what loading would tie ({error})"
+        raise _refusal(root, apart or [()], why) from error
+    never_saved = sorted(set(root._keys_to_ignore_on_save or ()).intersection(*map(set, tied)))
     if never_saved:
-        raise _refusal(root, apart, f"{min(never_saved)} is never saved")
-    if not why_not:
-        return _Part(name, flags, off.tied, f"{' and '.join(sorted(flags))} is now False in the model's config")
-    if not _broken(as_is.tied_though_saved, after):
-        tied = _broken(as_is.tied, after)
-        return _Part(
-            name,
-            set(),
-            [group for group in as_is.tied if group not in tied],
-            f"the config still says that they are tied, since {why_not}. transformers 5 leaves apart what was saved apart; "
-            "earlier releases and other programs may tie them again",
-        )
-    raise _refusal(root, apart, why_not)
+        raise _refusal(root, tied, f"{never_saved[0]} is never saved")
+    switched_off = " and ".join(f"{flag} = False" for flag in sorted(flags))
+    why_not = _side_effect(root, as_is, off, flags)
+    if not why_not and not _broken(off.tied, after):
+        return _Part(name, flags, off.tied, f"its config now has {switched_off}")
+    why_not = f"{switched_off} in its config {why_not or 'does not untie them'}"
+    if _broken(as_is.tied_though_saved, after):
+        raise _refusal(root, _broken(off.tied, after) or tied, why_not)
+    remedy = (
+        f"all are saved, and transformers 5 does not tie them though its config still says so ({why_not}); earlier "
+        "releases and other programs may"
+    )
+    return _Part(name, set(), [group for group in as_is.tied if group not in tied], remedy)
 
 
-def _refusal(root: nn.Module, apart: list[Group], why: str) -> ConfigError:
-    names = _modules(apart[0]) if apart else "the input and output embeddings"
+def _refusal(root: nn.Module, groups: list[Group], why: str) -> ConfigError:
     return ConfigError(
-        f"{names} share one weight in {type(root).__name__}. With the adapter merged they would not, and a saved model "
-        f"could not be loaded as it was: {why}. Nothing was merged. Keep the adapter unmerged (model.save_pretrained), or "
-        "train one without these modules in target_modules and modules_to_save."
+        f"{_modules(groups[0])} share one weight in {type(root).__name__}. Merged they would not, but a saved model would "
+        f"be loaded as if they did: {why}. Nothing was merged. Keep the adapter apart from the model (save_pretrained "
+        "before merging), or train one without these modules in target_modules and modules_to_save."
     )
 
 
@@ -216,7 +211,7 @@ class _Loaded:
         self.shapes = {name: tensor.shape for name, _, _, tensor in named}
         self.tied = _shared({name: id(tensor) for name, _, _, tensor in named})
         for _, held, key, tensor in named:
-            held[key] = _copy(tensor)  # as loading puts each tensor of the file in its place
+            held[key] = copy.deepcopy(tensor)  # as loading puts each tensor of the file in its place
         model.tie_weights(**_ALL_SAVED if _unties(model) else {})
         self.tied_though_saved = _shared({name: id(tensor) for name, _, _, tensor in _named_slots(model)})
 
@@ -250,15 +245,14 @@ def _empty(model_class: Any, config: Any) -> Any:
 
 
 def _side_effect(root: nn.Module, as_is: _Loaded, off: _Loaded, flags: set[str]) -> str:
-    """Why ``flags`` say more than what is tied; "" if they do not."""
+    """What switching ``flags`` off does besides untying; "" for nothing."""
     for module in root.modules():
         if flags & _read_by(inspect.unwrap(type(module).forward).__code__):
-            return f"{type(module).__name__} computes something else with {' and '.join(sorted(flags))} = False"
+            return f"changes what {type(module).__name__} computes"
     if as_is.shapes != off.shapes:
-        return f"{' and '.join(sorted(flags))} = False makes it a model of other weights"
-    if _compared(as_is.config.to_dict(), flags) != _compared(off.config.to_dict(), flags):
-        return f"{' and '.join(sorted(flags))} = False changes more of its config than that"
-    return ""
+        return "changes which weights it has"
+    configs = [_compared(loaded.config.to_dict(), flags) for loaded in (as_is, off)]
+    return "" if configs[0] == configs[1] else "changes more of it"
 
 
 def _read_by(code: CodeType) -> set[str]:

@@ -129,7 +129,7 @@ class DualLoraModel(BaseTuner):
                 if isinstance(child, DualLoraLayer):
                     module._modules[name] = child.get_base_layer()
         if untying:
-            untying.apply(unloaded, stacklevel=4)
+            untying.apply(unloaded, stacklevel=3)
         quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
@@ -148,9 +148,9 @@ class DualLoraModel(BaseTuner):
         quantized.include_all_linear(peft_config, model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's wants a weight attribute where an adapter is taken off, and moves an 8-bit layer's factors, be they on meta.
-        taken_off, state = getattr(child, "base_layer", None) is new_module, getattr(child, "state", None)
-        if taken_off or state is not None:
+        # PEFT's wants a weight attribute of what takes an adapter's place (modules_to_save may have none), and moves an
+        # 8-bit layer's factors, be they on meta.
+        if not isinstance(new_module, DualLoraLayer) or getattr(child, "state", None) is not None:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
