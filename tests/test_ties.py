@@ -227,7 +227,7 @@ def test_beside_a_module_that_is_trained_in_full(name, tmp_path):
             if "modules_to_save" in key:
                 parameter.data.add_(0.1)
         want = logits(model)
-        if not LEAVES_APART and (name == "umt5" or (name == "bert" and saved == last)):  # transformers 4 ties its bias
+        if not LEAVES_APART and (name == "umt5" or ("bert" in name and saved == last)):  # whose bias 4 always ties
             check_refused(model, model.merge_and_unload, want)
         else:
             check_reloads(model.merge_and_unload(), want, tmp_path / str(number))
