@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from duallora import ties
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update, dual_delta, dual_scaling
 from duallora.core.gate import (
     Gate,
@@ -349,14 +350,26 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``."""
+    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``.
+
+    A layer whose weight other modules share gets one of its own. A model of transformers is left so that
+    ``save_pretrained`` saves what it computes.
+
+    Raises:
+        ConfigError: it shares weights in a way that cannot be saved once they came apart; nothing was merged.
+    """
     if isinstance(model, DualLoraLinear):
         return model.merged()
     _name_never_trained(model, "Merging")
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, DualLoraLinear)}
+    untying = ties.plan(model, before, before | {f"{name}.weight": id(module) for name, module in owners.items()})
     merged: dict[DualLoraLinear, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DualLoraLinear):
             if module not in merged:
                 merged[module] = module.merged()
             model.set_submodule(name, merged[module])
+    if untying:
+        untying.apply(model, stacklevel=2)
     return model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from duallora import ties
 from duallora.core.gate import never_trained, never_trained_message
 from duallora.errors import ConfigError
 from duallora.tuner import quantized
@@ -48,20 +50,25 @@ class DualLoraModel(BaseTuner):
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
+        self._adapt_everywhere()
         self._find_shared_weights()
 
-    def _find_shared_weights(self) -> list[list[str]]:
-        """Tell the layers whether their weight is another module's too; returns the names of modules that share one."""
-        users: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules():
+    def _find_shared_weights(self) -> None:
+        """Tell the layers whether their weight is another module's too."""
+        users: Counter[int] = Counter()
+        for module in self.model.modules():
             held = [p for p in module._parameters.values() if p is not None]
-            for parameter in [*held, *getattr(module, "_tied_weight", ())]:
-                users.setdefault(id(parameter), []).append(
-                    name.removesuffix(".base_layer").removesuffix(".original_module")
-                )
+            users.update(id(parameter) for parameter in [*held, *getattr(module, "_tied_weight", ())])
         for layer in self._layers():
-            layer.shares_weight = len(users.get(id(getattr(layer.get_base_layer(), "weight", None)), ())) > 1
-        return [names for names in users.values() if len(names) > 1]
+            layer.shares_weight = users[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+
+    def _adapt_everywhere(self) -> None:
+        """A module that stands in several places of the model is one layer in all of them."""
+        layers = {layer.base_layer: layer for layer in self._layers()}
+        for module in list(self.model.modules()):
+            for name, child in module._modules.items():
+                if child in layers and module is not layers[child]:
+                    module._modules[name] = layers[child]
 
     def _layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
@@ -103,8 +110,7 @@ class DualLoraModel(BaseTuner):
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         """Before the first layer is merged: unloading that fails half way would have lost the adapter of some."""
         for layer in self._layers():
-            names = layer.active_adapters if adapter_names is None else adapter_names
-            if any(name in layer.duallora_A for name in names):
+            if _merges(layer, adapter_names):
                 quantized.require_writable(layer.get_base_layer(), layer.requantise)
 
     def _name_never_trained(self, adapter_names: list[str] | None) -> None:
@@ -114,14 +120,22 @@ class DualLoraModel(BaseTuner):
                 warnings.warn(f"Merging a Dual LoRA adapter of which {message}", stacklevel=4)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        names = kwargs.get("adapter_names")
+        merged = {layer for layer in self._layers() if layer.merged or (merge and _merges(layer, names))}
         if merge:
-            self._require_mergeable(kwargs.get("adapter_names"))
-            self._name_never_trained(kwargs.get("adapter_names"))
-        shared, configs = self._find_shared_weights(), _tying_configs(self.model)
-        with quantized.merge_losses(self.model) as losses, warnings.catch_warnings():
+            self._require_mergeable(names)
+            self._name_never_trained(names)
+        before, after = dict(_tensors(self.model)), dict(_tensors(self.model, merged=merged))
+        untying = ties.plan(self.model, before, after)
+        with quantized.merge_losses(self.model) as losses, warnings.catch_warnings(), ties.flags_kept(self.model):
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        _untie(unloaded, shared, configs)
+        for module in list(unloaded.modules()):  # of a layer that stands in several places PEFT unloads one
+            for name, child in module._modules.items():
+                if isinstance(child, DualLoraLayer):
+                    module._modules[name] = child.get_base_layer()
+        if untying:
+            untying.apply(unloaded, stacklevel=3)
         quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
@@ -141,9 +155,9 @@ class DualLoraModel(BaseTuner):
         quantized.include_all_linear(peft_config, model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's wants a weight attribute where an adapter is taken off, and moves an 8-bit layer's factors, be they on meta.
-        taken_off, state = getattr(child, "base_layer", None) is new_module, getattr(child, "state", None)
-        if taken_off or state is not None:
+        # PEFT's wants a weight attribute of what takes an adapter's place (modules_to_save may have none), and moves an
+        # 8-bit layer's factors, be they on meta.
+        if not isinstance(new_module, DualLoraLayer) or getattr(child, "state", None) is not None:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -300,26 +314,30 @@ def _warn_of_experts(model: nn.Module) -> None:
         )
 
 
-def _tying_configs(model: nn.Module) -> list[Any]:
-    """The configs (of the model, of its text part) that tie the word embeddings."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
+def _merges(layer: DualLoraLayer, adapter_names: list[str] | None) -> bool:
+    return any(name in layer.duallora_A for name in adapter_names or layer.active_adapters)
 
 
-def _untie(model: nn.Module, shared: list[list[str]], configs: list[Any]) -> None:
-    """Where merging gave a tied module a weight of its own, say so in the config, or loading would tie them again."""
-    for names in shared:
-        weights = [getattr(model.get_submodule(name), "weight", None) for name in names]
-        if all(weight is weights[0] for weight in weights):
-            continue
-        for config in configs:
-            config.tie_word_embeddings = False
-        remedy = ": tie_word_embeddings is now False in the model's config" if configs else ""
-        warnings.warn(
-            f"{' and '.join(names)} shared one weight; with an adapter merged into it each has its own{remedy}.",
-            stacklevel=4,
-        )
+def _tensors(
+    module: nn.Module, name: str = "", merged: Container[nn.Module] | None = None
+) -> Iterator[tuple[str, Hashable]]:
+    """Each tensor's name in the model without adapters, and what it is: there, or with those of ``merged`` merged."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        copies = getattr(module, "modules_to_save", {})
+        active = [adapter for adapter in module.active_adapters if adapter in copies]
+        module = module.original_module if merged is None or not active else copies[active[0]]
+    layer = module if isinstance(module, DualLoraLayer) else None
+    module = layer.get_base_layer() if layer else module
+    for _, key, tensor in ties.slots(module):
+        identity = id(tensor)
+        if layer and key == "weight" and merged is None:
+            identity = id(layer._tied_weight[0]) if layer._tied_weight else identity
+        elif layer and key == "weight" and layer in merged:  # type: ignore[operator]
+            identity = id(layer)
+        yield f"{name}{key}", identity
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _tensors(child, f"{name}{key}.", merged)
 
 
 def param_groups(model: nn.Module, lr: float, direction_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
