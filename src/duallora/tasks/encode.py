@@ -9,8 +9,8 @@ Rules, the same for every causal task:
 * too long: untrained tokens before the first trained one go first, from the left; the answer loses its end only when
   it does not fit on its own. The end-of-text token goes with it: a cut answer must not teach the model to stop;
 * a beginning-of-text token is set only where the tokenizer sets one by itself;
-* chats are rendered by the tokenizer's own template; the trained text is what each assistant turn adds to the
-  rendering of the turns before it (up to and including its end mark).
+* chats are written by the tokenizer's own template (`duallora.tasks.template`), each assistant turn trained up to and
+  including its end mark.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from typing import Any, Literal
 import torch
 
 from duallora.errors import ConfigError, DataError
+from duallora.tasks import template
 from duallora.tasks.example import Example
 from duallora.tasks.task import Kind
+from duallora.tasks.template import Segment
 
 IGNORE = -100  # the label torch's cross entropy skips
+_SHOWN = 20  # rows that cannot be trained on
 
 TrainOn = Literal["answer", "all"]
-Segment = tuple[str, bool]  # text, whether the loss is on it
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids [length] and labels [length] of one row; untrained tokens carry the label ``IGNORE``."""
+    """Token ids [length] and labels [length] of one sequence; untrained tokens carry the label ``IGNORE``."""
 
     input_ids: list[int]
     labels: list[int]
@@ -42,33 +44,42 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Counts:
-    """What encoding a split gave. ``trained_tokens`` is 0 for classification and regression."""
+    """What encoding a split gave. ``trained_tokens`` is 0 for classification and regression.
+
+    ``examples``: the example that each row is of, as some chats take several rows.
+    """
 
     rows: int
     tokens: int
     trained_tokens: int
     truncated: int
+    examples: Sequence[int] = ()
 
 
-def encode(example: Example, tokenizer, *, max_length: int, train_on: TrainOn = "answer") -> Encoded:
+def encode(example: Example, tokenizer, *, max_length: int, train_on: TrainOn = "answer") -> list[Encoded]:
     """Token ids and labels of one row of a generation task, at most ``max_length`` tokens.
 
-    Raises DataError where the tokenizer's chat template cannot say which tokens the assistant wrote, and ConfigError
-    where ``max_length`` leaves no room or the tokenizer has no end-of-text token.
+    One sequence, or several of a chat whose template rewrites earlier turns (`duallora.tasks.template`).
+
+    Raises DataError where the chat template leaves out part of the chat or cannot say which tokens the assistant wrote,
+    and ConfigError where ``max_length`` leaves no room or the tokenizer has no end-of-text token.
     """
     marks = _marks(tokenizer, max_length)
-    segments = _segments(example, tokenizer)
-    pieces = _tokenize([text for text, _ in segments], tokenizer)
-    return _fit(example, segments, pieces, marks, max_length, train_on)
+    planned = _sequences(example, tokenizer, train_on)
+    tokens = _tokenize(planned, tokenizer)
+    return [
+        _fit(bool(example.messages), segments, own, tokenizer, marks, max_length, train_on)
+        for segments, own in zip(planned, tokens, strict=True)
+    ]
 
 
 def encode_prompt(example: Example, tokenizer, *, max_length: int) -> list[int]:
     """Token ids the model continues in generation: everything before the (last) answer, cut from the left."""
     if example.messages:  # the template writes its own beginning-of-text token
-        bos, text = [], _render(_before_last_answer(example.messages), tokenizer, example, generation=True)
+        bos, text = [], template.prompt(example, tokenizer)
     else:
         bos, text = _marks(tokenizer, max_length).bos, example.prompt
-    ids = _tokenize([text], tokenizer)[0]
+    ids = _tokenize([[Segment(text, False)]], tokenizer)[0][0]
     return [*bos, *ids[max(0, len(ids) - (max_length - len(bos))) :]]
 
 
@@ -100,14 +111,23 @@ def encode_split(
     if task_kind != "generate":
         return _encode_classification(examples, tokenizer, max_length)
     marks = _marks(tokenizer, max_length)
-    planned = [_segments(example, tokenizer) for example in examples]
-    pieces = iter(_tokenize([text for segments in planned for text, _ in segments], tokenizer))
+    planned: list[tuple[int, list[Segment]]] = []
+    refused: list[str] = []
+    for index, example in enumerate(examples):
+        try:
+            planned += [(index, segments) for segments in _sequences(example, tokenizer, train_on)]
+        except DataError as error:
+            refused.append(str(error))
+    if refused:
+        more = f"{len(refused)} of {len(examples)} rows cannot be trained on:\n" if len(refused) > 1 else ""
+        raise DataError(more + "\n".join(refused[:_SHOWN]) + ("\n..." if len(refused) > _SHOWN else ""))
+    tokens = _tokenize([segments for _, segments in planned], tokenizer)
     rows: list[dict[str, Any]] = []
     empty: list[str] = []
     truncated = trained = 0
-    for example, segments in zip(examples, planned, strict=True):
-        own = [next(pieces) for _ in segments]
-        encoded = _fit(example, segments, own, marks, max_length, train_on)
+    for (index, segments), own in zip(planned, tokens, strict=True):
+        example = examples[index]
+        encoded = _fit(bool(example.messages), segments, own, tokenizer, marks, max_length, train_on)
         row_trained = sum(label != IGNORE for label in encoded.labels)
         if row_trained == 0:
             empty.append(_name(example))
@@ -120,7 +140,8 @@ def encode_split(
             "Expected an answer (an assistant turn in a chat) in each row. Remove these rows, fill in their answers, "
             "or train on the whole text with data.train_on=all."
         )
-    return rows, Counts(len(rows), sum(len(row["input_ids"]) for row in rows), trained, truncated)
+    total = sum(len(row["input_ids"]) for row in rows)
+    return rows, Counts(len(rows), total, trained, truncated, [index for index, _ in planned])
 
 
 class Collator:
@@ -183,69 +204,29 @@ def _encode_classification(examples: Sequence[Example], tokenizer, max_length: i
         len(row["input_ids"]) == max_length and len(tokenizer(*example.texts, verbose=False)["input_ids"]) > max_length
         for row, example in zip(rows, examples, strict=True)
     )
-    return rows, Counts(len(rows), sum(len(row["input_ids"]) for row in rows), 0, truncated)
+    total = sum(len(row["input_ids"]) for row in rows)
+    return rows, Counts(len(rows), total, 0, truncated, range(len(rows)))
 
 
-def _segments(example: Example, tokenizer) -> list[Segment]:
-    """The row's text in order, each piece with whether it is trained."""
-    if example.messages:
-        return _chat_segments(example, tokenizer)
-    return [(example.prompt, False), (example.answer, True)]
+def _sequences(example: Example, tokenizer, train_on: TrainOn) -> list[list[Segment]]:
+    """The row's text in order, as one sequence or more."""
+    if not example.messages:
+        return [[Segment(example.prompt, False), Segment(example.answer, True)]]
+    if train_on == "all":
+        return [template.whole(example, tokenizer)]
+    return template.sequences(example, tokenizer)
 
 
-def _chat_segments(example: Example, tokenizer) -> list[Segment]:
-    messages = example.messages
-    segments: list[Segment] = []
-    rendered = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:index], tokenizer, example, generation=True)
-        after = _render(messages[: index + 1], tokenizer, example)
-        if not before.startswith(rendered) or not after.startswith(before):
-            raise DataError(
-                f"{_name(example)}: the chat template of {_tokenizer_name(tokenizer)} renders earlier turns differently "
-                f"once turn {index + 1} is added, so the assistant's tokens cannot be told apart. Expected a template "
-                "whose rendering of a chat begins with the rendering of its first turns (and a chat that does not "
-                "begin with the assistant). Use prompt-completion rows, or a tokenizer with such a template."
-            )
-        segments += [(before[len(rendered) :], False), (after[len(before) :], True)]
-        rendered = after
-    whole = _render(messages, tokenizer, example)
-    rest = whole[len(rendered) :] if whole.startswith(rendered) else ""
-    return [*segments, (rest, False)] if rest else segments
-
-
-def _render(messages: Sequence[Mapping[str, str]], tokenizer, example: Example, *, generation: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{_name(example)}: chat rows (messages) need a chat template, and {_tokenizer_name(tokenizer)} has none. "
-            "Use an instruction-tuned model, or prompt-completion rows."
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation
-        )
-    except Exception as error:  # templates raise whatever their Jinja code raises; the row is what the user can mend
-        roles = " ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{_name(example)}: the chat template of {_tokenizer_name(tokenizer)} refuses this chat "
-            f"(roles: {roles}): {error}"
-        ) from error
-
-
-def _before_last_answer(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
-    distinct = list(dict.fromkeys(texts))  # the same prompt with many answers, or one system message, are common
+def _tokenize(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
+    """Token ids of each segment of each sequence, every segment tokenised on its own."""
+    # The same prompt with many answers, or one system message, are common.
+    distinct = list(dict.fromkeys(segment.text for segments in planned for segment in segments))
     if not distinct:
-        return []
+        return [[] for _ in planned]
     # verbose=False: the only warning it hides is "longer than the model's maximum", and rows are cut right after.
     encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
     ids = dict(zip(distinct, encoded["input_ids"], strict=True))
-    return [ids[text] for text in texts]
+    return [[ids[segment.text] for segment in segments] for segments in planned]
 
 
 @dataclass(frozen=True)
@@ -274,32 +255,48 @@ def _marks(tokenizer, max_length: int) -> _Marks:
 
 
 def _fit(
-    example: Example,
+    is_chat: bool,
     segments: Sequence[Segment],
     pieces: Sequence[list[int]],
+    tokenizer,
     marks: _Marks,
     max_length: int,
     train_on: TrainOn,
 ) -> Encoded:
     """Joins the pieces, closes the last answer with the end-of-text token, and cuts to ``max_length``."""
-    bos = [] if example.messages else marks.bos
+    bos = [] if is_chat else marks.bos
     ids: list[int] = []
     answer: list[bool] = []  # whether the token belongs to an answer
-    for index, ((_, is_answer), piece) in enumerate(zip(segments, pieces, strict=True)):
-        # A template writes its own end mark, often with a line break behind it that generation never reaches.
-        ends = [at for at, token in enumerate(piece) if token in marks.special] if example.messages else []
-        if is_answer and not ends and index == len(segments) - 1:
+    muted: list[bool] = []
+    for index, (segment, piece) in enumerate(zip(segments, pieces, strict=True)):
+        end = _end_of_turn(piece, tokenizer, marks) if is_chat and segment.answer else None
+        if segment.answer and end is None and index == len(segments) - 1:
             piece = [*piece, marks.eos]
-        reached = ends[-1] + 1 if ends else len(piece)
+        reached = len(piece) if end is None else end
         ids += piece
-        answer += [is_answer and at < reached for at in range(len(piece))]
+        answer += [segment.answer and at < reached for at in range(len(piece))]
+        muted += [segment.muted] * len(piece)
     room = max_length - len(bos)
     excess = max(0, len(ids) - room)
     left = min(excess, answer.index(True) if True in answer else excess)
-    ids, answer = [*bos, *ids[left : left + room]], [False] * len(bos) + answer[left : left + room]
-    labels = [token if is_answer or train_on == "all" else IGNORE for token, is_answer in zip(ids, answer, strict=True)]
+    cut = slice(left, left + room)
+    ids, answer = [*bos, *ids[cut]], [False] * len(bos) + answer[cut]
+    silent = [False] * len(bos) + muted[cut]
+    labels = [
+        token if (is_answer or train_on == "all") and not is_muted else IGNORE
+        for token, is_answer, is_muted in zip(ids, answer, silent, strict=True)
+    ]
     labels[: max(1, len(bos))] = [IGNORE] * max(1, len(bos))  # nothing stands before the first token to predict it from
     return Encoded(ids, labels, excess > 0)
+
+
+def _end_of_turn(piece: Sequence[int], tokenizer, marks: _Marks) -> int | None:
+    """How many tokens there are up to the mark that ends the turn: often a line break follows it, which generation never
+    reaches. None where no mark ends it; a special token with text behind it is none."""
+    last = next((at for at in reversed(range(len(piece))) if piece[at] in marks.special), None)
+    if last is None or (last + 1 < len(piece) and tokenizer.decode(piece[last + 1 :]).strip()):
+        return None
+    return last + 1
 
 
 def _tokenizer_name(tokenizer) -> str:

@@ -373,7 +373,7 @@ def end_tokens(model: Any, tokenizer, *, chat: bool) -> list[int]:
     if chat:
         turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
         try:
-            labels = encode(Example(messages=turns), tokenizer, max_length=WHOLE).labels
+            labels = encode(Example(messages=turns), tokenizer, max_length=WHOLE)[-1].labels
         except DataError:  # a template that cannot be trained with may still be talked to
             return sorted(ends)
         trained = [label for label in labels if label != IGNORE]  # a line break may follow the mark, untrained
