@@ -43,6 +43,12 @@ def last_trained(messages: Sequence[Mapping[str, Any]]) -> int | None:
     return next((at for at in reversed(range(len(messages))) if trained(messages[at])), None)
 
 
+def calls_tools(example: Example) -> bool:
+    """Whether the answer is a call of tools."""
+    last = last_trained(example.messages)
+    return last is not None and "tool_calls" in example.messages[last]
+
+
 def from_messages(
     row: Mapping[str, Any], where: str, *, ignore: Set[str] = _NONE, options: Mapping[str, Any] | None = None
 ) -> Example:

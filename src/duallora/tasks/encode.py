@@ -16,13 +16,14 @@ Rules, the same for every causal task:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import template
+from duallora.tasks.chats import last_trained
 from duallora.tasks.example import Example
 from duallora.tasks.task import Kind
 from duallora.tasks.template import Segment
@@ -81,6 +82,19 @@ def encode_prompt(example: Example, tokenizer, *, max_length: int) -> list[int]:
         bos, text = _marks(tokenizer, max_length).bos, example.prompt
     ids = _tokenize([[Segment(text, False)]], tokenizer)[0][0]
     return [*bos, *ids[max(0, len(ids) - (max_length - len(bos))) :]]
+
+
+def with_written_answer(example: Example, tokenizer) -> Example:
+    """The example with its reference as the model is to write it: reasoning and calls of tools are the template's to write.
+
+    Examples whose answer is text alone stay as they are.
+    """
+    last = last_trained(example.messages)
+    if last is None or not example.messages[last].keys() & {"tool_calls", "reasoning_content"}:
+        return example
+    text = template.answer(example, tokenizer)
+    ids = _tokenize([[Segment(text, True)]], tokenizer)[0][0]
+    return replace(example, references=(tokenizer.decode(ids, skip_special_tokens=True).strip(),))
 
 
 def encode_texts(example: Example, tokenizer, *, max_length: int) -> dict[str, Any]:

@@ -131,9 +131,10 @@ def class_name(value: Any) -> str | None:
         return str(value)
     if not isinstance(value, numbers.Real | Decimal):
         return None
-    if not math.isfinite(value):
+    amount = float(value)
+    if not math.isfinite(amount):
         return None
-    return str(int(value)) if value % 1 == 0 and abs(value) < 1e16 else repr(float(value))
+    return str(int(amount)) if amount % 1 == 0 and abs(amount) < 1e16 else repr(amount)
 
 
 def number(value: Any) -> int | float | None:

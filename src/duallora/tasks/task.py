@@ -105,7 +105,7 @@ def hold_out(task: Task, rows: int) -> Task:
 
 
 def _canonical(example: Example) -> str:
-    fields = [
+    fields: list[Any] = [
         example.prompt,
         example.answer,
         [_turn(message) for message in example.messages],

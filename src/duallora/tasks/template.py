@@ -125,6 +125,15 @@ def prompt(example: Example, tokenizer: Any) -> str:
     return chat.text(count, generation=True)
 
 
+def answer(example: Example, tokenizer: Any) -> str:
+    """The text of the last trained turn."""
+    last = last_trained(example.messages)
+    if last is None:
+        return ""
+    text, spans = _Chat(example, tokenizer).answer(last)
+    return "".join(text[start:end] for start, end in spans)
+
+
 def _close(found: list[list[Segment]], rest: str) -> None:
     if found and rest:
         found[-1].append(Segment(rest, False))
@@ -196,7 +205,7 @@ class _Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = self.messages[:count]
-        texts, spans = self._safely(
+        found: Any = self._safely(
             lambda: render_jinja_template(
                 conversations=[_dressed(messages, self.form)],
                 chat_template=self.template,
@@ -205,7 +214,8 @@ class _Chat:
             ),
             messages,
         )
-        return texts[0], sorted(span for span in spans[0] if span[0] < span[1])
+        (text,), (spans,) = found
+        return text, sorted((start, end) for start, end in spans if start < end)
 
     def _render(
         self, messages: Messages, form: _Form, options: Mapping[str, Any] | None = None, *, generation: bool = False
@@ -293,7 +303,9 @@ class _Chat:
         for index, message in enumerate(messages):
             place = self._place(index)
             texts = [key for key in ("content", "reasoning_content", *_free_keys(message)) if message.get(key)]
-            own = {key: sign(message[key], key, place) for key in texts if isinstance(message[key], str)}
+            own: dict[str, Any] = {
+                key: sign(message[key], key, place) for key in texts if isinstance(message[key], str)
+            }
             if calls := message.get("tool_calls"):
                 own["tool_calls"] = []
                 for call in calls:
