@@ -2,8 +2,8 @@
 
 Rules, the same for every causal task:
 
-* prompt and answer are tokenised on their own and concatenated, so that the answer starts at a token boundary in
-  training exactly as it does in generation;
+* the answer starts at a token boundary, in training exactly as in generation: no token holds the end of the prompt and
+  the beginning of the answer;
 * the loss is on the answer and the end-of-text token (``train_on="answer"``), or on everything but the
   beginning-of-text token (``train_on="all"``);
 * too long: untrained tokens before the first trained one go first, from the left; the answer loses its end only when
@@ -15,6 +15,8 @@ Rules, the same for every causal task:
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -232,15 +234,56 @@ def _sequences(example: Example, tokenizer, train_on: TrainOn) -> list[list[Segm
 
 
 def _tokenize(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
-    """Token ids of each segment of each sequence, every segment tokenised on its own."""
+    """Token ids of each segment of each sequence: what generation reads and is to write, border by border.
+
+    Segments are tokenised on their own. Where the tokenizer sets a space before every text it is given (SentencePiece's
+    do), that would put spaces into the middle; there the whole sequence is tokenised, and cut at the borders.
+    """
     # The same prompt with many answers, or one system message, are common.
     distinct = list(dict.fromkeys(segment.text for segments in planned for segment in segments))
     if not distinct:
         return [[] for _ in planned]
-    # verbose=False: the only warning it hides is "longer than the model's maximum", and rows are cut right after.
-    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids = dict(zip(distinct, encoded["input_ids"], strict=True))
+    if _sets_space(tokenizer):
+        return _tokenize_whole(planned, tokenizer)
+    ids = dict(zip(distinct, _ids(distinct, tokenizer)["input_ids"], strict=True))
     return [[ids[segment.text] for segment in segments] for segments in planned]
+
+
+def _ids(texts: Sequence[str], tokenizer, **options: Any) -> Any:
+    # verbose=False: the only warning it hides is "longer than the model's maximum", and rows are cut right after.
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+
+
+def _sets_space(tokenizer) -> bool:
+    """Whether a text's tokens differ by whether it stands at the start."""
+    break_, letter, both = _ids(["\n", "a", "\na"], tokenizer)["input_ids"]
+    return both[: len(break_)] == break_ and both[len(break_) :] != letter
+
+
+def _tokenize_whole(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
+    texts = ["".join(segment.text for segment in segments) for segments in planned]
+    if not tokenizer.is_fast:
+        return [_tokenize_inside(segments, tokenizer) for segments in planned]
+    found = _ids(texts, tokenizer, return_offsets_mapping=True)
+    rows = []
+    for segments, ids, offsets in zip(planned, found["input_ids"], found["offset_mapping"], strict=True):
+        borders = list(itertools.accumulate(len(segment.text) for segment in segments))
+        if any(start < border < end for start, end in offsets for border in borders):
+            rows.append(_tokenize_inside(segments, tokenizer))
+            continue
+        pieces: list[list[int]] = [[] for _ in segments]
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            # A token without text of its own, such as a space that was set, goes with what follows it.
+            pieces[min(bisect.bisect_right(borders, start if end > start else end), len(pieces) - 1)].append(token)
+        rows.append(pieces)
+    return rows
+
+
+def _tokenize_inside(segments: Sequence[Segment], tokenizer) -> list[list[int]]:
+    """Each segment on its own, all but the first as if text stood before it: where a token would lie across a border."""
+    texts = [segment.text if at == 0 else "\n" + segment.text for at, segment in enumerate(segments)]
+    head, *found = _ids(["\n", *texts], tokenizer)["input_ids"]
+    return [ids if at == 0 else ids[len(head) :] for at, ids in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -283,7 +326,7 @@ def _fit(
     answer: list[bool] = []  # whether the token belongs to an answer
     muted: list[bool] = []
     for index, (segment, piece) in enumerate(zip(segments, pieces, strict=True)):
-        end = _end_of_turn(piece, tokenizer, marks) if is_chat and segment.answer else None
+        end = _end_of_turn(segment.text, piece, tokenizer, marks) if is_chat and segment.answer else None
         if segment.answer and end is None and index == len(segments) - 1:
             piece = [*piece, marks.eos]
         reached = len(piece) if end is None else end
@@ -304,11 +347,11 @@ def _fit(
     return Encoded(ids, labels, excess > 0)
 
 
-def _end_of_turn(piece: Sequence[int], tokenizer, marks: _Marks) -> int | None:
+def _end_of_turn(text: str, piece: Sequence[int], tokenizer, marks: _Marks) -> int | None:
     """How many tokens there are up to the mark that ends the turn: often a line break follows it, which generation never
     reaches. None where no mark ends it; a special token with text behind it is none."""
     last = next((at for at in reversed(range(len(piece))) if piece[at] in marks.special), None)
-    if last is None or (last + 1 < len(piece) and tokenizer.decode(piece[last + 1 :]).strip()):
+    if last is None or text.rpartition(tokenizer.convert_ids_to_tokens(piece[last]))[2].strip():
         return None
     return last + 1
 
