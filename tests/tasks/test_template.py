@@ -301,9 +301,13 @@ TAKE_PARTS = {"idefics3", "smolvlm", "llava_next"}
 
 
 # One of each family; DUALLORA_SLOW=1 takes all.
-SOME = """cohere2_training deepseek_r1_distill deepseek_r1_distill_training gemma3_training gemma4_v5 glm4moe_training gptoss
-gptoss_training idefics3 lfm2_2_5 lfm2_v2 llama3_1 llava_next muse_glimmer nemotron_3_nano nemotron_3_nano_training phi3
-qwen2_5_training qwen3 qwen3_training qwen3_5_think qwen3_5_nothink qwen3_8 smolvlm_training""".split()
+SOME = {
+    "cohere2_training", "deepseek_r1_distill", "deepseek_r1_distill_training", "gemma3_training", "gemma4_v5",
+    "glm4moe_training", "gptoss", "gptoss_training", "idefics3", "lfm2_2_5",
+    "lfm2_v2", "llama3_1", "llava_next", "muse_glimmer", "nemotron_3_nano",
+    "nemotron_3_nano_training", "phi3", "qwen2_5_training", "qwen3", "qwen3_training",
+    "qwen3_5_think", "qwen3_5_nothink", "qwen3_8", "smolvlm_training",
+}  # fmt: skip
 
 
 def released() -> list[Path]:

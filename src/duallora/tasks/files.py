@@ -313,8 +313,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     mark, encoding = next((pair for pair in _BYTE_ORDER_MARKS if head.startswith(pair[0])), (b"", ""))
     if not mark and head.count(0) > len(head) / 8:
         raise DataError(f"{path} looks like UTF-16 without a byte order mark, or is no text: save it as UTF-8")
-    odd_ends = b"\r" in head and b"\n" not in head
-    if encoding in ("", "utf-8") and not odd_ends:
+    if encoding in ("", "utf-8") and b"\n" in head:
         opened = path.open("rb")
         opened.seek(len(mark))
         return opened
