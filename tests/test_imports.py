@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 SOURCE = Path(__file__).parents[1] / "src" / "duallora"
 
@@ -16,8 +19,9 @@ MAY_IMPORT = {
     "console": {"errors"},
     "core": {"core"},
     "ops": {"ops", "core"},
-    "nn": {"ops", "core", "errors"},
-    "tuner": {"tuner", "ops", "core", "errors"},
+    "ties": {"errors"},
+    "nn": {"ties", "ops", "core", "errors"},
+    "tuner": {"tuner", "ties", "ops", "core", "errors"},
     "methods": {"methods", "tuner", "ops", "core", "errors"},
     "tasks": {"tasks", "errors"},
     "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
@@ -59,6 +63,25 @@ def test_arrows_point_one_way(path):
     if owner == "__init__":  # the lazy table of public names
         return
     assert imports(path) <= MAY_IMPORT[owner], f"{path} imports {imports(path) - MAY_IMPORT[owner]}"
+
+
+def test_every_package_imported_is_required():
+    """In pyproject.toml, at least by an extra: what comes along with a dependency today may stay away tomorrow."""
+    names = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+    names -= {"duallora", *sys.stdlib_module_names}
+    names -= {"lm_eval"}  # not for adapters: where it is absent, an error says what to install
+    assert "torch" in names
+    owners = packages_distributions()
+    text = (SOURCE.parents[1] / "pyproject.toml").read_text()
+    required = {canonicalize_name(name) for name in re.findall(r'"([\w.-]+)(?:\[[\w,]+\])?>=', text)}
+    missing = {n for n in names if not {canonicalize_name(o) for o in owners.get(n, [n])} & required}
+    assert not missing, f"imported and not in pyproject.toml: {sorted(missing)}"
 
 
 def loaded_after(code: str, *modules: str) -> list[str]:

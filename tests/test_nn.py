@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import duallora
@@ -58,31 +59,56 @@ def test_targets_by_name_and_names_that_match_nothing():
         adapt(network(), ["2", "q_proj"])
 
 
-class Reads(nn.Module):
-    """Multiplies by the weight of ``read`` itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.called = nn.Linear(63, 63), nn.Linear(63, 7)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.called(x @ self.read.weight)
+def pruned(layer: nn.Linear) -> nn.Linear:
+    return torch.nn.utils.prune.random_unstructured(layer, "weight", amount=0.5)
 
 
-def test_a_layer_that_its_parent_only_reads_is_left_out_or_refused_and_the_model_is_whole():
-    net = Reads()
-    with pytest.raises(
-        ConfigError, match=r"Reads reads the weight of 1 layers such as 'read' without calling them.*leave"
-    ):
-        adapt(net, ["read", "called"])
-    assert type(net.called) is nn.Linear
-    with pytest.warns(UserWarning, match="'read' without calling them: an adapter there would do nothing"):
-        adapt(net, r=2, warmup_steps=0, init_std=0.3)
-    assert (type(net.read), type(net.called)) == (nn.Linear, DualLoraLinear)
-    train(net)
-    x = torch.randn(5, 63)
-    y = net(x)
-    assert torch.equal(merge(net)(x), y)
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(layer: nn.Linear) -> nn.Linear:
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (pruned, "0 computes its weight from other tensors"),
+        (torch.nn.utils.parametrizations.orthogonal, "0 computes its weight from other tensors"),
+        (torch.nn.utils.parametrizations.weight_norm, "0 computes its weight from other tensors"),
+        (hooked, "0 is a Linear with a forward or forward hooks of its own"),
+    ],
+)
+def test_layers_that_are_more_than_a_product_are_refused_before_anything_changes(change, message):
+    """Their masks, parametrizations and hooks would vanish with them."""
+    net = nn.Sequential(change(nn.Linear(6, 6)), nn.Linear(6, 3))
+    before = {name: p.requires_grad for name, p in net.named_parameters()}
+    for targets in (None, ["0"]):
+        with pytest.raises(ConfigError, match=message):
+            adapt(net, targets, r=2)
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == before
+    assert not any(isinstance(m, DualLoraLinear) for m in net.modules())
+
+
+def test_subclasses_with_a_forward_of_their_own_are_named_or_refused():
+    net = nn.Sequential(Doubled(6, 6), nn.Linear(6, 3))
+    with pytest.warns(UserWarning, match="layers with a forward of their own are not adapted: 0"):
+        adapt(net, r=2)
+    assert [type(m) for m in net] == [Doubled, DualLoraLinear]
+    with pytest.raises(ConfigError, match="0 is a Doubled with a forward"):
+        adapt(nn.Sequential(Doubled(6, 6)), ["0"], r=2)
+
+
+def test_averaged_options_are_saved_as_they_are():
+    """A copy that averages its tensors averages the bytes of the options too."""
+    net = adapt(network(), r=2)
+    with torch.no_grad():
+        for buffer in net.buffers():
+            buffer.copy_(buffer * 0.999 + buffer * 0.001)
+    load_adapter_state_dict(adapt(network(), r=2), adapter_state_dict(net))
 
 
 def test_init_seed_gives_each_layer_its_own_values():

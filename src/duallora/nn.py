@@ -16,18 +16,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
-from duallora.core.gate import Gate, ramp, track
+from duallora import ties
+from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update, dual_delta, dual_scaling
+from duallora.core.gate import (
+    Gate,
+    Gated,
+    named,
+    never_trained,
+    never_trained_message,
+    new_counter,
+    ramp,
+    track,
+    track_copy,
+    uncast,
+    watch_forward,
+)
 from duallora.core.init import draw_factors, layer_seed
-from duallora.core.reads import only_read
 from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps, is_number
-from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
+from duallora.ops import build_weight, check_backend, dual_linear, dual_weight
 from duallora.ops.cache import EvalCache, Watch
+from duallora.ops.read import read_weight
 from duallora.ops.reference import apply_weight
 
 
-class DualLoraLinear(nn.Module):
+def _check_base(base: nn.Linear, name: str = "the layer") -> None:
+    """Raise ConfigError unless ``base`` computes x W^T + b from a weight and a bias of its own and does nothing else."""
+    derived = [key for key in ("weight", "bias") if getattr(base, key) is not None and key not in base._parameters]
+    if derived or parametrize.is_parametrized(base):
+        raise ConfigError(
+            f"{name} computes its {' and '.join(derived) or 'weight'} from other tensors (pruned or parametrized), which a "
+            "Dual LoRA layer would not: make it permanent first (torch.nn.utils.prune.remove, "
+            "parametrize.remove_parametrizations, remove_weight_norm), or use duallora.DualLoraConfig with PEFT."
+        )
+    if (
+        type(base).forward is not nn.Linear.forward
+        or "forward" in vars(base)
+        or base._forward_pre_hooks
+        or base._forward_hooks
+    ):
+        raise ConfigError(
+            f"{name} is a {type(base).__name__} with a forward or forward hooks of its own, which a Dual LoRA layer would not "
+            "run: remove them, or leave it out of target_modules."
+        )
+
+
+class DualLoraLinear(Gated, nn.Module):
     """y = x (W0 + dW)^T + b around an ``nn.Linear``: W0 [out, in] and b [out] frozen, the factors of dW trained.
 
     The weight and bias are shared with ``base`` and keep its names, so a checkpoint of the base model still loads.
@@ -48,6 +83,9 @@ class DualLoraLinear(nn.Module):
         ConfigError (a ValueError): a value out of range.
     """
 
+    duallora_step: Tensor
+    duallora_options: Tensor
+
     def __init__(
         self,
         base: nn.Linear,
@@ -67,6 +105,7 @@ class DualLoraLinear(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        _check_base(base)
         r1, r2 = (r if r1 is None else r1), (r if r2 is None else r2)
         alpha = 2 * r if alpha is None else alpha
         for name, rank in (("r", r), ("r1", r1), ("r2", r2)):
@@ -95,7 +134,8 @@ class DualLoraLinear(nn.Module):
                 stacklevel=2,
             )
         base.requires_grad_(False)
-        self.weight, self.bias = base.weight, base.bias
+        self._parameters["weight"] = base._parameters["weight"]  # the name itself reads W0 + dW
+        self.bias = base.bias
         device = base.weight.device
         A, B, C, D = draw_factors(
             layer_seed(init_seed, ""), self.out_features, self.in_features, r1, r2,
@@ -103,18 +143,39 @@ class DualLoraLinear(nn.Module):
         )  # fmt: skip
         self.duallora_A, self.duallora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
         self.duallora_C, self.duallora_D = nn.Parameter(C.to(device)), nn.Parameter(D.to(device))
-        self.register_buffer("duallora_step", torch.zeros((), dtype=torch.int64, device=device))
-        # Saved with the factors, so that they are not loaded under another scale or formula.
-        options = {"scaling": self.scaling, "warmup_steps": warmup_steps, **self.options}
-        self.register_buffer("duallora_options", torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8))
+        self.register_buffer("duallora_step", new_counter(device=device))
+        self.register_buffer("duallora_options", self._stored_options())
+        self.module_name = ""
         track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._eval_cache = EvalCache()  # copy.copy would share it
-        track(self)
+        track_copy(self)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DualLoraLinear:
+        step = self.duallora_step
+        super()._apply(*args, **kwargs)
+        self.duallora_step = uncast(step, self.duallora_step)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Written anew: in a copy whose tensors are averaged, bytes are too.
+        destination[f"{prefix}duallora_options"] = self._stored_options().to(self.duallora_options.device)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.duallora_step = uncast(self.duallora_step, self.duallora_step)  # int64 in version 0.1
+
+    def _stored_options(self) -> Tensor:
+        """Saved with the factors, so that they are not loaded under another scale or formula: JSON, as bytes."""
+        options = {"scaling": self.scaling, "warmup_steps": self.warmup_steps, **self.options}
+        return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
 
     def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        if self.warmup_steps and not torch.compiler.is_compiling():
+            watch_forward(self, "")
         scaling = self.scaling * ramp(self.duallora_step, self.warmup_steps)  # type: ignore[arg-type]
         return self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D, scaling
 
@@ -122,6 +183,18 @@ class DualLoraLinear(nn.Module):
         """The layer's one gate (see :mod:`duallora.core.gate`)."""
         factors = [self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D]
         yield Gate("", self.duallora_step, self.warmup_steps, factors, False)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + dW, for a parent that reads it instead of calling the layer; W0 is the parameter of this name."""
+        W = self._base_weight()
+        update = Update(*self._arguments(), **self.options)
+        return read_weight(W, lambda: dual_weight(W, update, dtype=W.dtype, backend=self.backend))
+
+    def _base_weight(self) -> Tensor:
+        W = self._parameters["weight"]
+        assert W is not None
+        return W
 
     def get_delta_weight(self) -> Tensor:
         """dW [out, in] at the present gate, float32."""
@@ -132,7 +205,7 @@ class DualLoraLinear(nn.Module):
         """A plain ``nn.Linear`` with W0 + dW, whose output has the very bits of this layer's."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        weight = build_weight(self.weight, *self._arguments(), **self.options, backend=self.backend)
+        weight = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
         return linear
@@ -144,14 +217,14 @@ class DualLoraLinear(nn.Module):
             if kept is None:
                 watch = self._watch()
                 with torch.inference_mode(False):
-                    kept = build_weight(self.weight, *self._arguments(), **self.options, backend=self.backend)
+                    kept = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
                 if watch is not None:
                     self._eval_cache.keep(kept, watch, whole=True)
             return apply_weight(x, kept, self.bias, False)
         sampled = self.gradient_tokens < 1 and self.training
         seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if sampled else None
         return dual_linear(
-            x, self.weight, self.bias, *self._arguments(), **self.options,
+            x, self._base_weight(), self.bias, *self._arguments(), **self.options,
             gradient_tokens=self.gradient_tokens, seed=seed, backend=self.backend,
         )  # fmt: skip
 
@@ -161,7 +234,7 @@ class DualLoraLinear(nn.Module):
             self.training
             or torch.is_grad_enabled()
             or x.device.type != "cpu"
-            or x.dtype != self.weight.dtype
+            or x.dtype != self._base_weight().dtype
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
         )
@@ -193,11 +266,13 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
     A second call adapts further layers; a model that is itself an ``nn.Linear`` comes back as the new layer.
 
     Args:
-        target_modules: last parts of the names of the ``nn.Linear`` layers to adapt; None = every one of them.
+        target_modules: last parts of the names of the ``nn.Linear`` layers to adapt; None = every one of them, but for
+            subclasses with a forward of their own, which a warning names.
         options: as for :class:`DualLoraLinear`; with ``init_seed`` each layer gets a stream of its own.
 
     Raises:
-        ConfigError: a name matches no linear layer, or one whose weight its parent reads without calling it.
+        ConfigError: a name matches no linear layer, or one that is pruned, parametrized, hooked or a subclass with a
+            forward of its own; nothing was changed.
     """
     if isinstance(model, nn.Linear):
         return DualLoraLinear(model, **options)
@@ -205,45 +280,46 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
     found: dict[str, nn.Linear] = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Linear and (targets is None or any(f".{name}".endswith(f".{t}") for t in targets))
+        if isinstance(module, nn.Linear) and (targets is None or any(f".{name}".endswith(f".{t}") for t in targets))
     }
+    if targets is None:
+        others = [name for name, module in found.items() if type(module).forward is not nn.Linear.forward]
+        found = {name: module for name, module in found.items() if name not in others}
+        if others:
+            warnings.warn(f"layers with a forward of their own are not adapted: {named(others)}.", stacklevel=2)
     missing = [t for t in sorted(targets or ()) if not any(f".{name}".endswith(f".{t}") for name in found)]
     if missing or not found:
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is nn.Linear})
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
             f"target_modules={missing or targets} match no nn.Linear; this model has: {', '.join(linear)}."
         )
-    read = {name for name in found if _is_only_read(model, name)}
-    if read:
-        owners = sorted({type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in read})
-        text = f"{', '.join(owners)} reads the weight of {len(read)} layers such as {min(read)!r} without calling them"
-        if targets is not None or len(read) == len(found):
-            raise ConfigError(f"{text}, so an adapter there would do nothing: leave them out of target_modules.")
-        warnings.warn(f"{text}: an adapter there would do nothing, so they are left out.", stacklevel=2)
-        found = {name: layer for name, layer in found.items() if name not in read}
+    for name, linear_layer in found.items():
+        _check_base(linear_layer, name)
     init_seed = options.pop("init_seed", None)
     adapted: dict[nn.Linear, DualLoraLinear] = {}  # a layer used in two places stays one layer
     for name, linear_layer in found.items():
         if linear_layer not in adapted:
             seed = None if init_seed is None else layer_seed(init_seed, name)
             adapted[linear_layer] = DualLoraLinear(linear_layer, init_seed=seed, **options)
+            adapted[linear_layer].module_name = name
     for name, parameter in model.named_parameters():
         if ".duallora_" not in f".{name}":  # factors of an earlier call stay trainable
             parameter.requires_grad_(False)
     for name, linear_layer in found.items():
         model.set_submodule(name, adapted[linear_layer])
-        keep_off_the_fast_path(model.get_submodule(name.rpartition(".")[0]), adapted[linear_layer])
     return model
-
-
-def _is_only_read(model: nn.Module, name: str) -> bool:
-    parent, _, child = name.rpartition(".")
-    return child in only_read(model.get_submodule(parent))
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The factors and gate counters of ``model``, by full name: what to save."""
+    _name_never_trained(model, "Saving")
     return {name: tensor for name, tensor in model.state_dict().items() if ".duallora_" in f".{name}"}
+
+
+def _name_never_trained(model: nn.Module, verb: str) -> None:
+    layers = [module for module in model.modules() if isinstance(module, DualLoraLinear)]
+    if message := never_trained_message(never_trained(layers, "")):
+        warnings.warn(f"{verb} a Dual LoRA adapter of which {message}", stacklevel=3)
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -253,7 +329,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         IntegrityError: a tensor is missing, unexpected or of another shape, or the adapter was trained with other
             options.
     """
-    own = adapter_state_dict(model)
+    own = {name: tensor for name, tensor in model.state_dict().items() if ".duallora_" in f".{name}"}
     missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     options = [n for n in own.keys() & state_dict.keys() if n.endswith("duallora_options")]
     for name in options:
@@ -274,13 +350,26 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``."""
+    """Replace every :class:`DualLoraLinear` of ``model`` by the merged ``nn.Linear``, in place; returns ``model``.
+
+    A layer whose weight other modules share gets one of its own. A model of transformers is left so that
+    ``save_pretrained`` saves what it computes.
+
+    Raises:
+        ConfigError: it shares weights in a way that cannot be saved once they came apart; nothing was merged.
+    """
     if isinstance(model, DualLoraLinear):
         return model.merged()
+    _name_never_trained(model, "Merging")
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, DualLoraLinear)}
+    untying = ties.plan(model, before, before | {f"{name}.weight": id(module) for name, module in owners.items()})
     merged: dict[DualLoraLinear, nn.Linear] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DualLoraLinear):
             if module not in merged:
                 merged[module] = module.merged()
             model.set_submodule(name, merged[module])
+    if untying:
+        untying.apply(model, stacklevel=2)
     return model

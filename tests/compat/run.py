@@ -1,4 +1,4 @@
-"""Our tests beside older releases of PEFT and transformers (``make compat``).
+"""Our tests beside other releases than those pinned: older PEFT and transformers, newer Triton (``make compat``).
 
 Each set of packages goes into a folder of its own, without dependencies, ahead of the environment on the path; torch
 and everything else stay as installed.
@@ -22,6 +22,7 @@ SETS = {
     "peft-0.19.1": ["peft==0.19.1"],  # axolotl pins it
     # The lower bound of transformers, with releases of its time of what is bound to it.
     "transformers-4.56": [*OLDEST, "accelerate==1.10.1", "trl==0.24.0", "peft==0.18.1"],
+    "triton-3.9.0": ["triton==3.9.0"],  # torch as PyPI has it asks for an older one, which is the one pinned
 }
 # What depends on PEFT and transformers: the contract, and one run of each trainer. The mathematics does not.
 TESTS = [
@@ -30,6 +31,7 @@ TESTS = [
     "tests/tuner/test_model.py",
     "tests/test_trainers.py",
 ]
+KERNELS = ["tests/ops/test_triton.py"]
 
 
 def install(name: str) -> Path:
@@ -60,7 +62,8 @@ def main(arguments: list[str]) -> int:
         environment["OMP_NUM_THREADS"] = "1"
         print(f"== {name}: {', '.join(SETS[name])}", flush=True)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--disable-warnings", *options]
-        if subprocess.run([*command, *TESTS], cwd=ROOT, env=environment).returncode:
+        tests = KERNELS if name.startswith("triton") else TESTS
+        if subprocess.run([*command, *tests], cwd=ROOT, env=environment).returncode:
             failed.append(name)
     if failed:
         print(f"failed with: {', '.join(failed)}", file=sys.stderr)

@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 
+import oracle
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 import duallora
 from duallora.core import gate as gate_module
 from duallora.core.gate import closed_gate_message, ramp
-from duallora.nn import DualLoraLinear, adapt
+from duallora.nn import DualLoraLinear, adapt, merge
 
 
 def model(warmup_steps: int = 10) -> nn.Module:
@@ -51,6 +52,33 @@ def test_counts_steps_not_backwards():
             optimizer.zero_grad()
     assert steps(net) == [2, 2]
     assert duallora.gate(net) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("order", ["ABCD", "DCBA", "CADB"])
+def test_one_optimizer_for_each_factor_is_one_step(order):
+    """As where optimizers run inside the backward: whichever factor comes first, a step counts once."""
+    net = model()
+    factors = {n.rpartition("_")[2]: [] for n, p in net.named_parameters() if p.requires_grad}
+    for n, p in net.named_parameters():
+        if p.requires_grad:
+            factors[n.rpartition("_")[2]].append(p)
+    optimizers = [torch.optim.SGD([p], lr=1e-3) for name in order for p in factors[name]]
+    for expected in (1, 2, 3):
+        net.zero_grad()
+        backward(net)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert steps(net) == [expected, expected]
+
+
+def test_another_optimizer_from_the_middle_on_goes_on_counting():
+    net = model()
+    for _ in range(2):
+        optimizer = torch.optim.SGD(trained(net), lr=1e-3)
+        for _ in range(3):
+            backward(net)
+            optimizer.step()
+    assert steps(net) == [6, 6]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -92,8 +120,25 @@ def test_a_layer_without_gradient_does_not_count():
     net = model()
     optimizer = torch.optim.SGD(trained(net), lr=1e-3)
     net[0](torch.ones(1, 6)).sum().backward()
-    optimizer.step()
-    assert steps(net) == [1, 0]
+    with pytest.warns(UserWarning, match="1 adapted layers got no gradient in their optimizer's first step: 2"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        optimizer.step()
+    assert steps(net) == [2, 0]
+    with pytest.warns(UserWarning, match="Merging .* 1 adapted layers never got a gradient.*: 2"):
+        merge(net)
+
+
+def test_a_step_before_the_first_gradient_names_nobody():
+    net = model()
+    optimizer = torch.optim.SGD(trained(net), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        backward(net)
+        optimizer.step()
+    assert steps(net) == [1, 1]
 
 
 def test_copies_and_pickles_count_for_themselves():
@@ -104,6 +149,120 @@ def test_copies_and_pickles_count_for_themselves():
         optimizer.step()
         assert steps(clone) == [1, 1]
     assert steps(net) == [0, 0]
+
+
+def lerp_floats(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """The loop of many trainers: over the state dict, floats only."""
+    mine, other = ema.state_dict(), net.state_dict()
+    for name, value in mine.items():
+        if value.is_floating_point():
+            value.lerp_(other[name], 1 - decay)
+
+
+def copy_all(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """The same without looking at types: what is an integer is truncated."""
+    mine, other = ema.state_dict(), net.state_dict()
+    for name, value in mine.items():
+        value.copy_(decay * value + (1 - decay) * other[name])
+
+
+def load_averages(ema: nn.Module, net: nn.Module, decay: float) -> None:
+    """Into a new dict, loaded at the end: what is an integer comes back as a float."""
+    other = net.state_dict()
+    ema.load_state_dict({name: decay * value + (1 - decay) * other[name] for name, value in ema.state_dict().items()})
+
+
+class Averaged:
+    """torch's own."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.model = decay, None
+
+    def __call__(self, ema: nn.Module, net: nn.Module, decay: float) -> None:
+        if self.model is None:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+            self.model = torch.optim.swa_utils.AveragedModel(ema, multi_avg_fn=average, use_buffers=True)
+            self.model.n_averaged.fill_(1)  # begin with the average, not with a copy of net
+            self.model.module = ema
+        self.model.update_parameters(net)
+
+
+@pytest.mark.parametrize("loop", [lerp_floats, copy_all, load_averages, "AveragedModel"])
+def test_a_copy_whose_tensors_are_averaged_computes_what_the_averages_say(loop):
+    """Its factors are averages of the factors, its gate opens with the average number of steps behind them."""
+    decay, warmup_steps, n = 0.8, 5, 20
+    loop = Averaged(decay) if loop == "AveragedModel" else loop
+    net = model(warmup_steps)
+    ema = copy.deepcopy(net)
+    optimizer = torch.optim.AdamW(trained(net), lr=1e-2)
+    factors, mean_step, gates = [p.detach().clone() for p in trained(net)], 0.0, []
+    for t in range(1, n + 1):
+        optimizer.zero_grad()
+        backward(net)
+        optimizer.step()
+        loop(ema, net, decay)
+        factors = [decay * a + (1 - decay) * p.detach() for a, p in zip(factors, trained(net), strict=True)]
+        mean_step = decay * mean_step + (1 - decay) * t
+        gates.append(min(1.0, mean_step / warmup_steps))
+        assert duallora.gate(ema) == pytest.approx(gates[-1], abs=1e-6)
+    assert gates[2] < 1.0 == gates[-1]
+    for layer, four in ((ema[0], factors[:4]), (ema[2], factors[4:])):
+        dW = torch.tensor(oracle.delta(*(f.double().tolist() for f in four), layer.scaling), dtype=torch.float64)
+        torch.testing.assert_close(layer.get_delta_weight().double(), dW, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_of_which_only_parameters_are_averaged_says_that_its_gate_is_shut():
+    net = model()
+    teacher = copy.deepcopy(net).eval()
+    optimizer = torch.optim.SGD(trained(net), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher(torch.ones(1, 6))
+        backward(net)
+        optimizer.step()
+        net(torch.ones(1, 6))
+    for ours, theirs in zip(teacher.parameters(), net.parameters(), strict=True):
+        ours.data.mul_(0.9).add_(theirs.data, alpha=0.1)
+    with pytest.warns(UserWarning, match=r"its gate is where it was, at 0.00: the counter is a buffer"):
+        teacher(torch.ones(1, 6))
+    for ours, theirs in zip(teacher.buffers(), net.buffers(), strict=True):
+        ours.copy_(theirs)
+    assert duallora.gate(teacher) == duallora.gate(net) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_of_the_model_leaves_the_counter_alone(dtype):
+    """bfloat16 cannot count past 256: 257 would be 256 for ever."""
+    net = model(1000)
+    duallora.advance_gate(net, 257)
+    net.to(dtype)
+    duallora.advance_gate(net, 2)
+    assert [m.duallora_step.dtype for m in net.modules() if isinstance(m, DualLoraLinear)] == [torch.float32] * 2
+    assert steps(net) == [259, 259]
+
+
+def test_a_counter_cast_behind_the_layers_back_counts_on():
+    """FSDP's mixed precision writes to buffers directly."""
+    net = model(1000)
+    duallora.advance_gate(net, 256)
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.bfloat16()
+    optimizer = torch.optim.SGD(trained(net), lr=1e-3)
+    for _ in range(3):
+        backward(net)
+        optimizer.step()
+    assert steps(net) == [259, 259]
+
+
+def test_counters_saved_as_integers_load():
+    """As version 0.1 saved them; afterwards they count and average as floats."""
+    net = model()
+    old = {n: t.to(torch.int64) + 4 if n.endswith("duallora_step") else t for n, t in net.state_dict().items()}
+    for assign in (False, True):
+        net.load_state_dict(old, assign=assign)
+        assert steps(net) == [4, 4]
+        assert all(b.dtype == torch.float32 for n, b in net.named_buffers() if n.endswith("duallora_step"))
 
 
 def test_dead_layers_are_forgotten():
@@ -144,13 +303,13 @@ def test_a_gate_that_stays_shut_says_so_once():
     optimizer = Hidden(trained(net))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(3 * gate_module.MISSES_BEFORE_WARNING):
+        for _ in range(3 * gate_module.IDLE_BEFORE_WARNING):
             net.zero_grad()
             backward(net)
             optimizer.step()
     messages = [str(w.message) for w in caught if "advance_gate" in str(w.message)]
     assert len(messages) == 1
-    assert "2 layers" in messages[0]
+    assert "their gate does not open" in messages[0]
     assert steps(net) == [0, 0]
 
 
@@ -163,7 +322,7 @@ def test_a_finished_model_with_old_gradients_is_left_alone():
     others = torch.optim.SGD(other.parameters(), lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(3 * gate_module.MISSES_BEFORE_WARNING):
+        for _ in range(3 * gate_module.IDLE_BEFORE_WARNING):
             others.zero_grad()
             other(torch.ones(1, 2)).sum().backward()
             others.step()
@@ -176,7 +335,7 @@ def test_accumulating_beside_another_optimizer_is_no_alarm():
     ours, others = (torch.optim.SGD(p, lr=1e-3) for p in (trained(net), list(critic.parameters())))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2 * gate_module.MISSES_BEFORE_WARNING):
+        for _ in range(2 * gate_module.IDLE_BEFORE_WARNING):
             backward(net)
             critic(torch.ones(1, 2)).sum().backward()
             others.step()

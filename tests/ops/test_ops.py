@@ -260,22 +260,55 @@ def test_no_output_of_an_operator_shares_memory_with_another_or_an_input():
     assert len({t.untyped_storage().data_ptr() for t in (x, *found)}) == 4
 
 
-def test_second_derivatives_are_refused_and_never_taken_for_zero():
-    """A loss linear in y too: its dY has no gradient of its own, yet dx depends on A."""
+@pytest.mark.parametrize("form", ["merged", "added"])
+def test_a_penalty_on_the_gradient_has_the_oracles_gradient(form):
+    """f = |dL/dx|^2 with L = sum y, so df/dW' = 2 dY^T dY W', which goes on to the factors as any gradient of W' does."""
     x, W, b, factors, _ = make()
-    for weight in (False, True):
-        if weight:
-            y = dual_weight(W, Update(*factors, 0.3), dtype=W.dtype)
-            (first,) = torch.autograd.grad(y.sum(), factors[0], create_graph=True)
-        else:
-            y = dual_linear(x, W, b, *factors, 0.3)
-            (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="duallora"):
-            torch.autograd.grad(first.square().sum(), factors[1])
-    with pytest.raises(RuntimeError, match="duallora"):
-        torch.autograd.functional.hvp(
-            lambda A: dual_linear(x, W, b, A, *factors[1:], 0.3).pow(2).sum(), factors[0], torch.ones_like(factors[0])
-        )
+    (first,) = torch.autograd.grad(dual_linear(x, W, b, *factors, 0.3, form=form).sum(), x, create_graph=True)
+    found = torch.autograd.grad(first.square().sum(), factors)
+    dY = torch.ones(x.numel() // x.shape[-1], W.shape[0], dtype=torch.float64)
+    G = 2 * dY.T @ first.detach().double().reshape(-1, x.shape[-1])
+    wanted = oracle.delta_gradients(G.tolist(), *(f.detach().double().tolist() for f in factors), 0.3)
+    for gradient, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), torch.tensor(want).double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_weights_own_gradient_can_be_differentiated():
+    _, W, _, factors, _ = make()
+    A, B, C, D = (f.detach().double().requires_grad_() for f in factors)
+    W = W.detach().double()
+
+    def penalty(B):
+        y = dual_weight(W, Update(A, B, C, D, 0.3), dtype=torch.float64).sum()
+        return torch.autograd.grad(y, A, create_graph=True)[0].square().sum()
+
+    (found,) = torch.autograd.grad(penalty(B), B)
+    direction, step = torch.randn_like(B), 1e-7
+    numeric = (penalty(B + step * direction) - penalty(B - step * direction)) / (2 * step)
+    torch.testing.assert_close((found * direction).sum(), numeric.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampled_gradient_has_no_derivative():
+    x, W, b, factors, _ = make()
+    y = dual_linear(x, W, b, *factors, 0.3, gradient_tokens=0.5, seed=torch.tensor(1))
+    with pytest.raises(NotImplementedError, match="gradient_tokens < 1"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_function_transforms_see_plain_autograd():
+    """torch.func.grad gives what backward gives; vmap over rows gives each row's own, clipped row by row."""
+    x, W, _, factors, _ = make()
+    x, W = x.detach(), W.detach()
+
+    def loss(factors, x):
+        return dual_linear(x, W, None, *factors, 0.3, ste_clip="none").square().sum()
+
+    loss(factors, x).backward()
+    for found, f in zip(torch.func.grad(loss)(tuple(f.detach() for f in factors), x), factors, strict=True):
+        torch.testing.assert_close(found, f.grad, rtol=1e-4, atol=1e-4)
+    rows = torch.func.vmap(torch.func.grad(loss), (None, 0))(tuple(f.detach() for f in factors), x)
+    for found, f in zip(rows, factors, strict=True):
+        torch.testing.assert_close(found.sum(0), f.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_without_a_base_compiles():

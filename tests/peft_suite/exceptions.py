@@ -6,8 +6,8 @@ so does a pattern that no test has.
 
 HUB = "fetches a file from the hub; the run is offline"
 MHA = (
-    "torch.nn.MultiheadAttention reads its weights without calling its layers: an adapter there would do nothing, so it "
-    "is refused by name"
+    "the target is torch.nn.MultiheadAttention as a whole, whose input weights are one parameter and no layer; it is refused "
+    "by name (its out_proj is a layer and can be adapted)"
 )
 DORA_FLOAT32 = (
     "the lengths m of DoRA stay float32 whatever autocast_adapter_dtype says: in 16 bits they would not start at |W0|"

@@ -8,9 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import IGNORE, Collator, Example, encode, encode_prompt, encode_split, encode_texts
+from duallora.tasks import IGNORE, Collator, Encoded, Example, encode_prompt, encode_split, encode_texts
+from duallora.tasks import encode as encode_all
 
 EOS = "</s>"
+
+
+def encode(example, tokenizer, **options) -> Encoded:
+    """The one sequence of a row that takes no more."""
+    (encoded,) = encode_all(example, tokenizer, **options)
+    return encoded
 
 
 def trained_text(encoded, tokenizer) -> str:
@@ -115,11 +122,11 @@ def test_chat_whose_template_writes_no_end_mark_is_closed_once(make_tokenizer):
     assert trained_text(encoded, tokenizer) == "Hello!\n2\n</s>"
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(make_tokenizer):
+def test_a_template_that_asks_for_a_turn_otherwise_than_it_writes_it_is_refused(make_tokenizer):
     template = (
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"  # the count changes each turn
     )
-    with pytest.raises(DataError, match=r"chat\.jsonl:7.*renders earlier turns differently"):
+    with pytest.raises(DataError, match=r"chat\.jsonl:7.*writes turn 3 in another way than it asks for it"):
         encode(Example(messages=CHAT, where="chat.jsonl:7"), make_tokenizer(chat_template=template), max_length=99)
 
 
@@ -129,6 +136,76 @@ def test_chat_without_template_or_refused_by_it_names_the_row(make_tokenizer):
     strict = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"c\.jsonl:4.*roles: system user.*roles must alternate"):
         encode(Example(messages=CHAT, where="c.jsonl:4"), strict, max_length=99)
+
+
+def build_spaced(scheme: str):
+    """A tokenizer of single letters that sets a space before each text, as Llama 2's, TinyLlama's and Mistral's do."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": byte + 3 for byte in range(256)}}
+    for piece in ("\u2581", *map(chr, range(33, 127)), "\u2581H", "He", "\u2581He", "\u2581f"):
+        vocabulary[piece] = len(vocabulary)
+    merges = [("\u2581", "H"), ("\u2581", "f"), ("\u2581H", "e"), ("H", "e")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    if scheme == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "always", "first"])
+@pytest.mark.parametrize(("template", "space"), [(ZEPHYR, ""), (MISTRAL, "\u2581")], ids=["zephyr", "mistral"])
+def test_a_tokenizer_that_sets_a_space_before_each_text_sets_none_before_an_answer(scheme, template, space):
+    """Turns tokenised on their own would begin with a space that neither the whole chat nor the prompt's answer has."""
+    tokenizer = build_spaced(scheme)
+    tokenizer.chat_template = template
+    turns = [*CHAT[1:3], {"role": "user", "content": "\u00e9"}, {"role": "assistant", "content": "four"}]
+    encoded = encode(Example(messages=tuple(turns)), tokenizer, max_length=999)
+    assert encoded.input_ids == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens([label for label in encoded.labels if label != IGNORE])
+    assert pieces == [*[f"{space}He", "l", "l", "o", "!", "</s>"], *[f"{space}f", "o", "u", "r", "</s>"]]
+    prompt = encode_prompt(Example(messages=tuple(turns), references=("four",)), tokenizer, max_length=999)
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "always", "first"])
+@pytest.mark.parametrize(
+    ("prompt", "answer", "first"),
+    [
+        ("2+2=", " four", "\u2581f"),
+        ("2+2=", "He", "He"),
+        ("Q:\n", "four", "f"),
+        ("Q: ", "four", "f"),
+        ("", "four", "\u2581f"),
+    ],
+)
+def test_an_answer_goes_on_where_its_prompt_ends(scheme, prompt, answer, first):
+    """Also where a token would lie across the border: the prompt's tokens are those that generation is given."""
+    tokenizer = build_spaced(scheme)
+    example = Example(prompt=prompt, answer=answer)
+    encoded = encode(example, tokenizer, max_length=99)
+    asked = encode_prompt(example, tokenizer, max_length=99)
+    assert encoded.input_ids[: len(asked)] == asked
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[len(asked)]) == first
+    assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == prompt + answer
+    rows, _ = encode_split([example, Example(prompt="a", answer="b")], tokenizer, "generate", max_length=99)
+    assert rows[0]["input_ids"] == encoded.input_ids
 
 
 def test_split_counts_and_equals_row_by_row(tiny_bos_tokenizer):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
 
-from duallora.tasks import load_data
+from duallora.tasks import IGNORE, encode_split, load_data
 from duallora.tasks.preview import preview
 
 
@@ -46,6 +47,53 @@ def test_only_trained_tokens_are_green(task, tiny_bos_tokenizer):
     assert "</s>" in trained
     assert "Q" not in trained
     assert "Q" in ignored
+
+
+FORGETS = (
+    "{% if tools %}{{ 'Tools: ' + tools[0].function.name + '<|im_end|>' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + ' ' }}{% if loop.last %}{{ m.reasoning_content or '' }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ '{' + c.function.name + (c.function.arguments | tojson) + '}' }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+
+
+def test_the_preview_of_a_chat_is_what_training_reads_and_learns(tmp_path, make_tokenizer):
+    """Token by token, in colour, over tools, reasoning, a turn without weight and a template that rewrites turns."""
+    turns = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "", "reasoning": "Look. ", "tool_calls": [{"function": {"name": "find", "arguments": "{}"}}]},
+        {"role": "tool", "content": "Here."},
+        {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "assistant", "content": "Here it is."},
+    ]  # fmt: skip
+    row = {"messages": turns, "tools": [{"name": "find", "description": ""}], "id": 7}
+    (tmp_path / "c.jsonl").write_text("\n".join([json.dumps(row)] * 2))
+    task, tokenizer = load_data(str(tmp_path / "c.jsonl")), make_tokenizer(chat_template=FORGETS)
+    rows, counts = encode_split(task.splits["train"], tokenizer, "generate", max_length=999)
+    assert counts.rows == 2  # the reasoning is gone from the second
+    console = Console(width=1000, file=io.StringIO(), force_terminal=True, color_system="standard")
+    console.print(preview(task, tokenizer, rows=1, max_length=999))
+    panels = console.file.getvalue().split("╭")[1:]
+    for panel, encoded in zip(panels, rows, strict=True):
+        body = panel.split("│")[1]
+        shown = [(code, re.sub(r"\s+$", "", text)) for code, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)", body)]
+        green = "".join(text for code, text in shown if "32" in code.split(";"))
+        dim = "".join(text for code, text in shown if code.split(";")[0] == "2" and "32" not in code.split(";"))
+        learnt = [label for label in encoded["labels"] if label != IGNORE]
+        read = [token for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label == IGNORE]
+        assert green.replace("·", " ").replace(" ", "") == tokenizer.decode(learnt).replace(" ", "")
+        assert dim.replace("·", " ").replace(" ", "") == tokenizer.decode(read).replace(" ", "")
+    text = render(preview(task, tokenizer, rows=1, max_length=999))
+    assert "train row 1, sequence 2 of 2" in text
+    assert "2 of 1 rows: the chat template rewrites earlier turns" in text
+    assert "columns not used: id" in text
+
+
+def test_a_chat_that_cannot_be_trained_on_is_shown_with_the_cause(tmp_path, tiny_tokenizer):
+    row = {"messages": [{"role": "user", "content": "q", "mood": "x"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "c.jsonl").write_text("\n".join([json.dumps(row)] * 2))
+    text = " ".join(render(preview(load_data(str(tmp_path / "c.jsonl")), tiny_tokenizer, rows=1)).split())
+    assert text.count("does not show mood") == 2  # beside the row, and as the fault that training would stop at
 
 
 def test_counts_say_how_many_rows_are_cut(task, tiny_bos_tokenizer):

@@ -30,13 +30,13 @@ def loss_by_hand(model, tokenizer, examples):
     total, count = 0.0, 0
     with torch.no_grad():
         for example in examples:
-            row = encode(example, tokenizer, max_length=64)
-            logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
-            for position, label in enumerate(row.labels[1:]):
-                if label != -100:
-                    scores = logits[position]
-                    total += math.log(sum(math.exp(score) for score in scores.tolist())) - scores[label].item()
-                    count += 1
+            for row in encode(example, tokenizer, max_length=512):
+                logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
+                for position, label in enumerate(row.labels[1:]):
+                    if label != -100:
+                        scores = logits[position]
+                        total += math.log(sum(math.exp(score) for score in scores.tolist())) - scores[label].item()
+                        count += 1
     return total / count
 
 
@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_transformers_weighted_by_tokens(trained, task):
     model, tokenizer = evaluate.load_adapter(trained(), "generate")
     total, count = 0.0, 0
     for example in task.splits["validation"]:
-        row = encode(example, tokenizer, max_length=64)
+        (row,) = encode(example, tokenizer, max_length=64)
         trained_tokens = sum(label != -100 for label in row.labels)
         with torch.no_grad():
             output = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels]))
@@ -369,3 +369,39 @@ def test_a_chats_turn_mark_ends_an_answer_though_a_line_break_follows_it(tiny_to
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7, own]))
     assert evaluate.end_tokens(model, tiny_tokenizer, chat=True) == sorted({7, own, mark})
     assert evaluate.end_tokens(model, tiny_tokenizer, chat=False) == sorted({7, own})
+
+
+# Shows reasoning in the last turn alone; a call of tools ends with a mark of its own.
+FORGETS = (
+    "{% if tools %}{{ tools[0].function.name + '<|im_end|>' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + ' ' }}"
+    "{% if loop.last %}{{ m.reasoning_content or '' }}{% endif %}{{ m.content }}{% for c in m.tool_calls %}"
+    "{{ '{' + c.function.name + (c.function.arguments | tojson) + '}' }}{% endfor %}{{ '<|call|>' if m.tool_calls else '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
+)
+
+
+def test_a_chat_is_scored_as_it_is_trained(tiny_causal_folder, make_tokenizer, tmp_path):
+    """Several sequences of a chat are one row of the result; what the model is to write is the template's writing."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "find", "arguments": "{}"}}]}
+    asks, thinks = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": "hm "}
+    rows = [
+        {"messages": [asks, thinks, asks, {**thinks, "content": "b"}]},
+        {"messages": [asks, {"role": "assistant", "content": "c"}]},
+        {"messages": [asks, {**thinks, "weight": 0}, asks, call], "tools": [{"name": "find"}]},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_data(str(tmp_path / "c.jsonl"), eval_data=str(tmp_path / "c.jsonl"))
+    model, _ = load_model(str(tiny_causal_folder), "generate")
+    tokenizer = make_tokenizer(chat_template=FORGETS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    result = evaluate.evaluate(model, tokenizer, task, split="validation", generation=SHORT)
+    assert len(result.answers) == len(result.examples) == 3
+    assert [example.references for example in result.examples] == [("hm b",), ("c",), ("{find{}}",)]
+    for answer, example in zip(result.answers, result.examples, strict=True):
+        by_hand = loss_by_hand(model, tokenizer, [example])
+        assert -answer.log_likelihood / answer.tokens == pytest.approx(by_hand, rel=1e-5)
+    assert [answer.tokens for answer in result.answers] == [len("hm a") + 1 + len("hm b") + 1, 2, len("{find{}}") + 1]
+    assert result.metrics["loss"] == pytest.approx(loss_by_hand(model, tokenizer, result.examples), rel=1e-5)
+    ends = evaluate.end_tokens(model, tokenizer, chat=True, examples=result.examples)
+    assert set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|call|>"])) <= set(ends)

@@ -268,13 +268,3 @@ def test_sampled_gradients_do_not_apply_and_conversion_to_lora_is_declined():
     assert all(torch.equal(g, w) for g, w in zip(*gradients, strict=True))
     assert not layer.supports_lora_conversion()
     assert repr(layer).startswith("duallora.Conv(")
-
-
-def test_a_model_may_ask_the_adapted_layer_for_its_geometry():
-    """Whisper works out how long its input must be so."""
-    base = nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2)
-    model = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(r=2, target_modules=["0"]), adapter_name="a")
-    layer = model.base_model.model[0]
-    assert (layer.stride, layer.padding, layer.kernel_size, layer.groups) == ((2,), (1,), (3,), 2)
-    assert (layer.in_channels, layer.out_channels) == (4, 6)
-    assert not hasattr(layer, "num_embeddings")

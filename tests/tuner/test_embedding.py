@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 
 import oracle
@@ -297,12 +296,3 @@ def test_positions_shared_by_the_batch_take_one_adapter_per_row(gpt2, ids):
     mixed = model(ids, adapter_names=names).logits
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_may_ask_the_adapted_layer_for_its_sizes():
-    """Whisper counts its positions so; deepcopy and pickle do not stumble over it."""
-    base = nn.Embedding(7, 4, padding_idx=2)
-    layer = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(r=2, target_modules=["0"])).base_model.model[0]
-    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301
-        assert (one.num_embeddings, one.embedding_dim, one.padding_idx) == (7, 4, 2)
-        assert not hasattr(one, "stride")

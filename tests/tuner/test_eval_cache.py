@@ -353,7 +353,7 @@ def test_signs_redrawn_from_another_seed_are_seen():
     model = adapted(direction="fixed", init_seed=3)
     run(model, PROMPT)
     layer = first(model)
-    layer.duallora_seed["default"].fill_(12345)
+    layer.duallora_seed["default"] = torch.tensor(12345)
     layer.rebuild_from_seed("default")
     for x in (TOKEN, PROMPT):
         assert torch.equal(run(model, x), fresh(model, x))

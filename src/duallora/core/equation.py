@@ -75,6 +75,8 @@ def clip_direction_gradient(G: Tensor, M: Tensor, direction: str, ste_clip: str)
 class _Directed(torch.autograd.Function):
     """M . direction(Q) for the quantised directions, with the straight-through gradient for Q."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(M: Tensor, Q: Tensor, direction: str, ste_clip: str) -> Tensor:
         return M * quantise(Q, direction)
@@ -85,7 +87,6 @@ class _Directed(torch.autograd.Function):
         ctx.save_for_backward(M, Q)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, G):
         M, Q = ctx.saved_tensors
         return G * quantise(Q, ctx.direction), clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None

@@ -177,14 +177,12 @@ def _values(weights: Path) -> tuple[set[str], set[int]]:
     with safe_open(weights, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (no iterator)
             tensor = file.get_tensor(name)
-            if tensor.is_floating_point():
-                dtypes.add(str(tensor.dtype).removeprefix("torch."))
-                if not bool(torch.isfinite(tensor).all()):
-                    raise NonFiniteError(
-                        f"{weights}: {name} holds NaN or infinite values; train again with a lower rate"
-                    )
-            elif name.endswith("duallora_step"):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"{weights}: {name} holds NaN or infinite values; train again with a lower rate")
+            if name.endswith("duallora_step"):
                 gates.add(int(tensor))
+            elif tensor.is_floating_point():
+                dtypes.add(str(tensor.dtype).removeprefix("torch."))
     return dtypes, gates
 
 

@@ -25,7 +25,6 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora import methods
 from duallora.errors import ConfigError, check_positive, check_rank
-from duallora.ops import keep_off_the_fast_path
 from duallora.tuner.register import add_type
 
 NAME = "DUALLORA_RULE"
@@ -291,7 +290,8 @@ class RuleModel(BaseTuner):
         config = getattr(self.model, "config", None)
         width = peft_config.options.get("width", getattr(config, "hidden_size", None))
         layer = RuleLayer(target, adapter_name, peft_config, width, prompt)
-        keep_off_the_fast_path(parent, layer)
+        if isinstance(parent, nn.TransformerEncoderLayer):  # whose fused path would read W0; a hook keeps it off
+            layer.register_forward_pre_hook(_nothing)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, layer, target)
@@ -303,6 +303,10 @@ class RuleModel(BaseTuner):
                 "adapter_names: rules cannot give each row of a batch an adapter of its own; set_adapter one."
             )
         yield
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    return None
 
 
 def reads_labels(model: Any) -> bool:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duallora.core.equation import Update, check_arguments
 from duallora.ops import autograd, reference
@@ -49,18 +48,9 @@ def _warn_of_float16() -> None:
     )
 
 
-def keep_off_the_fast_path(parent: nn.Module, layer: nn.Module) -> None:
-    """Make a ``nn.TransformerEncoderLayer`` that holds ``layer`` call it.
-
-    In eval mode torch's fused path reads ``layer.weight`` instead, and would silently compute the base model; a hook
-    anywhere below the encoder layer disqualifies that path.
-    """
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        layer.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, args: Any) -> None:
-    return None
+def _transformed() -> bool:
+    """Inside torch.func.grad, vmap and the like, which see through plain autograd alone."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def dual_linear(
@@ -119,7 +109,7 @@ def dual_linear(
         _warn_of_float16()
     if W is None:
         form = "delta"
-    if backend == "reference":
+    if backend == "reference" or _transformed():
         return reference.dual_linear(x, W, b, update, m, form, fan_in_fan_out)
     return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, probe, backend)
 
@@ -152,7 +142,7 @@ def dual_weight(
     _check(W, update, m, "merged", fan_in_fan_out, 1.0)
     if minus_base and m is None:
         W = None
-    if backend == "reference":
+    if backend == "reference" or _transformed():
         return reference.build_weight(
             W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
         )[0]  # fmt: skip
@@ -185,4 +175,4 @@ def build_weight(
     return module.build_weight(W, update, fan_in_fan_out=fan_in_fan_out, dtype=W.dtype, m=m)[0]
 
 
-__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "dual_weight", "keep_off_the_fast_path"]
+__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "dual_weight"]

@@ -6,7 +6,7 @@
 
 Registered with torch.library as opaque operators, so ``torch.compile(fullgraph=True)`` takes them as they are. Eager
 mode runs the same functions as a ``torch.autograd.Function``: the machinery around an operator costs the host 0.3 ms a
-layer (LOG.md), as long as a GPU takes for its products. Second derivatives are not provided.
+layer (LOG.md), as long as a GPU takes for its products. A gradient that is to be differentiated is the plain form's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from duallora.core.equation import Update
+from duallora.ops import reference
 from duallora.ops.backends import pick
 from duallora.ops.reference import apply_weight
 from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample, token_weights
@@ -58,9 +59,11 @@ def _eager(name: str, forward: Callable, setup_context: Callable, backward: Call
     """``apply`` of a Function made of what an operator is registered with."""
 
     def run(ctx: Any, *inputs: Any) -> Any:  # the form with ctx: the other one binds a signature at every call
-        outputs = forward(*inputs)
-        setup_context(ctx, inputs, outputs)
-        return outputs
+        y, norm = forward(*inputs)
+        if y._is_view():  # of what a product made inside, seen by nobody else: the model may write into y all the same
+            y = y.new_empty(0).set_(y)  # the same memory
+        setup_context(ctx, inputs, (y, norm))
+        return y, norm
 
     def gradients(ctx: Any, *outputs: Any) -> Any:
         # An operator's list of tensors has a list of gradients; to a Function it is one argument without any.
@@ -75,10 +78,19 @@ def _traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter)
 
 
-def _opaque(dY: Tensor) -> bool:
-    """Whether the backward must be an operator: traced, or under create_graph, where the operator says that it has no
-    second derivative and the plain functions would pass for constants."""
-    return torch.is_grad_enabled() or _traced(dY)
+def _to_be_differentiated(dY: Tensor) -> bool:
+    """Whether a gradient is asked for that can itself be differentiated (create_graph), as for a gradient penalty."""
+    return torch.is_grad_enabled() and not _traced(dY)
+
+
+def _differentiable_gradients(
+    y: Callable[[], Tensor], tensors: Sequence[Any], needed: Sequence[bool], dY: Tensor
+) -> list:
+    """Those of the plain form ``y()`` for the tensors that need one, by autograd, which can go on from there."""
+    with torch.enable_grad(), _no_autocast(dY.device.type):
+        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y(), wanted, dY, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def _forward(
@@ -268,11 +280,21 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
         return nothing
     x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
     need_x, need_W, need_b, *need_factors, need_probe = ctx.needs_input_grad[:9]
-    backward: Callable = _backward_op if _opaque(dY) else _backward
-    dx, dW, *factors, probed = backward(
-        dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
-        need_x, need_W, any(need_factors), need_probe,
-    )  # fmt: skip
+    if _to_be_differentiated(dY):
+        if seed is not None:
+            raise NotImplementedError("gradient_tokens < 1 samples its gradient, which has no derivative: set it to 1.")
+        magnitude, direction, ste_clip, fan_in_fan_out, form, _ = ctx.options
+        update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+        dx, dW, *factors, probed = *_differentiable_gradients(
+            lambda: reference.dual_linear(x, W, None, update, m, form, fan_in_fan_out),
+            (x, W, A, B, C, D, m), (need_x, need_W, *need_factors), dY,
+        ), None  # fmt: skip
+    else:
+        backward: Callable = _backward_op if _traced(dY) else _backward
+        dx, dW, *factors, probed = backward(
+            dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
+            need_x, need_W, any(need_factors), need_probe,
+        )  # fmt: skip
     db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b else None
     gradients = [g if needed else None for g, needed in zip(factors, need_factors, strict=True)]
     # scaling, fixed_sign | initial | seed, gradient_tokens | options
@@ -404,9 +426,19 @@ def _weight_autograd(ctx, G: Tensor | None, _dnorm):
         return (None,) * len(ctx.needs_input_grad)
     W, A, B, C, D, m, norm, scaling, fixed_sign, *initial = ctx.saved_tensors
     need_W, *need_factors = ctx.needs_input_grad[:6]
+    if _to_be_differentiated(G):
+        magnitude, direction, ste_clip, fan_in_fan_out, minus_base, dtype, _ = ctx.options
+        update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+        dW, *found = _differentiable_gradients(
+            lambda: reference.build_weight(
+                W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
+            )[0],
+            (W, A, B, C, D, m), (need_W, *need_factors), G,
+        )  # fmt: skip
+        return dW, *found, None, None, [None] * len(initial), *[None] * len(ctx.options)
     gradients: list[Tensor | None] = [None] * 5
     if any(need_factors):
-        gradients = (_weight_backward_op if _opaque(G) else _weight_backward)(
+        gradients = (_weight_backward_op if _traced(G) else _weight_backward)(
             G, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, *ctx.options
         )  # fmt: skip
         gradients = [g if needed else None for g, needed in zip(gradients, need_factors, strict=True)]

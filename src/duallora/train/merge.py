@@ -172,9 +172,16 @@ def _compare(
     """Largest absolute logit difference of the model on the disk, and its share of the logits' largest size."""
     factory: Any = AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification
     try:
-        model = factory.from_pretrained(str(folder), dtype=dtype).to(device)
+        model, found = factory.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"the merged model cannot be read back: {error}; nothing was kept") from error
+    absent = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+    if absent:
+        raise IntegrityError(
+            f"the merged model on the disk lacks {len(absent)} weights ({absent[0]}), which would be drawn anew; nothing "
+            "was kept"
+        )
+    model = model.to(device)
     _align(model)
     difference, relative = _difference(probe(model, tokenizer), before)
     if not math.isfinite(difference) or relative > TOLERANCE:

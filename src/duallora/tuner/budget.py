@@ -71,10 +71,10 @@ def account(layer: Any) -> None:
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     budgets: dict[int, list[tuple[Any, str]]] = {}
-    for layer in list(_layers):
+    for layer in [layer for reference in _layers.keyrefs() if (layer := reference()) is not None]:
         for adapter, probe in layer.token_probes.items():
             factors = [p for p in layer._factors(adapter) if p is not None]
-            if probe.grad is not None and any(id(p) in owned for p in factors):
+            if any(id(p) in owned for p in factors) and probe.grad is not None:  # no gradient of another thread's
                 # Adapters of one model share their config object, and with it the budget.
                 budgets.setdefault(id(layer.duallora_config[adapter]), []).append((layer, adapter))
     for members in budgets.values():

@@ -13,7 +13,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.peft_types import PeftType
 
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
-from duallora.core.gate import closed_gate_message, tracked_layers
+from duallora.core.gate import closed_gate_message, never_trained, never_trained_message, tracked_layers
 from duallora.errors import ConfigError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import BACKENDS
 
@@ -210,12 +210,17 @@ class DualLoraConfig(PeftConfig):
         Raises:
             ConfigError: PEFT (before 0.21) has just saved an embedding's weight with dW merged into it.
         """
+        # Of the layers of all threads, those that this config made.
+        mine = [
+            (layer, adapter)
+            for layer in tracked_layers()
+            for adapter, config in list(getattr(layer, "duallora_config", {}).items())
+            if config is self
+        ]
         merged = sorted(
             str(layer.module_name)
-            for layer in tracked_layers()
-            if getattr(layer, "merged_adapters", ())
-            and any(config is self for config in layer.duallora_config.values())
-            and str(layer.module_name).rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+            for layer in {layer for layer, _ in mine}
+            if layer.merged_adapters and str(layer.module_name).rpartition(".")[2] in EMBEDDING_LAYER_NAMES
         )
         if merged and not hasattr(BaseTuner, "_get_adapter_state_dict"):
             raise ConfigError(
@@ -224,16 +229,15 @@ class DualLoraConfig(PeftConfig):
                 "peft >= 0.21."
             )
         super().save_pretrained(save_directory, **kwargs)
-        if self.warmup != "ramp":
-            return
-        for layer in tracked_layers():
-            for adapter, config in getattr(layer, "duallora_config", {}).items():
-                step = layer.duallora_step[adapter]
-                if config is self and step.device.type != "meta":
-                    message = closed_gate_message(int(step), self.warmup_steps)
-                    if message:
-                        warnings.warn(f"Saving a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
-                    return  # the layers of one adapter step together
+        for adapter in sorted({adapter for _, adapter in mine}):
+            layers = [layer for layer, name in mine if name == adapter]
+            if message := never_trained_message(never_trained(layers, adapter)):
+                warnings.warn(f"Saving a Dual LoRA adapter of which {message}", stacklevel=2)
+            steps = [step for layer in layers if not (step := layer.duallora_step[adapter]).is_meta]
+            if self.warmup == "ramp" and steps:
+                message = closed_gate_message(int(max(steps)), self.warmup_steps)
+                if message:
+                    warnings.warn(f"Saving a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
 
     def ranks(self, pattern_key: str | None = None) -> tuple[int, int]:
         """(r1, r2) of a layer, ``pattern_key`` being its key in ``rank_pattern`` if it has one."""

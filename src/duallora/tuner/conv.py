@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duallora.core.reads import ReadsThrough
 from duallora.errors import ConfigError
 from duallora.tuner.layer import DualLoraLayer
 
@@ -25,7 +24,7 @@ def convolves_as_torch(base: nn.Module) -> bool:
     return any(isinstance(base, c) and type(base).forward is c.forward for c in TORCH)
 
 
-class Conv(ReadsThrough, DualLoraLayer, nn.Module):
+class Conv(DualLoraLayer, nn.Module):
     """Dual LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; ``gradient_tokens`` does not apply, it is exact.
 
     A subclass with a forward of its own runs it on W0 + dW, which needs a plain resident weight and no dropout.

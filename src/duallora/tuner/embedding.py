@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from duallora.core.reads import ReadsThrough
 from duallora.errors import ConfigError
 from duallora.tuner.layer import DualLoraLayer
 
@@ -34,7 +33,7 @@ def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(flat).scatter(0, rank, flat), where.view(ids.shape)
 
 
-class Embedding(ReadsThrough, DualLoraLayer, nn.Module):
+class Embedding(DualLoraLayer, nn.Module):
     """Dual LoRA on ``nn.Embedding`` and its subclasses, which keep their scales, positions and norms.
 
     The row of ``padding_idx`` stays as it is, like its gradient in the base layer. There is no dropout (ids cannot be

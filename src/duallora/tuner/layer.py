@@ -19,12 +19,23 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from duallora.core.equation import Update, add_update, dual_scaling
-from duallora.core.gate import Gate, closed_gate_message, ramp, track
+from duallora.core.gate import (
+    Gate,
+    Gated,
+    closed_gate_message,
+    new_counter,
+    ramp,
+    track,
+    track_copy,
+    uncast,
+    watch_forward,
+)
 from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError, is_number
 from duallora.ops import check_backend, dual_linear, dual_weight
 from duallora.ops.backends import pick
 from duallora.ops.cache import EvalCache, Watch
+from duallora.ops.read import read_weight
 from duallora.ops.reference import apply_weight
 from duallora.ops.tokens import FRACTIONS
 from duallora.tuner import quantized
@@ -38,11 +49,63 @@ _WHOLE = 1 << 20  # duallora_tokens counts in parts of this many: integers survi
 DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
 
 
+class Counters(BufferDict):
+    """The gate's counters: float32 whatever the model is cast to, and what version 0.1 saved as int64 too."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Counters:
+        before = dict(self._buffers)
+        super()._apply(*args, **kwargs)
+        self.uncast(before)
+        return self
+
+    def uncast(self, before: dict[str, Tensor | None]) -> None:
+        """Counters of another type become float32, from what they were ``before``."""
+        for name, after in self._buffers.items():
+            if after is not None:
+                self._buffers[name] = uncast(before.get(name, after), after)
+
+
+class Seeds(BufferDict):
+    """Seeds that survive a copy whose tensors are averaged: what is saved and rebuilt from are Python integers."""
+
+    def __init__(self) -> None:
+        super().__init__({}, persistent=True)
+        self.values_of: dict[str, int] = {}
+
+    def __setitem__(self, name: str, seed: Tensor) -> None:
+        if not seed.is_meta:
+            self.values_of[name] = int(seed)
+        super().__setitem__(name, seed)
+
+    def __delitem__(self, name: str) -> None:
+        self.values_of.pop(name, None)
+        super().__delitem__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, buffer in self._buffers.items():
+            seed = self.values_of.get(name)
+            destination[prefix + name] = buffer if seed is None else torch.tensor(seed, device=buffer.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._buffers:
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and loaded.is_floating_point():  # an average of equal seeds, rounded
+                state_dict[prefix + name] = torch.tensor(self.values_of[name])
+            elif loaded is not None and not loaded.is_meta:
+                self.values_of[name] = int(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
+    layer.duallora_step.uncast({})
     for adapter in layer.duallora_seed.keys():  # noqa: SIM118 (BufferDict is no dict)
         layer.rebuild_from_seed(adapter)
     for adapter in layer.token_probes:
         layer.set_token_share(adapter, float(layer.duallora_tokens[adapter]) / _WHOLE)
+
+
+def _ramp_steps(config: DualLoraConfig) -> int:
+    return config.warmup_steps if config.warmup == "ramp" else 0
 
 
 def _put(weight: Tensor, value: Tensor) -> None:
@@ -53,7 +116,7 @@ def _put(weight: Tensor, value: Tensor) -> None:
         weight.data.copy_(value)
 
 
-class DualLoraLayer(BaseTunerLayer):
+class DualLoraLayer(Gated, BaseTunerLayer):
     """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
 
     ``duallora_A`` [r1, in], ``duallora_B`` [out, r1], ``duallora_C`` [r2, in], ``duallora_D`` [out, r2] are trained
@@ -65,7 +128,7 @@ class DualLoraLayer(BaseTunerLayer):
     adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
     other_param_names = (
         "duallora_config", "r1", "r2", "alpha", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
-        "duallora_initial", "duallora_tokens", "token_shares", "token_probes",
+        "duallora_initial", "fixed_signs", "duallora_tokens", "token_shares", "token_probes",
     )  # fmt: skip
 
     samples_tokens = False  # whether ``gradient_tokens`` applies
@@ -80,9 +143,10 @@ class DualLoraLayer(BaseTunerLayer):
         self.duallora_dropout = nn.ModuleDict({})
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
-        self.duallora_step = BufferDict({}, persistent=True)
-        self.duallora_seed = BufferDict({}, persistent=True)
+        self.duallora_step = Counters({}, persistent=True)
+        self.duallora_seed = Seeds()
         self.duallora_initial = nn.ModuleDict({})
+        self.fixed_signs: dict[str, Tensor] = {}  # no buffers: an average of integers is no sign
         # gradient_tokens_by="spectrum": the present share, saved with the adapter, and its two working forms.
         self.duallora_tokens = BufferDict({}, persistent=True)
         self.token_shares: dict[str, Tensor] = {}
@@ -93,6 +157,7 @@ class DualLoraLayer(BaseTunerLayer):
         self.requantise: quantized.Requantise | None = None
         self.shares_weight = False  # with another module: found out by the model
         self.module_name = ""  # in the base model
+        self.mixed_batch = False  # in a forward whose rows have adapters of their own
         self._tied_weight: list[nn.Parameter] = []  # a list, or it would be registered as a parameter of this layer
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         base = self.get_base_layer()
@@ -122,7 +187,7 @@ class DualLoraLayer(BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._eval_cache = EvalCache()  # copy.copy would share it
-        track(self)  # a copied or unpickled layer counts steps too
+        track_copy(self)
         if self.token_probes:
             account(self)
 
@@ -150,7 +215,7 @@ class DualLoraLayer(BaseTunerLayer):
         self.duallora_dropout[adapter_name] = nn.Dropout(p=dropout) if dropout > 0 else nn.Identity()
         # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
         start = 0 if config.init_weights else config.warmup_steps
-        self.duallora_step[adapter_name] = torch.tensor(start, dtype=torch.int64)
+        self.duallora_step[adapter_name] = new_counter(start)
         if self.samples_tokens and config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
             self.duallora_tokens[adapter_name] = torch.zeros((), dtype=torch.int64)
             self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), device="cpu", requires_grad=True)
@@ -227,11 +292,11 @@ class DualLoraLayer(BaseTunerLayer):
         device = self.duallora_A[adapter_name].device
         if adapter_name not in self.duallora_seed or device.type == "meta":
             return
-        seed = int(self.duallora_seed[adapter_name])
+        seed = self.duallora_seed.values_of[adapter_name]
         if self.duallora_config[adapter_name].direction == "fixed":
-            tensors = {"sign": draw_signs(seed, self.out_features, self.in_features)}
-        else:
-            tensors = dict(zip("ABCD", self._draw(adapter_name, seed), strict=True))
+            self.fixed_signs[adapter_name] = draw_signs(seed, self.out_features, self.in_features).to(device)
+            return
+        tensors = dict(zip("ABCD", self._draw(adapter_name, seed), strict=True))
         held = BufferDict({name: tensor.to(device) for name, tensor in tensors.items()}, persistent=False)
         self.duallora_initial[adapter_name] = held
 
@@ -249,15 +314,25 @@ class DualLoraLayer(BaseTunerLayer):
         for held, value in counters:
             held[adapter_name] = value.to(held[adapter_name].device)
 
+    def __getattr__(self, name: str) -> Any:
+        """What models read off their layers (``stride``, ``num_embeddings``) is the base layer's."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.get_base_layer(), name)
+
     def train(self, mode: bool = True) -> DualLoraLayer:
         """Training mode; going to training gives the memory of the evaluation cache back."""
         if mode:
             self._eval_cache.drop()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> DualLoraLayer:
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DualLoraLayer:
         self._eval_cache.drop()
-        return super()._apply(*args, **kwargs)
+        self.fixed_signs = {adapter: fn(signs) for adapter, signs in self.fixed_signs.items()}
+        return super()._apply(fn, *args, **kwargs)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of this layer on or off."""
@@ -284,16 +359,14 @@ class DualLoraLayer(BaseTunerLayer):
 
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """The gate of each adapter (see :mod:`duallora.core.gate`); frozen while merged."""
-        for adapter in self.duallora_A:
+        for adapter in list(self.duallora_A):
             if active_only and adapter not in self.active_adapters:
                 continue
-            yield Gate(
-                adapter,
-                self.duallora_step[adapter],
-                self._warmup_steps(adapter),
-                [p for p in self._factors(adapter) if p is not None],
-                adapter in self.merged_adapters,
-            )
+            step, config = self.duallora_step._buffers.get(adapter), self.duallora_config.get(adapter)
+            if step is None or config is None:  # another thread is adding or deleting it
+                continue
+            factors = [p for p in self._factors(adapter) if p is not None]
+            yield Gate(adapter, step, _ramp_steps(config), factors, adapter in self.merged_adapters)
 
     def _factors(self, adapter: str) -> list[nn.Parameter | None]:
         """[A, B, C, D]; C and D are None with fixed signs."""
@@ -301,14 +374,15 @@ class DualLoraLayer(BaseTunerLayer):
 
     def _warmup_steps(self, adapter: str) -> int:
         """Length of the ramp in optimizer steps; 0 without a ramp."""
-        config = self.duallora_config[adapter]
-        return config.warmup_steps if config.warmup == "ramp" else 0
+        return _ramp_steps(self.duallora_config[adapter])
 
     def _arguments(self, adapter: str) -> tuple[Any, ...]:
         """(A, B, C, D, gate * scaling): the positional arguments of :func:`dual_delta`."""
         scaling: float | Tensor = self.scaling[adapter]
         if steps := self._warmup_steps(adapter):
             scaling = scaling * ramp(self.duallora_step[adapter], steps)
+            if not torch.compiler.is_compiling():
+                watch_forward(self, adapter)
         return *self._factors(adapter), scaling
 
     def _options(self, adapter: str) -> dict[str, Any]:
@@ -320,7 +394,7 @@ class DualLoraLayer(BaseTunerLayer):
             "ste_clip": config.ste_clip,
         }
         if config.direction == "fixed":
-            options["fixed_sign"] = self.duallora_initial[adapter]["sign"]
+            options["fixed_sign"] = self.fixed_signs[adapter]
         elif config.warmup == "residual" and config.init_weights:
             options["initial"] = [self.duallora_initial[adapter][name] for name in "ABCD"]
         return options
@@ -351,6 +425,41 @@ class DualLoraLayer(BaseTunerLayer):
                 return self._delta(adapter, None)  # the weight may be one that cannot be read
             W = self._base_weight()
             return self._delta(adapter, self._matrix(W)).view(W.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight this layer computes with, for a parent that reads it: W0 + dW of the adapters that act, or W0.
+
+        Of a base layer that is quantised, sharded or offloaded it is the stored one, without any dW.
+        """
+        base = self.get_base_layer()
+        W = base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's; GPTQ and its like
+        adapters = [] if self.disable_adapters else self._acting()
+        plain = type(W) in (nn.Parameter, Tensor) and W.is_floating_point() and not (W.is_meta or hasattr(W, "ds_id"))
+        if not adapters or not plain:
+            return W
+        return read_weight(W, lambda: self._read(W, adapters))
+
+    def _read(self, W: Tensor, adapters: list[str]) -> Tensor:
+        """W0 + dW in the layout of the base weight, differentiable."""
+        for adapter in adapters:
+            if self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout):
+                raise ConfigError(
+                    f"{self.module_name}: its parent reads this layer's weight instead of calling it, where "
+                    f"duallora_dropout={self.duallora_config[adapter].duallora_dropout} cannot act: set it to 0, or name the "
+                    "layer in exclude_modules."
+                )
+        if self.mixed_batch:
+            raise ConfigError(
+                f"{self.module_name}: its parent reads this layer's weight instead of calling it, so the rows of a batch "
+                "cannot have adapters of their own: leave adapter_names out, or name the layer in exclude_modules."
+            )
+        if self.merged and any(
+            adapter in self.duallora_m for adapter in adapters
+        ):  # lengths of W0, not of what is merged
+            W0 = self._matrix(self._base_weight())
+            return add_update(W, *(self._delta(adapter, W0).view(W.shape) for adapter in adapters))
+        return self._merged_weight(self._matrix(W), adapters).view(W.shape)
 
     # -- scale ---------------------------------------------------------------------------------------------------
 
@@ -628,6 +737,7 @@ class Linear(DualLoraLayer, nn.Module):
                     tensors.append((parameters, adapter))
             tensors.append((self.duallora_step._buffers, adapter))
             objects.append((self.duallora_initial._modules, adapter, self.duallora_initial._modules.get(adapter)))
+            objects.append((self.fixed_signs, adapter, self.fixed_signs.get(adapter)))
             if adapter in self.duallora_initial:
                 initial = self.duallora_initial[adapter]._buffers
                 tensors += [(initial, name) for name in initial]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import peft
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from duallora.core.reads import only_read
+from duallora import ties
+from duallora.core.gate import never_trained, never_trained_message
 from duallora.errors import ConfigError
-from duallora.ops import keep_off_the_fast_path
 from duallora.tuner import quantized
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.conv import TORCH, Conv, convolves_as_torch
@@ -50,23 +50,28 @@ class DualLoraModel(BaseTuner):
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
+        self._adapt_everywhere()
         self._find_shared_weights()
 
-    def _find_shared_weights(self) -> list[list[str]]:
-        """Tell the layers whether their weight is another module's too; returns the names of modules that share one."""
-        users: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules():
+    def _find_shared_weights(self) -> None:
+        """Tell the layers whether their weight is another module's too."""
+        users: Counter[int] = Counter()
+        for module in self.model.modules():
             held = [p for p in module._parameters.values() if p is not None]
-            for parameter in [*held, *getattr(module, "_tied_weight", ())]:
-                users.setdefault(id(parameter), []).append(
-                    name.removesuffix(".base_layer").removesuffix(".original_module")
-                )
+            users.update(id(parameter) for parameter in [*held, *getattr(module, "_tied_weight", ())])
         for layer in self._layers():
-            layer.shares_weight = len(users.get(id(getattr(layer.get_base_layer(), "weight", None)), ())) > 1
-        return [names for names in users.values() if len(names) > 1]
+            layer.shares_weight = users[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+
+    def _adapt_everywhere(self) -> None:
+        """A module that stands in several places of the model is one layer in all of them."""
+        layers = {layer.base_layer: layer for layer in self._layers()}
+        for module in list(self.model.modules()):
+            for name, child in module._modules.items():
+                if child in layers and module is not layers[child]:
+                    module._modules[name] = layers[child]
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The base model's; None where it has none. transformers raises there, and PEFT asks when an adapter is saved."""
+        """The base model's; None where it has none. transformers 5 raises there, and PEFT asks when an adapter is saved."""
         try:
             return self.model.get_input_embeddings()
         except NotImplementedError:
@@ -112,18 +117,32 @@ class DualLoraModel(BaseTuner):
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         """Before the first layer is merged: unloading that fails half way would have lost the adapter of some."""
         for layer in self._layers():
-            names = layer.active_adapters if adapter_names is None else adapter_names
-            if any(name in layer.duallora_A for name in names):
+            if _merges(layer, adapter_names):
                 quantized.require_writable(layer.get_base_layer(), layer.requantise)
 
+    def _name_never_trained(self, adapter_names: list[str] | None) -> None:
+        layers = self._layers()
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if message := never_trained_message(never_trained(layers, adapter)):
+                warnings.warn(f"Merging a Dual LoRA adapter of which {message}", stacklevel=4)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        names = kwargs.get("adapter_names")
+        merged = {layer for layer in self._layers() if layer.merged or (merge and _merges(layer, names))}
         if merge:
-            self._require_mergeable(kwargs.get("adapter_names"))
-        shared, configs = self._find_shared_weights(), _tying_configs(self.model)
-        with quantized.merge_losses(self.model) as losses, warnings.catch_warnings():
+            self._require_mergeable(names)
+            self._name_never_trained(names)
+        before, after = dict(_tensors(self.model)), dict(_tensors(self.model, merged=merged))
+        untying = ties.plan(self.model, before, after)
+        with quantized.merge_losses(self.model) as losses, warnings.catch_warnings(), ties.flags_kept(self.model):
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        _untie(unloaded, shared, configs)
+        for module in list(unloaded.modules()):  # of a layer that stands in several places PEFT unloads one
+            for name, child in module._modules.items():
+                if isinstance(child, DualLoraLayer):
+                    module._modules[name] = child.get_base_layer()
+        if untying:
+            untying.apply(unloaded, stacklevel=3)
         quantized.warn_of(losses, stacklevel=4)
         for handle in self._forward_hooks_of_base:
             handle.remove()
@@ -132,6 +151,7 @@ class DualLoraModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """PEFT's; where weights are quantised, one warning says what rounding W0 + dW to their grid loses."""
         self._require_mergeable(adapter_names)
+        self._name_never_trained(adapter_names)
         with quantized.merge_losses(self.model) as losses:
             super().merge_adapter(adapter_names, *args, **kwargs)
         quantized.warn_of(losses)
@@ -140,12 +160,11 @@ class DualLoraModel(BaseTuner):
         super()._prepare_model(peft_config, model)
         quantized.keep_exact(model)
         quantized.include_all_linear(peft_config, model)
-        _leave_out_what_is_only_read(peft_config, model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's wants a weight attribute where an adapter is taken off, and moves an 8-bit layer's factors, be they on meta.
-        taken_off, state = getattr(child, "base_layer", None) is new_module, getattr(child, "state", None)
-        if taken_off or state is not None:
+        # PEFT's wants a weight attribute of what takes an adapter's place (modules_to_save may have none), and moves an
+        # 8-bit layer's factors, be they on meta.
+        if not isinstance(new_module, DualLoraLayer) or getattr(child, "state", None) is not None:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -212,11 +231,6 @@ class DualLoraModel(BaseTuner):
                 f"target module {current_key!r} is a {stored.name} layer, whose weight cannot be read; use_dora needs its "
                 "row lengths. Set use_dora=False, or load the base model unquantised."
             )
-        if target_name in only_read(parent) and not peft_config.inference_mode:  # saved ones load as they are
-            raise ConfigError(
-                f"target module {current_key!r} belongs to {type(parent).__name__}, which reads its weight without calling "
-                f"it, so an adapter there would do nothing: add {target_name!r} to exclude_modules."
-            )
         if peft_config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
             warnings.warn(
                 f"fan_in_fan_out=True has no effect on {current_key!r}: a torch.nn.Linear stores [out, in].",
@@ -224,7 +238,6 @@ class DualLoraModel(BaseTuner):
             )
         new_module = kind(target, adapter_name, **arguments)
         new_module.requantise = quantized.requantiser(self.model)
-        keep_off_the_fast_path(parent, new_module)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, new_module, target)
@@ -252,9 +265,13 @@ class DualLoraModel(BaseTuner):
         hook = partial(_with_adapter_names, adapter_names=adapter_names)
         wrapped = [m for m in self.modules() if isinstance(m, (DualLoraLayer, AuxiliaryTrainingWrapper))]
         handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in wrapped]
+        for layer in self._layers():
+            layer.mixed_batch = True
         try:
             yield
         finally:
+            for layer in self._layers():
+                layer.mixed_batch = False
             for handle in handles:
                 handle.remove()
 
@@ -287,28 +304,6 @@ class DualLoraModel(BaseTuner):
         )
 
 
-def _leave_out_what_is_only_read(config: DualLoraConfig, model: nn.Module) -> None:
-    """Take the linear layers that their parent reads without calling them out of ``target_modules="all-linear"``."""
-    if config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        return
-    modules = dict(model.named_modules())
-    targets: set[str] = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
-    read = [name for name in modules if name in targets and _is_only_read(modules, name)]
-    if read:
-        config.target_modules = targets - {*read}
-        owners = sorted({type(modules[name.rpartition(".")[0]]).__name__ for name in read})
-        warnings.warn(
-            f"target_modules='all-linear' leaves out {len(read)} layers such as {read[0]!r}: {', '.join(owners)} reads "
-            "their weight without calling them, so an adapter there would do nothing.",
-            stacklevel=2,
-        )
-
-
-def _is_only_read(modules: dict[str, nn.Module], name: str) -> bool:
-    parent, _, child = name.rpartition(".")
-    return child in only_read(modules[parent])
-
-
 def _warn_of_experts(model: nn.Module) -> None:
     """transformers 5 keeps the experts of a layer in one 3-d parameter, which is no module to target."""
     names = [
@@ -326,26 +321,30 @@ def _warn_of_experts(model: nn.Module) -> None:
         )
 
 
-def _tying_configs(model: nn.Module) -> list[Any]:
-    """The configs (of the model, of its text part) that tie the word embeddings."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return [c for c in (config, text) if getattr(c, "tie_word_embeddings", False)]
+def _merges(layer: DualLoraLayer, adapter_names: list[str] | None) -> bool:
+    return any(name in layer.duallora_A for name in adapter_names or layer.active_adapters)
 
 
-def _untie(model: nn.Module, shared: list[list[str]], configs: list[Any]) -> None:
-    """Where merging gave a tied module a weight of its own, say so in the config, or loading would tie them again."""
-    for names in shared:
-        weights = [getattr(model.get_submodule(name), "weight", None) for name in names]
-        if all(weight is weights[0] for weight in weights):
-            continue
-        for config in configs:
-            config.tie_word_embeddings = False
-        remedy = ": tie_word_embeddings is now False in the model's config" if configs else ""
-        warnings.warn(
-            f"{' and '.join(names)} shared one weight; with an adapter merged into it each has its own{remedy}.",
-            stacklevel=4,
-        )
+def _tensors(
+    module: nn.Module, name: str = "", merged: Container[nn.Module] | None = None
+) -> Iterator[tuple[str, Hashable]]:
+    """Each tensor's name in the model without adapters, and what it is: there, or with those of ``merged`` merged."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        copies = getattr(module, "modules_to_save", {})
+        active = [adapter for adapter in module.active_adapters if adapter in copies]
+        module = module.original_module if merged is None or not active else copies[active[0]]
+    layer = module if isinstance(module, DualLoraLayer) else None
+    module = layer.get_base_layer() if layer else module
+    for _, key, tensor in ties.slots(module):
+        identity = id(tensor)
+        if layer and key == "weight" and merged is None:
+            identity = id(layer._tied_weight[0]) if layer._tied_weight else identity
+        elif layer and key == "weight" and layer in merged:  # type: ignore[operator]
+            identity = id(layer)
+        yield f"{name}{key}", identity
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _tensors(child, f"{name}{key}.", merged)
 
 
 def param_groups(model: nn.Module, lr: float, direction_lr_ratio: float = 1.0) -> list[dict[str, Any]]:

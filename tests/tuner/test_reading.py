@@ -1,0 +1,170 @@
+"""Parents that read a layer's weight instead of calling it get W0 + dW, and the adapter is trained through it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from duallora import DualLoraConfig
+from duallora.errors import ConfigError
+from duallora.nn import adapt, merge
+
+
+class Reader(nn.Module):
+    """Looks at the type and the device first, as T5 does, and never calls its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.table, self.conv = nn.Linear(6, 5), nn.Embedding(7, 6), nn.Conv1d(5, 4, 3)
+
+    def forward(self, ids):
+        x = F.embedding(ids, self.table.weight).to(self.proj.weight.device, self.proj.weight.dtype)
+        assert self.proj.weight.shape == (self.proj.out_features, self.proj.in_features) == (5, 6)
+        y = F.linear(x, self.proj.weight, self.proj.bias)
+        return F.conv1d(y.mT, self.conv.weight, self.conv.bias, self.conv.stride)
+
+
+class Caller(Reader):
+    """The same by calls."""
+
+    def forward(self, ids):
+        return self.conv(self.proj(self.table(ids)).mT)
+
+
+IDS = torch.tensor([[0, 3, 6, 3], [1, 1, 2, 5]])
+
+
+def adapted(kind: type[nn.Module], **options):
+    torch.manual_seed(0)
+    options = {"r": 2, "init_seed": 3, "warmup": "none", "init_std": 0.5, **options}
+    return peft.get_peft_model(kind(), DualLoraConfig(target_modules=["proj", "table", "conv"], **options))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(IDS).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"magnitude": "abs", "forward": "added"}])
+def test_reading_computes_and_trains_what_calling_does(options):
+    reader, caller = adapted(Reader, **options), adapted(Caller, **options)
+    torch.testing.assert_close(reader(IDS), caller(IDS))
+    ours, theirs = gradients(reader), gradients(caller)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
+        assert gradient.any(), name
+
+
+def test_merged_and_unmerged_are_the_same_bits_and_disabled_is_the_base():
+    reader = adapted(Reader).eval()
+    base = Reader()
+    torch.manual_seed(0)
+    base = Reader()
+    with reader.disable_adapter():
+        assert torch.equal(reader(IDS), base(IDS))
+    y = reader(IDS)
+    assert not torch.equal(y, base(IDS))
+    assert torch.equal(copy.deepcopy(reader)(IDS), y)
+    reader.merge_adapter()
+    assert torch.equal(reader(IDS), y)
+    reader.unmerge_adapter()
+    assert torch.equal(reader(IDS), y)
+    assert torch.equal(reader.merge_and_unload()(IDS), y)
+
+
+def test_without_peft_too():
+    torch.manual_seed(0)
+    options = {"r": 2, "init_seed": 3, "warmup_steps": 0, "init_std": 0.5}
+    reader, caller = (adapt(copy.deepcopy(Reader()), ["proj"], **options) for _ in range(2))
+    caller.load_state_dict(reader.state_dict())
+    caller.forward = lambda ids: Caller.forward(caller, ids)
+    torch.testing.assert_close(reader(IDS), caller(IDS))
+    ours, theirs = gradients(reader), gradients(caller)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
+        assert gradient.any(), name
+    y = reader(IDS)
+    assert torch.equal(merge(reader)(IDS), y)
+
+
+def test_writing_reaches_the_base_weight():
+    """Code that sets a weight up means the stored one; a write to W0 + dW would be lost."""
+    reader = adapted(Reader)
+    proj = reader.base_model.model.proj
+    with torch.no_grad():
+        proj.weight.zero_()
+        proj.weight[1, 2] = 3.0
+        proj.weight.data += 1
+    want = torch.ones(5, 6)
+    want[1, 2] = 4.0
+    assert torch.equal(proj.base_layer.weight, want)
+
+
+def test_what_cannot_act_on_a_weight_that_is_read_is_refused():
+    with pytest.raises(ConfigError, match=r"proj: its parent reads.*duallora_dropout=0.5 cannot act"):
+        adapted(Caller, duallora_dropout=0.5).base_model.model.proj.weight + 0
+    mixed = adapted(Reader).eval()
+    with pytest.raises(ConfigError, match="rows of a batch cannot have adapters of their own"):
+        mixed(IDS, adapter_names=["default", "__base__"])
+    with pytest.raises(ConfigError, match="rows of a batch cannot"):  # and it is over afterwards
+        mixed(IDS, adapter_names=["default", "__base__"])
+    mixed(IDS)
+
+
+def test_a_compiler_reads_it_too():
+    reader = adapted(Reader).eval()
+    compiled = torch.compile(reader, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS), reader(IDS))
+
+
+SPEECH = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "conv_dim": (8, 8),
+    "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0,
+    "activation_dropout": 0.0, "layerdrop": 0.0, "apply_spec_augment": False,
+}  # fmt: skip
+MODELS = {
+    "WavLM": (lambda: transformers.WavLMModel(transformers.WavLMConfig(**SPEECH)), ["q_proj", "v_proj"]),
+    "Mamba": (
+        lambda: transformers.MambaModel(
+            transformers.MambaConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1, state_size=4, time_step_rank=2)
+        ),
+        ["dt_proj", "conv1d", "x_proj"],
+    ),
+    "wav2vec2, which writes into outputs": (
+        lambda: transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SPEECH)),
+        "all-linear",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_read_or_overwrite(name):
+    build, targets = MODELS[name]
+    torch.manual_seed(0)
+    x = IDS if name == "Mamba" else torch.randn(1, 80)
+    config = DualLoraConfig(r=2, target_modules=targets, warmup_steps=1, init_std=0.5, direction_init_std=0.1)
+    model = peft.get_peft_model(build(), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*got no gradient")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).last_hidden_state.square().mean().backward()
+            optimizer.step()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.eval()
+    with torch.no_grad():
+        y = model(x).last_hidden_state
+        with model.disable_adapter():
+            assert not torch.equal(model(x).last_hidden_state, y)
+        assert torch.equal(model.merge_and_unload()(x).last_hidden_state, y)
