@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import duallora
 from duallora import DualLoraConfig
@@ -120,6 +120,19 @@ def test_targeting(llama):
         adapted(llama(), target_modules=["query"])
     with pytest.raises(ValueError, match=r"'model\.norm' is a LlamaRMSNorm; Dual LoRA adapts torch\.nn\.Linear"):
         adapted(llama(), target_modules=["model.norm"])
+
+
+def test_a_model_without_word_embeddings_is_saved(tmp_path):
+    """transformers 5 raises where PEFT asks such a model for them, after the training."""
+    config = Wav2Vec2Config(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[16],
+        conv_stride=[5], conv_kernel=[10], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = adapted(Wav2Vec2ForCTC(config), target_modules=["q_proj"], task_type=None)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 5  # A, B, C, D and the counter
+    assert peft.PeftModel.from_pretrained(Wav2Vec2ForCTC(config), tmp_path)
 
 
 def test_the_saved_counter_decides_the_gate(llama, ids, tmp_path):

@@ -70,6 +70,13 @@ class DualLoraModel(BaseTuner):
                 if child in layers and module is not layers[child]:
                     module._modules[name] = layers[child]
 
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The base model's; None where it has none. transformers 5 raises there, and PEFT asks when an adapter is saved."""
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError:
+            return None
+
     def _layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
 

@@ -1,0 +1,295 @@
+"""What an adapter must do on a model, whatever its class: the checks, for Dual LoRA and for PEFT's LoRA as the judge.
+
+The verdict on a check is True, or a text that says what was found instead. LoRA's merge rounds, so its outputs are
+compared within a tolerance; Dual LoRA's must be equal to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from architectures.build import Small, floats, reason
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import duallora
+from duallora import DualLoraConfig
+from duallora.errors import ConfigError
+from duallora.nn import DualLoraLinear
+
+Verdict = bool | str
+METHODS = ("duallora", "nn", "lora")
+OPTIONS: dict[str, Any] = {
+    "r": 2, "alpha": 8, "warmup_steps": 1, "init_std": 0.3, "direction_init_std": 0.1, "init_seed": 0
+}  # fmt: skip
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "lora": lambda targets: LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False),
+    "duallora": lambda targets: DualLoraConfig(target_modules=targets, **OPTIONS),
+}
+STEPS = 2  # the first opens the gate
+
+
+def targets(model: PreTrainedModel) -> dict[str, list[str] | str]:
+    """The sets of targets: "linear", "head", "embeddings" (of the input), "positions" (all others), "convolutions"."""
+    names = {module: name for name, module in model.named_modules()}
+    linear = [module for module in names if isinstance(module, (nn.Linear, Conv1D))]
+    sets: dict[str, list[str] | str] = {}
+    if linear:
+        sets["linear"] = "all-linear"
+    head = _given(model.get_output_embeddings) or next(
+        (m for m in reversed(linear) if not any(part.isdigit() for part in names[m].split("."))), None
+    )
+    if isinstance(head, (nn.Linear, Conv1D)) and head in names:
+        sets["head"] = [names[head]]
+    first = _given(model.get_input_embeddings)
+    if isinstance(first, nn.Embedding) and first in names:
+        sets["embeddings"] = [names[first]]
+    sets["positions"] = [n for m, n in names.items() if isinstance(m, nn.Embedding) and m is not first]
+    sets["convolutions"] = [n for m, n in names.items() if type(m) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
+    return {name: chosen for name, chosen in sets.items() if chosen}
+
+
+def _given(method: Callable[[], Any]) -> Any:
+    try:
+        return method()
+    except (NotImplementedError, AttributeError, TypeError):
+        return None
+
+
+def outputs(model: nn.Module, small: Small) -> list[Tensor]:
+    torch.default_generator.manual_seed(3)  # some models draw noise
+    with torch.no_grad():
+        return floats(model(**small.inputs))
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor], scale: float | None = None) -> Verdict:
+    """Whether these are the same numbers: to the bit, or where ``scale`` is given within a thousandth of it."""
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        return f"other shapes: {[tuple(t.shape) for t in ours]}, {[tuple(t.shape) for t in theirs]}"[:120]
+    worst = distance(ours, theirs)
+    allowed = (
+        0.0
+        if scale is None
+        else 1e-2 * scale + 1e-5 * max((float(t.abs().max()) for t in theirs if t.numel()), default=0.0)
+    )
+    return worst <= allowed or f"differs by {worst:.2g}"
+
+
+def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    return max(
+        (
+            float((a - b).abs().nan_to_num(nan=float("inf")).max())
+            for a, b in zip(ours, theirs, strict=True)
+            if a.numel()
+        ),
+        default=0.0,
+    )
+
+
+@contextmanager
+def verdict(found: dict[str, Verdict], name: str) -> Iterator[None]:
+    """An error inside is the verdict on this check."""
+    try:
+        yield
+    except Exception as error:
+        found[name] = ("refused: " if isinstance(error, ConfigError) else "") + reason(error)
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """Weights mapped from a file lie at any address, and weights may want a gradient: kernels round differently there."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval().requires_grad_(False)
+
+
+def reloaded(model: PreTrainedModel, small: Small, expected: list[Tensor]) -> Verdict:
+    """Save ``model``, load it with its own class, compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again, info = type(model).from_pretrained(folder, output_loading_info=True)
+        same = equal(outputs(aligned(again), small), expected)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        return f"newly initialised: {len(missing)} such as {missing[0]}; {'equal' if same is True else same}"
+    return same
+
+
+def of_the_base(small: Small) -> dict[str, Verdict]:
+    """What the model does by itself, without an adapter."""
+    found: dict[str, Verdict] = {}
+    expected = outputs(small.model, small)
+    found["deterministic"] = equal(outputs(small.model, small), expected)
+    with verdict(found, "deepcopy"):
+        found["deepcopy"] = equal(outputs(copy.deepcopy(small.model), small), expected)
+    with verdict(found, "pickle"):
+        found["pickle"] = equal(outputs(pickle.loads(pickle.dumps(small.model)), small), expected)  # noqa: S301
+    with verdict(found, "reload"):
+        found["reload"] = reloaded(copy.deepcopy(small.model), small, expected)
+    return found
+
+
+def train(model: nn.Module, layers: dict[str, nn.Module], small: Small) -> tuple[list[str], str]:
+    """Names of the adapted layers without a gradient after the first backward, and what was warned of."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02, weight_decay=0.0)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # or the base itself would change
+    idle: list[str] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(STEPS):
+            torch.default_generator.manual_seed(4)
+            g = torch.Generator().manual_seed(5)
+            found = [t for t in floats(model(**small.inputs)) if t.requires_grad]
+            if not found:
+                return list(layers), NOTHING
+            torch.stack([(t * torch.randn(t.shape, generator=g)).mean() for t in found]).sum().backward()
+            if step == 0:
+                idle = [n for n, m in layers.items() if all(p.grad is None for p in m.parameters() if p.requires_grad)]
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    return idle, " ".join(str(w.message) for w in said)
+
+
+NOTHING = "no output has a gradient"  # torch says so at backward()
+
+
+def run(small: Small, method: str, chosen: list[str] | str) -> dict[str, Any]:
+    """All checks of one method on one set of targets; stops where nothing further can be asked."""
+    found: dict[str, Any] = {}
+    plain = copy.deepcopy(small.model)
+    with verdict(found, "adapt"):
+        model = (
+            duallora.nn.adapt(plain, _linear(small.model, chosen), **OPTIONS)
+            if method == "nn"
+            else get_peft_model(plain, CONFIGS[method](chosen))
+        )
+        found["adapt"] = True
+    if found["adapt"] is not True:
+        return found
+    kind = DualLoraLinear if method == "nn" else BaseTunerLayer
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, kind)}
+    found["layers"] = len(layers)
+    with verdict(found, "step"):
+        idle, said = train(model, layers, small)
+        found["step"] = True if said != NOTHING else NOTHING
+        if idle:
+            kinds = sorted({_kind(small.model, name) for name in idle})
+            found |= {"idle": len(idle), "idle_kinds": kinds, "named": all(name in said for name in idle)}
+    if found["step"] is not True:
+        return found
+    if method != "lora":
+        steps = {n: int(m.duallora_step if method == "nn" else m.duallora_step["default"]) for n, m in layers.items()}
+        closed = [n for n, step in steps.items() if step < STEPS and n not in idle]
+        found["gate"] = not closed or f"{len(closed)} closed, such as {closed[0]}"
+        duallora.advance_gate(model, STEPS)  # as if it had been told to: what was not trained acts as well
+    scale = None
+    expected = outputs(model, small)
+    effect = distance(expected, outputs(small.model, small))
+    found["effect"] = effect > 0 or "none"
+    if method == "lora":
+        scale = effect  # its merge rounds
+    for name, duplicate in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):  # noqa: S301
+        with verdict(found, name):
+            found[name] = equal(outputs(duplicate(model), small), expected, scale)
+    if method == "nn":
+        with verdict(found, "save"):
+            again = duallora.nn.adapt(copy.deepcopy(small.model), _linear(small.model, chosen), **OPTIONS)
+            duallora.nn.load_adapter_state_dict(again, duallora.nn.adapter_state_dict(model))
+            found["save"] = equal(outputs(aligned(again), small), expected)
+        with verdict(found, "merged"):
+            merged = duallora.nn.merge(model)
+            found["merged"] = equal(outputs(merged, small), expected)
+            with verdict(found, "reload"):
+                found["reload"] = reloaded(merged, small, outputs(merged, small))
+        return found
+    with verdict(found, "merge"):
+        model.merge_adapter()
+        found["merge"] = equal(outputs(model, small), expected, scale)
+        model.unmerge_adapter()
+        found["unmerge"] = equal(outputs(model, small), expected, scale)
+    model.create_or_update_model_card = lambda folder: None  # a text, and slow
+    with verdict(found, "save"), tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(copy.deepcopy(small.model), folder)
+        found["save"] = equal(outputs(aligned(again), small), expected, scale)
+    with verdict(found, "unload"):
+        found["unload"] = equal(outputs(copy.deepcopy(model).unload(), small), outputs(small.model, small), scale)
+    with verdict(found, "merged"):
+        merged = model.merge_and_unload()
+        found["merged"] = equal(outputs(merged, small), expected, scale)
+        with verdict(found, "reload"):
+            found["reload"] = reloaded(merged, small, outputs(merged, small))
+    if str(found["merged"]).startswith("refused"):
+        found["unchanged"] = equal(outputs(model, small), expected)
+    return found
+
+
+def _linear(model: nn.Module, chosen: list[str] | str) -> list[str] | None:
+    return None if isinstance(chosen, str) else chosen
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    """Which layer of which class this is: "WavLMAttention.q_proj"."""
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if child.isdigit():
+        grandparent, _, middle = parent.rpartition(".")
+        return f"{type(model.get_submodule(grandparent)).__name__}.{middle}.N"
+    return f"{type(owner).__name__}.{child}"
+
+
+def examine(small: Small, method: str) -> dict[str, Any]:
+    """What the model does by itself, and each set of targets under ``method``; nothing where it is not deterministic."""
+    base = of_the_base(small)
+    sets = targets(small.model) if base["deterministic"] is True else {}
+    if method == "nn":  # adapts linear layers of torch
+        linear = {n for n, m in small.model.named_modules() if type(m) is nn.Linear}
+        sets = {
+            name: chosen for name, chosen in sets.items() if linear and (isinstance(chosen, str) or {*chosen} <= linear)
+        }
+    return {"base": base, "targets": {name: run(small, method, chosen) for name, chosen in sets.items()}}
+
+
+def outcome(base: dict[str, Verdict], verdicts: dict[str, Any]) -> str:
+    """ "passed"; "refused", with a reason; "nothing to train", which torch says itself; or "fault"."""
+    if any(str(value).startswith("refused") for value in verdicts.values()):
+        return "refused" if verdicts.get("unchanged", True) is True else "fault"
+    if verdicts.get("step") == NOTHING:
+        return "nothing to train"
+    return "fault" if _wrong(base, verdicts) else "passed"
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What must not be, in words."""
+    return [
+        f"{name}, {check}: {value}"
+        for name, verdicts in found["targets"].items()
+        if outcome(found["base"], verdicts) == "fault"
+        for check, value in _wrong(found["base"], verdicts).items()
+    ]
+
+
+def _wrong(base: dict[str, Verdict], verdicts: dict[str, Any]) -> dict[str, Any]:
+    """All that is not True, but for what the base model cannot do either."""
+    wrong = {}
+    for check, value in verdicts.items():
+        if check in ("layers", "idle", "idle_kinds", "effect") or value is True or base.get(check, True) is not True:
+            continue
+        if check == "named":
+            value = f"{verdicts['idle']} of {verdicts['layers']} untrained: {', '.join(verdicts['idle_kinds'])}"
+        wrong[check] = value
+    return wrong

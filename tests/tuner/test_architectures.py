@@ -1,0 +1,46 @@
+"""Adapters on model classes of transformers of many kinds: trained or named, merged, saved, copied, to the bit.
+
+The whole of transformers goes through the same checks by ``make architectures``; see docs/support.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+from architectures import build, checks
+
+CLASSES = [
+    ("llama", "LlamaForCausalLM"),
+    ("gpt2", "GPT2LMHeadModel"),  # Conv1D, tied
+    ("bloom", "BloomForCausalLM"),
+    ("mixtral", "MixtralForCausalLM"),  # fused experts
+    ("gemma3_text", "Gemma3ForCausalLM"),  # scaled embeddings, layers of two kinds
+    ("mamba", "MambaForCausalLM"),  # reads the weights of dt_proj and conv1d
+    ("bert", "BertForMaskedLM"),  # tied head with a bias of its own
+    ("albert", "AlbertForMaskedLM"),  # one layer, used again and again
+    ("mobilebert", "MobileBertForMaskedLM"),  # reads the weights of its head
+    ("deberta-v2", "DebertaV2ForSequenceClassification"),
+    ("xlnet", "XLNetLMHeadModel"),
+    ("bart", "BartForConditionalGeneration"),  # three tied modules
+    ("t5", "T5ForConditionalGeneration"),  # shared
+    ("wav2vec2", "Wav2Vec2ForCTC"),
+    ("hubert", "HubertForCTC"),
+    ("wavlm", "WavLMForCTC"),  # reads the weights of its projections
+    ("whisper", "WhisperForConditionalGeneration"),
+    ("vit", "ViTForImageClassification"),
+    ("resnet", "ResNetForImageClassification"),
+    ("segformer", "SegformerForSemanticSegmentation"),
+    ("detr", "DetrForObjectDetection"),
+    ("clip", "CLIPModel"),
+    ("paligemma", "PaliGemmaForConditionalGeneration"),
+    ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+    ("patchtst", "PatchTSTForPrediction"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("model_type", "name"), CLASSES)
+@pytest.mark.parametrize("method", ["duallora", "nn"])
+def test_every_layer_trains_or_is_named_and_what_is_merged_saved_or_copied_computes_the_same(model_type, name, method):
+    found = checks.examine(build.small(model_type, name), method)
+    assert found["targets"]
+    assert checks.faults(found) == []
