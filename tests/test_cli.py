@@ -438,7 +438,8 @@ def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, t
     assert cli.run([*command, "--json"]) == 0
     payload = json_line(capsys)
     assert payload["n"] == 3
-    assert payload["data"].count("1 bad row of 4") == 1
+    assert payload["data"] == "new.jsonl"
+    assert sum("1 bad row of 4" in note for note in payload["notes"]) == 1
     result = json.loads(Path("out.json").read_text())
     kept = {"max_length": 40, "batch_size": 3, "num_beams": 2, "max_new_tokens": 4}
     assert {key: result["recipe"][key] for key in kept} == kept
@@ -557,6 +558,27 @@ def test_data_preview_shows_tokens(tiny_causal_folder, own_data, capsys):
     assert json_line(capsys)["format"] == "prompt-completion"
     assert cli.run([*command, "--split", "tset"]) == 2
     assert "train, validation" in capsys.readouterr().err
+
+
+def test_rows_are_previewed_and_checked_as_the_recipe_of_a_run_reads_them(tiny_encoder_folder, capsys):
+    """The same settings tell a run and a look at its data what labels are."""
+    Path("t.csv").write_text("text;label\n" + "".join(f"t{label};{label}.0\n" for label in (0, 10, 2)))
+    model = ["--model", str(tiny_encoder_folder), "--json"]
+    for verb in ("preview", "check"):
+        assert cli.run(["data", verb, "t.csv", *model]) == 0
+        told = json_line(capsys)
+        assert told["kind"] == "classify"
+        assert told["notes"] == [
+            "classification, 3 classes 0, 2, 10 (whole-number labels; --set data.labels=numbers to regress)",
+            "t.csv is separated by semicolons",
+        ]
+        assert cli.run(["data", verb, "t.csv", *model, "--set", "data.labels=numbers"]) == 0
+        assert json_line(capsys)["kind"] == "regress"
+        assert cli.run(["data", verb, "t.csv", *model, "--set", "data.labels=number"]) == 2
+        assert "data.labels" in json_line(capsys)["error"]
+    command = ["train", "--data", "t.csv", "--model", str(tiny_encoder_folder), "--dry-run"]
+    assert cli.run(command) == 0
+    assert "3 classes 0, 2, 10 (whole-number labels" in " ".join(capsys.readouterr().out.split())
 
 
 def test_data_check_counts_rows_and_tokens(tiny_causal_folder, own_data, capsys):

@@ -239,6 +239,7 @@ def evaluate(
         "source": source,
         "task": chosen.name,
         "data": chosen.source,
+        "notes": chosen.notes,
         "split": split,
         "n": len(result.examples),
         "main_metric": chosen.main_metric,
@@ -321,7 +322,9 @@ def data_preview(
         train_on=train_on or recipe.data.train_on,
     )
     console.results.print(shown)
-    return {"source": task.source, "format": task.format, "kind": task.kind, "split": split}
+    return {
+        "source": task.source, "notes": task.notes, "format": task.format, "kind": task.kind, "split": split,
+    }  # fmt: skip
 
 
 @data_app.command("check")
@@ -374,7 +377,8 @@ def data_check(
     console.results.print(table)
     if task.labels:
         console.results.print(f"classes: {escape(', '.join(task.labels))}", soft_wrap=True)
-    return {"source": task.source, "format": task.format, "kind": task.kind, "labels": task.labels, "splits": splits}
+    about = {"source": task.source, "notes": task.notes, "format": task.format, "kind": task.kind}
+    return {**about, "labels": task.labels, "splits": splits}
 
 
 @config_app.command("schema")
@@ -475,6 +479,8 @@ def what_to_score(
         return load(recipe, console.results), recipe, True
     chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe)
     _refuse_other_kind(source, task or str(data), chosen)
+    for note in chosen.notes:
+        console.results.print(escape(note), soft_wrap=True)
     return chosen, recipe, False
 
 
