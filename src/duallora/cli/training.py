@@ -134,15 +134,15 @@ def train(
 
         return {"exit_code": start(launch, _without_option("--launch", context.find_root().obj))}
     from duallora.train import run
+    from duallora.train.progress import command
 
     if dry_run:
         return _plan(recipe)
     result = run.train(recipe, resume=resume, console=console.results)
-    folder = escape(str(result["folder"]))
-    merged = "" if Path(result["adapter"]).name == "model" else f", or duallora merge {folder} -o MERGED"
-    next_step = f"[dim]next: duallora eval {folder}{merged}[/]"
     if os.environ.get("RANK", "0") == "0":
-        console.results.print(next_step, soft_wrap=True)
+        folder = Path(result["folder"])
+        merge_it = f", or {command('merge', folder, '-o', 'MERGED')}" if Path(result["adapter"]).name != "model" else ""
+        console.results.print(f"[dim]next: {escape(command('eval', folder) + merge_it)}[/]", soft_wrap=True)
     return result
 
 
@@ -528,13 +528,14 @@ def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Exampl
     from dataclasses import replace
 
     from duallora.errors import ConfigError
+    from duallora.train.progress import command
 
     if task.kind != "generate" and not hasattr(model, "peft_config"):
         trained = [name for name in model.config.architectures or () if name.endswith("ForSequenceClassification")]
         if not trained:
             raise ConfigError(
                 f"{model.name_or_path} has no classification head, so its classes would be drawn by lot; train one first: "
-                f"duallora train --model {model.name_or_path} ..."
+                f"{command('train', '--model', model.name_or_path)} ..."
             )
     if task.kind != "classify":
         return replace(task, splits={split: examples})

@@ -25,7 +25,7 @@ from duallora.tasks import Example, encode_prompt
 from duallora.train import evaluate, untrusted
 from duallora.train.merge import adapter_kind
 from duallora.train.models import DType, load_tokenizer
-from duallora.train.progress import quiet_libraries
+from duallora.train.progress import command, quiet_libraries
 
 UNLIMITED = 1 << 30  # tokens: no cut while encoding, no limit known
 LOOK_AFTER = 0.5  # seconds between looks whether the client is still there
@@ -129,7 +129,7 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
 
 def _refuse_kind(source: str, kind: str) -> None:
     if kind != "generate":
-        raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use `duallora eval {source}`")
+        raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use {command('eval', source)}")
 
 
 def _leaves_base(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -28,7 +29,7 @@ from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
 from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import Bar, quiet_libraries
+from duallora.train.progress import Bar, command, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
@@ -485,7 +486,7 @@ def find(source: str | Path) -> Path | None:
             status = read_json(path / "run.json").get("status")
             raise ConfigError(
                 f"{path} is a run folder without a finished adapter or model (status: {status}); "
-                f"finish it with: duallora train -c {path / 'recipe.yaml'} --resume auto"
+                f"finish it with: {command('train', '-c', path / 'recipe.yaml', '--resume', 'auto')}"
             )
         raise ConfigError(f"{path} holds neither adapter_config.json nor config.json: expected a run, adapter or model")
     if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
@@ -689,20 +690,34 @@ def own_tokenizer(folder: Path) -> Any:
 
 
 def _from_hub(repository: str) -> Path | None:
-    """The local copy of a hub adapter (configuration, safetensors, tokenizer); None where the hub holds a full model."""
+    """The local copy of a hub adapter: configuration, safetensors, tokenizer, and whatever else its sidecar lists.
+
+    None where the hub holds a full model.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(patterns: list[str]) -> None:
+        with suppress(
+            LocalEntryNotFoundError
+        ):  # offline the cache may lack some: loading says what must not be missing
+            snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
+
     try:
-        hf_hub_download(repository, "adapter_config.json")
-    except LocalEntryNotFoundError:
-        return None  # offline and no adapter in the cache: a full model may be
-    except EntryNotFoundError:
+        folder = Path(hf_hub_download(repository, "adapter_config.json")).parent
+        fetch(["*.json", WEIGHTS, "*.txt", "*.model"])
+        fetch(_listed_files(folder))
+        return folder
+    except EntryNotFoundError:  # also offline, where the cache holds no such adapter: it may hold a full model
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{repository}: no such folder, and the hub cannot give it: {reason}") from None
-    return Path(snapshot_download(repository, allow_patterns=["*.json", WEIGHTS, "*.txt", "*.model"]))
+
+
+def _listed_files(folder: Path) -> list[str]:
+    """What the sidecar lists, as patterns that match these very names."""
+    return [escape(name) for name in map(str, read_sidecar(folder).get("files", ())) if Path(name).name == name]
 
 
 def _folds_exactly(model: PeftModel) -> bool:

@@ -56,7 +56,7 @@ from duallora.train.loop import (
     row_loss,
 )
 from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import amount, clock, quiet_libraries, say, shown, size
+from duallora.train.progress import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
@@ -606,8 +606,8 @@ class _Run:
             with suppress(OSError):
                 record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
         if stopped and (self.began or previous):
-            command = f"duallora train -c {shown(self.folder / 'recipe.yaml')} --resume auto"
-            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{command}[/]")
+            again = escape(command("train", "-c", self.folder / "recipe.yaml", "--resume", "auto"))
+            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{again}[/]")
 
 
 # -- what the run is made of ------------------------------------------------------------------------------------------
