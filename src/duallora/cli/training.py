@@ -230,15 +230,13 @@ def evaluate(
         scoring=scoring,
         console=console.results,
     )
-    _show_scores(source, chosen, split, result)
-    if result.note:
-        console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
     payload = {
         "source": source,
         "task": chosen.name,
         "data": chosen.source,
         "split": split,
         "n": len(result.examples),
+        "truncated": result.truncated,
         "main_metric": chosen.main_metric,
         "metrics": result.metrics,
         "note": result.note,
@@ -250,15 +248,20 @@ def evaluate(
         settings |= generation
         settings |= {"scoring": scoring} if scoring == "likelihood" else {}
         more: dict[str, Any] = {
-            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "note", "predictions")
+            key: payload[key]
+            for key in ("source", "task", "split", "n", "truncated", "main_metric", "note", "predictions")
         }
         fingerprints = {split: chosen.fingerprint(split)}
         record.write_json(
             output,
             record.result("eval", settings, result.metrics, seeds=(), started=started, data=fingerprints, **more),
         )
-        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
         payload["output"] = str(output)
+    _show_scores(source, chosen, split, result)  # after the file is written: what goes wrong here costs no scoring
+    if result.note:
+        console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
+    if output is not None:
+        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
     return payload
 
 
@@ -603,7 +606,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision,
             quantization=recipe.model.quantization,
         )  # fmt: skip
-        _, counts = encode_split(
+        rows, counts = encode_split(
             select(task, "train", recipe.data.limit),
             tokenizer,
             task.kind,
@@ -611,11 +614,15 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             train_on=recipe.data.train_on,
         )
         steps, warmup = run.schedule(recipe, counts.rows)
-        trainable, total = adapter.parameter_counts(adapter.adapt(model, recipe, task.kind, warmup))
+        adapted = adapter.adapt(model, recipe, task.kind, warmup)
+        notes = run.check_lengths(recipe, adapted, tokenizer, task, rows)
+        trainable, total = adapter.parameter_counts(adapted)
     folder = recipe.output or default_output(recipe)
     out = console.results
     say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")
     say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
+    for note in notes:
+        say(out, "note", f"[yellow]{escape(note)}[/]")
     say(out, "steps", f"{steps:,}, of which {warmup:,} warm up the learning rate")
     say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
     return {

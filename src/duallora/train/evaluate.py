@@ -29,6 +29,7 @@ from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
 from duallora.train.models import load_model, weights_fingerprint
+from duallora.train.positions import check_room, positions
 from duallora.train.progress import Bar, command, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
@@ -64,13 +65,14 @@ class Answer(NamedTuple):
 class EvalResult:
     """``metrics`` holds the task's figures and ``loss`` (``perplexity`` too where the task generates); predictions
     (texts, class ids or floats), examples and, where the task generates, ``answers`` are in the order of the split.
-    ``note`` says what a figure's name does not."""
+    ``truncated`` rows were cut to the length asked for; ``note`` says what a figure's name does not."""
 
     metrics: dict[str, float]
     predictions: list[Any]
     examples: list[Example]
     note: str = ""
     answers: list[Answer] = field(default_factory=list)
+    truncated: int = 0
 
 
 def evaluate(
@@ -95,13 +97,17 @@ def evaluate(
     (nats per token) for tasks that generate, over rows otherwise.
 
     Raises:
-        ConfigError: the task has no such split, or no options to compare.
+        ConfigError: the task has no such split, or no options to compare, or the model has too few positions.
         DataError: the split is empty, or a row has no answer or label to score against.
         NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
     """
     check_scoring(task, scoring)
     examples = select(task, split, limit)
-    rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    rows, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    chosen: dict[str, Any] = {"max_length": max_length, "generation": generation, "scoring": scoring}
+    notes = [check_lengths(model, tokenizer, task, examples, **chosen)]
+    if counts.truncated:
+        notes.append(f"{counts.truncated:,} of {counts.rows:,} rows cut to {max_length:,} tokens")
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
     predictions: list[Any]
     with inference(model):
@@ -109,7 +115,8 @@ def evaluate(
             predictions, figures, answers = choose(
                 model, tokenizer, task, examples, rows, max_length=max_length, **shared
             )
-            return EvalResult({**figures, **_losses(answers, split)}, predictions, examples, answers=answers)
+            metrics = {**figures, **_losses(answers, split)}
+            return EvalResult(metrics, predictions, examples, _joined(notes), answers, counts.truncated)
         answers = []
         if task.kind == "generate":
             answers = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
@@ -122,11 +129,49 @@ def evaluate(
             losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
     more: dict[str, float] = {}
-    note = ""
     if task.programs is not None:
         programs = task.programs
         more, note = processes.from_main(lambda: programs(predictions, examples))
-    return EvalResult({**task.metrics(predictions, examples), **more, **losses}, predictions, examples, note, answers)
+        notes.append(note)
+    metrics = {**task.metrics(predictions, examples), **more, **losses}
+    return EvalResult(metrics, predictions, examples, _joined(notes), answers, counts.truncated)
+
+
+def check_lengths(
+    model: Any,
+    tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    generation: Mapping[str, Any] | None = None,
+    scoring: Scoring | None = "generation",
+) -> str:
+    """What to say where rows, or prompts and the answers to them, are longer than the model was made for; '' where none is.
+
+    ``scoring=None`` is for rows that only the loss is taken on. Raises ConfigError where the model has no such positions.
+    """
+    new = 0
+    if task.kind == "generate" and scoring == "generation":
+        new = {**NEUTRAL_GENERATION, **task.generation, **(generation or {})}["max_new_tokens"]
+    if max_length + new <= positions(model, tokenizer).length:
+        return ""
+    if scoring == "likelihood" and task.options is not None:
+        examples = [replace(example, answer=option) for example in examples for option in task.options(example)]
+    rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    prompts = [encode_prompt(example, tokenizer, max_length=max_length) for example in examples if new]
+    return check_room(
+        model, tokenizer, row=_longest(rows), prompt=max((len(prompt) for prompt in prompts), default=0), new=new
+    )
+
+
+def _longest(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of the longest row."""
+    return max(len(row["input_ids"]) for row in rows)
+
+
+def _joined(notes: Sequence[str]) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def check_scoring(task: Task, scoring: Scoring) -> None:
@@ -220,6 +265,7 @@ def log_likelihoods(
     Rows that differ in their last token alone, or end where another goes on, share one pass through the model: the
     options of a question cost hardly more than one answer.
     """
+    check_room(model, tokenizer, row=_longest(rows))
     collate = Collator(tokenizer)
     guests = _sharing(rows)
     hosts = list(guests)
@@ -341,6 +387,7 @@ def generate(
     collate = Collator(tokenizer, side="left")
     settings = {**NEUTRAL_GENERATION, **settings}
     own_ngrams = settings.pop("no_repeat_ngram_size")
+    check_room(model, tokenizer, row=0, prompt=_longest(prompts), new=settings["max_new_tokens"])
     ends = end_tokens(model, tokenizer, chat=any(example.messages for example in examples))
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
@@ -393,6 +440,7 @@ def classify(
     processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Logits [rows, labels] in float32 on the CPU, in the order of ``rows``."""
+    check_room(model, tokenizer, row=_longest(rows))
     collate = Collator(tokenizer)
     batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
     logits: dict[int, torch.Tensor] = {}
