@@ -229,7 +229,7 @@ def test_answers_beyond_the_table_are_refused_before_training(texts, recipe_for,
 
 
 def test_virtual_tokens_are_counted_before_training(folder, texts, console, tmp_path):
-    settings = ("adapter.method=prompt", "train.max_steps=1", "data.eval_fraction=0.2")
+    settings = ("adapter.method=prompt", "train.max_steps=1", "eval.metrics=false")
     recipe = load_recipe(None, settings, model=str(folder("gpt2", 60)), data=str(texts), output=tmp_path / "run")
     with pytest.raises(ConfigError, match=r"longest row has 47 tokens, but .* has 40 positions"):
         run.train(recipe, console=console)
