@@ -8,9 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import IGNORE, Collator, Example, encode, encode_prompt, encode_split, encode_texts
+from duallora.tasks import IGNORE, Collator, Encoded, Example, encode_prompt, encode_split, encode_texts
+from duallora.tasks import encode as encode_all
 
 EOS = "</s>"
+
+
+def encode(example, tokenizer, **options) -> Encoded:
+    """The one sequence of a row that takes no more."""
+    (encoded,) = encode_all(example, tokenizer, **options)
+    return encoded
 
 
 def trained_text(encoded, tokenizer) -> str:

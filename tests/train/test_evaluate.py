@@ -30,7 +30,7 @@ def loss_by_hand(model, tokenizer, examples):
     total, count = 0.0, 0
     with torch.no_grad():
         for example in examples:
-            row = encode(example, tokenizer, max_length=64)
+            (row,) = encode(example, tokenizer, max_length=64)
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
             for position, label in enumerate(row.labels[1:]):
                 if label != -100:
@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_transformers_weighted_by_tokens(trained, task):
     model, tokenizer = evaluate.load_adapter(trained(), "generate")
     total, count = 0.0, 0
     for example in task.splits["validation"]:
-        row = encode(example, tokenizer, max_length=64)
+        (row,) = encode(example, tokenizer, max_length=64)
         trained_tokens = sum(label != -100 for label in row.labels)
         with torch.no_grad():
             output = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels]))

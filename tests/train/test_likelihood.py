@@ -53,7 +53,7 @@ def task():
 
 def by_hand(model, tokenizer, prompt, option):
     """log P(option | prompt): every row on its own, in float64."""
-    encoded = encode(Example(prompt=prompt, answer=option), tokenizer, max_length=512)
+    (encoded,) = encode(Example(prompt=prompt, answer=option), tokenizer, max_length=512)
     ids, labels = encoded.input_ids[:-1], encoded.labels[:-1]  # without the end of text
     with torch.no_grad():
         scores = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 TrainOn = Literal["answer", "all"]
 Into = Literal["auto", "original", "dequantized"]
 EvalData = Annotated[str | None, typer.Option("--eval-data", metavar="DATA", help="Held-out data for --data.")]
-MaxLength = Annotated[int, typer.Option("--max-length", min=8, metavar="N", help="Tokens per example.")]
+MaxLength = Annotated[
+    int | None, typer.Option("--max-length", min=8, metavar="N", help="Tokens per example; 512 if not given.")
+]
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at training data before using it.")
 config_app = typer.Typer(no_args_is_help=True, help="The settings of a run: their schema and resolved values.")
@@ -295,9 +297,10 @@ def data_preview(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
     ] = "builtin:smollm2-135m",
-    max_length: MaxLength = 512,
-    train_on: Annotated[TrainOn, typer.Option("--train-on", help="Where the loss is.")] = "answer",
+    max_length: MaxLength = None,
+    train_on: Annotated[TrainOn | None, typer.Option("--train-on", help="Where the loss is: answer or all.")] = None,
     data_dir: DataDir = None,
+    overrides: Overrides = None,
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
@@ -309,10 +312,17 @@ def data_preview(
     from duallora.tasks.preview import preview
     from duallora.train.models import load_tokenizer
 
-    task = _named(name, data_dir)
+    task, recipe = _named(name, data_dir, overrides)
     if split not in task.splits:
         raise ConfigError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}")
-    shown = preview(task, load_tokenizer(model), split=split, rows=rows, max_length=max_length, train_on=train_on)
+    shown = preview(
+        task,
+        load_tokenizer(model),
+        split=split,
+        rows=rows,
+        max_length=max_length or recipe.data.max_length,
+        train_on=train_on or recipe.data.train_on,
+    )
     console.results.print(shown)
     return {"source": task.source, "format": task.format, "kind": task.kind, "split": split}
 
@@ -323,8 +333,9 @@ def data_check(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
     ] = "builtin:smollm2-135m",
-    max_length: MaxLength = 512,
+    max_length: MaxLength = None,
     data_dir: DataDir = None,
+    overrides: Overrides = None,
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
@@ -338,15 +349,19 @@ def data_check(
     from duallora.tasks import encode_split
     from duallora.train.models import load_tokenizer
 
-    task = _named(name, data_dir)
+    task, recipe = _named(name, data_dir, overrides)
+    max_length = max_length or recipe.data.max_length
     tokenizer = load_tokenizer(model)
-    console.results.print(f"{escape(task.source)}: {task.format}", soft_wrap=True)
+    for line in (f"{task.source}: {task.format}", *task.notes):
+        console.results.print(escape(line), soft_wrap=True)
     table = Table(Column("split", no_wrap=True), box=SIMPLE)
     for heading in ("rows", "tokens", "trained", "shortest", "median", "longest", f"over {max_length}"):
         table.add_column(heading, justify="right")
     splits: dict[str, Any] = {}
     for split, examples in task.splits.items():
-        encoded, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+        encoded, counts = encode_split(
+            examples, tokenizer, task.kind, max_length=max_length, train_on=recipe.data.train_on
+        )
         lengths = sorted(len(row["input_ids"]) for row in encoded)
         facts = {
             "rows": counts.rows,
@@ -406,11 +421,15 @@ def config_show(
     return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
 
 
-def _named(name: str, data_dir: Path | None) -> Task:
-    """The task of that name, else the data at that path or hub id."""
-    from duallora.tasks import load_data, load_task, names
+def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tuple[Task, Recipe]:
+    """The task of that name, else the data at that path or hub id, as a run with these settings reads it."""
+    from duallora.tasks import names
+    from duallora.train.recipe import load_recipe
+    from duallora.train.run import read
 
-    return load_task(name, data_dir=data_dir) if name in names() else load_data(name)
+    what = {"task": name, "data_dir": data_dir} if name in names() else {"data": name}
+    recipe = load_recipe(None, overrides or (), **what)
+    return read(recipe), recipe
 
 
 def held_out(task: Task) -> str:
@@ -499,7 +518,9 @@ def _every_row(data: str, recipe: Recipe | None) -> Task:
     if recipe is None:
         task = load_data(data, eval_data=data)
     else:
-        task = load_data(data, eval_data=data, format=recipe.data.format, bad_rows=recipe.data.bad_rows)
+        from duallora.train.run import reading
+
+        task = load_data(data, eval_data=data, **reading(recipe.data))
     rows = task.splits["train"]
     return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
 

@@ -2,38 +2,43 @@
 
 Rules, the same for every causal task:
 
-* prompt and answer are tokenised on their own and concatenated, so that the answer starts at a token boundary in
-  training exactly as it does in generation;
+* the answer starts at a token boundary, in training exactly as in generation: no token holds the end of the prompt and
+  the beginning of the answer;
 * the loss is on the answer and the end-of-text token (``train_on="answer"``), or on everything but the
   beginning-of-text token (``train_on="all"``);
 * too long: untrained tokens before the first trained one go first, from the left; the answer loses its end only when
   it does not fit on its own. The end-of-text token goes with it: a cut answer must not teach the model to stop;
 * a beginning-of-text token is set only where the tokenizer sets one by itself;
-* chats are rendered by the tokenizer's own template; the trained text is what each assistant turn adds to the
-  rendering of the turns before it (up to and including its end mark).
+* chats are written by the tokenizer's own template (`duallora.tasks.template`), each assistant turn trained up to and
+  including its end mark.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from duallora.errors import ConfigError, DataError
+from duallora.tasks import template
+from duallora.tasks.chats import last_trained
 from duallora.tasks.example import Example
 from duallora.tasks.task import Kind
+from duallora.tasks.template import Segment
 
 IGNORE = -100  # the label torch's cross entropy skips
+_SHOWN = 20  # rows that cannot be trained on
 
 TrainOn = Literal["answer", "all"]
-Segment = tuple[str, bool]  # text, whether the loss is on it
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids [length] and labels [length] of one row; untrained tokens carry the label ``IGNORE``."""
+    """Token ids [length] and labels [length] of one sequence; untrained tokens carry the label ``IGNORE``."""
 
     input_ids: list[int]
     labels: list[int]
@@ -42,34 +47,56 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Counts:
-    """What encoding a split gave. ``trained_tokens`` is 0 for classification and regression."""
+    """What encoding a split gave. ``trained_tokens`` is 0 for classification and regression.
+
+    ``examples``: the example that each row is of, as some chats take several rows.
+    """
 
     rows: int
     tokens: int
     trained_tokens: int
     truncated: int
+    examples: Sequence[int] = ()
 
 
-def encode(example: Example, tokenizer, *, max_length: int, train_on: TrainOn = "answer") -> Encoded:
+def encode(example: Example, tokenizer, *, max_length: int, train_on: TrainOn = "answer") -> list[Encoded]:
     """Token ids and labels of one row of a generation task, at most ``max_length`` tokens.
 
-    Raises DataError where the tokenizer's chat template cannot say which tokens the assistant wrote, and ConfigError
-    where ``max_length`` leaves no room or the tokenizer has no end-of-text token.
+    One sequence, or several of a chat whose template rewrites earlier turns (`duallora.tasks.template`).
+
+    Raises DataError where the chat template leaves out part of the chat or cannot say which tokens the assistant wrote,
+    and ConfigError where ``max_length`` leaves no room or the tokenizer has no end-of-text token.
     """
     marks = _marks(tokenizer, max_length)
-    segments = _segments(example, tokenizer)
-    pieces = _tokenize([text for text, _ in segments], tokenizer)
-    return _fit(example, segments, pieces, marks, max_length, train_on)
+    planned = _sequences(example, tokenizer, train_on)
+    tokens = _tokenize(planned, tokenizer)
+    return [
+        _fit(bool(example.messages), segments, own, tokenizer, marks, max_length, train_on)
+        for segments, own in zip(planned, tokens, strict=True)
+    ]
 
 
 def encode_prompt(example: Example, tokenizer, *, max_length: int) -> list[int]:
     """Token ids the model continues in generation: everything before the (last) answer, cut from the left."""
     if example.messages:  # the template writes its own beginning-of-text token
-        bos, text = [], _render(_before_last_answer(example.messages), tokenizer, example, generation=True)
+        bos, text = [], template.prompt(example, tokenizer)
     else:
         bos, text = _marks(tokenizer, max_length).bos, example.prompt
-    ids = _tokenize([text], tokenizer)[0]
+    ids = _tokenize([[Segment(text, False)]], tokenizer)[0][0]
     return [*bos, *ids[max(0, len(ids) - (max_length - len(bos))) :]]
+
+
+def with_written_answer(example: Example, tokenizer) -> Example:
+    """The example with its reference as the model is to write it: reasoning and calls of tools are the template's to write.
+
+    Examples whose answer is text alone stay as they are.
+    """
+    last = last_trained(example.messages)
+    if last is None or not example.messages[last].keys() & {"tool_calls", "reasoning_content"}:
+        return example
+    text = template.answer(example, tokenizer)
+    ids = _tokenize([[Segment(text, True)]], tokenizer)[0][0]
+    return replace(example, references=(tokenizer.decode(ids, skip_special_tokens=True).strip(),))
 
 
 def encode_texts(example: Example, tokenizer, *, max_length: int) -> dict[str, Any]:
@@ -100,14 +127,23 @@ def encode_split(
     if task_kind != "generate":
         return _encode_classification(examples, tokenizer, max_length)
     marks = _marks(tokenizer, max_length)
-    planned = [_segments(example, tokenizer) for example in examples]
-    pieces = iter(_tokenize([text for segments in planned for text, _ in segments], tokenizer))
+    planned: list[tuple[int, list[Segment]]] = []
+    refused: list[str] = []
+    for index, example in enumerate(examples):
+        try:
+            planned += [(index, segments) for segments in _sequences(example, tokenizer, train_on)]
+        except DataError as error:
+            refused.append(str(error))
+    if refused:
+        more = f"{len(refused)} of {len(examples)} rows cannot be trained on:\n" if len(refused) > 1 else ""
+        raise DataError(more + "\n".join(refused[:_SHOWN]) + ("\n..." if len(refused) > _SHOWN else ""))
+    tokens = _tokenize([segments for _, segments in planned], tokenizer)
     rows: list[dict[str, Any]] = []
     empty: list[str] = []
     truncated = trained = 0
-    for example, segments in zip(examples, planned, strict=True):
-        own = [next(pieces) for _ in segments]
-        encoded = _fit(example, segments, own, marks, max_length, train_on)
+    for (index, segments), own in zip(planned, tokens, strict=True):
+        example = examples[index]
+        encoded = _fit(bool(example.messages), segments, own, tokenizer, marks, max_length, train_on)
         row_trained = sum(label != IGNORE for label in encoded.labels)
         if row_trained == 0:
             empty.append(_name(example))
@@ -120,7 +156,8 @@ def encode_split(
             "Expected an answer (an assistant turn in a chat) in each row. Remove these rows, fill in their answers, "
             "or train on the whole text with data.train_on=all."
         )
-    return rows, Counts(len(rows), sum(len(row["input_ids"]) for row in rows), trained, truncated)
+    total = sum(len(row["input_ids"]) for row in rows)
+    return rows, Counts(len(rows), total, trained, truncated, [index for index, _ in planned])
 
 
 class Collator:
@@ -183,69 +220,70 @@ def _encode_classification(examples: Sequence[Example], tokenizer, max_length: i
         len(row["input_ids"]) == max_length and len(tokenizer(*example.texts, verbose=False)["input_ids"]) > max_length
         for row, example in zip(rows, examples, strict=True)
     )
-    return rows, Counts(len(rows), sum(len(row["input_ids"]) for row in rows), 0, truncated)
+    total = sum(len(row["input_ids"]) for row in rows)
+    return rows, Counts(len(rows), total, 0, truncated, range(len(rows)))
 
 
-def _segments(example: Example, tokenizer) -> list[Segment]:
-    """The row's text in order, each piece with whether it is trained."""
-    if example.messages:
-        return _chat_segments(example, tokenizer)
-    return [(example.prompt, False), (example.answer, True)]
+def _sequences(example: Example, tokenizer, train_on: TrainOn) -> list[list[Segment]]:
+    """The row's text in order, as one sequence or more."""
+    if not example.messages:
+        return [[Segment(example.prompt, False), Segment(example.answer, True)]]
+    if train_on == "all":
+        return [template.whole(example, tokenizer)]
+    return template.sequences(example, tokenizer)
 
 
-def _chat_segments(example: Example, tokenizer) -> list[Segment]:
-    messages = example.messages
-    segments: list[Segment] = []
-    rendered = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:index], tokenizer, example, generation=True)
-        after = _render(messages[: index + 1], tokenizer, example)
-        if not before.startswith(rendered) or not after.startswith(before):
-            raise DataError(
-                f"{_name(example)}: the chat template of {_tokenizer_name(tokenizer)} renders earlier turns differently "
-                f"once turn {index + 1} is added, so the assistant's tokens cannot be told apart. Expected a template "
-                "whose rendering of a chat begins with the rendering of its first turns (and a chat that does not "
-                "begin with the assistant). Use prompt-completion rows, or a tokenizer with such a template."
-            )
-        segments += [(before[len(rendered) :], False), (after[len(before) :], True)]
-        rendered = after
-    whole = _render(messages, tokenizer, example)
-    rest = whole[len(rendered) :] if whole.startswith(rendered) else ""
-    return [*segments, (rest, False)] if rest else segments
+def _tokenize(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
+    """Token ids of each segment of each sequence: what generation reads and is to write, border by border.
 
-
-def _render(messages: Sequence[Mapping[str, str]], tokenizer, example: Example, *, generation: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{_name(example)}: chat rows (messages) need a chat template, and {_tokenizer_name(tokenizer)} has none. "
-            "Use an instruction-tuned model, or prompt-completion rows."
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generation
-        )
-    except Exception as error:  # templates raise whatever their Jinja code raises; the row is what the user can mend
-        roles = " ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{_name(example)}: the chat template of {_tokenizer_name(tokenizer)} refuses this chat "
-            f"(roles: {roles}): {error}"
-        ) from error
-
-
-def _before_last_answer(messages: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _tokenize(texts: list[str], tokenizer) -> list[list[int]]:
-    distinct = list(dict.fromkeys(texts))  # the same prompt with many answers, or one system message, are common
+    Segments are tokenised on their own. Where the tokenizer sets a space before every text it is given (SentencePiece's
+    do), that would put spaces into the middle; there the whole sequence is tokenised, and cut at the borders.
+    """
+    # The same prompt with many answers, or one system message, are common.
+    distinct = list(dict.fromkeys(segment.text for segments in planned for segment in segments))
     if not distinct:
-        return []
+        return [[] for _ in planned]
+    if _sets_space(tokenizer):
+        return _tokenize_whole(planned, tokenizer)
+    ids = dict(zip(distinct, _ids(distinct, tokenizer)["input_ids"], strict=True))
+    return [[ids[segment.text] for segment in segments] for segments in planned]
+
+
+def _ids(texts: Sequence[str], tokenizer, **options: Any) -> Any:
     # verbose=False: the only warning it hides is "longer than the model's maximum", and rows are cut right after.
-    encoded = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids = dict(zip(distinct, encoded["input_ids"], strict=True))
-    return [ids[text] for text in texts]
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+
+
+def _sets_space(tokenizer) -> bool:
+    """Whether a text's tokens differ by whether it stands at the start."""
+    break_, letter, both = _ids(["\n", "a", "\na"], tokenizer)["input_ids"]
+    return both[: len(break_)] == break_ and both[len(break_) :] != letter
+
+
+def _tokenize_whole(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
+    texts = ["".join(segment.text for segment in segments) for segments in planned]
+    if not tokenizer.is_fast:
+        return [_tokenize_inside(segments, tokenizer) for segments in planned]
+    found = _ids(texts, tokenizer, return_offsets_mapping=True)
+    rows = []
+    for segments, ids, offsets in zip(planned, found["input_ids"], found["offset_mapping"], strict=True):
+        borders = list(itertools.accumulate(len(segment.text) for segment in segments))
+        if any(start < border < end for start, end in offsets for border in borders):
+            rows.append(_tokenize_inside(segments, tokenizer))
+            continue
+        pieces: list[list[int]] = [[] for _ in segments]
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            # A token without text of its own, such as a space that was set, goes with what follows it.
+            pieces[min(bisect.bisect_right(borders, start if end > start else end), len(pieces) - 1)].append(token)
+        rows.append(pieces)
+    return rows
+
+
+def _tokenize_inside(segments: Sequence[Segment], tokenizer) -> list[list[int]]:
+    """Each segment on its own, all but the first as if text stood before it: where a token would lie across a border."""
+    texts = [segment.text if at == 0 else "\n" + segment.text for at, segment in enumerate(segments)]
+    head, *found = _ids(["\n", *texts], tokenizer)["input_ids"]
+    return [ids if at == 0 else ids[len(head) :] for at, ids in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -274,32 +312,48 @@ def _marks(tokenizer, max_length: int) -> _Marks:
 
 
 def _fit(
-    example: Example,
+    is_chat: bool,
     segments: Sequence[Segment],
     pieces: Sequence[list[int]],
+    tokenizer,
     marks: _Marks,
     max_length: int,
     train_on: TrainOn,
 ) -> Encoded:
     """Joins the pieces, closes the last answer with the end-of-text token, and cuts to ``max_length``."""
-    bos = [] if example.messages else marks.bos
+    bos = [] if is_chat else marks.bos
     ids: list[int] = []
     answer: list[bool] = []  # whether the token belongs to an answer
-    for index, ((_, is_answer), piece) in enumerate(zip(segments, pieces, strict=True)):
-        # A template writes its own end mark, often with a line break behind it that generation never reaches.
-        ends = [at for at, token in enumerate(piece) if token in marks.special] if example.messages else []
-        if is_answer and not ends and index == len(segments) - 1:
+    muted: list[bool] = []
+    for index, (segment, piece) in enumerate(zip(segments, pieces, strict=True)):
+        end = _end_of_turn(segment.text, piece, tokenizer, marks) if is_chat and segment.answer else None
+        if segment.answer and end is None and index == len(segments) - 1:
             piece = [*piece, marks.eos]
-        reached = ends[-1] + 1 if ends else len(piece)
+        reached = len(piece) if end is None else end
         ids += piece
-        answer += [is_answer and at < reached for at in range(len(piece))]
+        answer += [segment.answer and at < reached for at in range(len(piece))]
+        muted += [segment.muted] * len(piece)
     room = max_length - len(bos)
     excess = max(0, len(ids) - room)
     left = min(excess, answer.index(True) if True in answer else excess)
-    ids, answer = [*bos, *ids[left : left + room]], [False] * len(bos) + answer[left : left + room]
-    labels = [token if is_answer or train_on == "all" else IGNORE for token, is_answer in zip(ids, answer, strict=True)]
+    cut = slice(left, left + room)
+    ids, answer = [*bos, *ids[cut]], [False] * len(bos) + answer[cut]
+    silent = [False] * len(bos) + muted[cut]
+    labels = [
+        token if (is_answer or train_on == "all") and not is_muted else IGNORE
+        for token, is_answer, is_muted in zip(ids, answer, silent, strict=True)
+    ]
     labels[: max(1, len(bos))] = [IGNORE] * max(1, len(bos))  # nothing stands before the first token to predict it from
     return Encoded(ids, labels, excess > 0)
+
+
+def _end_of_turn(text: str, piece: Sequence[int], tokenizer, marks: _Marks) -> int | None:
+    """How many tokens there are up to the mark that ends the turn: often a line break follows it, which generation never
+    reaches. None where no mark ends it; a special token with text behind it is none."""
+    last = next((at for at in reversed(range(len(piece))) if piece[at] in marks.special), None)
+    if last is None or text.rpartition(tokenizer.convert_ids_to_tokens(piece[last]))[2].strip():
+        return None
+    return last + 1
 
 
 def _tokenizer_name(tokenizer) -> str:

@@ -6,20 +6,24 @@ UTF-8 in silence, turns a column of mixed types into JSON, and counts lines from
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import functools
+import io
+import itertools
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import metrics
-from duallora.tasks.example import Example
+from duallora.tasks import chats, metrics
+from duallora.tasks.chats import absent, excerpt, shown
+from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import reachable
+from duallora.tasks.labels import LabelKind, Labels, Name, is_missing, read_labels
 from duallora.tasks.task import Kind, LazySplits, Metrics, Task
 
 BadRows = Literal["error", "skip"]
@@ -27,17 +31,27 @@ BadRows = Literal["error", "skip"]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LOCAL = f"a local file ({', '.join(SUFFIXES)}) or, for a task, the folder of its data (--data-dir, DUALLORA_DATA)"
 MAX_FAULTS = 20
-EXCERPT = 80
-ROLES = ("system", "user", "assistant", "tool", "developer")
 PAIRS = (("text1", "text2"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 SINGLES = ("text", "sentence")
 
 _ACCEPTED = """  prompt-completion  prompt, completion
-  messages           messages: a list of {"role", "content"}
+  messages           messages: a list of {"role", "content"}, or ShareGPT's conversations; optional tools, ...
   alpaca             instruction, output, optional input
   classification     label, and text | sentence | text1, text2 | sentence1, sentence2 | premise, hypothesis"""
 
 FORMATS = ("prompt-completion", "messages", "alpaca", "classification")
+LABEL_KINDS = ("classes", "numbers")
+_TEXT_COLUMNS = {
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output"),
+    "messages": ("messages", "conversations"),
+}
+# Columns that say something about a chat; in rows of plain text there is no place for it.
+_CHAT_ONLY = (*chats.COLUMNS, "history")
+_KNOWN_COLUMNS = {
+    "label", *SINGLES, *itertools.chain(*PAIRS, *_TEXT_COLUMNS.values()),
+}  # fmt: skip
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 # The wording of Stanford Alpaca, byte for byte: models tuned on it know it.
 _ALPACA = (
@@ -68,12 +82,13 @@ class Faults:
         self.bad_rows = bad_rows
         self.kept: list[str] = []
         self.count = 0
+        self.notes: list[str] = []  # what was read otherwise than the file's name says
 
-    def add(self, where: str, what: str, excerpt: str = "", *, column: str = "") -> None:
+    def add(self, where: str, what: str, row: str = "", *, column: str = "") -> None:
         self.count += 1
         if len(self.kept) < MAX_FAULTS:
             place = f"{where}, column {column}" if column else where
-            self.kept.append(f"{place}: {what}" + (f": {_excerpt(excerpt)}" if excerpt else ""))
+            self.kept.append(f"{place}: {what}" + (f": {excerpt(row)}" if row else ""))
 
     def close(self, good: int) -> str:
         """Raises DataError where there are faults and they may not be skipped, or nothing is left. A note, or ''."""
@@ -98,7 +113,10 @@ def load_data(
     eval_fraction: float = 0.05,
     seed: int = 0,
     format: str | None = None,
+    labels: LabelKind | None = None,
     bad_rows: BadRows = "error",
+    ignore_keys: Sequence[str] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Task:
     """The task in a file, on the hub, or built in.
 
@@ -107,13 +125,19 @@ def load_data(
     eval_data: path or hub id of the validation rows; without it ``eval_fraction`` of the rows (at least one) are set
         aside, drawn with ``seed``, unless the hub has a validation or test split of its own.
     format: one of FORMATS where the columns fit several; None detects it.
-    bad_rows: "error" raises on the first 20 faults together; "skip" leaves bad rows out and says so in ``Task.source``.
+    labels: what the label column holds, "classes" or "numbers"; None goes by the labels (`duallora.tasks.labels`).
+    bad_rows: "error" raises on the first 20 faults together; "skip" leaves bad rows out and says so in ``Task.notes``.
+    ignore_keys: columns, and keys of a chat's messages, to leave out.
+    chat_template_kwargs: what the chat template is given with every chat, such as {"enable_thinking": False}.
 
     Raises DataError for missing, empty or malformed data, ConfigError for unknown names and fractions outside (0, 1).
     """
-    if format is not None and format not in FORMATS:
-        near = difflib.get_close_matches(str(format), FORMATS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown data.format {format!r}; nearest: {near}. Expected one of {', '.join(FORMATS)}")
+    for name, value, known in (("format", format, FORMATS), ("labels", labels, LABEL_KINDS)):
+        if value is not None and value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown data.{name} {value!r}; nearest: {near}. Expected one of {', '.join(known)}")
+    if taken := chats.reserved(chat_template_kwargs or {}):
+        raise ConfigError(f"data.chat_template_kwargs.{taken[0]} is not the chat template's to know: leave it out")
     if not 0 < eval_fraction < 1:
         raise ConfigError(f"data.eval_fraction is {eval_fraction}; expected a number between 0 and 1, such as 0.05")
     if data.startswith("builtin:"):
@@ -126,29 +150,48 @@ def load_data(
         # Of a hub set given for evaluation its own held-out rows are meant; a file has only one list of rows.
         read["validation"] = held.get("validation") or held.get("test") or held["train"]
         notes += more
+    ignored = frozenset(ignore_keys)
+    if ignored:
+        read = {
+            split: [(where, {key: row[key] for key in row if key not in ignored}, raw) for where, row, raw in rows]
+            for split, rows in read.items()
+        }
     rows = [row for split in read.values() for row in split]
     chosen = format or _detect(data, rows)
-    convert, kind, labels = _converter(chosen, rows)
+    columns = _columns(rows)
+    found = _found_labels(rows, labels) if chosen == "classification" else None
+    if labels is not None and found is None:
+        raise ConfigError(
+            f"data.labels={labels} is for rows with a label, but {data} holds {chosen} rows: leave it out"
+        )
+    convert = _converter(chosen, columns, found, {"ignore": ignored, "options": chat_template_kwargs})
+    kind: Kind = "generate" if found is None else "classify" if found.classes else "regress"
     examples: dict[str, list[Example]] = {}
     for split, split_rows in read.items():
         faults = Faults(f"{eval_data if eval_data and split == 'validation' else data}", bad_rows)
         examples[split] = list(_convert(split_rows, convert, faults))
         if note := faults.close(len(examples[split])):
             notes.append(note)
+    if chat_template_kwargs and not any(example.messages for rows in examples.values() for example in rows):
+        raise ConfigError(f"data.chat_template_kwargs is for chats, but {data} holds none: leave it out")
     if "validation" not in examples:
         examples |= _split(examples["train"], eval_fraction, seed, data)
+    if found is not None:
+        notes.insert(0, found.note)
+    if unused := [column for column in columns if column not in _used(chosen, columns)]:
+        notes.append(f"columns not used: {', '.join(unused)}")
     score, main_metric = _SCORES[kind]
-    source = data if eval_data in (None, data) else f"{data} (validation: {eval_data})"
     return Task(
         name=Path(data).stem if _is_path(data) else data,
         kind=kind,
         splits=LazySplits({split: _constant(rows) for split, rows in examples.items()}),
         format=chosen,
-        labels=labels,
+        labels=() if found is None else found.classes,
         metrics=score,
         main_metric=main_metric,
         generation={"max_new_tokens": 128, "num_beams": 1, "do_sample": False} if kind == "generate" else {},
-        source="\n".join([source, *dict.fromkeys(notes)]),
+        source=data if eval_data in (None, data) else f"{data} (validation: {eval_data})",
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -179,7 +222,7 @@ def _read_all(data: str, bad_rows: BadRows) -> tuple[dict[str, list[Row]], list[
     faults = Faults(data, bad_rows)
     rows = list(read_rows(path, faults))
     note = faults.close(len(rows))
-    return {"train": rows}, [note] if note else []
+    return {"train": rows}, [*faults.notes, *([note] if note else [])]
 
 
 def _is_path(data: str) -> bool:
@@ -213,8 +256,20 @@ def _with_label_names(row: Mapping[str, Any], features: Mapping[str, Any]) -> di
     named = dict(row)
     for column, feature in features.items():
         if hasattr(feature, "int2str") and isinstance(row[column], int):
-            named[column] = feature.int2str(row[column]) if row[column] >= 0 else None
-    return named
+            named[column] = Name(feature.int2str(row[column])) if row[column] >= 0 else None
+    return _without_nulls(named)
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table with its lists and objects freed of the nulls that Arrow fills them with: there every object of a
+    column has the keys of all."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: bare(inner) for key, inner in value.items() if inner is not None}
+        return [bare(inner) for inner in value] if isinstance(value, list) else value
+
+    return {column: bare(value) for column, value in row.items()}
 
 
 @functools.lru_cache(maxsize=8)
@@ -238,12 +293,46 @@ def load_hub(name: str, config: str | None, revision: str | None = None) -> Any:
         ) from error
 
 
+_HEAD = 1 << 16  # bytes that tell how a file is written
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, with which it begins
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    """The file's bytes as UTF-8 with lines that end in a line feed, whether it was written so or not.
+
+    UTF-16 and UTF-32 are known by their byte order mark, the line ends of old Macs by there being no line feed at all.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    mark, encoding = next((pair for pair in _BYTE_ORDER_MARKS if head.startswith(pair[0])), (b"", ""))
+    if not mark and head.count(0) > len(head) / 8:
+        raise DataError(f"{path} looks like UTF-16 without a byte order mark, or is no text: save it as UTF-8")
+    odd_ends = b"\r" in head and b"\n" not in head
+    if encoding in ("", "utf-8") and not odd_ends:
+        opened = path.open("rb")
+        opened.seek(len(mark))
+        return opened
+    content = path.read_bytes()
+    if encoding in ("", "utf-8"):
+        content = content[len(mark) :]
+    else:
+        try:
+            content = content.decode(encoding).encode()
+        except UnicodeError as error:
+            raise DataError(f"{path} begins as {encoding.upper()} text does, but is none: {error}") from error
+    return io.BytesIO(content if b"\n" in content else content.replace(b"\r", b"\n"))
+
+
 def _read_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
     """(1-based line number, line with its end); lines with bad UTF-8 or NUL are faults. BOM and CRLF are accepted."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
             where = f"{path}:{number}"
             try:
                 text = raw.decode()
@@ -262,7 +351,13 @@ def _read_lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
 
 
 def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
-    for number, line in _read_lines(path, faults):
+    lines = _read_lines(path, faults)
+    first = list(itertools.islice(((number, line) for number, line in lines if line.strip()), 2))
+    if first and first[0][1].lstrip().startswith("[") and not faults.count and _is_list(first):
+        faults.notes.append(f"{path.name} is one JSON list and no JSON lines, and was read as that")
+        yield from _read_json(path, faults)
+        return
+    for number, line in itertools.chain(first, lines):
         text = line.rstrip("\r\n")
         if not text.strip():
             continue
@@ -280,7 +375,18 @@ def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
         if isinstance(row, dict):
             yield where, row, text
         else:
-            faults.add(where, f"expected an object {{...}}, got {_type(row)}", text)
+            faults.add(where, f"expected an object {{...}}, got {shown(row)}", text)
+
+
+def _is_list(first: Sequence[tuple[int, str]]) -> bool:
+    """Whether a file whose first line with text begins a list is that list, and not a list a line."""
+    if len(first) == 1:
+        return True
+    try:
+        json.loads(first[0][1])
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
@@ -293,7 +399,7 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
         return
     if text[at] != "[":
         hint = "; one object a line? Then name the file .jsonl" if text[at] == "{" else ""
-        raise DataError(f"{path}:1: expected a list [...] of objects{hint}: {_excerpt(text[at:])}")
+        raise DataError(f"{path}:1: expected a list [...] of objects{hint}: {excerpt(text[at:])}")
     at = _skip_space(text, at + 1)
     while text[at : at + 1] != "]":
         line, seen = line + text.count("\n", seen, at), at
@@ -301,16 +407,16 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
         try:
             row, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:  # where the bad row ends nobody knows: no row after it can be read
-            excerpt = _excerpt(text.split("\n")[error.lineno - 1])
             raise DataError(
-                f"{path}:{error.lineno}, column {error.colno}: bad JSON ({error.msg}): {excerpt}"
+                f"{path}:{error.lineno}, column {error.colno}: bad JSON ({error.msg}): "
+                f"{excerpt(text.split(chr(10))[error.lineno - 1])}"
             ) from error
         except RecursionError:
-            raise DataError(f"{where}: JSON nested too deeply: {_excerpt(text[at:])}") from None
+            raise DataError(f"{where}: JSON nested too deeply: {excerpt(text[at:])}") from None
         if isinstance(row, dict):
             yield where, row, text[at:end]
         else:
-            faults.add(where, f"expected an object {{...}}, got {_type(row)}", text[at:end])
+            faults.add(where, f"expected an object {{...}}, got {shown(row)}", text[at:end])
         at = _skip_space(text, end)
         if text[at : at + 1] == ",":
             at = _skip_space(text, at + 1)
@@ -318,8 +424,11 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
             line += text.count("\n", seen, at)
             found = "the file ends" if at == len(text) else f"found {text[at]!r}"
             raise DataError(
-                f"{path}:{line}: bad JSON (expected , or ] after a row, but {found}): {_excerpt(text[end:])}"
+                f"{path}:{line}: bad JSON (expected , or ] after a row, but {found}): {excerpt(text[end:])}"
             )
+    if rest := text[at + 1 :].strip():
+        line += text.count("\n", seen, at)
+        raise DataError(f"{path}:{line}: text stands behind the list, which would be lost: {excerpt(rest)}")
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -334,6 +443,10 @@ def _read_csv(path: Path, faults: Faults, delimiter: str) -> Iterator[Row]:
         return
     numbers = sorted(lines)
     csv.field_size_limit(1 << 30)  # a long text is not a fault
+    head = next((lines[number] for number in numbers if lines[number].strip()), "")
+    if (used := _delimiter(head, delimiter)) != delimiter:
+        delimiter = used
+        faults.notes.append(f"{path.name} is separated by {DELIMITERS[used]}")
     reader = csv.reader((lines[number].rstrip("\r\n") + "\n" for number in numbers), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -355,11 +468,21 @@ def _read_csv(path: Path, faults: Faults, delimiter: str) -> Iterator[Row]:
         if not header:
             header = [field.strip() for field in fields]
             if len(set(header)) < len(header):
-                raise DataError(f"{where}: a column name occurs twice in the header: {_excerpt(raw)}")
+                raise DataError(f"{where}: a column name occurs twice in the header: {excerpt(raw)}")
         elif len(fields) != len(header):
             faults.add(where, f"expected {len(header)} fields as in the header, got {len(fields)}", raw)
         else:
             yield where, dict(zip(header, fields, strict=True)), raw
+
+
+def _delimiter(head: str, usual: str) -> str:
+    """What separates the columns: the usual sign, unless another makes more known columns of the first line."""
+
+    def known(delimiter: str) -> int:
+        fields = next(csv.reader([head], delimiter=delimiter), [])
+        return len({field.strip() for field in fields} & _KNOWN_COLUMNS)
+
+    return max((usual, *DELIMITERS), key=known)
 
 
 def _read_parquet(path: Path, faults: Faults) -> Iterator[Row]:
@@ -367,13 +490,33 @@ def _read_parquet(path: Path, faults: Faults) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        names = _declared_names(file.schema_arrow.metadata)
         number = 0
         for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}:row {number}", row, str(row)
+                for column, classes in names.items():
+                    if isinstance(value := row.get(column), int):
+                        row[column] = Name(classes[value]) if 0 <= value < len(classes) else None
+                yield f"{path}:row {number}", _without_nulls(row), str(row)
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
+
+
+def _declared_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """{column: class names by id} where the file was written by ``datasets``, which keeps them beside the table."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: feature["names"] for column, feature in features.items() if feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Every column that some row has, in the order of their appearance."""
+    return list(dict.fromkeys(name for _, row, _ in rows for name in row))
 
 
 def _detect(data: str, rows: Sequence[Row]) -> str:
@@ -381,7 +524,7 @@ def _detect(data: str, rows: Sequence[Row]) -> str:
     has = set(columns).issuperset
     if has({"prompt", "completion"}):
         return "prompt-completion"
-    if has({"messages"}):
+    if has({"messages"}) or has({"conversations"}):
         return "messages"
     if has({"instruction", "output"}):
         return "alpaca"
@@ -395,38 +538,38 @@ def _detect(data: str, rows: Sequence[Row]) -> str:
 Converter = Callable[[Mapping[str, Any], str], Example]
 
 
-class _BadRow(Exception):
-    """What is wrong with one row; caught where the row's place is known."""
-
-    def __init__(self, what: str, column: str = "") -> None:
-        super().__init__(what)
-        self.column = column
-
-
-def _converter(format: str, rows: Sequence[Row]) -> tuple[Converter, Kind, tuple[str, ...]]:
-    if format == "prompt-completion":
-        return _prompt_completion, "generate", ()
-    if format == "messages":
-        return _messages, "generate", ()
+def _converter(format: str, columns: Sequence[str], labels: Labels | None, of_chats: Mapping[str, Any]) -> Converter:
+    """``of_chats``: how chats are read, as `chats.from_messages` takes it."""
+    if labels is not None:
+        return _labelled(_text_columns(columns), labels)
     if format == "alpaca":
-        return _alpaca, "generate", ()
-    columns = {name for _, row, _ in rows[:1000] for name in row}
-    texts: tuple[str, ...] = next((pair for pair in PAIRS if columns.issuperset(pair)), ())
-    texts = texts or next(((single,) for single in SINGLES if single in columns), (SINGLES[0],))
-    values = [row["label"] for _, row, _ in rows if row.get("label") not in (None, "")]
-    if _are_targets(values):
-        return _regression(texts), "regress", ()
-    labels = _label_names(values)
-    if len(labels) < 2:
-        raise DataError(f"the column label holds {len(labels)} class ({', '.join(labels)}); expected at least 2")
-    return _classification(texts, labels), "classify", labels
+        return _alpaca
+    return functools.partial(chats.from_messages if format == "messages" else _prompt_completion, **of_chats)
+
+
+def _found_labels(rows: Sequence[Row], told: LabelKind | None) -> Labels:
+    return read_labels([row.get("label") for _, row, _ in rows], told)
+
+
+def _text_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    pair: tuple[str, ...] = next((pair for pair in PAIRS if set(pair) <= {*columns}), ())
+    return pair or next(((single,) for single in SINGLES if single in columns), (SINGLES[0],))
+
+
+def _used(format: str, columns: Sequence[str]) -> set[str]:
+    """The columns that rows of this format are made of."""
+    if format == "classification":
+        return {"label", *_text_columns(columns)}
+    if format == "messages":
+        return {"messages" if "messages" in columns else "conversations", *chats.COLUMNS, *chats.MEDIA}
+    return {*_TEXT_COLUMNS[format], *_CHAT_ONLY, *chats.MEDIA}
 
 
 def _convert(rows: Iterable[Row], convert: Converter, faults: Faults) -> Iterator[Example]:
     for where, row, raw in rows:
         try:
             yield convert(row, where)
-        except _BadRow as error:
+        except BadRow as error:
             faults.add(where, str(error), raw, column=error.column)
 
 
@@ -435,134 +578,78 @@ def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str
     if value is None:
         if optional:
             return ""
-        raise _BadRow("missing field", column)
+        raise BadRow("missing field", column)
     if not isinstance(value, str):
-        raise _BadRow(f"expected text, got {_type(value)}", column)
+        raise BadRow(f"expected text, got {shown(value)}", column)
     return value
 
 
-def _prompt_completion(row: Mapping[str, Any], where: str) -> Example:
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):  # TRL's chat form of it
-        return _messages({"messages": [*row["prompt"], *row["completion"]]}, where)
+def _prompt_completion(row: Mapping[str, Any], where: str, **of_chats: Any) -> Example:
+    if any(_is_chat(row.get(column)) for column in ("prompt", "completion")):
+        return chats.from_prompt_completion(row, where, **of_chats)
+    _refuse_chat_columns(row)
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
     if not prompt.strip() and not completion.strip():
-        raise _BadRow("prompt and completion are both empty", "completion")
+        raise BadRow("prompt and completion are both empty", "completion")
     _refuse_empty(completion, "completion")
     return Example(prompt=prompt, answer=completion, references=(completion,), where=where)
 
 
+def _is_chat(value: Any) -> bool:
+    """Whether a prompt or completion is a list of messages, or such a list in a CSV cell."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
+    return isinstance(value, list)
+
+
 def _alpaca(row: Mapping[str, Any], where: str) -> Example:
+    _refuse_chat_columns(row)
     instruction, output = _text(row, "instruction"), _text(row, "output")
     extra = _text(row, "input", optional=True)
     if not instruction.strip() and not output.strip():
-        raise _BadRow("instruction and output are both empty", "output")
+        raise BadRow("instruction and output are both empty", "output")
     _refuse_empty(output, "output")
     template = _ALPACA_INPUT if extra else _ALPACA
     prompt = template.format_map({"instruction": instruction, "input": extra})
     return Example(prompt=prompt, answer=output, references=(output,), where=where)
 
 
+def _refuse_chat_columns(row: Mapping[str, Any]) -> None:
+    """Tools or a system prompt beside plain text would be dropped."""
+    for column in (*_CHAT_ONLY, *chats.MEDIA):
+        if not absent(row.get(column)):
+            raise BadRow(
+                f"has no place in a row of plain text; write it into the text, use messages, or set "
+                f"data.ignore_keys=[{column}]",
+                column,
+            )
+
+
 def _refuse_empty(answer: str, column: str) -> None:
     """A cell left blank is a missing answer; trained on, it would teach the model to stop at once."""
     if not answer.strip():
-        raise _BadRow("empty answer", column)
+        raise BadRow("empty answer", column)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> Example:
-    messages = row.get("messages")
-    if messages is None:
-        raise _BadRow("missing field", "messages")
-    if isinstance(messages, str):  # a CSV cell
-        try:
-            messages = json.loads(messages)
-        except ValueError:
-            raise _BadRow("expected a JSON list of messages", "messages") from None
-    if not isinstance(messages, list) or not messages:
-        raise _BadRow(f"expected a list of at least one message, got {_type(messages)}", "messages")
-    turns = []
-    for index, message in enumerate(messages):
-        column = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise _BadRow(f'expected {{"role", "content"}}, got {_type(message)}', column)
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            near = difflib.get_close_matches(str(role), ROLES, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise _BadRow(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", f"{column}.role")
-        if not isinstance(content, str):
-            raise _BadRow(f"expected text, got {_type(content)}", f"{column}.content")
-        turns.append({"role": role, "content": content})
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    if not answers:
-        raise _BadRow("no assistant turn, so there is nothing to train on", "messages")
-    return Example(messages=tuple(turns), references=(answers[-1],), where=where)
-
-
-def _classification(texts: tuple[str, ...], labels: tuple[str, ...]) -> Converter:
-    ids = {name: index for index, name in enumerate(labels)}
-
+def _labelled(texts: tuple[str, ...], labels: Labels) -> Converter:
     def convert(row: Mapping[str, Any], where: str) -> Example:
-        label = row.get("label")
-        if label is None or label == "":
-            raise _BadRow("missing field", "label")
-        if not isinstance(label, str | int | float) or str(label) not in ids:
-            raise _BadRow(f"expected a class name or number, got {_type(label)}", "label")
-        return Example(texts=_texts(row, texts), label=ids[str(label)], where=where)
-
-    return convert
-
-
-def _regression(texts: tuple[str, ...]) -> Converter:
-    def convert(row: Mapping[str, Any], where: str) -> Example:
-        if row.get("label") in (None, ""):
-            raise _BadRow("missing field", "label")
-        target = _number(row["label"])
-        if target is None or not math.isfinite(target):
-            raise _BadRow(f"expected a finite number, got {_type(row['label'])}", "label")
-        return Example(texts=_texts(row, texts), label=target, where=where)
+        if "label" not in row:
+            raise BadRow("missing field", "label")
+        return Example(texts=_texts(row, texts), label=labels.read(row["label"]), where=where)
 
     return convert
 
 
 def _texts(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, ...]:
-    texts = tuple(_text(row, column) for column in columns)
+    # A CSV file cannot tell an empty cell from an empty text, so no file does.
+    texts = tuple("" if column in row and is_missing(row[column]) else _text(row, column) for column in columns)
     if not any(text.strip() for text in texts):
-        raise _BadRow("empty text", columns[0])
+        raise BadRow("empty text", columns[0])
     return texts
-
-
-def _are_targets(values: Sequence[Any]) -> bool:
-    """Whether the labels are numbers, at least one with a fraction: 3.8 is a target, 3 is a class.
-
-    One label in ten may be no number: it is a fault of its row, not a sign that 3.8 is the name of a class.
-    """
-    numbers = [number for number in map(_number, values) if number is not None]
-    fraction = any(isinstance(value, float) for value in values) or any(number % 1 for number in numbers)
-    return fraction and len(numbers) >= 0.9 * len(values)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
-
-
-def _is_integer(text: str) -> bool:
-    try:
-        int(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _label_names(values: Sequence[Any]) -> tuple[str, ...]:
-    """Class names in a fixed order: numbers by value, names by alphabet. 0, 1, 2 keep their own ids."""
-    names = {str(value) for value in values if isinstance(value, str | int | float)}
-    numeric = all(_is_integer(name) for name in names)
-    return tuple(sorted(names, key=int) if numeric else sorted(names))
 
 
 def _split(examples: Sequence[Example], fraction: float, seed: int, data: str) -> dict[str, list[Example]]:
@@ -582,18 +669,6 @@ def _split(examples: Sequence[Example], fraction: float, seed: int, data: str) -
 
 def _constant(rows: Sequence[Example]) -> Callable[[], Sequence[Example]]:
     return lambda: rows
-
-
-def _type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
-    text = "null" if value is None else f"{names.get(type(value), type(value).__name__)} ({value!r})"
-    return _excerpt(text, 40)
-
-
-def _excerpt(text: str, limit: int = EXCERPT) -> str:
-    """At most ``limit`` characters on one line, control characters made visible."""
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[: limit + 1])
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
 def _first_line(error: Exception) -> str:

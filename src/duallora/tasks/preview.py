@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duallora.errors import DataError
-from duallora.tasks.encode import IGNORE, TrainOn, encode, encode_split, encode_texts
+from duallora.tasks.encode import IGNORE, Encoded, TrainOn, encode, encode_split, encode_texts
 from duallora.tasks.example import Example
 from duallora.tasks.task import Task
 
@@ -45,22 +45,35 @@ def preview(
     panels = [
         Panel(
             body,
-            title=Text(f"{split} row {number}", style="bold"),
+            title=Text(f"{split} row {number}{part}", style="bold"),
             title_align="left",
             subtitle=note,
             subtitle_align="right",
             border_style="dim",
         )
         for number, example in enumerate(examples[:rows], 1)
-        for body, note in [show(task, example, tokenizer, max_length, train_on)]
+        for part, body, note in show(task, example, tokenizer, max_length, train_on)
     ]
     return Group(*panels, _legend(task), _counts(task, examples, tokenizer, max_length, train_on))
 
 
+_Shown = tuple[str, RenderableType, Text]  # which part of the row, its tokens, what is to say of them
+
+
 def _generation_row(
     task: Task, example: Example, tokenizer: Any, max_length: int, train_on: TrainOn
-) -> tuple[RenderableType, Text]:
-    encoded = encode(example, tokenizer, max_length=max_length, train_on=train_on)
+) -> Iterator[_Shown]:
+    try:
+        found = encode(example, tokenizer, max_length=max_length, train_on=train_on)
+    except DataError as error:
+        yield "", Text(str(error), style="bold red"), Text(_place(example), style="dim")
+        return
+    for number, encoded in enumerate(found, 1):
+        part = f", sequence {number} of {len(found)}" if len(found) > 1 else ""
+        yield part, *_sequence(encoded, example, tokenizer, max_length)
+
+
+def _sequence(encoded: Encoded, example: Example, tokenizer: Any, max_length: int) -> tuple[RenderableType, Text]:
     flags = [label != IGNORE for label in encoded.labels]
     note = Text(f"{len(flags)} tokens, ")
     note.append(f"{sum(flags)} trained", style=TRAINED if any(flags) else "bold red")
@@ -102,7 +115,7 @@ def _append_special(body: Text, piece: str, style: str) -> None:
 
 def _classification_row(
     task: Task, example: Example, tokenizer: Any, max_length: int, train_on: TrainOn
-) -> tuple[RenderableType, Text]:
+) -> Iterator[_Shown]:
     row = encode_texts(example, tokenizer, max_length=max_length)
     ids = row["input_ids"]
     special = set(tokenizer.all_special_ids)
@@ -116,7 +129,7 @@ def _classification_row(
     if example.label is not None:
         label = task.labels[int(example.label)] if task.labels else example.label
     body.append("\n").append(f"{'label' if task.labels else 'target'}: {label}", style=TRAINED)
-    return body, Text(f"{len(ids)} tokens  {_place(example)}", style="dim")
+    yield "", body, Text(f"{len(ids)} tokens  {_place(example)}", style="dim")
 
 
 def _place(example: Example) -> str:
@@ -167,6 +180,8 @@ def _counts(task: Task, examples: Sequence[Example], tokenizer: Any, max_length:
     # As Text: the name of a file may hold brackets, which rich would read as a style and drop.
     table.add_row("data", Text(f"{task.name}: {task.format}"))
     table.add_row("from", Text(task.source))
+    for note in task.notes:
+        table.add_row("note", Text(note))
     table.add_row("rows", Text(", ".join(f"{name} {size}" for name, size in _sizes(task))))
     counted = examples[:_COUNTED_ROWS]
     try:
@@ -174,6 +189,9 @@ def _counts(task: Task, examples: Sequence[Example], tokenizer: Any, max_length:
     except DataError as error:
         table.add_row("fault", Text(str(error), style="bold red"))
         return table
+    if counts.rows > len(counted):
+        why = "the chat template rewrites earlier turns, so each is trained as generation will see it"
+        table.add_row("sequences", Text(f"{counts.rows:,} of {len(counted):,} rows: {why}"))
     scope = f" (first {len(counted):,} rows)" if len(counted) < len(examples) else ""
     mean = counts.tokens / max(1, counts.rows)
     table.add_row("tokens", f"{counts.tokens:,}, {mean:.1f} a row{scope}")

@@ -71,6 +71,8 @@ class Task:
     """The answers an example may have, as whole answers, where they are few: scored by likelihood (generate)."""
     source: str = ""
     """File paths or hub id, to show the user."""
+    notes: tuple[str, ...] = ()
+    """What was decided, skipped or left unused in reading, each a line to show the user."""
 
     def fingerprint(self, split: str) -> str:
         """sha256 (hex) over the split's examples in order; where the files lie does not enter."""
@@ -103,12 +105,20 @@ def hold_out(task: Task, rows: int) -> Task:
 
 
 def _canonical(example: Example) -> str:
-    fields = (
+    fields: list[Any] = [
         example.prompt,
         example.answer,
-        [[message["role"], message["content"]] for message in example.messages],
+        [_turn(message) for message in example.messages],
         example.texts,
         example.label,
         example.references,
-    )
+    ]
+    if example.options:
+        fields.append(example.options)
     return json.dumps(fields) + "\n"
+
+
+def _turn(message: Mapping[str, Any]) -> list[Any]:
+    """Role, content and, where there is more, that: chats of role and content alone keep their fingerprints."""
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return [message["role"], message["content"], *([more] if more else [])]

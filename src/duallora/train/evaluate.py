@@ -25,6 +25,8 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, No
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
 from duallora.methods.rule import reads_labels
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
+from duallora.tasks.chats import calls_tools
+from duallora.tasks.encode import with_written_answer
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
@@ -102,7 +104,7 @@ def evaluate(
         NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
     """
     check_scoring(task, scoring)
-    examples = select(task, split, limit)
+    examples = [with_written_answer(example, tokenizer) for example in select(task, split, limit)]
     rows, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
     chosen: dict[str, Any] = {"max_length": max_length, "generation": generation, "scoring": scoring}
     notes = [check_lengths(model, tokenizer, task, examples, **chosen)]
@@ -121,6 +123,7 @@ def evaluate(
         if task.kind == "generate":
             answers = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
             losses = _losses(answers, split)  # before the long part
+            answers = _by_example(answers, counts.examples)
             settings = {**task.generation, **(generation or {})}
             texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
             predictions = [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
@@ -245,6 +248,15 @@ def answer_loss(
 def _answers(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
     tokens = [sum(label != IGNORE for label in row["labels"]) for row in rows]
     return [Answer(*one) for one in zip(found, tokens, strict=True)]
+
+
+def _by_example(answers: Sequence[Answer], examples: Sequence[int]) -> list[Answer]:
+    """The answers of rows, summed over those that are of one example: some chats take several."""
+    whole: dict[int, Answer] = {}
+    for example, own in zip(examples, answers, strict=True):
+        before = whole.get(example, Answer(0.0, 0))
+        whole[example] = Answer(before.log_likelihood + own.log_likelihood, before.tokens + own.tokens)
+    return list(whole.values())
 
 
 def _per_token(answers: Sequence[Answer]) -> float:
@@ -388,7 +400,9 @@ def generate(
     settings = {**NEUTRAL_GENERATION, **settings}
     own_ngrams = settings.pop("no_repeat_ngram_size")
     check_room(model, tokenizer, row=0, prompt=_longest(prompts), new=settings["max_new_tokens"])
-    ends = end_tokens(model, tokenizer, chat=any(example.messages for example in examples))
+    chats = [example for example in examples if example.messages]
+    calls = [example for example in chats if calls_tools(example)]  # which some templates end with a mark of its own
+    ends = end_tokens(model, tokenizer, chat=bool(chats), examples=[*chats[:1], *calls[:1]])
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
     texts: dict[int, str] = {}
@@ -414,16 +428,19 @@ def generate(
     return [texts[index] for index in range(len(prompts))]
 
 
-def end_tokens(model: Any, tokenizer, *, chat: bool) -> list[int]:
-    """The tokens that end an answer: the model's and the tokenizer's, in a chat also what closes a turn."""
+def end_tokens(model: Any, tokenizer, *, chat: bool, examples: Sequence[Example] = ()) -> list[int]:
+    """The tokens that end an answer: the model's and the tokenizer's, in a chat also what closes a turn.
+
+    ``examples``: chats whose last turns show what closes one; without any, a made-up one does.
+    """
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    if chat:
-        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    for example in (examples or [Example(messages=turns)]) if chat else ():
         try:
-            labels = encode(Example(messages=turns), tokenizer, max_length=WHOLE).labels
+            labels = encode(example, tokenizer, max_length=WHOLE)[-1].labels
         except DataError:  # a template that cannot be trained with may still be talked to
-            return sorted(ends)
+            continue
         trained = [label for label in labels if label != IGNORE]  # a line break may follow the mark, untrained
         added = {token for token, mark in tokenizer.added_tokens_decoder.items() if mark.special}
         ends |= set(trained[-1:]) & {*added, *tokenizer.all_special_ids}

@@ -220,8 +220,17 @@ class DataSection(Section):
     format: Literal["prompt-completion", "messages", "alpaca", "classification"] | None = setting(
         None, "Form of path's rows; null detects it from the column names."
     )
+    labels: Literal["classes", "numbers"] | None = setting(
+        None, "What path's labels are: classes, or numbers to regress; null takes those with a fraction for numbers."
+    )
     bad_rows: Literal["error", "skip"] = setting(
         "error", "What a malformed row does: stop, or be counted and left out."
+    )
+    ignore_keys: list[Text] | None = setting(
+        None, "Columns of path, and keys of a chat's messages, to leave out where they would be refused."
+    )
+    chat_template_kwargs: dict[Text, Any] | None = setting(
+        None, "What the chat template is given with each of path's chats, such as {enable_thinking: false}."
     )
     max_length: Annotated[int, Field(ge=8, le=1 << 20)] = setting(
         512, "Tokens per example, prompt and answer together; longer ones lose prompt tokens first."
@@ -345,7 +354,7 @@ LATER: dict[str, dict[str, Any]] = {
     "model": {"quantization": None},
     "adapter": {"method": "duallora", "options": {}, "start": None, "init": "gaussian", "init_batches": 4},
     "train": {"direction_lr_ratio": 1.0},
-    "data": {"holdout": None},
+    "data": {"holdout": None, "labels": None, "ignore_keys": None, "chat_template_kwargs": None},
     "eval": {"before": True, "test": False, "scoring": "generation"},
 }
 
@@ -353,7 +362,14 @@ LATER: dict[str, dict[str, Any]] = {
 # layer they are a contradiction.
 EXCLUDES: dict[str, tuple[str, ...]] = {
     "data.path": ("data.task", "data.data_dir"),
-    "data.task": ("data.path", "data.eval_path", "data.format"),
+    "data.task": (
+        "data.path",
+        "data.eval_path",
+        "data.format",
+        "data.labels",
+        "data.ignore_keys",
+        "data.chat_template_kwargs",
+    ),
     "train.lr_warmup_steps": ("train.lr_warmup_ratio",),
     "train.lr_warmup_ratio": ("train.lr_warmup_steps",),
 }
@@ -672,7 +688,7 @@ def resolve(key: str) -> tuple[str | None, str]:
         return found[0], ""
     if found:
         return None, f"{key} is ambiguous: write {' or '.join(found)}"
-    for pattern in ("adapter.options", "adapter.rank_pattern", "adapter.alpha_pattern"):
+    for pattern in ("adapter.options", "adapter.rank_pattern", "adapter.alpha_pattern", "data.chat_template_kwargs"):
         for prefix in (pattern, pattern.partition(".")[2]):
             if key.startswith(prefix + ".") and key != prefix + ".":
                 return pattern, key[len(prefix) + 1 :]

@@ -58,7 +58,7 @@ from duallora.train.loop import (
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.positions import check_room, positions
 from duallora.train.progress import amount, clock, command, quiet_libraries, say, shown, size
-from duallora.train.recipe import Recipe, default_output, fingerprint, recipe_yaml, with_later
+from duallora.train.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
     "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "model", "checkpoints",
@@ -260,6 +260,8 @@ class _Run:
             validation = evaluate.select(task, "validation", data.eval_limit)
             held_out, _ = encode_split(validation, tokenizer, task.kind, max_length=data.max_length)
         message = f"{counts.tokens:,} tokens in {counts.rows:,} rows"
+        if counts.rows > len(examples):
+            message += f" (of {len(examples):,} chats: their template rewrites earlier turns, so each stands by itself)"
         if task.kind == "generate":
             message += f", {counts.trained_tokens:,} trained ({counts.trained_tokens / counts.tokens:.0%})"
         if counts.truncated:
@@ -622,20 +624,35 @@ class _Run:
 LOSSES = ("loss", "perplexity")
 
 
+def reading(data: DataSection) -> dict[str, Any]:
+    """How the rows of a recipe's data are read, as `load_data` takes it: also what to read other rows by."""
+    return {
+        "format": data.format,
+        "labels": data.labels,
+        "bad_rows": data.bad_rows,
+        "ignore_keys": data.ignore_keys or (),
+        "chat_template_kwargs": data.chat_template_kwargs,
+    }
+
+
+def read(recipe: Recipe) -> Task:
+    """The recipe's task or data."""
+    data = recipe.data
+    if data.task is not None:
+        return load_task(data.task, data_dir=data.data_dir)
+    return load_data(
+        str(data.path),
+        eval_data=data.eval_path,
+        eval_fraction=data.eval_fraction,
+        seed=recipe.seed,
+        **reading(data),
+    )
+
+
 def load(recipe: Recipe, console: Console) -> Task:
     """The recipe's task or data, announced on the console."""
     data = recipe.data
-    if data.task is not None:
-        task = load_task(data.task, data_dir=data.data_dir)
-    else:
-        task = load_data(
-            str(data.path),
-            eval_data=data.eval_path,
-            eval_fraction=data.eval_fraction,
-            seed=recipe.seed,
-            format=data.format,
-            bad_rows=data.bad_rows,
-        )
+    task = read(recipe)
     if "train" not in task.splits:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
     if data.holdout:
@@ -650,6 +667,8 @@ def load(recipe: Recipe, console: Console) -> Task:
     )
     limit = f" (the first {data.limit:,} used)" if data.limit and data.limit < len(task.splits["train"]) else ""
     say(console, "data", f"{escape(task.source or task.name)}: {escape(task.format)}, {counts} rows{limit}")
+    for note in task.notes:
+        say(console, "", escape(note))
     return task
 
 
