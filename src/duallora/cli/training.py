@@ -29,7 +29,7 @@ from duallora.cli.app import (
 
 if TYPE_CHECKING:
     from duallora.tasks import Example, Task
-    from duallora.train.evaluate import EvalResult
+    from duallora.train.evaluate import EvalResult, Kind, Trained
     from duallora.train.recipe import Recipe
 
 TrainOn = Literal["answer", "all"]
@@ -236,6 +236,7 @@ def evaluate(
         "source": source,
         "task": chosen.name,
         "data": chosen.source,
+        "notes": chosen.notes,
         "split": split,
         "n": len(result.examples),
         "truncated": result.truncated,
@@ -454,7 +455,8 @@ def what_to_score(
 ) -> tuple[Task, Recipe | None, bool]:
     """What to evaluate ``source`` on, the recipe of its run, and whether that is what the run was trained on.
 
-    Data the run was trained on are split as the run split them; of other data without splits every row counts.
+    Data the run was trained on are split as the run split them; of other data without splits every row counts. What the
+    rows' labels are is the run's word, not theirs: they may hold one class of many, or whole numbers to regress.
     """
     from duallora.errors import ConfigError
     from duallora.tasks import load_task
@@ -472,12 +474,18 @@ def what_to_score(
         from duallora.train import plugins
 
         plugins.require(recipe.plugins, source)
+    from duallora.train.evaluate import trained_for
+
+    trained = trained_for(source)
     if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
         from duallora.train.run import load
 
-        return load(recipe, console.results), recipe, True
-    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe)
-    _refuse_other_kind(source, task or str(data), chosen)
+        return load(recipe, console.results, trained), recipe, True
+    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe, trained)
+    for note in chosen.notes:
+        console.results.print(escape(note), soft_wrap=True)
+    if trained is not None:
+        _refuse_other_kind(source, trained.kind, task or str(data), chosen)
     return chosen, recipe, False
 
 
@@ -507,7 +515,7 @@ def _same_data(data: str, trained_on: str | None) -> bool:
     return data == trained_on or Path(data).expanduser().resolve() == Path(trained_on).expanduser().resolve()
 
 
-def _every_row(data: str, recipe: Recipe | None) -> Task:
+def _every_row(data: str, recipe: Recipe | None, trained: Trained | None) -> Task:
     """The data with the splits they come with; where they come without, with every row in the split ``ALL_ROWS``."""
     from dataclasses import replace
 
@@ -516,30 +524,27 @@ def _every_row(data: str, recipe: Recipe | None) -> Task:
     if data.startswith("builtin:"):
         return load_data(data)
     if recipe is None:
-        task = load_data(data, eval_data=data)
+        task = load_data(data, eval_data=data, trained=trained)
     else:
         from duallora.train.run import reading
 
-        task = load_data(data, eval_data=data, **reading(recipe.data))
+        task = load_data(data, eval_data=data, trained=trained, **reading(recipe.data))
     rows = task.splits["train"]
     return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
 
 
-def _refuse_other_kind(source: str, name: str, task: Task) -> None:
-    """ConfigError where the files of ``source`` say that it was trained for another kind of data."""
+def _refuse_other_kind(source: str, kind: Kind, name: str, task: Task) -> None:
+    """ConfigError where ``source`` was trained for another kind of data."""
     from duallora.errors import ConfigError
-    from duallora.train import evaluate as evaluation
 
-    folder = evaluation.find(source) if Path(source).is_dir() else None
-    trained_for = evaluation.read_sidecar(folder).get("kind", task.kind) if folder else task.kind
-    if trained_for != task.kind:
+    if kind != task.kind:
         words = {
             "generate": "text to generate (prompt-completion, messages or alpaca rows)",
             "classify": "classes (rows with a label)",
-            "regress": "numbers (rows with a label that has a fraction)",
+            "regress": "numbers (rows with a label that is one)",
         }
         raise ConfigError(
-            f"{name} holds {words[task.kind]}, but {source} was trained for {words[trained_for]}: "
+            f"{name} holds {words[task.kind]}, but {source} was trained for {words[kind]}: "
             "evaluate it on data of the kind it was trained for"
         )
 
@@ -552,6 +557,7 @@ def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Exampl
     from dataclasses import replace
 
     from duallora.errors import ConfigError
+    from duallora.train.evaluate import are_stand_ins
     from duallora.train.progress import command
 
     if task.kind != "generate" and not hasattr(model, "peft_config"):
@@ -564,9 +570,10 @@ def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Exampl
     if task.kind != "classify":
         return replace(task, splits={split: examples})
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
-    unnamed = all(name == f"LABEL_{index}" for name, index in names.items())  # transformers' stand-ins
-    if unnamed and len(names) == len(task.labels):
-        return replace(task, splits={split: examples})
+    if are_stand_ins(list(names)):
+        if len(names) == len(task.labels):
+            return replace(task, splits={split: examples})
+        names = {str(index): index for index in names.values()}  # whole numbers need no names
     unknown = [label for label in task.labels if label not in names]
     if unknown:
         raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -30,7 +30,7 @@ from duallora.tasks.encode import with_written_answer
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
-from duallora.train.models import load_model, weights_fingerprint
+from duallora.train.models import load_config, load_model, weights_fingerprint
 from duallora.train.positions import check_room, positions
 from duallora.train.progress import Bar, command, quiet_libraries
 from duallora.train.record import read_json
@@ -54,6 +54,13 @@ WHOLE = 1 << 30  # tokens: nothing is cut
 WEIGHTS = "adapter_model.safetensors"
 BASE_LAYER = ".base_layer."  # in the name of a tensor that is the base model's own
 SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
+
+
+class Trained(NamedTuple):
+    """What a model was trained to do, and its classes by id: none for other kinds, or where they have no names."""
+
+    kind: Kind
+    labels: tuple[str, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -572,6 +579,34 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         raise IntegrityError(
             f"{path} is damaged ({error}); restore it, or delete it to load without its checks"
         ) from None
+
+
+def trained_for(source: str | Path) -> Trained | None:
+    """What a run, a checkpoint of it, an adapter or a classifier was trained for; None where its files do not say.
+
+    Raises as `find` and `load_config` do.
+    """
+    folder = find(source)
+    told = read_sidecar(folder) if folder else {}
+    if folder is not None and "kind" not in told:  # a checkpoint: what its run has recorded
+        run = next((place / "run.json" for place in folder.parents[:2] if (place / "run.json").is_file()), None)
+        told = read_json(run).get("data", {}) if run else {}
+    if told.get("kind") in get_args(Kind):
+        return Trained(told["kind"], tuple(told.get("labels", ())))
+    if folder is not None and _is_adapter(folder):
+        return None
+    config = load_config(str(folder or source))
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    if len(names) == 1:
+        return Trained("regress")
+    return Trained("classify", () if are_stand_ins(names) else names)
+
+
+def are_stand_ins(names: Sequence[str]) -> bool:
+    """Whether these are the names that transformers gives to classes that have none."""
+    return all(name == f"LABEL_{index}" for index, name in enumerate(names))
 
 
 def default_device() -> torch.device:

@@ -150,9 +150,9 @@ def adapter_kind(adapter: str | Path) -> evaluate.Kind:
     folder = evaluate.find(adapter)
     if folder is None or not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to merge")
-    kind = evaluate.read_sidecar(folder).get("kind")
-    if kind in ("generate", "classify", "regress"):
-        return kind
+    known = evaluate.trained_for(adapter)
+    if known is not None:
+        return known.kind
     task_type = evaluate.read_config(folder).task_type
     return "classify" if task_type == "SEQ_CLS" else "generate"
 

@@ -174,7 +174,14 @@ class _Run:
             "fingerprints": fingerprints,
             "model": {**recipe.model.model_dump(include={"name", "revision", "quantization"}), "dtype": dtype},
             "parameters": dict(zip(("trainable", "total"), parameter_counts(adapted), strict=True)),
-            "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
+            "data": {
+                "source": task.source,
+                "format": task.format,
+                "kind": task.kind,
+                "labels": list(task.labels),
+                "train": len(rows),
+                "validation": len(held_out),
+            },
             "steps": steps,
             "loss_before": _loss_before(previous, recipe),
             "start": (previous or {}).get("start", {}) or seen,
@@ -635,8 +642,8 @@ def reading(data: DataSection) -> dict[str, Any]:
     }
 
 
-def read(recipe: Recipe) -> Task:
-    """The recipe's task or data."""
+def read(recipe: Recipe, trained: evaluate.Trained | None = None) -> Task:
+    """The recipe's task or data; ``trained``: what a model was trained for that these rows are for."""
     data = recipe.data
     if data.task is not None:
         return load_task(data.task, data_dir=data.data_dir)
@@ -645,14 +652,15 @@ def read(recipe: Recipe) -> Task:
         eval_data=data.eval_path,
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
+        trained=trained,
         **reading(data),
     )
 
 
-def load(recipe: Recipe, console: Console) -> Task:
-    """The recipe's task or data, announced on the console."""
+def load(recipe: Recipe, console: Console, trained: evaluate.Trained | None = None) -> Task:
+    """`read`, announced on the console."""
     data = recipe.data
-    task = read(recipe)
+    task = read(recipe, trained)
     if "train" not in task.splits:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
     if data.holdout:
