@@ -688,11 +688,51 @@ def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, ca
         part["labels"][guess] in row for guess, row in zip(kept, [r for r in rows if "one" not in r], strict=True)
     )
     assert part["metrics"]["accuracy"] == pytest.approx(100 * right / len(kept))
-    Path("other.csv").write_text("text,label\na,one\nb,nine\n")
+    # One class alone, which by itself would be no classification at all, for whatever the run has left behind.
+    Path("one.csv").write_text("text,label\n" + "".join(row for row in rows if "two" in row))
+    kept = [prediction for prediction, row in zip(whole["predictions"], rows, strict=True) if "two" in row]
+    assert cli.run(["merge", "run", "-o", "merged", "--json"]) == 0
+    capsys.readouterr()
+    for source in ("run", "run/adapter", "run/checkpoints/checkpoint-2", "merged"):
+        assert cli.run(["eval", source, "--data", "one.csv", "--json"]) == 0
+        part = json_line(capsys)
+        assert (part["labels"], part["predictions"]) == (["one", "two", "zero"], kept), source
+        assert part["metrics"]["accuracy"] == pytest.approx(100 * kept.count(1) / 8)
+    Path("other.csv").write_text("text,label\na,one\nb,nine\nc,ten\n")
     assert cli.run(["eval", "run", "--data", "other.csv", "--json"]) == 2
-    assert "nine" in json_line(capsys)["error"]
+    assert (
+        "holds the classes nine, ten, which the model was not trained on; it knows one, two, zero"
+        in (json_line(capsys)["error"])
+    )
     assert cli.run(["eval", str(tiny_encoder_folder), "--data", "three.csv", "--json"]) == 2
     assert "no classification head" in json_line(capsys)["error"]
+
+
+def test_a_regression_is_scored_on_whole_numbers_and_a_classifier_on_numbers_as_names(tiny_encoder_folder, capsys):
+    """1, 2 and 3 are classes where nobody says otherwise: here the run does."""
+    texts = [f"Count {i}" for i in range(12)]
+    Path("half.csv").write_text("text,label\n" + "".join(f"{text},{i / 2}\n" for i, text in enumerate(texts)))
+    Path("whole.csv").write_text("text,label\n" + "".join(f"{text},{i}\n" for i, text in enumerate(texts[:4])))
+    Path("named.csv").write_text("text,label\na,low\n")
+    train = ["train", "--model", str(tiny_encoder_folder), *settings("max_steps=1"), "--data"]
+    assert cli.run([*train, "half.csv", "-o", "amounts", "--json"]) == 0
+    capsys.readouterr()
+    assert cli.run(["eval", "amounts", "--data", "whole.csv", "--json"]) == 0
+    scored = json_line(capsys)
+    assert scored["labels"] == []
+    errors = [guess - i for i, guess in enumerate(scored["predictions"])]
+    assert scored["metrics"]["rmse"] == pytest.approx((sum(error**2 for error in errors) / 4) ** 0.5)
+    assert cli.run(["eval", "amounts", "--data", "named.csv", "--json"]) == 3
+    assert "expected a finite number, got text ('low')" in json_line(capsys)["error"]
+    # And the other way round: what would be read as targets are classes by name, and these it has not.
+    Path("three.csv").write_text("text,label\n" + "".join(f"{text},{i % 3}\n" for i, text in enumerate(texts)))
+    assert cli.run([*train, "three.csv", "-o", "classes", "--json"]) == 0
+    capsys.readouterr()
+    Path("floats.jsonl").write_text('{"text": "a", "label": 2.0}\n{"text": "b", "label": "0"}\n')
+    assert cli.run(["eval", "classes", "--data", "floats.jsonl", "--json"]) == 0
+    assert json_line(capsys)["labels"] == ["0", "1", "2"]
+    assert cli.run(["eval", "classes", "--data", "half.csv", "--json"]) == 2
+    assert "holds the classes 0.5, 1.5, 2.5, " in json_line(capsys)["error"]
 
 
 @pytest.mark.data

@@ -28,7 +28,7 @@ from duallora.train import evaluate, record, run
 from duallora.train.evaluate import EvalResult
 from duallora.train.merge import merge
 from duallora.train.models import load_model
-from duallora.train.progress import clock, quiet_libraries, say, shown
+from duallora.train.progress import clock, command, quiet_libraries, say, shown
 from duallora.train.recipe import Recipe, load_recipe
 
 SHOWN = 3  # examples before and after
@@ -246,20 +246,21 @@ def _summary(plan: Plan, before: EvalResult, after: EvalResult) -> Table:
 
 def _next_steps(plan: Plan, output: Path, trained: dict[str, Any], merged: dict[str, Any], seconds: float) -> Group:
     folder = shown(Path(trained["folder"]))
+    logdir = command("--logdir", Path(trained["folder"]) / "tb", program="tensorboard")
     where = Table.grid(padding=(0, 2))
     for path, what in (
         (f"{folder}/adapter", "the adapter, for PeftModel.from_pretrained"),
-        (f"{folder}/log.jsonl", f"the course of the training; tensorboard --logdir {folder}/tb"),
+        (f"{folder}/log.jsonl", f"the course of the training; {escape(logdir)}"),
         (shown(Path(merged["output"])), "a plain transformers model: no duallora needed to use it"),
         (f"{shown(output)}/demo.json", "these figures, with versions, seeds and hashes"),
     ):
         where.add_row(f"[bold]{path}[/]", what)
     commands: Sequence[str] = (
         "duallora train --data mine.csv -o runs/mine    # columns prompt,completion",
-        f"duallora eval {folder} --limit 100"
+        command("eval", Path(trained["folder"]), "--limit", "100")
         if plan is FULL
         else "duallora demo    # a language model, about five minutes",
-        f"duallora data preview {plan.data} --model {plan.model}",
+        command("data", "preview", plan.data, "--model", plan.model),
         "duallora config show --data mine.csv > recipe.yaml",
     )
     return Group(

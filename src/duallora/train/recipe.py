@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from duallora.errors import ConfigError
+from duallora.train.progress import command
 
 MAX_FILE_BYTES = 1 << 16  # a recipe is a page long; a larger file is a mistake, and the YAML reader is slow
 MAX_BRACKETS = 100  # open at once; the YAML reader's time grows with the square of them
@@ -701,7 +703,8 @@ def _read_root(path: Path) -> Any:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `duallora config show > {path}` writes one to start from") from None
+        show = f"{command('config', 'show')} > {shlex.quote(str(path))}"
+        raise ConfigError(f"{path}: no such file; `{show}` writes one to start from") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > MAX_FILE_BYTES:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,8 @@ from duallora.train.loop import (
     row_loss,
 )
 from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import amount, clock, quiet_libraries, say, shown, size
+from duallora.train.positions import check_room, positions
+from duallora.train.progress import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
@@ -136,6 +137,7 @@ class _Run:
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
         model, tokenizer = self._load_model(task)
         rows, held_out = self._encode(task, tokenizer)
+        self._check_lengths(model, tokenizer, task, rows)
         base = weights_fingerprint(model)
         splits = ("train", "validation", "test") if recipe.eval.test else ("train", "validation")
         fingerprints: dict[str, Any] = {
@@ -150,6 +152,8 @@ class _Run:
         dtype = str(model.dtype).removeprefix("torch.")
         method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
         adapted = method.model
+        if positions(adapted) != positions(model):  # virtual tokens take some
+            self._check_lengths(adapted, tokenizer, task, rows)
         if recipe.adapter.start is not None:
             fingerprints["start"] = self._begin(method, recipe.adapter.start, task.kind, base, previous, start)
         if start is not None and method.method.no_resume and method.method.checkpoint is None:
@@ -170,7 +174,14 @@ class _Run:
             "fingerprints": fingerprints,
             "model": {**recipe.model.model_dump(include={"name", "revision", "quantization"}), "dtype": dtype},
             "parameters": dict(zip(("trainable", "total"), parameter_counts(adapted), strict=True)),
-            "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
+            "data": {
+                "source": task.source,
+                "format": task.format,
+                "kind": task.kind,
+                "labels": list(task.labels),
+                "train": len(rows),
+                "validation": len(held_out),
+            },
             "steps": steps,
             "loss_before": _loss_before(previous, recipe),
             "start": (previous or {}).get("start", {}) or seen,
@@ -264,6 +275,10 @@ class _Run:
             message += f", [yellow]{counts.truncated:,} rows cut to {data.max_length} tokens[/]"
         say(self.console, "tokens", message)
         return rows, held_out
+
+    def _check_lengths(self, model: Any, tokenizer, task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
+        for note in check_lengths(self.recipe, model, tokenizer, task, rows):
+            say(self.console, "note", f"[yellow]{escape(note)}[/]")
 
     def _put(
         self, model: Any, tokenizer, kind: evaluate.Kind, rows, lr_warmup: int, start: Path | None
@@ -486,7 +501,6 @@ class _Run:
 
     def _score(self, model, tokenizer, task: Task, split: str) -> evaluate.EvalResult:
         recipe = self.recipe
-        chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
         return evaluate.evaluate(
             model,
             tokenizer,
@@ -494,7 +508,7 @@ class _Run:
             split=split,
             limit=recipe.data.eval_limit,
             batch_size=recipe.eval.batch_size,
-            generation={name: value for name, value in chosen.items() if value is not None},
+            generation=_generation(recipe),
             max_length=recipe.data.max_length,
             scoring=recipe.eval.scoring,
             console=self.console,
@@ -608,8 +622,8 @@ class _Run:
             with suppress(OSError):
                 record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
         if stopped and (self.began or previous):
-            command = f"duallora train -c {shown(self.folder / 'recipe.yaml')} --resume auto"
-            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{command}[/]")
+            again = escape(command("train", "-c", self.folder / "recipe.yaml", "--resume", "auto"))
+            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{again}[/]")
 
 
 # -- what the run is made of ------------------------------------------------------------------------------------------
@@ -628,8 +642,8 @@ def reading(data: DataSection) -> dict[str, Any]:
     }
 
 
-def read(recipe: Recipe) -> Task:
-    """The recipe's task or data."""
+def read(recipe: Recipe, trained: evaluate.Trained | None = None) -> Task:
+    """The recipe's task or data; ``trained``: what a model was trained for that these rows are for."""
     data = recipe.data
     if data.task is not None:
         return load_task(data.task, data_dir=data.data_dir)
@@ -638,14 +652,15 @@ def read(recipe: Recipe) -> Task:
         eval_data=data.eval_path,
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
+        trained=trained,
         **reading(data),
     )
 
 
-def load(recipe: Recipe, console: Console) -> Task:
-    """The recipe's task or data, announced on the console."""
+def load(recipe: Recipe, console: Console, trained: evaluate.Trained | None = None) -> Task:
+    """`read`, announced on the console."""
     data = recipe.data
-    task = read(recipe)
+    task = read(recipe, trained)
     if "train" not in task.splits:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
     if data.holdout:
@@ -663,6 +678,28 @@ def load(recipe: Recipe, console: Console) -> Task:
     for note in task.notes:
         say(console, "", escape(note))
     return task
+
+
+def check_lengths(recipe: Recipe, model: Any, tokenizer, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say where rows to train or to score on, or answers to write, are longer than the model was made for.
+
+    Raises ConfigError where the model has no positions for them: before training, not at its end.
+    """
+    data, options = recipe.data, recipe.eval
+    notes = [check_room(model, tokenizer, row=max(len(row["input_ids"]) for row in rows))]
+    for split, scoring in (("validation", options.scoring if options.metrics else None), ("test", options.scoring)):
+        if split not in task.splits or (split == "test" and not options.test) or not len(task.splits[split]):
+            continue
+        examples = evaluate.select(task, split, data.eval_limit)
+        chosen: dict[str, Any] = {"generation": _generation(recipe), "scoring": scoring}
+        notes.append(evaluate.check_lengths(model, tokenizer, task, examples, max_length=data.max_length, **chosen))
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _generation(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says of generating, over the task's own."""
+    chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _arguments(
