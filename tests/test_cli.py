@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -671,6 +672,24 @@ def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, ca
     assert "nine" in json_line(capsys)["error"]
     assert cli.run(["eval", str(tiny_encoder_folder), "--data", "three.csv", "--json"]) == 2
     assert "no classification head" in json_line(capsys)["error"]
+
+
+def test_a_run_at_chance_is_done_and_says_so_in_its_json(tiny_encoder_folder, capsys):
+    """Exit code 0, a warning for people, a field for programs; of `eval` on other rows too."""
+    Path("three.csv").write_text("text,label\n" + "".join(f"Count {i},{'abc'[i % 3]}\n" for i in range(60)))
+    command = ["train", "--model", str(tiny_encoder_folder), "--data", "three.csv", "-o", "run", "--json"]
+    assert cli.run([*command, *settings("max_steps=2", "learning_rate=1e-12")]) == 0
+    output = capsys.readouterr()
+    payload = json.loads(output.out)
+    assert payload["status"] == "done"
+    assert payload["at_chance"]["message"].startswith("at chance: ")
+    assert payload["at_chance"]["message"] in " ".join(output.err.split())
+    Path("fresh.csv").write_text(Path("three.csv").read_text())
+    assert cli.run(["eval", "run", "--data", "fresh.csv", "-o", "out.json", "--json"]) == 0
+    payload = json_line(capsys)
+    assert payload["at_chance"]["rows"] == "all rows"
+    assert payload["at_chance"]["chance_loss"] == pytest.approx(math.log(3))
+    assert json.loads(Path("out.json").read_text())["at_chance"] == payload["at_chance"]
 
 
 @pytest.mark.data

@@ -199,8 +199,8 @@ def evaluate(
     refuse_misspelt(source)
     if output is not None:
         refuse_unwritable(output)
+    from duallora.train import chance, record
     from duallora.train import evaluate as evaluation
-    from duallora.train import record
 
     started = time.time()
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
@@ -233,6 +233,11 @@ def evaluate(
     _show_scores(source, chosen, split, result)
     if result.note:
         console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
+    found = chance.of_result(chosen, split, result)
+    at_chance = found.record(chance.REMEDY) if found.at_chance else None
+    if at_chance:
+        said = f"[bold red]{escape(at_chance['message'])}[/]; {escape(at_chance['remedy'])}"
+        console.results.print(said, soft_wrap=True)
     payload = {
         "source": source,
         "task": chosen.name,
@@ -242,6 +247,7 @@ def evaluate(
         "main_metric": chosen.main_metric,
         "metrics": result.metrics,
         "note": result.note,
+        "at_chance": at_chance,
         "labels": chosen.labels,
         "predictions": result.predictions,
     }
@@ -250,7 +256,8 @@ def evaluate(
         settings |= generation
         settings |= {"scoring": scoring} if scoring == "likelihood" else {}
         more: dict[str, Any] = {
-            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "note", "predictions")
+            key: payload[key]
+            for key in ("source", "task", "split", "n", "main_metric", "note", "at_chance", "predictions")
         }
         fingerprints = {split: chosen.fingerprint(split)}
         record.write_json(

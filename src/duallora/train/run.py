@@ -41,7 +41,7 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
-from duallora.train import begin, calibration, checkpoint, evaluate, plugins, record
+from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, parameter_counts, put
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.lock import locked
@@ -112,6 +112,7 @@ class _Run:
         self.began = False  # whether a training step may have been taken
         self.facts: dict[str, Any] = {}
         self.notes: dict[str, str] = {}  # on the figures, by split
+        self.findings: list[chance.Finding] = []  # whether they are above chance
 
     def go(self) -> dict[str, Any]:
         previous = self.processes.from_main(self._previous)
@@ -190,12 +191,14 @@ class _Run:
         adapter = self._save(method, tokenizer, task, steps, dtype)
         metrics = {**trained, **self.facts["start"], **self._figures(adapted, tokenizer, task, held_out)}
         metrics |= self._test(adapted, tokenizer, task)
+        at_chance = self._at_chance(task, rows)
         result = {
             "status": "done",
             "folder": str(self.folder),
             "adapter": str(adapter),
             "steps": steps,
             "metrics": metrics,
+            "at_chance": at_chance,
             "trainable_parameters": self.facts["parameters"]["trainable"],
             "seconds": round(time.time() - started, 1),
         }
@@ -215,6 +218,7 @@ class _Run:
                     **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
                     notes=self.notes,
+                    at_chance=at_chance,
                 ),
             )
         self._write_facts(status="done", finished=record.now(), result=result)
@@ -476,7 +480,10 @@ class _Run:
             return {}
         before = {} if self.facts["loss_before"] is None else {"loss_before": self.facts["loss_before"]}
         if not self.recipe.eval.metrics:
-            return {**before, "loss": self._loss(model, tokenizer, held_out, task, "after")}
+            loss = self._loss(model, tokenizer, held_out, task, "after")
+            if task.kind == "generate":
+                self.findings.append(chance.of_losses("validation", loss, self.facts["loss_before"]))
+            return {**before, "loss": loss}
         result = self._score(model, tokenizer, task, "validation")
         self._say_loss("after", result.metrics["loss"], task)
         self._say_scores(result, "validation")
@@ -485,7 +492,7 @@ class _Run:
     def _score(self, model, tokenizer, task: Task, split: str) -> evaluate.EvalResult:
         recipe = self.recipe
         chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
-        return evaluate.evaluate(
+        result = evaluate.evaluate(
             model,
             tokenizer,
             task,
@@ -498,6 +505,30 @@ class _Run:
             console=self.console,
             processes=self.processes,
         )
+        before = self.facts["loss_before"] if split == "validation" else None
+        self.findings.append(chance.of_result(task, split, result, before=before))
+        return result
+
+    def _at_chance(self, task: Task, rows) -> dict[str, Any] | None:
+        """What to say of a run that has learned nothing, said as the last thing of its summary."""
+        options = self.recipe.train
+        targets = [] if task.kind == "generate" else [row["labels"] for row in rows]
+        loss = JsonLines(self.folder / "log.jsonl").last_loss(LAST_STEPS)
+        trained = chance.of_training(task.kind, loss, targets)
+        found = chance.verdict([*self.findings, *([trained] if trained else [])])
+        if found is None:
+            return None
+        if trained and not trained.at_chance and loss is not None:  # the rows were learned, and nothing beyond them
+            remedy = f"the training loss fell to {loss:.3f}, so the rows were memorized: train on more rows, or for fewer steps"
+        else:
+            remedy = (
+                f"train again with train.learning_rate={options.learning_rate / 3:.1g} (now {options.learning_rate:g}); if "
+                "the loss was still falling, with more steps (train.epochs); and look at the rows: duallora data preview"
+            )
+        said = found.record(remedy)
+        say(self.console, "warning", f"[bold red]{escape(said['message'])}[/]")
+        say(self.console, "remedy", f"[bold]{escape(remedy)}[/]")
+        return said
 
     def _say_scores(self, result: evaluate.EvalResult, split: str) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
@@ -613,6 +644,7 @@ class _Run:
 # -- what the run is made of ------------------------------------------------------------------------------------------
 
 LOSSES = ("loss", "perplexity")
+LAST_STEPS = 10  # whose training loss tells whether anything was learned
 
 
 def load(recipe: Recipe, console: Console) -> Task:
