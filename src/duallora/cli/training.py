@@ -107,7 +107,7 @@ def train(
 
     [dim]Examples:[/]
       duallora train --data mine.jsonl -o runs/mine
-      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=2e-3 --set r=8
+      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=5e-4 --set r=8
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
     """
@@ -622,7 +622,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
     out = console.results
     say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")
     say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
-    say(out, "steps", f"{steps:,}, of which {warmup:,} warm up the learning rate")
+    say(out, "steps", run.in_words(recipe, counts.rows, steps, warmup))
     say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
     return {
         "folder": folder,

@@ -148,6 +148,7 @@ class _Run:
         start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
 
         steps, lr_warmup = schedule(recipe, len(rows))
+        say(console, "steps", in_words(recipe, len(rows), steps, lr_warmup))
         dtype = str(model.dtype).removeprefix("torch.")
         method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
         adapted = method.model
@@ -728,9 +729,21 @@ def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
     """(optimizer steps, those that warm up the learning rate) of a run on ``rows`` training rows."""
     options = recipe.train
     per_epoch = math.ceil(math.ceil(rows / options.batch_size) / options.gradient_accumulation_steps)
-    steps = options.max_steps or math.ceil(options.epochs * per_epoch)
-    warmup = options.lr_warmup_steps
-    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps) if warmup is None else warmup
+    epochs = min(10, math.ceil(100 / per_epoch)) if options.epochs == "auto" else options.epochs
+    steps = options.max_steps or math.ceil(epochs * per_epoch)
+    if options.lr_warmup_steps is not None:
+        return steps, options.lr_warmup_steps
+    if options.lr_warmup_ratio == "auto":
+        # While the gate opens the signs settle on the first gradients: three steps of that left runs at chance (LOG.md).
+        return steps, max(math.ceil(steps / 10), min(10, steps // 3))
+    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps)
+
+
+def in_words(recipe: Recipe, rows: int, steps: int, lr_warmup: int) -> str:
+    """A schedule for people."""
+    at_once = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    passes = f"{steps * at_once / rows:.3g}".removesuffix(".0")
+    return f"{steps:,} of {at_once:,} rows, {passes} passes; {lr_warmup:,} warm up the learning rate"
 
 
 def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
