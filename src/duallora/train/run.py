@@ -725,10 +725,14 @@ def _arguments(
     return arguments
 
 
+def _steps_a_pass(recipe: Recipe, rows: int) -> int:
+    return math.ceil(math.ceil(rows / recipe.train.batch_size) / recipe.train.gradient_accumulation_steps)
+
+
 def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
     """(optimizer steps, those that warm up the learning rate) of a run on ``rows`` training rows."""
     options = recipe.train
-    per_epoch = math.ceil(math.ceil(rows / options.batch_size) / options.gradient_accumulation_steps)
+    per_epoch = _steps_a_pass(recipe, rows)
     epochs = min(10, math.ceil(100 / per_epoch)) if options.epochs == "auto" else options.epochs
     steps = options.max_steps or math.ceil(epochs * per_epoch)
     if options.lr_warmup_steps is not None:
@@ -742,8 +746,8 @@ def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
 def in_words(recipe: Recipe, rows: int, steps: int, lr_warmup: int) -> str:
     """A schedule for people."""
     at_once = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
-    passes = f"{steps * at_once / rows:.3g}".removesuffix(".0")
-    return f"{steps:,} of {at_once:,} rows, {passes} passes; {lr_warmup:,} warm up the learning rate"
+    passes = steps / _steps_a_pass(recipe, rows)
+    return f"{steps:,} of {at_once:,} rows, {passes:.3g} {'pass' if passes == 1 else 'passes'}; {lr_warmup:,} warm up the learning rate"
 
 
 def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
