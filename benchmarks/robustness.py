@@ -1,10 +1,11 @@
-"""Whether the defaults learn small data sets, whatever the seed: Dual LoRA and LoRA on six tasks, two models, five seeds.
+"""Whether the defaults learn small data sets, whatever the seed: Dual LoRA and LoRA on small tasks, two models, five seeds.
 
 Every setting that is not named here is the command line's default: the same rate, warm-up, batch and targets as
 `duallora train --data mine.csv`, for LoRA as `--method lora` has them. SmolLM2 trains for fewer steps than the default
 would take: two cores allow no more, and it is the harder case. The worst seed is what counts: a run that ends no better
 than a constant answer (for E2E and docstrings, no better than the base model) is at chance, as the run's own `at_chance`
-says. A finished run is not repeated. E2E and docstrings are generated, which MiniLM, an encoder, does not.
+says. A finished run is not repeated. E2E and docstrings are generated, which MiniLM, an encoder, does not; the harder
+tickets, on which 1e-3 was found to fail with other start values, are MiniLM's.
 
     DUALLORA_DATA=../shared/data python benchmarks/robustness.py [--runs runs/robustness] [--only minilm ...]
 """
@@ -35,6 +36,7 @@ CLASSIFY = ("eval.before=false",)
 GENERATE = ("eval.metrics=false", "data.max_length=128")
 TASKS: dict[str, tuple[str, ...]] = {
     "tickets": CLASSIFY,
+    "tickets-hard": CLASSIFY,
     "sst2": ("data.task=sst2", *HELD_OUT, *CLASSIFY),
     "stsb": ("data.task=stsb", *HELD_OUT, *CLASSIFY),
     "packages": ("data.path=builtin:packages", *HELD_OUT, *CLASSIFY),
@@ -95,8 +97,8 @@ CLOSINGS = (
 NAMES = ("Ana", "Bo", "Chris", "Dana", "Eli", "Fay")
 
 
-def tickets(path: Path, rows: int, seed: int) -> Path:
-    """A csv of made-up support tickets, as many of each of the six classes."""
+def tickets(path: Path, rows: int, seed: int, hard: bool) -> Path:
+    """A csv of made-up support tickets, as many of each of the six classes; ``hard``: after a phrase of another one."""
     draw = random.Random(seed)
 
     def filled(text: str) -> str:
@@ -105,7 +107,11 @@ def tickets(path: Path, rows: int, seed: int) -> Path:
     found = []
     for number in range(rows):
         label = list(TICKETS)[number % len(TICKETS)]
-        parts = (draw.choice(OPENINGS), filled(draw.choice(TICKETS[label])) + ".", filled(draw.choice(CLOSINGS)))
+        other = draw.choice([name for name in TICKETS if name != label])
+        matter = f"{filled(draw.choice(TICKETS[label]))}."
+        if hard:
+            matter = f"last month {filled(draw.choice(TICKETS[other]))}, that is solved. now {matter}"
+        parts = (draw.choice(OPENINGS), matter, filled(draw.choice(CLOSINGS)))
         found.append((" ".join(part for part in parts if part), label))
     draw.shuffle(found)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +128,8 @@ def cells(only: Sequence[str] = ()) -> Iterator[tuple[str, str, str, int]]:
                 for method in METHODS:
                     if model in ENCODERS and settings[-len(GENERATE) :] == GENERATE:
                         continue
+                    if task not in SHORTER.get(model, TASKS):
+                        continue
                     if set(only) <= {task, model, method, str(seed)}:
                         yield task, model, method, seed
 
@@ -133,11 +141,10 @@ def folder(runs: Path, task: str, model: str, method: str, seed: int) -> Path:
 def recipe(runs: Path, task: str, model: str, method: str, seed: int) -> Recipe:
     """The recipe of one run, in its folder."""
     own: dict[str, Any] = {}
-    if task == "tickets":
-        own = {
-            "data": str(tickets(runs / "tickets.csv", 300, 1)),
-            "eval_data": str(tickets(runs / "fresh.csv", 240, 2)),
-        }
+    if task.startswith("tickets"):
+        hard = task == "tickets-hard"
+        own["data"] = str(tickets(runs / f"{task}.csv", 300, 1, hard))
+        own["eval_data"] = str(tickets(runs / f"{task}-fresh.csv", 240, 2, hard))
     settings = [*COMMON, *TASKS[task], f"adapter.method={method}"]
     if model in SHORTER:
         steps, scored = SHORTER[model][task]

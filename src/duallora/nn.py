@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, dual_delta, dual_scaling
 from duallora.core.gate import Gate, ramp, track
-from duallora.core.init import draw_factors, layer_seed
+from duallora.core.init import DIRECTION_STD, draw_factors, layer_seed
 from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import build_weight, check_backend, dual_linear, keep_off_the_fast_path
 from duallora.ops.cache import EvalCache, Watch
@@ -57,7 +57,7 @@ class DualLoraLinear(nn.Module):
         alpha: float | None = None,
         warmup_steps: int = 100,
         init_std: float | None = None,
-        direction_init_std: float = 0.002,
+        direction_init_std: float = DIRECTION_STD,
         init_seed: int | None = None,
         magnitude: str = "relu",
         direction: str = "ste",

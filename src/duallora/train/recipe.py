@@ -64,8 +64,8 @@ SHARED = (
     "layers_to_transform", "start",
 )  # fmt: skip
 
-# What runs of other methods hold for these of Dual LoRA's, whose defaults have changed since: their recipes stay as they were.
-UNUSED = {"init_std": 0.02, "direction_init_std": 0.02}
+# What runs of other methods hold for this of Dual LoRA's, whose default has changed since: their recipes stay as they were.
+UNUSED = {"init_std": 0.02}
 
 # Settings of the run and no fields of DualLoraConfig.
 RUNS_OWN = ("method", "options", "start", "init", "init_batches")
@@ -104,8 +104,7 @@ class AdapterSection(Section):
         "Standard deviation of A and B at the start; null goes by a layer's width and r1 (paper: Gaussian, no value).",
     )
     direction_init_std: Positive = setting(
-        0.002,
-        "Standard deviation of C and D at the start: how easily signs flip; 0.02 suits direction xnor, dorefa and identity.",
+        0.02, "Standard deviation of C and D at the start: how easily signs flip; with 0.002 some seeds learn nothing."
     )
     init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
