@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import random
 import shutil
 import statistics
@@ -25,7 +26,7 @@ from rich.console import Console
 
 from duallora.train import run
 from duallora.train.recipe import Recipe, load_recipe
-from duallora.train.record import read_json, write_json
+from duallora.train.record import read_json, write_json, write_text
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("duallora", "lora")
@@ -114,9 +115,9 @@ def tickets(path: Path, rows: int, seed: int, hard: bool) -> Path:
         parts = (draw.choice(OPENINGS), matter, filled(draw.choice(CLOSINGS)))
         found.append((" ".join(part for part in parts if part), label))
     draw.shuffle(found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("text", "label"), *found])
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("text", "label"), *found])
+    write_text(path, table.getvalue())  # whole at once: two of these programs may share the folder
     return path
 
 
