@@ -425,7 +425,7 @@ def test_the_fingerprint_does_not_move_between_releases():
     assert fingerprint(Recipe(data={"task": "e2e"})) == FINGERPRINT_OF_THE_DEFAULTS
 
 
-FINGERPRINT_OF_THE_DEFAULTS = "9d661467d04be5618179cf282b2b4e456585cb1d45e356d9ba885e5ed5163da4"
+FINGERPRINT_OF_THE_DEFAULTS = "faddeb5733fcb7521af29b86e27b22708231ce576942d559b12f0046dbaf70c2"
 
 
 def test_the_adapter_section_is_what_the_method_takes():
