@@ -46,8 +46,8 @@ TASKS: dict[str, tuple[str, ...]] = {
 }
 SHORTER = {  # model -> task -> steps and rows scored
     "smollm2": {
-        "tickets": (30, 80), "sst2": (60, 80), "stsb": (60, 80), "packages": (24, 80), "e2e": (8, 32),
-        "docstrings": (8, 32),
+        "tickets": (30, 80), "sst2": (60, 80), "stsb": (60, 80), "packages": (24, 80), "e2e": (6, 16),
+        "docstrings": (6, 16),
     },
 }  # fmt: skip
 ENCODERS = ("minilm",)
