@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -318,7 +319,9 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
 
 
 ROWS = "".join(f'"Count {i}:","{i + 1}, {i + 2}"\n' for i in range(20))
-QUICK = ["r=2", "train.batch_size=4", "max_length=64", "max_new_tokens=4", "report_to=[]", "logging_steps=1"]
+QUICK = [
+    "r=2", "train.batch_size=4", "max_length=64", "max_new_tokens=4", "report_to=[]", "logging_steps=1", "epochs=1",
+]  # fmt: skip
 
 
 def settings(*more: str) -> list[str]:
@@ -733,6 +736,24 @@ def test_a_regression_is_scored_on_whole_numbers_and_a_classifier_on_numbers_as_
     assert json_line(capsys)["labels"] == ["0", "1", "2"]
     assert cli.run(["eval", "classes", "--data", "half.csv", "--json"]) == 2
     assert "holds the classes 0.5, 1.5, 2.5, " in json_line(capsys)["error"]
+
+
+def test_a_run_at_chance_is_done_and_says_so_in_its_json(tiny_encoder_folder, capsys):
+    """Exit code 0, a warning for people, a field for programs; of `eval` on other rows too."""
+    Path("three.csv").write_text("text,label\n" + "".join(f"Count {i},{'abc'[i % 3]}\n" for i in range(60)))
+    command = ["train", "--model", str(tiny_encoder_folder), "--data", "three.csv", "-o", "run", "--json"]
+    assert cli.run([*command, *settings("max_steps=2", "learning_rate=1e-12")]) == 0
+    output = capsys.readouterr()
+    payload = json.loads(output.out)
+    assert payload["status"] == "done"
+    assert payload["at_chance"]["message"].startswith("at chance: ")
+    assert payload["at_chance"]["message"] in " ".join(output.err.split())
+    Path("fresh.csv").write_text(Path("three.csv").read_text())
+    assert cli.run(["eval", "run", "--data", "fresh.csv", "-o", "out.json", "--json"]) == 0
+    payload = json_line(capsys)
+    assert payload["at_chance"]["rows"] == "all rows"
+    assert payload["at_chance"]["chance_loss"] == pytest.approx(math.log(3))
+    assert json.loads(Path("out.json").read_text())["at_chance"] == payload["at_chance"]
 
 
 @pytest.mark.data

@@ -109,7 +109,7 @@ def train(
 
     [dim]Examples:[/]
       duallora train --data mine.jsonl -o runs/mine
-      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=2e-3 --set r=8
+      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=5e-4 --set r=8
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
     """
@@ -201,8 +201,8 @@ def evaluate(
     refuse_misspelt(source)
     if output is not None:
         refuse_unwritable(output)
+    from duallora.train import chance, record
     from duallora.train import evaluate as evaluation
-    from duallora.train import record
 
     started = time.time()
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
@@ -232,6 +232,8 @@ def evaluate(
         scoring=scoring,
         console=console.results,
     )
+    found = chance.of_result(chosen, split, result)
+    at_chance = found.record(chance.REMEDY) if found.at_chance else None
     payload = {
         "source": source,
         "task": chosen.name,
@@ -243,6 +245,7 @@ def evaluate(
         "main_metric": chosen.main_metric,
         "metrics": result.metrics,
         "note": result.note,
+        "at_chance": at_chance,
         "labels": chosen.labels,
         "predictions": result.predictions,
     }
@@ -252,7 +255,7 @@ def evaluate(
         settings |= {"scoring": scoring} if scoring == "likelihood" else {}
         more: dict[str, Any] = {
             key: payload[key]
-            for key in ("source", "task", "split", "n", "truncated", "main_metric", "note", "predictions")
+            for key in ("source", "task", "split", "n", "truncated", "main_metric", "note", "at_chance", "predictions")
         }
         fingerprints = {split: chosen.fingerprint(split)}
         record.write_json(
@@ -263,6 +266,9 @@ def evaluate(
     _show_scores(source, chosen, split, result)  # after the file is written: what goes wrong here costs no scoring
     if result.note:
         console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
+    if at_chance:
+        said = f"[bold red]{escape(at_chance['message'])}[/]; {escape(at_chance['remedy'])}"
+        console.results.print(said, soft_wrap=True)
     if output is not None:
         console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
     return payload
@@ -654,7 +660,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
     say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
     for note in notes:
         say(out, "note", f"[yellow]{escape(note)}[/]")
-    say(out, "steps", f"{steps:,}, of which {warmup:,} warm up the learning rate")
+    say(out, "steps", run.in_words(recipe, counts.rows, steps, warmup))
     say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
     return {
         "folder": folder,

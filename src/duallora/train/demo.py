@@ -58,6 +58,7 @@ FULL = Plan(
     settings=(
         "adapter.r=8",
         "adapter.target_modules=[q_proj, v_proj]",  # a third of the time of all-linear on two cores
+        "adapter.direction_init_std=0.002",  # for so few steps, at four times the usual rate
         "data.max_length=128",  # the longest row has 103 tokens
         "data.eval_limit=48",
         "train.max_steps=60",
@@ -91,8 +92,7 @@ QUICK = Plan(
         "data.eval_limit=64",
         "train.epochs=1.2",
         "train.batch_size=16",
-        "train.learning_rate=3e-3",
-        "train.lr_warmup_steps=6",
+        "train.learning_rate=2e-3",
         "train.logging_steps=5",
         "eval.metrics=false",
     ),

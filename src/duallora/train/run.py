@@ -41,7 +41,7 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
-from duallora.train import begin, calibration, checkpoint, evaluate, plugins, record
+from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, parameter_counts, put
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.lock import locked
@@ -113,6 +113,7 @@ class _Run:
         self.began = False  # whether a training step may have been taken
         self.facts: dict[str, Any] = {}
         self.notes: dict[str, str] = {}  # on the figures, by split
+        self.findings: list[chance.Finding] = []  # whether they are above chance
 
     def go(self) -> dict[str, Any]:
         previous = self.processes.from_main(self._previous)
@@ -149,6 +150,7 @@ class _Run:
         start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
 
         steps, lr_warmup = schedule(recipe, len(rows))
+        say(console, "steps", in_words(recipe, len(rows), steps, lr_warmup))
         dtype = str(model.dtype).removeprefix("torch.")
         method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
         adapted = method.model
@@ -201,12 +203,14 @@ class _Run:
         adapter = self._save(method, tokenizer, task, steps, dtype)
         metrics = {**trained, **self.facts["start"], **self._figures(adapted, tokenizer, task, held_out)}
         metrics |= self._test(adapted, tokenizer, task)
+        at_chance = self._at_chance(task, rows)
         result = {
             "status": "done",
             "folder": str(self.folder),
             "adapter": str(adapter),
             "steps": steps,
             "metrics": metrics,
+            "at_chance": at_chance,
             "trainable_parameters": self.facts["parameters"]["trainable"],
             "seconds": round(time.time() - started, 1),
         }
@@ -226,6 +230,7 @@ class _Run:
                     **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
                     notes=self.notes,
+                    at_chance=at_chance,
                 ),
             )
         self._write_facts(status="done", finished=record.now(), result=result)
@@ -493,7 +498,10 @@ class _Run:
             return {}
         before = {} if self.facts["loss_before"] is None else {"loss_before": self.facts["loss_before"]}
         if not self.recipe.eval.metrics:
-            return {**before, "loss": self._loss(model, tokenizer, held_out, task, "after")}
+            loss = self._loss(model, tokenizer, held_out, task, "after")
+            if task.kind == "generate":
+                self.findings.append(chance.of_losses("validation", loss, self.facts["loss_before"]))
+            return {**before, "loss": loss}
         result = self._score(model, tokenizer, task, "validation")
         self._say_loss("after", result.metrics["loss"], task)
         self._say_scores(result, "validation")
@@ -501,7 +509,7 @@ class _Run:
 
     def _score(self, model, tokenizer, task: Task, split: str) -> evaluate.EvalResult:
         recipe = self.recipe
-        return evaluate.evaluate(
+        result = evaluate.evaluate(
             model,
             tokenizer,
             task,
@@ -514,6 +522,30 @@ class _Run:
             console=self.console,
             processes=self.processes,
         )
+        before = self.facts["loss_before"] if split == "validation" else None
+        self.findings.append(chance.of_result(task, split, result, before=before))
+        return result
+
+    def _at_chance(self, task: Task, rows) -> dict[str, Any] | None:
+        """What to say of a run that has learned nothing, said as the last thing of its summary."""
+        options = self.recipe.train
+        targets = [] if task.kind == "generate" else [row["labels"] for row in rows]
+        loss = JsonLines(self.folder / "log.jsonl").last_loss(LAST_STEPS)
+        trained = chance.of_training(task.kind, loss, targets)
+        found = chance.verdict([*self.findings, *([trained] if trained else [])])
+        if found is None:
+            return None
+        if trained and not trained.at_chance and loss is not None:  # the rows were learned, and nothing beyond them
+            remedy = f"the training loss fell to {loss:.3f}, so the rows were memorized: train on more rows, or for fewer steps"
+        else:
+            remedy = (
+                f"train again with train.learning_rate={options.learning_rate / 3:.1g} (now {options.learning_rate:g}); if "
+                "the loss was still falling, with more steps (train.epochs); and look at the rows: duallora data preview"
+            )
+        said = found.record(remedy)
+        say(self.console, "warning", f"[bold red]{escape(said['message'])}[/]")
+        say(self.console, "remedy", f"[bold]{escape(remedy)}[/]")
+        return said
 
     def _say_scores(self, result: evaluate.EvalResult, split: str) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
@@ -629,6 +661,7 @@ class _Run:
 # -- what the run is made of ------------------------------------------------------------------------------------------
 
 LOSSES = ("loss", "perplexity")
+LAST_STEPS = 10  # whose training loss tells whether anything was learned
 
 
 def reading(data: DataSection) -> dict[str, Any]:
@@ -748,13 +781,29 @@ def _arguments(
     return arguments
 
 
+def _steps_a_pass(recipe: Recipe, rows: int) -> int:
+    return math.ceil(math.ceil(rows / recipe.train.batch_size) / recipe.train.gradient_accumulation_steps)
+
+
 def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
     """(optimizer steps, those that warm up the learning rate) of a run on ``rows`` training rows."""
     options = recipe.train
-    per_epoch = math.ceil(math.ceil(rows / options.batch_size) / options.gradient_accumulation_steps)
-    steps = options.max_steps or math.ceil(options.epochs * per_epoch)
-    warmup = options.lr_warmup_steps
-    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps) if warmup is None else warmup
+    per_epoch = _steps_a_pass(recipe, rows)
+    epochs = min(10, math.ceil(100 / per_epoch)) if options.epochs == "auto" else options.epochs
+    steps = options.max_steps or math.ceil(epochs * per_epoch)
+    if options.lr_warmup_steps is not None:
+        return steps, options.lr_warmup_steps
+    if options.lr_warmup_ratio == "auto":
+        # While the gate opens the signs settle on the first gradients: three steps of that left runs at chance (LOG.md).
+        return steps, max(math.ceil(steps / 10), min(10, steps // 3))
+    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps)
+
+
+def in_words(recipe: Recipe, rows: int, steps: int, lr_warmup: int) -> str:
+    """A schedule for people."""
+    at_once = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    passes = steps / _steps_a_pass(recipe, rows)
+    return f"{steps:,} of {at_once:,} rows, {passes:.3g} {'pass' if passes == 1 else 'passes'}; {lr_warmup:,} warm up the learning rate"
 
 
 def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
