@@ -204,7 +204,8 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     shared = {key: found[0][key] for key in PROVENANCE if all(one[key] == found[0][key] for one in found)}
     kept = [{key: value for key, value in one.items() if key != "recipe" and key not in shared} for one in found]
     seeds = sorted({one["seed"] for one in found})
-    return {"kind": "robustness", **shared, "seeds": seeds, "rows": rows, "cells": kept}
+    counts = {"wanted": len(list(cells())), "done": len(found)}
+    return {"kind": "robustness", **shared, "seeds": seeds, **counts, "rows": rows, "cells": kept}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

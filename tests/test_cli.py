@@ -321,6 +321,7 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
 ROWS = "".join(f'"Count {i}:","{i + 1}, {i + 2}"\n' for i in range(20))
 QUICK = [
     "r=2", "train.batch_size=4", "max_length=64", "max_new_tokens=4", "report_to=[]", "logging_steps=1", "epochs=1",
+    "learning_rate=2e-3",
 ]  # fmt: skip
 
 
