@@ -38,7 +38,7 @@ trainer = SFTTrainer(
         OUT,
         max_steps=10,
         per_device_train_batch_size=2,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         warmup_steps=3,
         gradient_checkpointing=False,
         logging_steps=1,

@@ -31,7 +31,7 @@ trainer = Trainer(
         OUT,
         max_steps=10,
         per_device_train_batch_size=4,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         warmup_steps=3,
         logging_steps=1,
         eval_strategy="steps",

@@ -36,7 +36,7 @@ arguments = TrainingArguments(
     OUT,
     max_steps=STEPS,
     per_device_train_batch_size=2,
-    learning_rate=5e-4,
+    learning_rate=1e-3,
     warmup_steps=5,
     logging_steps=5,
     save_steps=10,

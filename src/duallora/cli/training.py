@@ -109,7 +109,7 @@ def train(
 
     [dim]Examples:[/]
       duallora train --data mine.jsonl -o runs/mine
-      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=1e-3 --set r=8
+      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=5e-4 --set r=8
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
     """
