@@ -218,9 +218,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         first = next(iter(own.values()))
         digits = 3 if first["metric"] == "loss" else 1
         order = ("max", "median", "min") if first["metric"] == "loss" else ("min", "median", "max")
-        figures = [
-            ", ".join(f"{own[method][key]:.{digits}f}" for key in order) if method in own else "-" for method in METHODS
-        ]
+        figures = []
+        for method in METHODS:
+            row = own.get(method)
+            text = ", ".join(f"{row[key]:.{digits}f}" for key in order) if row else "not run"
+            figures.append(
+                text + (f" ({row['seeds']} of {len(SEEDS)} seeds)" if row and row["seeds"] < len(SEEDS) else "")
+            )
         chance = f"{first['chance']:.{digits}f}"
         lines.append(f"| {task}, {model} | {first['metric']} | {chance} | {' | '.join(figures)} | {first['steps']} |")
     return "\n".join(lines)
