@@ -1,4 +1,4 @@
-# Every target makes its own environment from constraints.txt. PYTHON chooses the interpreter (3.10 or newer).
+# Every target makes its own environment from constraints.txt. PYTHON chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -29,7 +29,7 @@ base, tokenizer = load_model(MODEL, "generate")
 config = DualLoraConfig(r=8, target_modules="all-linear", warmup_steps=5, task_type="CAUSAL_LM")
 model = get_peft_model(base, config)
 # The direction group C, D takes larger steps than the magnitude group A, B.
-optimizer = torch.optim.AdamW(param_groups(model, lr=2e-3, direction_lr_ratio=2.0))
+optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, direction_lr_ratio=2.0))
 loader = DataLoader(texts, batch_size=4, collate_fn=lambda batch: tokenizer(batch, padding=True, return_tensors="pt"))
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 

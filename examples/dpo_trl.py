@@ -40,6 +40,7 @@ trainer = DPOTrainer(
         max_steps=8,
         per_device_train_batch_size=2,
         learning_rate=1e-3,
+        warmup_steps=3,
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",

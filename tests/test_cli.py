@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -245,6 +246,57 @@ def test_a_reader_that_goes_away_is_no_failure():
     assert done.stderr == ""
 
 
+UNENCODABLE = "Übung 你好 “x” 🙂 …"
+
+PROGRAMS = """
+import json, sys
+from duallora import cli
+for line in json.loads(sys.argv[1]):
+    try:
+        cli.main(line)
+    except SystemExit as end:
+        print("\\n=====", end.code)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_the_output_cannot_encode_is_replaced_and_never_fatal(encoding, tiny_causal_folder):
+    from duallora.train.recipe import load_recipe
+
+    rows = [{"prompt": UNENCODABLE, "completion": " a\tb\n½"}, {"prompt": "x", "completion": "y"}]
+    Path("你 x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = f"{UNENCODABLE}.csv"
+    lines = [
+        ["data", "preview", "你 x.jsonl", "--model", str(tiny_causal_folder), "--rows", "1"],
+        ["data", "preview", "你 y.jsonl"],
+        ["convert", "--help"],  # |dW|² stands there
+        ["config", "show", "--data", data],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAMS, json.dumps(lines)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"},
+    )
+    parts = done.stdout.decode(encoding).split("\n=====")
+    assert [int(part.split()[0]) for part in parts[1:]] == [0, 3, 0, 0], done.stderr.decode(encoding)
+    shown, recipe = parts[0], parts[3].split("\n", 1)[1]
+    assert {"ascii": "\\xdcbung", "cp1252": "Übung"}[encoding] in shown
+    assert "\\u4f60\\u597d" in shown
+    assert "\\U0001f642" in shown
+    assert "\\n line break  \\t tab" in shown  # signs of this program's own have likes
+    assert "+--" in shown
+    assert b"no file \\u4f60 y.jsonl" in done.stderr
+    Path("recipe.yaml").write_text(recipe, encoding=encoding)  # as a shell's > writes it
+    assert load_recipe("recipe.yaml").data.path == data
+
+
+def test_files_that_python_reads_as_ascii_are_said_with_the_remedy(monkeypatch, capsys):
+    """Under LC_ALL=C and PYTHONUTF8=0 torch itself cannot be imported."""
+    monkeypatch.setattr(cli, "_invoke", lambda arguments: b"\xe2".decode("ascii"))
+    assert cli.run(["doctor"]) == 2
+    assert "unset PYTHONUTF8, or export LC_ALL=C.UTF-8" in capsys.readouterr().err
+
+
 def test_json_has_no_nan(capsys):
     console.print_json({"loss": float("nan"), "top": [float("inf"), 1.5], "path": Path("x"), "flag": True, 3: None})
     assert json.loads(capsys.readouterr().out) == {
@@ -318,7 +370,10 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
 
 
 ROWS = "".join(f'"Count {i}:","{i + 1}, {i + 2}"\n' for i in range(20))
-QUICK = ["r=2", "train.batch_size=4", "max_length=64", "max_new_tokens=4", "report_to=[]", "logging_steps=1"]
+QUICK = [
+    "r=2", "train.batch_size=4", "max_length=64", "max_new_tokens=4", "report_to=[]", "logging_steps=1", "epochs=1",
+    "learning_rate=2e-3",
+]  # fmt: skip
 
 
 def settings(*more: str) -> list[str]:
@@ -398,6 +453,49 @@ def test_eval_on_a_file_scores_every_row_and_writes_a_result(trained, own_data, 
     assert result["versions"]["torch"]
 
 
+def test_a_scoring_is_on_the_disk_before_anything_of_it_is_shown(trained, own_data, capsys, monkeypatch):
+    from duallora.cli import training
+
+    def fail(*_):
+        raise UnicodeEncodeError("ascii", "½", 0, 1, "ordinal not in range(128)")
+
+    Path("new.csv").write_text(own_data.read_text())
+    monkeypatch.setattr(training, "_show_scores", fail)
+    assert cli.run(["eval", str(trained[0]), "--data", "new.csv", "--max-new-tokens", "1", "-o", "result.json"]) == 1
+    assert json.loads(Path("result.json").read_text())["n"] == 20
+
+
+def test_rows_that_were_cut_are_counted(trained, own_data, capsys):
+    Path("new.csv").write_text(own_data.read_text())
+    command = ["eval", str(trained[0]), "--data", "new.csv", "--max-new-tokens", "1", "--max-length", "14"]
+    assert cli.run([*command, "-o", "result.json"]) == 0
+    rows = [line.split(",", 1) for line in own_data.read_text().splitlines()[1:]]
+    longer = sum(len(prompt.strip('"')) + len(answer.strip('"')) + 1 > 14 for prompt, answer in rows)
+    assert f"{longer} of 20 rows cut to 14 tokens" in capsys.readouterr().out
+    assert 0 < longer < 20
+    assert json.loads(Path("result.json").read_text())["truncated"] == longer
+
+
+def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(trained, capsys):
+    """Blanks, quotes, dollar signs, and brackets that rich would read as a style."""
+    import shlex
+    import shutil
+
+    folder = Path("my runs/it's $HOME [bold] & co")
+    shutil.copytree(trained[0], folder)
+    assert cli.run(["train", "-c", str(folder / "recipe.yaml"), "-o", str(folder), "--resume", "auto"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    score, merge = line.removeprefix("next: ").split(", or ")
+    assert shlex.split(score) == ["duallora", "eval", str(folder)]
+    assert shlex.split(merge) == ["duallora", "merge", str(folder), "-o", "MERGED"]
+    assert cli.run(shlex.split(score)[1:]) == 0
+    shutil.rmtree(folder / "adapter")
+    capsys.readouterr()
+    assert cli.run(["eval", str(folder), "--json"]) == 2
+    again = json_line(capsys)["error"].partition("finish it with: ")[2]
+    assert shlex.split(again) == ["duallora", "train", "-c", str(folder / "recipe.yaml"), "--resume", "auto"]
+
+
 @pytest.mark.parametrize("written", ["whole", "relative", "link", "adapter"])
 def test_eval_on_the_training_file_scores_the_held_out_rows_alone(written, trained, own_data, capsys):
     """19 of its 20 rows were trained on; a score over them says nothing of new rows."""
@@ -438,7 +536,8 @@ def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, t
     assert cli.run([*command, "--json"]) == 0
     payload = json_line(capsys)
     assert payload["n"] == 3
-    assert payload["data"].count("1 bad row of 4") == 1
+    assert payload["data"] == "new.jsonl"
+    assert sum("1 bad row of 4" in note for note in payload["notes"]) == 1
     result = json.loads(Path("out.json").read_text())
     kept = {"max_length": 40, "batch_size": 3, "num_beams": 2, "max_new_tokens": 4}
     assert {key: result["recipe"][key] for key in kept} == kept
@@ -559,6 +658,27 @@ def test_data_preview_shows_tokens(tiny_causal_folder, own_data, capsys):
     assert "train, validation" in capsys.readouterr().err
 
 
+def test_rows_are_previewed_and_checked_as_the_recipe_of_a_run_reads_them(tiny_encoder_folder, capsys):
+    """The same settings tell a run and a look at its data what labels are."""
+    Path("t.csv").write_text("text;label\n" + "".join(f"t{label};{label}.0\n" for label in (0, 10, 2)))
+    model = ["--model", str(tiny_encoder_folder), "--json"]
+    for verb in ("preview", "check"):
+        assert cli.run(["data", verb, "t.csv", *model]) == 0
+        told = json_line(capsys)
+        assert told["kind"] == "classify"
+        assert told["notes"] == [
+            "classification, 3 classes 0, 2, 10 (whole-number labels; --set data.labels=numbers to regress)",
+            "t.csv is separated by semicolons",
+        ]
+        assert cli.run(["data", verb, "t.csv", *model, "--set", "data.labels=numbers"]) == 0
+        assert json_line(capsys)["kind"] == "regress"
+        assert cli.run(["data", verb, "t.csv", *model, "--set", "data.labels=number"]) == 2
+        assert "data.labels" in json_line(capsys)["error"]
+    command = ["train", "--data", "t.csv", "--model", str(tiny_encoder_folder), "--dry-run"]
+    assert cli.run(command) == 0
+    assert "3 classes 0, 2, 10 (whole-number labels" in " ".join(capsys.readouterr().out.split())
+
+
 def test_data_check_counts_rows_and_tokens(tiny_causal_folder, own_data, capsys):
     assert (
         cli.run(["data", "check", str(own_data), "--model", str(tiny_causal_folder), "--max-length", "12", "--json"])
@@ -618,6 +738,22 @@ def test_other_names_that_lead_nowhere_are_exit_code_2(trained, own_data, capsys
         assert fragment in json_line(capsys)["error"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_every_verb_takes_an_adapter_from_the_hubs_cache_by_its_id(links, trained, own_data, lay_in_cache, capsys):
+    lay_in_cache("org/mine", trained[0] / "adapter", links)
+    data = ["--data", str(own_data), "--limit", "3", "--max-new-tokens", "2"]
+    assert cli.run(["eval", str(trained[0] / "adapter"), *data, "--split", "train", "--json"]) == 0
+    local = json_line(capsys)
+    assert cli.run(["eval", "org/mine", *data, "--json"]) == 0
+    assert json_line(capsys)["n"] == local["n"] == 3
+    assert cli.run(["check", "org/mine", "--json"]) == 0
+    assert json_line(capsys)["ok"]
+    assert cli.run(["merge", "org/mine", "-o", "merged", "--json"]) == 0
+    assert json_line(capsys)["max_logit_difference"] == 0.0
+    assert cli.run(["convert", "org/mine", "-o", "lora", "--rank", "4", "--json"]) == 0
+    assert json_line(capsys)["rank"] == 4
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_adapter_is_exit_code_4(damage, trained, own_data, tmp_path, capsys):
     """A folder that is not there is a wrong path (2); one that is there and not whole is 4."""
@@ -666,11 +802,69 @@ def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, ca
         part["labels"][guess] in row for guess, row in zip(kept, [r for r in rows if "one" not in r], strict=True)
     )
     assert part["metrics"]["accuracy"] == pytest.approx(100 * right / len(kept))
-    Path("other.csv").write_text("text,label\na,one\nb,nine\n")
+    # One class alone, which by itself would be no classification at all, for whatever the run has left behind.
+    Path("one.csv").write_text("text,label\n" + "".join(row for row in rows if "two" in row))
+    kept = [prediction for prediction, row in zip(whole["predictions"], rows, strict=True) if "two" in row]
+    assert cli.run(["merge", "run", "-o", "merged", "--json"]) == 0
+    capsys.readouterr()
+    for source in ("run", "run/adapter", "run/checkpoints/checkpoint-2", "merged"):
+        assert cli.run(["eval", source, "--data", "one.csv", "--json"]) == 0
+        part = json_line(capsys)
+        assert (part["labels"], part["predictions"]) == (["one", "two", "zero"], kept), source
+        assert part["metrics"]["accuracy"] == pytest.approx(100 * kept.count(1) / 8)
+    Path("other.csv").write_text("text,label\na,one\nb,nine\nc,ten\n")
     assert cli.run(["eval", "run", "--data", "other.csv", "--json"]) == 2
-    assert "nine" in json_line(capsys)["error"]
+    assert (
+        "holds the classes nine, ten, which the model was not trained on; it knows one, two, zero"
+        in (json_line(capsys)["error"])
+    )
     assert cli.run(["eval", str(tiny_encoder_folder), "--data", "three.csv", "--json"]) == 2
     assert "no classification head" in json_line(capsys)["error"]
+
+
+def test_a_regression_is_scored_on_whole_numbers_and_a_classifier_on_numbers_as_names(tiny_encoder_folder, capsys):
+    """1, 2 and 3 are classes where nobody says otherwise: here the run does."""
+    texts = [f"Count {i}" for i in range(12)]
+    Path("half.csv").write_text("text,label\n" + "".join(f"{text},{i / 2}\n" for i, text in enumerate(texts)))
+    Path("whole.csv").write_text("text,label\n" + "".join(f"{text},{i}\n" for i, text in enumerate(texts[:4])))
+    Path("named.csv").write_text("text,label\na,low\n")
+    train = ["train", "--model", str(tiny_encoder_folder), *settings("max_steps=1"), "--data"]
+    assert cli.run([*train, "half.csv", "-o", "amounts", "--json"]) == 0
+    capsys.readouterr()
+    assert cli.run(["eval", "amounts", "--data", "whole.csv", "--json"]) == 0
+    scored = json_line(capsys)
+    assert scored["labels"] == []
+    errors = [guess - i for i, guess in enumerate(scored["predictions"])]
+    assert scored["metrics"]["rmse"] == pytest.approx((sum(error**2 for error in errors) / 4) ** 0.5)
+    assert cli.run(["eval", "amounts", "--data", "named.csv", "--json"]) == 3
+    assert "expected a finite number, got text ('low')" in json_line(capsys)["error"]
+    # And the other way round: what would be read as targets are classes by name, and these it has not.
+    Path("three.csv").write_text("text,label\n" + "".join(f"{text},{i % 3}\n" for i, text in enumerate(texts)))
+    assert cli.run([*train, "three.csv", "-o", "classes", "--json"]) == 0
+    capsys.readouterr()
+    Path("floats.jsonl").write_text('{"text": "a", "label": 2.0}\n{"text": "b", "label": "0"}\n')
+    assert cli.run(["eval", "classes", "--data", "floats.jsonl", "--json"]) == 0
+    assert json_line(capsys)["labels"] == ["0", "1", "2"]
+    assert cli.run(["eval", "classes", "--data", "half.csv", "--json"]) == 2
+    assert "holds the classes 0.5, 1.5, 2.5, " in json_line(capsys)["error"]
+
+
+def test_a_run_at_chance_is_done_and_says_so_in_its_json(tiny_encoder_folder, capsys):
+    """Exit code 0, a warning for people, a field for programs; of `eval` on other rows too."""
+    Path("three.csv").write_text("text,label\n" + "".join(f"Count {i},{'abc'[i % 3]}\n" for i in range(60)))
+    command = ["train", "--model", str(tiny_encoder_folder), "--data", "three.csv", "-o", "run", "--json"]
+    assert cli.run([*command, *settings("max_steps=2", "learning_rate=1e-12")]) == 0
+    output = capsys.readouterr()
+    payload = json.loads(output.out)
+    assert payload["status"] == "done"
+    assert payload["at_chance"]["message"].startswith("at chance: ")
+    assert payload["at_chance"]["message"] in " ".join(output.err.split())
+    Path("fresh.csv").write_text(Path("three.csv").read_text())
+    assert cli.run(["eval", "run", "--data", "fresh.csv", "-o", "out.json", "--json"]) == 0
+    payload = json_line(capsys)
+    assert payload["at_chance"]["rows"] == "all rows"
+    assert payload["at_chance"]["chance_loss"] == pytest.approx(math.log(3))
+    assert json.loads(Path("out.json").read_text())["at_chance"] == payload["at_chance"]
 
 
 @pytest.mark.data

@@ -16,15 +16,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "duallora"
 
 MAY_IMPORT = {
     "errors": set(),
+    "folders": set(),
     "console": {"errors"},
     "core": {"core"},
-    "ops": {"ops", "core"},
+    "ops": {"ops", "core", "folders"},
     "ties": {"errors"},
     "nn": {"ties", "ops", "core", "errors"},
     "tuner": {"tuner", "ties", "ops", "core", "errors"},
     "methods": {"methods", "tuner", "ops", "core", "errors"},
     "tasks": {"tasks", "errors"},
-    "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "__root__"},
+    "train": {"methods", "train", "tasks", "tuner", "nn", "ops", "core", "errors", "console", "folders", "__root__"},
     "lm_eval": {"train", "errors"},
     "plots": {"train", "errors"},
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},

@@ -1,11 +1,13 @@
 """Where the command line speaks, and which exit code a failure gives.
 
 What a verb has to say goes to stdout (`results`): tables, YAML, the run's progress. With ``--json`` all of that moves to
-stderr and stdout holds one line, the JSON object. Errors and notes always go to stderr (`notes`).
+stderr and stdout holds one line, the JSON object. Errors and notes always go to stderr (`notes`). What an output's encoding
+lacks is replaced, never fatal (`replace_unencodable`).
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import sys
@@ -27,6 +29,33 @@ USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+UTF8 = "unset PYTHONUTF8, or export LC_ALL=C.UTF-8"  # the remedy where Python takes every file for ASCII
+
+# How this package's own signs and rich's are written where the output cannot encode them; rich draws boxes and bars in
+# ASCII there by itself. The braille patterns are the frames of its spinner.
+SIGNS = {
+    "…": "...", "•": "*", "²": "^2", "±": "+-", "·": "_", "↵": "\\n", "⇥": "\\t", "␍": "\\r",
+    "▲": "^", "▼": "v", "◂": "<", "▸": ">", **dict.fromkeys(map(chr, range(0x2800, 0x2900)), "*"),
+}  # fmt: skip
+
+
+def replace_unencodable() -> None:
+    """Makes this process's stdout and stderr write a stand-in for every character that their encoding lacks.
+
+    A sign of this program becomes its like in ASCII (`SIGNS`), anything else its escape, such as ``\\u4f60``.
+    """
+    codecs.register_error("duallora", _stand_in)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not what a notebook or a test puts there
+            stream.reconfigure(errors="duallora")
+
+
+def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    """The error handler: (ASCII text, where to go on)."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(SIGNS.get(a) or a.encode("ascii", "backslashreplace").decode() for a in letters), error.end
 
 
 def use_json(on: bool) -> None:
@@ -41,7 +70,12 @@ def print_json(payload: Mapping[str, Any]) -> None:
 
 
 def print_text(text: str) -> None:
-    """Text as it is, whatever brackets it holds and however long its lines are, for pipes and files."""
+    """YAML or JSON as it is, whatever brackets it holds and however long its lines are, for pipes and files.
+
+    Both are read back as UTF-8. Where the output is anything else it is ASCII: in YAML a letter's escape is the letter.
+    """
+    if not results.encoding.startswith("utf-8"):
+        text = text.encode("ascii", "backslashreplace").decode()
     results.print(Text(text), soft_wrap=True, end="" if text.endswith("\n") else "\n")
 
 
@@ -76,7 +110,9 @@ def exit_code_for(error: BaseException) -> int:
         return 7
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
         return 2  # a path in the command is wrong; missing data files raise DataError
-    return 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of a path that begins with ~
+        return 2
+    return 2 if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii" else 1
 
 
 def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, str]:
@@ -100,6 +136,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, s
         first = f"{error.filename}: {error.strerror}"
     if code == 7:
         return first, "Free space or permissions are needed there; choose another folder with -o."
+    if isinstance(error, UnicodeDecodeError) and code == 2:
+        return first, f"Files are read as ASCII here, which torch cannot be imported with: {UTF8}."
+    if code == 2 and isinstance(error, RuntimeError):
+        return first, "~ stands for no folder here: set HOME, or write the path in full."
     if code == 2:
         return first, ""
     return f"{type(error).__name__}: {first}", "This is a fault in duallora or a library; --debug shows where."

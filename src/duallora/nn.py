@@ -33,7 +33,7 @@ from duallora.core.gate import (
     uncast,
     watch_forward,
 )
-from duallora.core.init import draw_factors, layer_seed
+from duallora.core.init import DIRECTION_STD, draw_factors, layer_seed
 from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import build_weight, check_backend, dual_linear, dual_weight
 from duallora.ops.cache import EvalCache, Watch
@@ -96,7 +96,7 @@ class DualLoraLinear(Gated, nn.Module):
         alpha: float | None = None,
         warmup_steps: int = 100,
         init_std: float | None = None,
-        direction_init_std: float = 0.002,
+        direction_init_std: float = DIRECTION_STD,
         init_seed: int | None = None,
         magnitude: str = "relu",
         direction: str = "ste",

@@ -13,7 +13,8 @@ import pytest
 
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import load_data
-from duallora.tasks.labels import class_name, number, read_labels
+from duallora.tasks.example import BadRow
+from duallora.tasks.labels import class_name, number, read_labels, trained_labels
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 
@@ -261,3 +262,50 @@ def test_labels_are_told_of_rows_with_a_label_alone(tmp_path):
         load_data(str(tmp_path / "p.jsonl"), labels="numbers")
     with pytest.raises(ConfigError, match=r"unknown data\.labels 'number'; nearest: numbers"):
         load_data(str(tmp_path / "p.jsonl"), labels="number")
+
+
+@pytest.mark.parametrize(
+    ("classes", "values", "ids"),
+    [
+        (("bad", "good"), ["good"], [1]),
+        (("0", "1", "2"), ["2", 2, 2.0, "2.0", decimal.Decimal(0)], [2, 2, 2, 2, 0]),
+        (("0.0", "1.0", "10.0"), [10, "10.0", 1.0], [2, 2, 1]),  # trained before whole numbers had one name
+        (("False", "True"), [True, "true", "False"], [1, 1, 0]),
+        (("0.5", "1.5"), [1.5], [1]),
+        ((), ["1", 2, 3.5], [1.0, 2.0, 3.5]),  # of numbers, whole as they may be
+    ],
+)
+def test_a_trained_model_says_what_labels_are(classes, values, ids):
+    found = trained_labels([*values, None, ""], classes)
+    assert found.classes == classes
+    assert [found.read(value) for value in values] == ids
+    with pytest.raises(BadRow, match="empty label"):
+        found.read(None)
+
+
+def test_classes_a_trained_model_does_not_know_are_named_with_those_it_does():
+    with pytest.raises(
+        ConfigError, match=r"classes 3, 10, maybe, which the model was not trained on; it knows 0, 1, 2"
+    ):
+        trained_labels(["maybe", 10, 1, 3.0, "nan", [1], None], ("0", "1", "2"))
+
+
+def test_rows_that_no_class_or_number_can_be_read_from_are_faults_of_theirs(tmp_path):
+    path = write(tmp_path / "a.csv", ["1", "nan", "2"])
+    with pytest.raises(DataError, match=r"1 bad row of 3.*\n.*a\.csv:3.* no label among numbers"):
+        load_data(path, eval_data=path, trained=("classify", ("1", "2", "3")))
+    path = write(tmp_path / "b.csv", ["1", "low", "2"])
+    with pytest.raises(DataError, match=r"b\.csv:3.*expected a finite number, got text \('low'\)"):
+        load_data(path, eval_data=path, trained=("regress", ()))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    ("trained", "labels"), [(("regress", ()), ()), (("classify", ORDER), ORDER), (("classify", ()), ("1", "7"))]
+)
+def test_every_format_is_read_as_the_model_was_trained(tmp_path, suffix, trained, labels):
+    path = write(tmp_path / f"a{suffix if suffix[0] == '.' else '.' + suffix}", [7, 1, 7])
+    task = load_data(path, eval_data=path, trained=trained)
+    assert (task.kind, task.labels) == (trained[0], labels)
+    expected = [labels.index(str(value)) for value in (7, 1, 7)] if labels else [7.0, 1.0, 7.0]
+    assert [row.label for row in task.splits["train"]] == expected

@@ -405,3 +405,94 @@ def test_a_chat_is_scored_as_it_is_trained(tiny_causal_folder, make_tokenizer, t
     assert result.metrics["loss"] == pytest.approx(loss_by_hand(model, tokenizer, result.examples), rel=1e-5)
     ends = evaluate.end_tokens(model, tokenizer, chat=True, examples=result.examples)
     assert set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|call|>"])) <= set(ends)
+
+
+# -- from the hub's cache -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_adapter_in_the_hubs_cache_is_loaded_by_its_name_or_its_folder(adapter, lay_in_cache, links, tmp_path):
+    snapshot = lay_in_cache("org/mine", adapter, links)
+    assert (snapshot / "adapter_config.json").is_symlink() is links
+    (tmp_path / "short").symlink_to(snapshot)
+    ids = torch.tensor([[1, 2, 3]])
+    expected = evaluate.load_adapter(adapter, "generate")[0](input_ids=ids).logits
+    for source in ("org/mine", snapshot, tmp_path / "short"):
+        assert torch.equal(evaluate.load_adapter(source, "generate")[0](input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "leads", ["to another repository", "out of the cache", "by an absolute path", "past the blobs"]
+)
+def test_a_link_that_leaves_its_repository_is_not_followed(adapter, lay_in_cache, leads):
+    """What it leads to has the recorded hash: only where it lies is wrong."""
+    snapshot = lay_in_cache("org/mine", adapter)
+    other = lay_in_cache("org/other", adapter)
+    stray = snapshot / "tokenizer.json"
+    target = {
+        "to another repository": Path("../../../models--org--other/blobs") / (other / stray.name).resolve().name,
+        "out of the cache": Path("../../../..") / adapter.name / stray.name,
+        "by an absolute path": (adapter / stray.name).absolute(),
+        "past the blobs": Path("../../refs") / stray.name,
+    }[leads]
+    if leads == "past the blobs":
+        shutil.copyfile(adapter / stray.name, snapshot.parents[1] / "refs" / stray.name)
+    stray.unlink()
+    stray.symlink_to(target)
+    assert stray.read_bytes() == (adapter / stray.name).read_bytes()
+    with pytest.raises(IntegrityError, match=r"'tokenizer\.json' is not a plain file of this folder"):
+        evaluate.load_adapter("org/mine", "generate")
+
+
+def test_a_cache_whose_blobs_lie_elsewhere_is_not_trusted(adapter, lay_in_cache, tmp_path):
+    repository = lay_in_cache("org/mine", adapter).parents[1]
+    (repository / "blobs").rename(tmp_path / "elsewhere")
+    (repository / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="is not a plain file of this folder"):
+        evaluate.load_adapter("org/mine", "generate")
+
+
+def test_a_cache_that_lacks_a_listed_file_says_which(adapter, lay_in_cache):
+    there = {"adapter_config.json", "adapter_model.safetensors", "duallora.json"}
+    lay_in_cache("org/mine", adapter, files=there)
+    missing = next(name for name in record.read_json(adapter / "duallora.json")["files"] if name not in there)
+    with pytest.raises(IntegrityError, match=f"{missing} is missing"):
+        evaluate.load_adapter("org/mine", "generate")
+
+
+def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter, lay_in_cache, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    sidecar = record.read_json(adapter / "duallora.json")
+    for name in ("chat_template.jinja", "odd[1].bin"):
+        (adapter / name).write_text(name)
+        sidecar["files"][name] = checkpoint.file_record(adapter / name)
+    record.write_json(adapter / "duallora.json", {**sidecar, "files": {**sidecar["files"], "*": {}, "../up": {}}})
+    for name in ("optimizer.pt", "odd1.bin", "notes.md"):
+        (adapter / name).write_text("not listed")
+    there = {path.name for path in adapter.iterdir()}
+
+    cached = {}
+
+    def download(repository, file):
+        snapshot = lay_in_cache(repository, adapter, files={file})
+        cached[repository] = snapshot.parent
+        return str(snapshot / file)
+
+    def snapshot(repository, *, revision, allow_patterns):
+        folder = cached[repository] / revision
+        for name in filter_repo_objects(sorted(there), allow_patterns=allow_patterns):
+            shutil.copyfile(adapter / name, folder / name)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    found = evaluate.find("org/mine")
+    assert found is not None
+    assert {path.name for path in found.iterdir()} == there - {"optimizer.pt", "odd1.bin", "notes.md"}
+
+
+def test_a_full_model_on_the_hub_is_no_adapter(lay_in_cache, tiny_causal_folder):
+    lay_in_cache("org/model", tiny_causal_folder)
+    assert evaluate.find("org/model") is None

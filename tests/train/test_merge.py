@@ -3,12 +3,20 @@
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
+from duallora import DualLoraConfig
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import evaluate, merge, record
 from duallora.tuner import DualLoraModel
@@ -99,6 +107,46 @@ def test_a_merge_that_went_wrong_is_noticed_and_nothing_kept(trained, console, t
     with pytest.raises(IntegrityError, match="logits differ"):
         merge.merge(trained(), tmp_path / "merged", console=console)
     assert entries(tmp_path) == []
+
+
+def tied_head(folder, base):
+    """An adapter on the head of a model that shares its weight with the embeddings, its gate open."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(base, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "base")
+    again = AutoModelForCausalLM.from_pretrained(folder / "base")
+    config = DualLoraConfig(r=3, warmup="none", init_std=0.3, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    peft.get_peft_model(again, config).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def test_a_tied_head_is_merged_alone(tiny_causal_folder, console, tmp_path):
+    with pytest.warns(UserWarning, match=r"embed_tokens and lm_head shared one weight"):
+        result = merge.merge(tied_head(tmp_path, tiny_causal_folder), tmp_path / "merged", console=console)
+    assert result["max_logit_difference"] == 0.0
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(
+        saved["model.embed_tokens.weight"],
+        load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"],
+    )
+    assert not torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+
+
+def test_a_weight_that_would_be_drawn_anew_is_noticed(tiny_causal_folder, console, tmp_path, monkeypatch):
+    right = PreTrainedModel.save_pretrained
+
+    def without_head(self, folder, **options):
+        right(self, folder, **options)
+        tensors = load_file(f"{folder}/model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+    adapter = tied_head(tmp_path, tiny_causal_folder)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", without_head)
+    with pytest.raises(IntegrityError, match=r"lacks 1 weights \(lm_head\.weight\), which would be drawn anew"):
+        merge.merge(adapter, tmp_path / "merged", console=console)
+    assert entries(tmp_path) == ["adapter", "base"]
 
 
 def test_a_broken_adapter_is_not_merged(trained, console, tmp_path):

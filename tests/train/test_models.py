@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from duallora.errors import ConfigError, IntegrityError
+from duallora.folders import cache_folder
 from duallora.train import models
 
 
@@ -150,16 +151,6 @@ def test_fingerprint_sees_every_bit_but_not_the_head_or_the_run(tiny_causal_fold
     assert models.weights_fingerprint(heads[0]) == models.weights_fingerprint(heads[1])
 
 
-def test_cache_folder_order(monkeypatch, tmp_path):
-    monkeypatch.setenv("DUALLORA_CACHE", str(tmp_path / "own"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models.cache_dir() == tmp_path / "own"
-    monkeypatch.delenv("DUALLORA_CACHE")
-    assert models.cache_dir() == tmp_path / "xdg" / "duallora"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert models.cache_dir().parts[-2:] == (".cache", "duallora")
-
-
 @pytest.fixture
 def cheap_conversion(monkeypatch, tmp_path, tiny_causal_folder):
     """The cache's rules without the half minute of the real conversion: it copies a tiny model instead."""
@@ -219,7 +210,7 @@ def test_an_interrupted_conversion_leaves_no_folder_behind(cheap_conversion, mon
     monkeypatch.setattr(models, "_write_converted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models._converted_smollm2(gguf)
-    assert [path for path in models.cache_dir().iterdir() if path.is_dir()] == []
+    assert [path for path in cache_folder().iterdir() if path.is_dir()] == []
     monkeypatch.setattr(models, "_write_converted", whole)
     assert models._converted_smollm2(gguf).is_dir()
     assert len(runs) == 2
@@ -266,7 +257,7 @@ def test_smollm2_survives_the_conversion(smollm2):
 @pytest.mark.pretrained
 def test_smollm2_can_be_saved_again_and_its_files_are_readable_by_others(smollm2, tmp_path):
     model, _ = smollm2
-    folder = models.cache_dir() / models._CONVERTED
+    folder = cache_folder() / models._CONVERTED
     modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert len(modes) == 1
     model.save_pretrained(tmp_path)

@@ -491,6 +491,36 @@ def test_a_bfloat16_base_keeps_float32_factors(make_recipe, console):
     assert record.read_json(Path(recipe.output) / "adapter" / "duallora.json")["base"]["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        (285, [], (108, 11)),  # 36 steps a pass: three of them
+        (96, [], (108, 11)),  # 12: nine
+        (48, [], (60, 10)),  # 6: ten passes, no more
+        (3, [], (10, 3)),  # warm for a third of a short run
+        (800, [], (100, 10)),
+        (801, [], (101, 11)),  # one pass from 100 steps on
+        (42_061, [], (5_258, 526)),
+        (96, ["train.batch_size=4", "train.gradient_accumulation_steps=3"], (80, 10)),  # 24 batches, 8 steps a pass
+        (96, ["train.epochs=1"], (12, 4)),
+        (96, ["train.epochs=1", "train.lr_warmup_ratio=0.03"], (12, 1)),
+        (96, ["train.lr_warmup_steps=0"], (108, 0)),
+        (96, ["train.max_steps=30"], (30, 10)),
+        (96, ["train.max_steps=2"], (2, 1)),
+    ],
+)
+def test_few_rows_are_passed_over_more_often(rows, settings, expected):
+    """(steps, those that warm up) by the number of rows: 96 rows once, 12 steps, left LoRA at chance (LOG.md)."""
+    assert run.schedule(load_recipe(None, settings, data="mine.csv"), rows) == expected
+
+
+def test_a_number_of_steps_leaves_the_passes_as_recorded_runs_have_them():
+    """epochs was 1.0 in every recipe; with max_steps it has no effect, and a changed default may not stop a resume."""
+    assert load_recipe(None, ["train.max_steps=30"], data="mine.csv").train.epochs == 1.0
+    assert load_recipe(None, ["train.max_steps=30", "train.epochs=2"], data="mine.csv").train.epochs == 2.0
+    assert load_recipe(None, data="mine.csv").train.epochs == "auto"
+
+
 def test_auto_warm_up_is_the_learning_rates(make_recipe, console):
     recipe = make_recipe("adapter.warmup_steps=auto", "train.lr_warmup_ratio=0.25", "train.max_steps=2")
     run.train(recipe, console=console)

@@ -29,6 +29,7 @@ for theme in THEMES:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``duallora`` program; leaves with the exit codes above."""
+    console.replace_unencodable()
     if "_DUALLORA_COMPLETE" in os.environ:
         app(prog_name="duallora")  # the shell asks for completions
     code = run(list(sys.argv[1:] if arguments is None else arguments))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from duallora import console
 from duallora.cli.app import Debug, Json, app
@@ -129,6 +130,7 @@ def reproduce(
     """
     from duallora.errors import ConfigError
     from duallora.recipes import reproduce as table
+    from duallora.train.progress import command
 
     chosen = table.parts(name, scale, only or (), output)
     if result is not None and len(chosen) > 1:
@@ -160,9 +162,8 @@ def reproduce(
         _show(page.tables(summary, table.printed_lines(part.study.name)))
         for sentence in summary["statement"]:
             console.results.print(sentence, soft_wrap=True, markup=False)
-        console.results.print(
-            f"written to [bold]{file}[/]; next: duallora report {file} -o report.html", soft_wrap=True
-        )
+        again = command("report", file, "-o", "report.html")
+        console.results.print(f"written to [bold]{escape(str(file))}[/]; next: {escape(again)}", soft_wrap=True)
         summaries[part.study.name] = str(file)
         outcomes.append((found, part.folder))
     for found, folder in outcomes:  # a model whose runs fail does not keep the next one's waiting
@@ -240,14 +241,13 @@ def report(
         for sentence in summary["statement"]:
             console.results.print(f"  {sentence}", soft_wrap=True, markup=False)
     for file in filter(None, (output, markdown)):
-        console.results.print(f"written to [bold]{file}[/]", soft_wrap=True)
+        console.results.print(f"written to [bold]{escape(str(file))}[/]", soft_wrap=True)
     return made
 
 
 def _show(tables: Sequence[Any]) -> None:
     """Tables of `duallora.analysis.report` in the terminal, small print in brackets."""
     from rich.box import SIMPLE
-    from rich.markup import escape
     from rich.table import Table
 
     for found in tables:

@@ -29,7 +29,7 @@ from duallora.cli.app import (
 
 if TYPE_CHECKING:
     from duallora.tasks import Example, Task
-    from duallora.train.evaluate import EvalResult
+    from duallora.train.evaluate import EvalResult, Kind, Trained
     from duallora.train.recipe import Recipe
 
 TrainOn = Literal["answer", "all"]
@@ -109,7 +109,7 @@ def train(
 
     [dim]Examples:[/]
       duallora train --data mine.jsonl -o runs/mine
-      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=2e-3 --set r=8
+      duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=5e-4 --set r=8
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
     """
@@ -136,15 +136,15 @@ def train(
 
         return {"exit_code": start(launch, _without_option("--launch", context.find_root().obj))}
     from duallora.train import run
+    from duallora.train.progress import command
 
     if dry_run:
         return _plan(recipe)
     result = run.train(recipe, resume=resume, console=console.results)
-    folder = escape(str(result["folder"]))
-    merged = "" if Path(result["adapter"]).name == "model" else f", or duallora merge {folder} -o MERGED"
-    next_step = f"[dim]next: duallora eval {folder}{merged}[/]"
     if os.environ.get("RANK", "0") == "0":
-        console.results.print(next_step, soft_wrap=True)
+        folder = Path(result["folder"])
+        merge_it = f", or {command('merge', folder, '-o', 'MERGED')}" if Path(result["adapter"]).name != "model" else ""
+        console.results.print(f"[dim]next: {escape(command('eval', folder) + merge_it)}[/]", soft_wrap=True)
     return result
 
 
@@ -201,8 +201,8 @@ def evaluate(
     refuse_misspelt(source)
     if output is not None:
         refuse_unwritable(output)
+    from duallora.train import chance, record
     from duallora.train import evaluate as evaluation
-    from duallora.train import record
 
     started = time.time()
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
@@ -232,18 +232,20 @@ def evaluate(
         scoring=scoring,
         console=console.results,
     )
-    _show_scores(source, chosen, split, result)
-    if result.note:
-        console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
+    found = chance.of_result(chosen, split, result)
+    at_chance = found.record(chance.REMEDY) if found.at_chance else None
     payload = {
         "source": source,
         "task": chosen.name,
         "data": chosen.source,
+        "notes": chosen.notes,
         "split": split,
         "n": len(result.examples),
+        "truncated": result.truncated,
         "main_metric": chosen.main_metric,
         "metrics": result.metrics,
         "note": result.note,
+        "at_chance": at_chance,
         "labels": chosen.labels,
         "predictions": result.predictions,
     }
@@ -252,15 +254,23 @@ def evaluate(
         settings |= generation
         settings |= {"scoring": scoring} if scoring == "likelihood" else {}
         more: dict[str, Any] = {
-            key: payload[key] for key in ("source", "task", "split", "n", "main_metric", "note", "predictions")
+            key: payload[key]
+            for key in ("source", "task", "split", "n", "truncated", "main_metric", "note", "at_chance", "predictions")
         }
         fingerprints = {split: chosen.fingerprint(split)}
         record.write_json(
             output,
             record.result("eval", settings, result.metrics, seeds=(), started=started, data=fingerprints, **more),
         )
-        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
         payload["output"] = str(output)
+    _show_scores(source, chosen, split, result)  # after the file is written: what goes wrong here costs no scoring
+    if result.note:
+        console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
+    if at_chance:
+        said = f"[bold red]{escape(at_chance['message'])}[/]; {escape(at_chance['remedy'])}"
+        console.results.print(said, soft_wrap=True)
+    if output is not None:
+        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
     return payload
 
 
@@ -321,7 +331,9 @@ def data_preview(
         train_on=train_on or recipe.data.train_on,
     )
     console.results.print(shown)
-    return {"source": task.source, "format": task.format, "kind": task.kind, "split": split}
+    return {
+        "source": task.source, "notes": task.notes, "format": task.format, "kind": task.kind, "split": split,
+    }  # fmt: skip
 
 
 @data_app.command("check")
@@ -374,7 +386,8 @@ def data_check(
     console.results.print(table)
     if task.labels:
         console.results.print(f"classes: {escape(', '.join(task.labels))}", soft_wrap=True)
-    return {"source": task.source, "format": task.format, "kind": task.kind, "labels": task.labels, "splits": splits}
+    about = {"source": task.source, "notes": task.notes, "format": task.format, "kind": task.kind}
+    return {**about, "labels": task.labels, "splits": splits}
 
 
 @config_app.command("schema")
@@ -451,7 +464,8 @@ def what_to_score(
 ) -> tuple[Task, Recipe | None, bool]:
     """What to evaluate ``source`` on, the recipe of its run, and whether that is what the run was trained on.
 
-    Data the run was trained on are split as the run split them; of other data without splits every row counts.
+    Data the run was trained on are split as the run split them; of other data without splits every row counts. What the
+    rows' labels are is the run's word, not theirs: they may hold one class of many, or whole numbers to regress.
     """
     from duallora.errors import ConfigError
     from duallora.tasks import load_task
@@ -469,12 +483,18 @@ def what_to_score(
         from duallora.train import plugins
 
         plugins.require(recipe.plugins, source)
+    from duallora.train.evaluate import trained_for
+
+    trained = trained_for(source)
     if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
         from duallora.train.run import load
 
-        return load(recipe, console.results), recipe, True
-    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe)
-    _refuse_other_kind(source, task or str(data), chosen)
+        return load(recipe, console.results, trained), recipe, True
+    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe, trained)
+    for note in chosen.notes:
+        console.results.print(escape(note), soft_wrap=True)
+    if trained is not None:
+        _refuse_other_kind(source, trained.kind, task or str(data), chosen)
     return chosen, recipe, False
 
 
@@ -504,7 +524,7 @@ def _same_data(data: str, trained_on: str | None) -> bool:
     return data == trained_on or Path(data).expanduser().resolve() == Path(trained_on).expanduser().resolve()
 
 
-def _every_row(data: str, recipe: Recipe | None) -> Task:
+def _every_row(data: str, recipe: Recipe | None, trained: Trained | None) -> Task:
     """The data with the splits they come with; where they come without, with every row in the split ``ALL_ROWS``."""
     from dataclasses import replace
 
@@ -513,30 +533,27 @@ def _every_row(data: str, recipe: Recipe | None) -> Task:
     if data.startswith("builtin:"):
         return load_data(data)
     if recipe is None:
-        task = load_data(data, eval_data=data)
+        task = load_data(data, eval_data=data, trained=trained)
     else:
         from duallora.train.run import reading
 
-        task = load_data(data, eval_data=data, **reading(recipe.data))
+        task = load_data(data, eval_data=data, trained=trained, **reading(recipe.data))
     rows = task.splits["train"]
     return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
 
 
-def _refuse_other_kind(source: str, name: str, task: Task) -> None:
-    """ConfigError where the files of ``source`` say that it was trained for another kind of data."""
+def _refuse_other_kind(source: str, kind: Kind, name: str, task: Task) -> None:
+    """ConfigError where ``source`` was trained for another kind of data."""
     from duallora.errors import ConfigError
-    from duallora.train import evaluate as evaluation
 
-    folder = evaluation.find(source) if Path(source).is_dir() else None
-    trained_for = evaluation.read_sidecar(folder).get("kind", task.kind) if folder else task.kind
-    if trained_for != task.kind:
+    if kind != task.kind:
         words = {
             "generate": "text to generate (prompt-completion, messages or alpaca rows)",
             "classify": "classes (rows with a label)",
-            "regress": "numbers (rows with a label that has a fraction)",
+            "regress": "numbers (rows with a label that is one)",
         }
         raise ConfigError(
-            f"{name} holds {words[task.kind]}, but {source} was trained for {words[trained_for]}: "
+            f"{name} holds {words[task.kind]}, but {source} was trained for {words[kind]}: "
             "evaluate it on data of the kind it was trained for"
         )
 
@@ -549,20 +566,23 @@ def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Exampl
     from dataclasses import replace
 
     from duallora.errors import ConfigError
+    from duallora.train.evaluate import are_stand_ins
+    from duallora.train.progress import command
 
     if task.kind != "generate" and not hasattr(model, "peft_config"):
         trained = [name for name in model.config.architectures or () if name.endswith("ForSequenceClassification")]
         if not trained:
             raise ConfigError(
                 f"{model.name_or_path} has no classification head, so its classes would be drawn by lot; train one first: "
-                f"duallora train --model {model.name_or_path} ..."
+                f"{command('train', '--model', model.name_or_path)} ..."
             )
     if task.kind != "classify":
         return replace(task, splits={split: examples})
     names = {str(name): int(index) for index, name in model.config.id2label.items()}
-    unnamed = all(name == f"LABEL_{index}" for name, index in names.items())  # transformers' stand-ins
-    if unnamed and len(names) == len(task.labels):
-        return replace(task, splits={split: examples})
+    if are_stand_ins(list(names)):
+        if len(names) == len(task.labels):
+            return replace(task, splits={split: examples})
+        names = {str(index): index for index in names.values()}  # whole numbers need no names
     unknown = [label for label in task.labels if label not in names]
     if unknown:
         raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")
@@ -623,7 +643,7 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision,
             quantization=recipe.model.quantization,
         )  # fmt: skip
-        _, counts = encode_split(
+        rows, counts = encode_split(
             select(task, "train", recipe.data.limit),
             tokenizer,
             task.kind,
@@ -631,12 +651,16 @@ def _plan(recipe: Recipe) -> dict[str, Any]:
             train_on=recipe.data.train_on,
         )
         steps, warmup = run.schedule(recipe, counts.rows)
-        trainable, total = adapter.parameter_counts(adapter.adapt(model, recipe, task.kind, warmup))
+        adapted = adapter.adapt(model, recipe, task.kind, warmup)
+        notes = run.check_lengths(recipe, adapted, tokenizer, task, rows)
+        trainable, total = adapter.parameter_counts(adapted)
     folder = recipe.output or default_output(recipe)
     out = console.results
     say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")
     say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
-    say(out, "steps", f"{steps:,}, of which {warmup:,} warm up the learning rate")
+    for note in notes:
+        say(out, "note", f"[yellow]{escape(note)}[/]")
+    say(out, "steps", run.in_words(recipe, counts.rows, steps, warmup))
     say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
     return {
         "folder": folder,

@@ -163,6 +163,8 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # A wrapper (ZeroRedundancyOptimizer, SAM) steps an inner optimizer over the same factors: that is one step.
     global _strangers
     stack = _running.stack
+    if all(identity != id(optimizer) for identity, _ in stack):
+        return  # told twice of one step: two threads that made a class's first optimizers at once wrapped its step() twice
     counted: set[tuple[int, str]] = set()
     while stack:
         identity, inner = stack.pop()

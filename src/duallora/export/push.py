@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from duallora.errors import ConfigError, IntegrityError
 from duallora.export import card
 from duallora.export.check import check
 from duallora.train import checkpoint, evaluate, record, untrusted
-from duallora.train.progress import say, size
+from duallora.train.progress import command, say, size
 
 # Nothing else of a folder is ever sent: no checkpoint, optimizer state, log or stray file.
 ADAPTER_FILES = ("adapter_config.json", evaluate.WEIGHTS, evaluate.SIDECAR)
@@ -70,7 +70,7 @@ def push(
     folder = card.adapter_folder(adapter)
     readme = folder / "README.md"
     if not readme.is_file():
-        raise ConfigError(f"{folder} has no card: write one with duallora card {adapter} --repo {repo}")
+        raise ConfigError(f"{folder} has no card: write one with: {command('card', str(adapter), '--repo', repo)}")
     verdict = check(adapter, files_only=files_only, console=console)
     if not verdict["ok"]:
         return {"repo": repo, "uploaded": False, "files": {}, "check": verdict, "exit_code": verdict["exit_code"]}
@@ -137,7 +137,10 @@ def _copy(source: Path, target: Path, base: str) -> None:
 
 def _refuse_local_paths(stage: Path) -> None:
     """IntegrityError where a JSON file or the card still names a path of this machine."""
-    homes = [str(path) for path in {Path.home(), Path.cwd()} if len(path.parts) > 1]
+    places = [Path.cwd()]
+    with suppress(RuntimeError):  # this process may have no home
+        places.append(Path.home())
+    homes = [str(path) for path in places if len(path.parts) > 1]
     for path in sorted(stage.rglob("*")):
         if path.name in ("adapter_config.json", evaluate.SIDECAR, "tokenizer_config.json"):
             local = [text for text in _strings(record.read_json(path)) if _is_local(text)]

@@ -48,7 +48,7 @@ def _warn_of_float16() -> None:
     )
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Inside torch.func.grad, vmap and the like, which see through plain autograd alone."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -109,7 +109,7 @@ def dual_linear(
         _warn_of_float16()
     if W is None:
         form = "delta"
-    if backend == "reference" or _transformed():
+    if backend == "reference" or transformed():
         return reference.dual_linear(x, W, b, update, m, form, fan_in_fan_out)
     return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, probe, backend)
 
@@ -142,7 +142,7 @@ def dual_weight(
     _check(W, update, m, "merged", fan_in_fan_out, 1.0)
     if minus_base and m is None:
         W = None
-    if backend == "reference" or _transformed():
+    if backend == "reference" or transformed():
         return reference.build_weight(
             W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
         )[0]  # fmt: skip
@@ -175,4 +175,4 @@ def build_weight(
     return module.build_weight(W, update, fan_in_fan_out=fan_in_fan_out, dtype=W.dtype, m=m)[0]
 
 
-__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "dual_weight"]
+__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "dual_weight", "transformed"]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from duallora.core.equation import Update
+from duallora.folders import cache_folder
 
 _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno"]
@@ -80,15 +81,14 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def _cache_folder() -> Path:
+def _writable_cache() -> Path:
     """Where compiled kernels are kept, for this user alone; a private temporary folder if the user's cannot be written."""
-    chosen = os.environ.get("DUALLORA_CACHE")
-    folder = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora"
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except (OSError, RuntimeError):
+    except OSError:
         return Path(tempfile.mkdtemp(prefix="duallora-"))
 
 
@@ -104,7 +104,7 @@ def _compile(compiler: str, folder: Path, key: str) -> Path:
         # Without OpenMP (Apple's clang) the kernel runs on one thread.
         for flags in ([*_FLAGS, native, "-fopenmp"], [*_FLAGS, native], _FLAGS):
             command = [compiler, *flags, "-o", scratch, str(_SOURCE), *runtime]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
             if done.returncode == 0:
                 return Path(scratch).replace(folder / f"kernel-{key}-{Path(scratch).stat().st_size}.so")
             errors = errors or done.stderr
@@ -129,9 +129,11 @@ def library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        version = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, errors="replace", check=False
+        ).stdout
         facts = "\0".join([_SOURCE.read_text(), *_FLAGS, compiler, version, platform.machine(), _processor()])
-        key, folder = hashlib.sha256(facts.encode()).hexdigest()[:24], _cache_folder()
+        key, folder = hashlib.sha256(facts.encode()).hexdigest()[:24], _writable_cache()
         loaded = ctypes.CDLL(str(_compiled(folder, key) or _compile(compiler, folder, key)))
     except OSError as error:
         raise CompilerError(f"the kernel could not be compiled or loaded: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Column, Table
 from duallora.errors import ConfigError
 from duallora.grid.study import CELLS, EXTENSIONS, Cell, Study
 from duallora.recipes import printed, studies
+from duallora.train import progress
 from duallora.train.recipe import yaml_value
 
 # The columns of Tables 1, 3, 5 and 6 as the task "commonsense" calls its figures.
@@ -92,7 +92,7 @@ def command(cell: Cell, folder: Path, after: str | None = None) -> str:
     if after:
         settings["adapter.start"] = f"{folder / CELLS}/BEST-OF-{after.upper()}"
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={yaml_value(value)}")]
-    return shlex.join(["duallora", "train", *words, "-o", str(folder / CELLS / cell.name)])
+    return progress.command("train", *words, "-o", folder / CELLS / cell.name)
 
 
 def plan(chosen: Sequence[Part], gpu: str) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from duallora.tasks import Example, encode_prompt
 from duallora.train import evaluate, untrusted
 from duallora.train.merge import adapter_kind
 from duallora.train.models import DType, load_tokenizer
-from duallora.train.progress import quiet_libraries
+from duallora.train.positions import UNLIMITED, positions
+from duallora.train.progress import command, quiet_libraries
 
-UNLIMITED = 1 << 30  # tokens: no cut while encoding, no limit known
 LOOK_AFTER = 0.5  # seconds between looks whether the client is still there
 COLDEST = 1e-4  # temperatures below are greedy: logits divided by them would overflow
 CUT_CHARACTER = "\ufffd"  # what a decoder writes for the first bytes of a character whose others are still to come
@@ -92,7 +92,7 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
             kind = evaluate.read_sidecar(folder).get("kind", "generate") if folder else "generate"
             _refuse_kind(source, kind)
             model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype)
-            served.append(Served(name, model, tokenizer, None, "model", None, context_length(model, tokenizer)))
+            served.append(Served(name, model, tokenizer, None, "model", None, positions(model, tokenizer).length))
             continue
         config, recorded = untrusted.read(folder), evaluate.read_sidecar(folder).get("base", {})
         _refuse_kind(source, adapter_kind(source))
@@ -114,13 +114,14 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
             model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype, strict=strict)
             plain = load_tokenizer(base, revision=config.get("revision"))  # not the first adapter's own
             shared[key], adapter = (model, plain), "default"
-        context = context_length(model, tokenizer)
+        context = positions(model, tokenizer).length
         parent = Path(base).name if Path(base).is_dir() else base
         if parents.setdefault(parent, base) != base:  # another folder of that name
             parent = base
         served.append(Served(name, model, tokenizer, adapter, str(config.get("peft_type")), parent, context))
         if leaves_base:
-            bases.setdefault(parent, Served(parent, model, plain, None, "model", None, context_length(model, plain)))
+            context = positions(model.get_base_model(), plain).length
+            bases.setdefault(parent, Served(parent, model, plain, None, "model", None, context))
     for base_served in bases.values():
         if all(base_served.id != entry.id for entry in served):
             served.append(base_served)
@@ -129,7 +130,7 @@ def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = Tr
 
 def _refuse_kind(source: str, kind: str) -> None:
     if kind != "generate":
-        raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use `duallora eval {source}`")
+        raise ConfigError(f"{source} was trained to {kind}: it has no text to serve. Use {command('eval', source)}")
 
 
 def _leaves_base(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
@@ -141,15 +142,6 @@ def _leaves_base(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     subtracts = isinstance(start, str) and start != "gaussian"
     holds_base = any(evaluate.BASE_LAYER in name for name in tensors)
     return config.get("bias", "none") == "none" and not (subtracts or holds_base or config.get("layer_replication"))
-
-
-def context_length(model: Any, tokenizer: Any) -> int:
-    """Tokens the model was made for, from its config, else its tokenizer's."""
-    config = model.config.get_text_config()
-    for value in (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length):
-        if isinstance(value, int) and 0 < value < UNLIMITED:
-            return value
-    return UNLIMITED
 
 
 def prompt_ids(entry: Served, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:

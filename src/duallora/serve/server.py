@@ -118,7 +118,7 @@ def names(sources: Sequence[str], named: Sequence[str] = ()) -> dict[str, str]:
     for name, source in pairs:
         if name in chosen:
             raise ConfigError(
-                f"{chosen[name]} and {source} are both called {name!r}; tell them apart: --name other={source}"
+                f"{chosen[name]} and {source} are both called {name!r}; tell them apart: --name {shlex.quote(f'other={source}')}"
             )
         chosen[name] = source
     return chosen

@@ -23,7 +23,7 @@ from duallora.tasks import chats, metrics
 from duallora.tasks.chats import absent, excerpt, shown
 from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import reachable
-from duallora.tasks.labels import LabelKind, Labels, Name, is_missing, read_labels
+from duallora.tasks.labels import LabelKind, Labels, Name, is_missing, read_labels, trained_labels
 from duallora.tasks.task import Kind, LazySplits, Metrics, Task
 
 BadRows = Literal["error", "skip"]
@@ -114,6 +114,7 @@ def load_data(
     seed: int = 0,
     format: str | None = None,
     labels: LabelKind | None = None,
+    trained: tuple[Kind, Sequence[str]] | None = None,
     bad_rows: BadRows = "error",
     ignore_keys: Sequence[str] = (),
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -126,6 +127,8 @@ def load_data(
         aside, drawn with ``seed``, unless the hub has a validation or test split of its own.
     format: one of FORMATS where the columns fit several; None detects it.
     labels: what the label column holds, "classes" or "numbers"; None goes by the labels (`duallora.tasks.labels`).
+    trained: what the model that these rows are for was trained to do, and its classes by id: they decide what the label
+        column holds, whatever is in it.
     bad_rows: "error" raises on the first 20 faults together; "skip" leaves bad rows out and says so in ``Task.notes``.
     ignore_keys: columns, and keys of a chat's messages, to leave out.
     chat_template_kwargs: what the chat template is given with every chat, such as {"enable_thinking": False}.
@@ -159,7 +162,7 @@ def load_data(
     rows = [row for split in read.values() for row in split]
     chosen = format or _detect(data, rows)
     columns = _columns(rows)
-    found = _found_labels(rows, labels) if chosen == "classification" else None
+    found = _found_labels(rows, labels, trained) if chosen == "classification" else None
     if labels is not None and found is None:
         raise ConfigError(
             f"data.labels={labels} is for rows with a label, but {data} holds {chosen} rows: leave it out"
@@ -546,8 +549,12 @@ def _converter(format: str, columns: Sequence[str], labels: Labels | None, of_ch
     return functools.partial(chats.from_messages if format == "messages" else _prompt_completion, **of_chats)
 
 
-def _found_labels(rows: Sequence[Row], told: LabelKind | None) -> Labels:
-    return read_labels([row.get("label") for _, row, _ in rows], told)
+def _found_labels(rows: Sequence[Row], told: LabelKind | None, trained: tuple[Kind, Sequence[str]] | None) -> Labels:
+    values = [row.get("label") for _, row, _ in rows]
+    kind, classes = trained or ("generate", ())
+    if kind == "classify" and not classes:  # it has classes, but no names for them
+        return read_labels(values, "classes")
+    return read_labels(values, told) if kind == "generate" else trained_labels(values, classes)
 
 
 def _text_columns(columns: Sequence[str]) -> tuple[str, ...]:

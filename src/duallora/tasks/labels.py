@@ -15,7 +15,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any, Literal
 
-from duallora.errors import DataError
+from duallora.errors import ConfigError, DataError
 from duallora.tasks.chats import shown
 from duallora.tasks.example import BadRow
 
@@ -53,7 +53,9 @@ class Labels:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.classes)}
+        # Of a run from before whole numbers had one name, "3.0" is class 3.
+        named = {class_name(name) or name: index for index, name in enumerate(self.classes)}
+        return {**named, **{name: index for index, name in enumerate(self.classes)}}
 
     def read(self, value: Any) -> int | float:
         """Class id or target of one label. Raises BadRow."""
@@ -115,6 +117,32 @@ def read_labels(values: Sequence[Any], told: LabelKind | None = None) -> Labels:
         _refuse_amounts(classes, len(labels))
     why = " (whole-number labels; --set data.labels=numbers to regress)" if whole and told is None else ""
     return Labels(classes, f"classification, {len(classes)} classes {_shown(classes)}{why}", nothing)
+
+
+def trained_labels(values: Sequence[Any], classes: Sequence[str]) -> Labels:
+    """What the label column of rows for a trained model holds: its ``classes``, or numbers where it has none.
+
+    The rows may lack some of the classes. Raises ConfigError naming those that the model does not know.
+    """
+    numeric = all(number(name) is not None for name in classes)
+    texts = {value.strip() for value in values if isinstance(value, str)}
+    nothing = frozenset(text for text in texts if numeric and text.lower() in _NOTHING and text not in classes)
+    if not classes:
+        return Labels((), "regression, as it was trained", nothing)
+    found = Labels(tuple(classes), f"classification by its {len(classes)} classes {_shown(classes)}", nothing)
+    unknown: set[str] = set()
+    for value in values:
+        try:
+            found.read(value)
+        except BadRow:  # missing, or no label at all: a fault of its row
+            if not is_missing(value) and (name := class_name(value)) is not None and name not in nothing:
+                unknown.add(name)
+    if unknown:
+        raise ConfigError(
+            f"the column label holds the classes {_shown(sorted(unknown, key=_order))}, which the model was not trained on; "
+            f"it knows {', '.join(classes)}"
+        )
+    return found
 
 
 def class_name(value: Any) -> str | None:

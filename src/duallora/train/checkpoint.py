@@ -72,7 +72,7 @@ def compare_files(folder: Path, files: Mapping[str, Any], ignore: Sequence[Path]
     """The first difference between ``folder``, but for the folders ``ignore``, and the recorded ``files``, or None."""
     for name, expected in files.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink():
+        if Path(name).name != name or not is_own(path):
             return f"{name!r} is not a plain file of this folder"
         if not path.is_file():
             return f"{name} is missing"
@@ -84,6 +84,20 @@ def compare_files(folder: Path, files: Mapping[str, Any], ignore: Sequence[Path]
         if path.suffix in LOADABLE and str(path.relative_to(folder)) not in files and path.parent not in ignore:
             return f"{path.relative_to(folder)} was added after the folder was written"
     return None
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is no link, or one as the hub's cache lays them: inside of its own repository's folder.
+
+    There ``models--ORG--NAME/snapshots/REVISION/FILE`` is a link to ``models--ORG--NAME/blobs/HASH``. A link that leads
+    anywhere else could show a file of this machine as part of a stranger's adapter.
+    """
+    if not path.is_symlink():
+        return True
+    snapshot = path.parent.resolve()
+    repository = snapshot.parent.parent
+    in_cache = snapshot.parent.name == "snapshots" and repository.name.startswith("models--")
+    return in_cache and path.resolve().parent == repository / "blobs"
 
 
 def verify(folder: Path) -> str | None:

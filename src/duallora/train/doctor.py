@@ -11,6 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from duallora.console import UTF8
+from duallora.folders import cache_folder
+
 GIGABYTE = 1e9
 ROOM = 2 * GIGABYTE  # a small model, its cache and a few checkpoints
 
@@ -42,7 +45,8 @@ def _guarded(part: Callable[[], Iterator[Check]]) -> list[Check]:
     except Exception as error:  # a broken installation can raise anything at import, and that is the finding
         reason = (str(error).splitlines() or [""])[0]
         name = part.__name__.removeprefix("_")
-        return [Check(name, "missing", f"{type(error).__name__}: {reason}", "pip install --force-reinstall duallora")]
+        fix = UTF8 if isinstance(error, UnicodeDecodeError) else "pip install --force-reinstall duallora"
+        return [Check(name, "missing", f"{type(error).__name__}: {reason}", fix)]
 
 
 def _python() -> Iterator[Check]:
@@ -122,17 +126,17 @@ def _memory() -> Iterator[Check]:
 def _disk() -> Iterator[Check]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from duallora.train.models import cache_dir
-
     for name, folder, setting in (
         ("run folder", Path.cwd(), "-o on another disk"),
-        ("model cache", cache_dir(), "DUALLORA_CACHE"),
+        ("model cache", cache_folder(), "DUALLORA_CACHE"),
         ("hub cache", Path(HF_HUB_CACHE), "HF_HOME"),
     ):
         there = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(there).free
         found = f"{folder}: {free / GIGABYTE:.1f} GB free"
-        if not os.access(there, os.W_OK):
+        if str(folder).startswith("~"):  # no home: the hub's client would make a folder of that name here
+            yield Check(name, "note", f"{folder}: no home folder", f"use {setting}")
+        elif not os.access(there, os.W_OK):
             yield Check(name, "note", f"{folder}: not writable", f"use {setting}")
         elif free < ROOM:
             yield Check(name, "note", found, f"free some, or use {setting}")

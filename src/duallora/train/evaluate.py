@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -29,8 +30,9 @@ from duallora.tasks.encode import with_written_answer
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
-from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import Bar, quiet_libraries
+from duallora.train.models import load_config, load_model, weights_fingerprint
+from duallora.train.positions import check_room, positions
+from duallora.train.progress import Bar, command, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
@@ -54,6 +56,13 @@ BASE_LAYER = ".base_layer."  # in the name of a tensor that is the base model's 
 SIDECAR = "duallora.json"  # what the adapter was trained on and with, beside its weights
 
 
+class Trained(NamedTuple):
+    """What a model was trained to do, and its classes by id: none for other kinds, or where they have no names."""
+
+    kind: Kind
+    labels: tuple[str, ...] = ()
+
+
 class Answer(NamedTuple):
     """What the model makes of a row's right answer: its log-likelihood in nats, and over how many tokens."""
 
@@ -65,13 +74,14 @@ class Answer(NamedTuple):
 class EvalResult:
     """``metrics`` holds the task's figures and ``loss`` (``perplexity`` too where the task generates); predictions
     (texts, class ids or floats), examples and, where the task generates, ``answers`` are in the order of the split.
-    ``note`` says what a figure's name does not."""
+    ``truncated`` rows were cut to the length asked for; ``note`` says what a figure's name does not."""
 
     metrics: dict[str, float]
     predictions: list[Any]
     examples: list[Example]
     note: str = ""
     answers: list[Answer] = field(default_factory=list)
+    truncated: int = 0
 
 
 def evaluate(
@@ -96,13 +106,17 @@ def evaluate(
     (nats per token) for tasks that generate, over rows otherwise.
 
     Raises:
-        ConfigError: the task has no such split, or no options to compare.
+        ConfigError: the task has no such split, or no options to compare, or the model has too few positions.
         DataError: the split is empty, or a row has no answer or label to score against.
         NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
     """
     check_scoring(task, scoring)
     examples = [with_written_answer(example, tokenizer) for example in select(task, split, limit)]
     rows, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    chosen: dict[str, Any] = {"max_length": max_length, "generation": generation, "scoring": scoring}
+    notes = [check_lengths(model, tokenizer, task, examples, **chosen)]
+    if counts.truncated:
+        notes.append(f"{counts.truncated:,} of {counts.rows:,} rows cut to {max_length:,} tokens")
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
     predictions: list[Any]
     with inference(model):
@@ -110,7 +124,8 @@ def evaluate(
             predictions, figures, answers = choose(
                 model, tokenizer, task, examples, rows, max_length=max_length, **shared
             )
-            return EvalResult({**figures, **_losses(answers, split)}, predictions, examples, answers=answers)
+            metrics = {**figures, **_losses(answers, split)}
+            return EvalResult(metrics, predictions, examples, _joined(notes), answers, counts.truncated)
         answers = []
         if task.kind == "generate":
             answers = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
@@ -124,11 +139,49 @@ def evaluate(
             losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
     more: dict[str, float] = {}
-    note = ""
     if task.programs is not None:
         programs = task.programs
         more, note = processes.from_main(lambda: programs(predictions, examples))
-    return EvalResult({**task.metrics(predictions, examples), **more, **losses}, predictions, examples, note, answers)
+        notes.append(note)
+    metrics = {**task.metrics(predictions, examples), **more, **losses}
+    return EvalResult(metrics, predictions, examples, _joined(notes), answers, counts.truncated)
+
+
+def check_lengths(
+    model: Any,
+    tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    generation: Mapping[str, Any] | None = None,
+    scoring: Scoring | None = "generation",
+) -> str:
+    """What to say where rows, or prompts and the answers to them, are longer than the model was made for; '' where none is.
+
+    ``scoring=None`` is for rows that only the loss is taken on. Raises ConfigError where the model has no such positions.
+    """
+    new = 0
+    if task.kind == "generate" and scoring == "generation":
+        new = {**NEUTRAL_GENERATION, **task.generation, **(generation or {})}["max_new_tokens"]
+    if max_length + new <= positions(model, tokenizer).length:
+        return ""
+    if scoring == "likelihood" and task.options is not None:
+        examples = [replace(example, answer=option) for example in examples for option in task.options(example)]
+    rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    prompts = [encode_prompt(example, tokenizer, max_length=max_length) for example in examples if new]
+    return check_room(
+        model, tokenizer, row=_longest(rows), prompt=max((len(prompt) for prompt in prompts), default=0), new=new
+    )
+
+
+def _longest(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of the longest row."""
+    return max(len(row["input_ids"]) for row in rows)
+
+
+def _joined(notes: Sequence[str]) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def check_scoring(task: Task, scoring: Scoring) -> None:
@@ -231,6 +284,7 @@ def log_likelihoods(
     Rows that differ in their last token alone, or end where another goes on, share one pass through the model: the
     options of a question cost hardly more than one answer.
     """
+    check_room(model, tokenizer, row=_longest(rows))
     collate = Collator(tokenizer)
     guests = _sharing(rows)
     hosts = list(guests)
@@ -352,6 +406,7 @@ def generate(
     collate = Collator(tokenizer, side="left")
     settings = {**NEUTRAL_GENERATION, **settings}
     own_ngrams = settings.pop("no_repeat_ngram_size")
+    check_room(model, tokenizer, row=0, prompt=_longest(prompts), new=settings["max_new_tokens"])
     chats = [example for example in examples if example.messages]
     calls = [example for example in chats if calls_tools(example)]  # which some templates end with a mark of its own
     ends = end_tokens(model, tokenizer, chat=bool(chats), examples=[*chats[:1], *calls[:1]])
@@ -409,6 +464,7 @@ def classify(
     processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Logits [rows, labels] in float32 on the CPU, in the order of ``rows``."""
+    check_room(model, tokenizer, row=_longest(rows))
     collate = Collator(tokenizer)
     batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
     logits: dict[int, torch.Tensor] = {}
@@ -502,7 +558,7 @@ def find(source: str | Path) -> Path | None:
             status = read_json(path / "run.json").get("status")
             raise ConfigError(
                 f"{path} is a run folder without a finished adapter or model (status: {status}); "
-                f"finish it with: duallora train -c {path / 'recipe.yaml'} --resume auto"
+                f"finish it with: {command('train', '-c', path / 'recipe.yaml', '--resume', 'auto')}"
             )
         raise ConfigError(f"{path} holds neither adapter_config.json nor config.json: expected a run, adapter or model")
     if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
@@ -523,6 +579,34 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         raise IntegrityError(
             f"{path} is damaged ({error}); restore it, or delete it to load without its checks"
         ) from None
+
+
+def trained_for(source: str | Path) -> Trained | None:
+    """What a run, a checkpoint of it, an adapter or a classifier was trained for; None where its files do not say.
+
+    Raises as `find` and `load_config` do.
+    """
+    folder = find(source)
+    told = read_sidecar(folder) if folder else {}
+    if folder is not None and "kind" not in told:  # a checkpoint: what its run has recorded
+        run = next((place / "run.json" for place in folder.parents[:2] if (place / "run.json").is_file()), None)
+        told = read_json(run).get("data", {}) if run else {}
+    if told.get("kind") in get_args(Kind):
+        return Trained(told["kind"], tuple(told.get("labels", ())))
+    if folder is not None and _is_adapter(folder):
+        return None
+    config = load_config(str(folder or source))
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    if len(names) == 1:
+        return Trained("regress")
+    return Trained("classify", () if are_stand_ins(names) else names)
+
+
+def are_stand_ins(names: Sequence[str]) -> bool:
+    """Whether these are the names that transformers gives to classes that have none."""
+    return all(name == f"LABEL_{index}" for index, name in enumerate(names))
 
 
 def default_device() -> torch.device:
@@ -706,20 +790,34 @@ def own_tokenizer(folder: Path) -> Any:
 
 
 def _from_hub(repository: str) -> Path | None:
-    """The local copy of a hub adapter (configuration, safetensors, tokenizer); None where the hub holds a full model."""
+    """The local copy of a hub adapter: configuration, safetensors, tokenizer, and whatever else its sidecar lists.
+
+    None where the hub holds a full model.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(patterns: list[str]) -> None:
+        with suppress(
+            LocalEntryNotFoundError
+        ):  # offline the cache may lack some: loading says what must not be missing
+            snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
+
     try:
-        hf_hub_download(repository, "adapter_config.json")
-    except LocalEntryNotFoundError:
-        return None  # offline and no adapter in the cache: a full model may be
-    except EntryNotFoundError:
+        folder = Path(hf_hub_download(repository, "adapter_config.json")).parent
+        fetch(["*.json", WEIGHTS, "*.txt", "*.model"])
+        fetch(_listed_files(folder))
+        return folder
+    except EntryNotFoundError:  # also offline, where the cache holds no such adapter: it may hold a full model
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{repository}: no such folder, and the hub cannot give it: {reason}") from None
-    return Path(snapshot_download(repository, allow_patterns=["*.json", WEIGHTS, "*.txt", "*.model"]))
+
+
+def _listed_files(folder: Path) -> list[str]:
+    """What the sidecar lists, as patterns that match these very names."""
+    return [escape(name) for name in map(str, read_sidecar(folder).get("files", ())) if Path(name).name == name]
 
 
 def _folds_exactly(model: PeftModel) -> bool:

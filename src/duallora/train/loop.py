@@ -262,6 +262,15 @@ class JsonLines(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def last_loss(self, steps: int) -> float | None:
+        """The mean training loss of the last ``steps`` steps, or of as many more as the oldest of their lines tells of."""
+        lines = [line for line in self.read() if "gate" in line]
+        starts = [0, *(line["step"] for line in lines)]
+        found = [(line["loss"], line["step"] - start) for line, start in zip(lines, starts, strict=False)]
+        while len(found) > 1 and sum(count for _, count in found[1:]) >= steps:
+            del found[0]
+        return sum(loss * count for loss, count in found) / sum(count for _, count in found) if found else None
+
     def summary(self) -> dict[str, Any]:
         """The last loss, and the time and speed of the training steps."""
         steps = [line for line in self.read() if "gate" in line]

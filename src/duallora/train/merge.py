@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import evaluate, record
+from duallora.train.positions import positions
 from duallora.train.progress import quiet_libraries, say, shown, size
 from duallora.tuner.quantized import dequantize, storage
 
@@ -149,21 +150,19 @@ def adapter_kind(adapter: str | Path) -> evaluate.Kind:
     folder = evaluate.find(adapter)
     if folder is None or not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to merge")
-    kind = evaluate.read_sidecar(folder).get("kind")
-    if kind in ("generate", "classify", "regress"):
-        return kind
+    known = evaluate.trained_for(adapter)
+    if known is not None:
+        return known.kind
     task_type = evaluate.read_config(folder).task_type
     return "classify" if task_type == "SEQ_CLS" else "generate"
 
 
 def probe(model: torch.nn.Module, tokenizer) -> list[torch.Tensor]:
-    """Logits of `PROBES`, each text on its own: [length, vocabulary] or [classes], on the CPU."""
-    device = next(model.parameters()).device
+    """Logits of `PROBES`, each text on its own and as much of it as fits: [length, vocabulary] or [classes], on the CPU."""
+    device, room = next(model.parameters()).device, positions(model).length
     with evaluate.inference(model), torch.no_grad():
-        return [
-            model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(device)).logits[0].cpu()
-            for text in PROBES
-        ]
+        rows = [tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(device) for text in PROBES]
+        return [model(**{name: row[name][:, :room] for name in row}).logits[0].cpu() for row in rows]
 
 
 def _compare(

@@ -39,6 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from duallora.errors import ConfigError, DiskError, IntegrityError
+from duallora.folders import cache_folder
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
 from duallora.tuner.quantized import keep_exact, stored_tensors
@@ -187,14 +188,6 @@ def weights_fingerprint(model: Any) -> str:
     return total.hexdigest()
 
 
-def cache_dir() -> Path:
-    """Where converted models lie: DUALLORA_CACHE, else XDG_CACHE_HOME/duallora, else ~/.cache/duallora."""
-    if own := os.environ.get("DUALLORA_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "duallora"
-
-
 def _dtype(dtype: DType, kind: Kind, config: Any) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -292,7 +285,7 @@ def _package_path(name: str) -> Path:
 
 def _converted_smollm2(gguf: Path) -> Path:
     """Folder of the converted model: the one in the cache if it is whole, else converted now, by one process."""
-    cache = cache_dir()
+    cache = cache_folder()
     folder = cache / _CONVERTED
     source = {"file": gguf.name, "bytes": gguf.stat().st_size}
     if _is_whole(folder, source):

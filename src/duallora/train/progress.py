@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -110,9 +111,19 @@ def size(count: float) -> str:
 
 
 def shown(path: Path) -> str:
-    """The path as a person would type it here: relative where it lies below the working folder."""
+    """The path as a person would type it here, with rich's markup escaped."""
+    return escape(_typed(path))
+
+
+def command(*words: str | Path, program: str = "duallora") -> str:
+    """A command line to paste into a shell, its words quoted where they must be."""
+    return shlex.join([program, *(_typed(word) if isinstance(word, Path) else word for word in words)])
+
+
+def _typed(path: Path) -> str:
+    """Relative where it lies below the working folder."""
     path = path.absolute()
-    return escape(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 QUIET = ("accelerate", "peft", "datasets", "bitsandbytes", "torchao", "torch.utils._pytree")

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from duallora.errors import ConfigError
+from duallora.train.progress import command
 
 MAX_FILE_BYTES = 1 << 16  # a recipe is a page long; a larger file is a mistake, and the YAML reader is slow
 MAX_BRACKETS = 100  # open at once; the YAML reader's time grows with the square of them
@@ -64,8 +66,8 @@ SHARED = (
     "layers_to_transform", "start",
 )  # fmt: skip
 
-# What runs of other methods hold for these of Dual LoRA's, whose defaults have changed since: their recipes stay as they were.
-UNUSED = {"init_std": 0.02, "direction_init_std": 0.02}
+# What runs of other methods hold for this of Dual LoRA's, whose default has changed since: their recipes stay as they were.
+UNUSED = {"init_std": 0.02}
 
 # Settings of the run and no fields of DualLoraConfig.
 RUNS_OWN = ("method", "options", "start", "init", "init_batches")
@@ -104,8 +106,7 @@ class AdapterSection(Section):
         "Standard deviation of A and B at the start; null goes by a layer's width and r1 (paper: Gaussian, no value).",
     )
     direction_init_std: Positive = setting(
-        0.002,
-        "Standard deviation of C and D at the start: how easily signs flip; 0.02 suits direction xnor, dorefa and identity.",
+        0.02, "Standard deviation of C and D at the start: how easily signs flip; with 0.002 some seeds learn nothing."
     )
     init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
@@ -254,14 +255,18 @@ class DataSection(Section):
 class TrainSection(Section):
     """The training loop; it runs on transformers' Trainer."""
 
-    epochs: Positive = setting(1.0, "Passes over the training rows; max_steps, where set, decides instead.")
+    epochs: Positive | Literal["auto"] = setting(
+        "auto",
+        "Passes over the training rows; auto is one, or as many as make 100 steps (ten at most). max_steps, where set, decides.",
+    )
     max_steps: Count | None = setting(None, "Optimizer steps; null counts them from epochs.")
     batch_size: Count = setting(8, "Examples in one forward pass at most (measured: fits 2 CPU cores).")
     gradient_accumulation_steps: Count = setting(
         1, "Forward passes per optimizer step; several processes share its rows out."
     )
     learning_rate: Positive = setting(
-        2e-3, "Peak learning rate (measured at mini scale; the paper tunes it per task and prints none)."
+        1e-3,
+        "Peak learning rate (ours: no seed at chance, docs/results.md; the paper tunes it per task and prints none).",
     )
     direction_lr_ratio: Positive = setting(
         1.0, "Dual LoRA's learning rate of C and D, over that of everything else (paper: one rate)."
@@ -278,8 +283,9 @@ class TrainSection(Section):
     lr_warmup_steps: Annotated[int, Field(ge=0, le=MAX_INT)] | None = setting(
         None, "Warm-up of the learning rate in optimizer steps; null uses lr_warmup_ratio (DoRA's scripts: 100)."
     )
-    lr_warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = setting(
-        0.03, "Warm-up of the learning rate as a share of all steps; null where lr_warmup_steps is set."
+    lr_warmup_ratio: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = setting(
+        "auto",
+        "Warm-up of the learning rate as a share of all steps; auto is a tenth and 10 steps at least, a third of a shorter run.",
     )
     weight_decay: Annotated[float, Field(ge=0)] = setting(
         0.0, "AdamW's decoupled weight decay on the factors (HiRA: 0)."
@@ -297,9 +303,11 @@ class TrainSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _steps_replace_the_default_ratio(cls, values: Any) -> Any:
+    def _steps_replace_the_defaults(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and values.get("lr_warmup_steps") is not None:
-            return {"lr_warmup_ratio": None, **values}
+            values = {"lr_warmup_ratio": None, **values}
+        if isinstance(values, Mapping) and values.get("max_steps") is not None:
+            values = {"epochs": 1.0, **values}  # without effect, and what recorded runs have there
         return values
 
     @model_validator(mode="after")
@@ -701,7 +709,8 @@ def _read_root(path: Path) -> Any:
         with path.open("rb") as stream:
             content = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `duallora config show > {path}` writes one to start from") from None
+        show = f"{command('config', 'show')} > {shlex.quote(str(path))}"
+        raise ConfigError(f"{path}: no such file; `{show}` writes one to start from") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > MAX_FILE_BYTES:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
-from duallora.train import begin, calibration, checkpoint, evaluate, plugins, record
+from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, parameter_counts, put
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.lock import locked
@@ -56,7 +56,8 @@ from duallora.train.loop import (
     row_loss,
 )
 from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.progress import amount, clock, quiet_libraries, say, shown, size
+from duallora.train.positions import check_room, positions
+from duallora.train.progress import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, with_later
 
 MATTERS = (
@@ -112,6 +113,7 @@ class _Run:
         self.began = False  # whether a training step may have been taken
         self.facts: dict[str, Any] = {}
         self.notes: dict[str, str] = {}  # on the figures, by split
+        self.findings: list[chance.Finding] = []  # whether they are above chance
 
     def go(self) -> dict[str, Any]:
         previous = self.processes.from_main(self._previous)
@@ -136,6 +138,7 @@ class _Run:
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
         model, tokenizer = self._load_model(task)
         rows, held_out = self._encode(task, tokenizer)
+        self._check_lengths(model, tokenizer, task, rows)
         base = weights_fingerprint(model)
         splits = ("train", "validation", "test") if recipe.eval.test else ("train", "validation")
         fingerprints: dict[str, Any] = {
@@ -147,9 +150,12 @@ class _Run:
         start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
 
         steps, lr_warmup = schedule(recipe, len(rows))
+        say(console, "steps", in_words(recipe, len(rows), steps, lr_warmup))
         dtype = str(model.dtype).removeprefix("torch.")
         method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
         adapted = method.model
+        if positions(adapted) != positions(model):  # virtual tokens take some
+            self._check_lengths(adapted, tokenizer, task, rows)
         if recipe.adapter.start is not None:
             fingerprints["start"] = self._begin(method, recipe.adapter.start, task.kind, base, previous, start)
         if start is not None and method.method.no_resume and method.method.checkpoint is None:
@@ -170,7 +176,14 @@ class _Run:
             "fingerprints": fingerprints,
             "model": {**recipe.model.model_dump(include={"name", "revision", "quantization"}), "dtype": dtype},
             "parameters": dict(zip(("trainable", "total"), parameter_counts(adapted), strict=True)),
-            "data": {"source": task.source, "format": task.format, "train": len(rows), "validation": len(held_out)},
+            "data": {
+                "source": task.source,
+                "format": task.format,
+                "kind": task.kind,
+                "labels": list(task.labels),
+                "train": len(rows),
+                "validation": len(held_out),
+            },
             "steps": steps,
             "loss_before": _loss_before(previous, recipe),
             "start": (previous or {}).get("start", {}) or seen,
@@ -190,12 +203,14 @@ class _Run:
         adapter = self._save(method, tokenizer, task, steps, dtype)
         metrics = {**trained, **self.facts["start"], **self._figures(adapted, tokenizer, task, held_out)}
         metrics |= self._test(adapted, tokenizer, task)
+        at_chance = self._at_chance(task, rows)
         result = {
             "status": "done",
             "folder": str(self.folder),
             "adapter": str(adapter),
             "steps": steps,
             "metrics": metrics,
+            "at_chance": at_chance,
             "trainable_parameters": self.facts["parameters"]["trainable"],
             "seconds": round(time.time() - started, 1),
         }
@@ -215,6 +230,7 @@ class _Run:
                     **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
                     notes=self.notes,
+                    at_chance=at_chance,
                 ),
             )
         self._write_facts(status="done", finished=record.now(), result=result)
@@ -264,6 +280,10 @@ class _Run:
             message += f", [yellow]{counts.truncated:,} rows cut to {data.max_length} tokens[/]"
         say(self.console, "tokens", message)
         return rows, held_out
+
+    def _check_lengths(self, model: Any, tokenizer, task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
+        for note in check_lengths(self.recipe, model, tokenizer, task, rows):
+            say(self.console, "note", f"[yellow]{escape(note)}[/]")
 
     def _put(
         self, model: Any, tokenizer, kind: evaluate.Kind, rows, lr_warmup: int, start: Path | None
@@ -478,7 +498,10 @@ class _Run:
             return {}
         before = {} if self.facts["loss_before"] is None else {"loss_before": self.facts["loss_before"]}
         if not self.recipe.eval.metrics:
-            return {**before, "loss": self._loss(model, tokenizer, held_out, task, "after")}
+            loss = self._loss(model, tokenizer, held_out, task, "after")
+            if task.kind == "generate":
+                self.findings.append(chance.of_losses("validation", loss, self.facts["loss_before"]))
+            return {**before, "loss": loss}
         result = self._score(model, tokenizer, task, "validation")
         self._say_loss("after", result.metrics["loss"], task)
         self._say_scores(result, "validation")
@@ -486,20 +509,43 @@ class _Run:
 
     def _score(self, model, tokenizer, task: Task, split: str) -> evaluate.EvalResult:
         recipe = self.recipe
-        chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
-        return evaluate.evaluate(
+        result = evaluate.evaluate(
             model,
             tokenizer,
             task,
             split=split,
             limit=recipe.data.eval_limit,
             batch_size=recipe.eval.batch_size,
-            generation={name: value for name, value in chosen.items() if value is not None},
+            generation=_generation(recipe),
             max_length=recipe.data.max_length,
             scoring=recipe.eval.scoring,
             console=self.console,
             processes=self.processes,
         )
+        before = self.facts["loss_before"] if split == "validation" else None
+        self.findings.append(chance.of_result(task, split, result, before=before))
+        return result
+
+    def _at_chance(self, task: Task, rows) -> dict[str, Any] | None:
+        """What to say of a run that has learned nothing, said as the last thing of its summary."""
+        options = self.recipe.train
+        targets = [] if task.kind == "generate" else [row["labels"] for row in rows]
+        loss = JsonLines(self.folder / "log.jsonl").last_loss(LAST_STEPS)
+        trained = chance.of_training(task.kind, loss, targets)
+        found = chance.verdict([*self.findings, *([trained] if trained else [])])
+        if found is None:
+            return None
+        if trained and not trained.at_chance and loss is not None:  # the rows were learned, and nothing beyond them
+            remedy = f"the training loss fell to {loss:.3f}, so the rows were memorized: train on more rows, or for fewer steps"
+        else:
+            remedy = (
+                f"train again with train.learning_rate={options.learning_rate / 3:.1g} (now {options.learning_rate:g}); if "
+                "the loss was still falling, with more steps (train.epochs); and look at the rows: duallora data preview"
+            )
+        said = found.record(remedy)
+        say(self.console, "warning", f"[bold red]{escape(said['message'])}[/]")
+        say(self.console, "remedy", f"[bold]{escape(remedy)}[/]")
+        return said
 
     def _say_scores(self, result: evaluate.EvalResult, split: str) -> None:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
@@ -608,13 +654,14 @@ class _Run:
             with suppress(OSError):
                 record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
         if stopped and (self.began or previous):
-            command = f"duallora train -c {shown(self.folder / 'recipe.yaml')} --resume auto"
-            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{command}[/]")
+            again = escape(command("train", "-c", self.folder / "recipe.yaml", "--resume", "auto"))
+            say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{again}[/]")
 
 
 # -- what the run is made of ------------------------------------------------------------------------------------------
 
 LOSSES = ("loss", "perplexity")
+LAST_STEPS = 10  # whose training loss tells whether anything was learned
 
 
 def reading(data: DataSection) -> dict[str, Any]:
@@ -628,8 +675,8 @@ def reading(data: DataSection) -> dict[str, Any]:
     }
 
 
-def read(recipe: Recipe) -> Task:
-    """The recipe's task or data."""
+def read(recipe: Recipe, trained: evaluate.Trained | None = None) -> Task:
+    """The recipe's task or data; ``trained``: what a model was trained for that these rows are for."""
     data = recipe.data
     if data.task is not None:
         return load_task(data.task, data_dir=data.data_dir)
@@ -638,14 +685,15 @@ def read(recipe: Recipe) -> Task:
         eval_data=data.eval_path,
         eval_fraction=data.eval_fraction,
         seed=recipe.seed,
+        trained=trained,
         **reading(data),
     )
 
 
-def load(recipe: Recipe, console: Console) -> Task:
-    """The recipe's task or data, announced on the console."""
+def load(recipe: Recipe, console: Console, trained: evaluate.Trained | None = None) -> Task:
+    """`read`, announced on the console."""
     data = recipe.data
-    task = read(recipe)
+    task = read(recipe, trained)
     if "train" not in task.splits:
         raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
     if data.holdout:
@@ -663,6 +711,28 @@ def load(recipe: Recipe, console: Console) -> Task:
     for note in task.notes:
         say(console, "", escape(note))
     return task
+
+
+def check_lengths(recipe: Recipe, model: Any, tokenizer, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say where rows to train or to score on, or answers to write, are longer than the model was made for.
+
+    Raises ConfigError where the model has no positions for them: before training, not at its end.
+    """
+    data, options = recipe.data, recipe.eval
+    notes = [check_room(model, tokenizer, row=max(len(row["input_ids"]) for row in rows))]
+    for split, scoring in (("validation", options.scoring if options.metrics else None), ("test", options.scoring)):
+        if split not in task.splits or (split == "test" and not options.test) or not len(task.splits[split]):
+            continue
+        examples = evaluate.select(task, split, data.eval_limit)
+        chosen: dict[str, Any] = {"generation": _generation(recipe), "scoring": scoring}
+        notes.append(evaluate.check_lengths(model, tokenizer, task, examples, max_length=data.max_length, **chosen))
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def _generation(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says of generating, over the task's own."""
+    chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _arguments(
@@ -711,13 +781,29 @@ def _arguments(
     return arguments
 
 
+def _steps_a_pass(recipe: Recipe, rows: int) -> int:
+    return math.ceil(math.ceil(rows / recipe.train.batch_size) / recipe.train.gradient_accumulation_steps)
+
+
 def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
     """(optimizer steps, those that warm up the learning rate) of a run on ``rows`` training rows."""
     options = recipe.train
-    per_epoch = math.ceil(math.ceil(rows / options.batch_size) / options.gradient_accumulation_steps)
-    steps = options.max_steps or math.ceil(options.epochs * per_epoch)
-    warmup = options.lr_warmup_steps
-    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps) if warmup is None else warmup
+    per_epoch = _steps_a_pass(recipe, rows)
+    epochs = min(10, math.ceil(100 / per_epoch)) if options.epochs == "auto" else options.epochs
+    steps = options.max_steps or math.ceil(epochs * per_epoch)
+    if options.lr_warmup_steps is not None:
+        return steps, options.lr_warmup_steps
+    if options.lr_warmup_ratio == "auto":
+        # While the gate opens the signs settle on the first gradients: three steps of that left runs at chance (LOG.md).
+        return steps, max(math.ceil(steps / 10), min(10, steps // 3))
+    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps)
+
+
+def in_words(recipe: Recipe, rows: int, steps: int, lr_warmup: int) -> str:
+    """A schedule for people."""
+    at_once = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    passes = steps / _steps_a_pass(recipe, rows)
+    return f"{steps:,} of {at_once:,} rows, {passes:.3g} {'pass' if passes == 1 else 'passes'}; {lr_warmup:,} warm up the learning rate"
 
 
 def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:

@@ -14,6 +14,7 @@ from peft.utils.peft_types import PeftType
 
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS
 from duallora.core.gate import closed_gate_message, never_trained, never_trained_message, tracked_layers
+from duallora.core.init import DIRECTION_STD
 from duallora.errors import ConfigError, check_positive, check_rank, check_steps, is_number
 from duallora.ops import BACKENDS
 
@@ -94,10 +95,10 @@ class DualLoraConfig(PeftConfig):
         ),
     )
     direction_init_std: float = field(
-        default=0.002,
+        default=DIRECTION_STD,
         metadata=_help(
             "Standard deviation of C and D at the start, > 0; sets how easily signs flip, and where D C's size "
-            "counts (direction xnor, dorefa, identity) that size: 0.02 suits them."
+            "counts (direction xnor, dorefa, identity) that size."
         ),
     )
     init_seed: int | None = field(

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from duallora.errors import ConfigError
+from duallora.ops import transformed
 from duallora.tuner.layer import DualLoraLayer
 
 
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, where) with rows[where] = ids and no id twice among the rows that are used.
 
-    Where the graph is compiled, rows has as many entries as ids: its shape must not depend on their values.
+    Where the graph is compiled or transformed, rows has as many entries as ids: its shape must not depend on their values.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not transformed():
         return torch.unique(ids, return_inverse=True)
     flat, order = ids.flatten().sort()
     rank = torch.cat([flat.new_zeros(1), (flat[1:] != flat[:-1]).to(flat.dtype)]).cumsum(0)
