@@ -87,7 +87,7 @@ class _Part:
     name: str
     flags: set[str]  # of its configs, to be switched off
     together: list[Group]  # what loading will tie
-    remedy: str = "its config did not say that it does"
+    remedy: str = "loading does not tie them"
 
     def apply(self, merged: nn.Module) -> None:
         root = merged.get_submodule(self.name)
@@ -125,9 +125,9 @@ def plan(model: nn.Module, before: Identities, after: Identities) -> Untying | N
     parts = []
     for name, root in _roots(model):
         prefix = f"{name}." if name else ""
+        inside = {n.removeprefix(prefix): identity for n, identity in after.items() if n.startswith(prefix)}
         own = [group for group in apart if any(n.startswith(prefix) for n in group)]
-        if own or _ends_differ(root):
-            inside = {n.removeprefix(prefix): identity for n, identity in after.items() if n.startswith(prefix)}
+        if inside and (own or _ends_differ(root)):
             parts.append(_plan(name, root, inside, own))
     return Untying(apart, parts) if apart or parts else None
 
@@ -173,7 +173,7 @@ def _plan(name: str, root: Any, after: Identities, apart: list[Group]) -> _Part:
     why_not = _side_effect(root, as_is, off, flags)
     if not why_not and not _broken(off.tied, after):
         return _Part(name, flags, off.tied, f"its config now has {switched_off}")
-    why_not = f"{switched_off} in its config {why_not or 'does not untie them'}"
+    why_not = f"{switched_off} in its config {why_not}" if why_not else "no setting of its config unties them"
     if _broken(as_is.tied_though_saved, after):
         raise _refusal(root, _broken(off.tied, after) or tied, why_not)
     remedy = (
@@ -247,7 +247,8 @@ def _empty(model_class: Any, config: Any) -> Any:
 def _side_effect(root: nn.Module, as_is: _Loaded, off: _Loaded, flags: set[str]) -> str:
     """What switching ``flags`` off does besides untying; "" for nothing."""
     for module in root.modules():
-        if flags & _read_by(inspect.unwrap(type(module).forward).__code__):
+        forward = inspect.unwrap(type(module).forward)
+        if flags & _read_by(getattr(forward, "__code__", None)):
             return f"changes what {type(module).__name__} computes"
     if as_is.shapes != off.shapes:
         return "changes which weights it has"
@@ -255,11 +256,11 @@ def _side_effect(root: nn.Module, as_is: _Loaded, off: _Loaded, flags: set[str])
     return "" if configs[0] == configs[1] else "changes more of it"
 
 
-def _read_by(code: CodeType) -> set[str]:
-    """The names and strings in the code of a function and of those it defines."""
-    strings = {constant for constant in code.co_consts if isinstance(constant, str)}
-    nested = (_read_by(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return strings.union(code.co_names, *nested)
+def _read_by(code: object) -> set[str]:
+    """The names and strings in the code of a function and of those it defines; none where it is not Python's."""
+    if not isinstance(code, CodeType):
+        return {code} if isinstance(code, str) else set()
+    return set(code.co_names).union(*map(_read_by, code.co_consts))
 
 
 def _compared(config: Any, flags: set[str]) -> Any:

@@ -322,7 +322,7 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 
 def _merges(layer: DualLoraLayer, adapter_names: list[str] | None) -> bool:
-    return any(name in layer.duallora_A for name in adapter_names or layer.active_adapters)
+    return any(name in layer.duallora_A for name in (layer.active_adapters if adapter_names is None else adapter_names))
 
 
 def _tensors(
