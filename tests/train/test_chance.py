@@ -67,6 +67,7 @@ def test_a_loss_above_the_entropy_is_no_chance_where_the_answers_are_right():
         ([1] * 4, [0, 1, 2, 3], 1.5),  # four rows
         ([1] * 100, [1] * 95 + [0] * 5, 0.15),  # the rare class is told apart (entropy .199), if not by its own name
         ([0, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 0], 0.70),  # six rows, four right
+        ([0] * 20 + [1] * 12 + [1] * 19 + [0] * 13, [0] * 32 + [1] * 32, 0.70),  # 39 of 64: 1.75 errors above a half
     ],
 )
 def test_rows_that_cannot_tell_are_no_evidence(predictions, targets, loss):
