@@ -122,3 +122,34 @@ def tiny_encoder_folder(tmp_path_factory) -> Path:
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def lay_in_cache(tmp_path, monkeypatch):
+    """``lay_in_cache(name, source)``: a folder as huggingface_hub lays a repository into its cache; the snapshot's path.
+
+    Blobs by their hash, and a snapshot of relative links to them; without ``links`` the files themselves, as on Windows.
+    """
+    import hashlib
+
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def lay(name: str, source: Path, links: bool = True, files: set[str] | None = None) -> Path:
+        repository, commit = cache / f"models--{name.replace('/', '--')}", "c0ffee" + "0" * 34
+        snapshot = repository / "snapshots" / commit
+        for folder in (snapshot, repository / "blobs", repository / "refs"):
+            folder.mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        for path in source.iterdir():
+            if not path.is_file() or (files is not None and path.name not in files):
+                continue
+            blob = Path("../../blobs") / hashlib.sha256(path.read_bytes()).hexdigest()
+            (snapshot / (blob if links else path.name)).write_bytes(path.read_bytes())
+            if links:
+                (snapshot / path.name).symlink_to(blob)
+        return snapshot
+
+    return lay

@@ -245,6 +245,57 @@ def test_a_reader_that_goes_away_is_no_failure():
     assert done.stderr == ""
 
 
+UNENCODABLE = "Übung 你好 “x” 🙂 …"
+
+PROGRAMS = """
+import json, sys
+from duallora import cli
+for line in json.loads(sys.argv[1]):
+    try:
+        cli.main(line)
+    except SystemExit as end:
+        print("\\n=====", end.code)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_the_output_cannot_encode_is_replaced_and_never_fatal(encoding, tiny_causal_folder):
+    from duallora.train.recipe import load_recipe
+
+    rows = [{"prompt": UNENCODABLE, "completion": " a\tb\n½"}, {"prompt": "x", "completion": "y"}]
+    Path("你 x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = f"{UNENCODABLE}.csv"
+    lines = [
+        ["data", "preview", "你 x.jsonl", "--model", str(tiny_causal_folder), "--rows", "1"],
+        ["data", "preview", "你 y.jsonl"],
+        ["convert", "--help"],  # |dW|² stands there
+        ["config", "show", "--data", data],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAMS, json.dumps(lines)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"},
+    )
+    parts = done.stdout.decode(encoding).split("\n=====")
+    assert [int(part.split()[0]) for part in parts[1:]] == [0, 3, 0, 0], done.stderr.decode(encoding)
+    shown, recipe = parts[0], parts[3].split("\n", 1)[1]
+    assert {"ascii": "\\xdcbung", "cp1252": "Übung"}[encoding] in shown
+    assert "\\u4f60\\u597d" in shown
+    assert "\\U0001f642" in shown
+    assert "\\n line break  \\t tab" in shown  # signs of this program's own have likes
+    assert "+--" in shown
+    assert b"no file \\u4f60 y.jsonl" in done.stderr
+    Path("recipe.yaml").write_text(recipe, encoding=encoding)  # as a shell's > writes it
+    assert load_recipe("recipe.yaml").data.path == data
+
+
+def test_files_that_python_reads_as_ascii_are_said_with_the_remedy(monkeypatch, capsys):
+    """Under LC_ALL=C and PYTHONUTF8=0 torch itself cannot be imported."""
+    monkeypatch.setattr(cli, "_invoke", lambda arguments: b"\xe2".decode("ascii"))
+    assert cli.run(["doctor"]) == 2
+    assert "unset PYTHONUTF8, or export LC_ALL=C.UTF-8" in capsys.readouterr().err
+
+
 def test_json_has_no_nan(capsys):
     console.print_json({"loss": float("nan"), "top": [float("inf"), 1.5], "path": Path("x"), "flag": True, 3: None})
     assert json.loads(capsys.readouterr().out) == {
@@ -396,6 +447,49 @@ def test_eval_on_a_file_scores_every_row_and_writes_a_result(trained, own_data, 
     assert result["split"] == "all rows"
     assert result["recipe"]["max_new_tokens"] == 3
     assert result["versions"]["torch"]
+
+
+def test_a_scoring_is_on_the_disk_before_anything_of_it_is_shown(trained, own_data, capsys, monkeypatch):
+    from duallora.cli import training
+
+    def fail(*_):
+        raise UnicodeEncodeError("ascii", "½", 0, 1, "ordinal not in range(128)")
+
+    Path("new.csv").write_text(own_data.read_text())
+    monkeypatch.setattr(training, "_show_scores", fail)
+    assert cli.run(["eval", str(trained[0]), "--data", "new.csv", "--max-new-tokens", "1", "-o", "result.json"]) == 1
+    assert json.loads(Path("result.json").read_text())["n"] == 20
+
+
+def test_rows_that_were_cut_are_counted(trained, own_data, capsys):
+    Path("new.csv").write_text(own_data.read_text())
+    command = ["eval", str(trained[0]), "--data", "new.csv", "--max-new-tokens", "1", "--max-length", "14"]
+    assert cli.run([*command, "-o", "result.json"]) == 0
+    rows = [line.split(",", 1) for line in own_data.read_text().splitlines()[1:]]
+    longer = sum(len(prompt.strip('"')) + len(answer.strip('"')) + 1 > 14 for prompt, answer in rows)
+    assert f"{longer} of 20 rows cut to 14 tokens" in capsys.readouterr().out
+    assert 0 < longer < 20
+    assert json.loads(Path("result.json").read_text())["truncated"] == longer
+
+
+def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(trained, capsys):
+    """Blanks, quotes, dollar signs, and brackets that rich would read as a style."""
+    import shlex
+    import shutil
+
+    folder = Path("my runs/it's $HOME [bold] & co")
+    shutil.copytree(trained[0], folder)
+    assert cli.run(["train", "-c", str(folder / "recipe.yaml"), "-o", str(folder), "--resume", "auto"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    score, merge = line.removeprefix("next: ").split(", or ")
+    assert shlex.split(score) == ["duallora", "eval", str(folder)]
+    assert shlex.split(merge) == ["duallora", "merge", str(folder), "-o", "MERGED"]
+    assert cli.run(shlex.split(score)[1:]) == 0
+    shutil.rmtree(folder / "adapter")
+    capsys.readouterr()
+    assert cli.run(["eval", str(folder), "--json"]) == 2
+    again = json_line(capsys)["error"].partition("finish it with: ")[2]
+    assert shlex.split(again) == ["duallora", "train", "-c", str(folder / "recipe.yaml"), "--resume", "auto"]
 
 
 @pytest.mark.parametrize("written", ["whole", "relative", "link", "adapter"])
@@ -618,6 +712,22 @@ def test_other_names_that_lead_nowhere_are_exit_code_2(trained, own_data, capsys
         assert fragment in json_line(capsys)["error"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_every_verb_takes_an_adapter_from_the_hubs_cache_by_its_id(links, trained, own_data, lay_in_cache, capsys):
+    lay_in_cache("org/mine", trained[0] / "adapter", links)
+    data = ["--data", str(own_data), "--limit", "3", "--max-new-tokens", "2"]
+    assert cli.run(["eval", str(trained[0] / "adapter"), *data, "--split", "train", "--json"]) == 0
+    local = json_line(capsys)
+    assert cli.run(["eval", "org/mine", *data, "--json"]) == 0
+    assert json_line(capsys)["n"] == local["n"] == 3
+    assert cli.run(["check", "org/mine", "--json"]) == 0
+    assert json_line(capsys)["ok"]
+    assert cli.run(["merge", "org/mine", "-o", "merged", "--json"]) == 0
+    assert json_line(capsys)["max_logit_difference"] == 0.0
+    assert cli.run(["convert", "org/mine", "-o", "lora", "--rank", "4", "--json"]) == 0
+    assert json_line(capsys)["rank"] == 4
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_adapter_is_exit_code_4(damage, trained, own_data, tmp_path, capsys):
     """A folder that is not there is a wrong path (2); one that is there and not whole is 4."""
@@ -678,8 +788,9 @@ def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, ca
         assert part["metrics"]["accuracy"] == pytest.approx(100 * kept.count(1) / 8)
     Path("other.csv").write_text("text,label\na,one\nb,nine\nc,ten\n")
     assert cli.run(["eval", "run", "--data", "other.csv", "--json"]) == 2
-    assert "holds the classes nine, ten, which the model was not trained on; it knows one, two, zero" in (
-        json_line(capsys)["error"]
+    assert (
+        "holds the classes nine, ten, which the model was not trained on; it knows one, two, zero"
+        in (json_line(capsys)["error"])
     )
     assert cli.run(["eval", str(tiny_encoder_folder), "--data", "three.csv", "--json"]) == 2
     assert "no classification head" in json_line(capsys)["error"]

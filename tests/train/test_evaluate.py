@@ -374,36 +374,9 @@ def test_a_chats_turn_mark_ends_an_answer_though_a_line_break_follows_it(tiny_to
 # -- from the hub's cache -----------------------------------------------------------------------------------------------
 
 
-def lay_in_cache(cache: Path, name: str, source: Path, links: bool = True, files: set[str] | None = None) -> Path:
-    """``source`` as huggingface_hub lays a repository into its cache: blobs by their hash, a snapshot of relative links."""
-    repository, commit = cache / f"models--{name.replace('/', '--')}", "c0ffee" + "0" * 34
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for folder in ("blobs", "refs"):
-        (repository / folder).mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    for path in source.iterdir():
-        if path.is_file() and (files is None or path.name in files):
-            if links:
-                blob = repository / "blobs" / checkpoint.file_record(path)["sha256"]
-                shutil.copyfile(path, blob)
-                (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-            else:  # HF_HUB_DISABLE_SYMLINKS, Windows
-                shutil.copyfile(path, snapshot / path.name)
-    return snapshot
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch) -> Path:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
 @pytest.mark.parametrize("links", [True, False])
-def test_an_adapter_in_the_hubs_cache_is_loaded_by_its_name_or_its_folder(adapter, hub_cache, links, tmp_path):
-    snapshot = lay_in_cache(hub_cache, "org/mine", adapter, links)
+def test_an_adapter_in_the_hubs_cache_is_loaded_by_its_name_or_its_folder(adapter, lay_in_cache, links, tmp_path):
+    snapshot = lay_in_cache("org/mine", adapter, links)
     assert (snapshot / "adapter_config.json").is_symlink() is links
     (tmp_path / "short").symlink_to(snapshot)
     ids = torch.tensor([[1, 2, 3]])
@@ -415,14 +388,14 @@ def test_an_adapter_in_the_hubs_cache_is_loaded_by_its_name_or_its_folder(adapte
 @pytest.mark.parametrize(
     "leads", ["to another repository", "out of the cache", "by an absolute path", "past the blobs"]
 )
-def test_a_link_that_leaves_its_repository_is_not_followed(adapter, hub_cache, leads, tmp_path):
+def test_a_link_that_leaves_its_repository_is_not_followed(adapter, lay_in_cache, leads):
     """What it leads to has the recorded hash: only where it lies is wrong."""
-    snapshot = lay_in_cache(hub_cache, "org/mine", adapter)
-    other = lay_in_cache(hub_cache, "org/other", adapter)
+    snapshot = lay_in_cache("org/mine", adapter)
+    other = lay_in_cache("org/other", adapter)
     stray = snapshot / "tokenizer.json"
     target = {
         "to another repository": Path("../../../models--org--other/blobs") / (other / stray.name).resolve().name,
-        "out of the cache": Path("../../../..") / "adapter" / stray.name,
+        "out of the cache": Path("../../../..") / adapter.name / stray.name,
         "by an absolute path": (adapter / stray.name).absolute(),
         "past the blobs": Path("../../refs") / stray.name,
     }[leads]
@@ -435,23 +408,23 @@ def test_a_link_that_leaves_its_repository_is_not_followed(adapter, hub_cache, l
         evaluate.load_adapter("org/mine", "generate")
 
 
-def test_a_cache_whose_blobs_lie_elsewhere_is_not_trusted(adapter, hub_cache, tmp_path):
-    repository = lay_in_cache(hub_cache, "org/mine", adapter).parents[1]
+def test_a_cache_whose_blobs_lie_elsewhere_is_not_trusted(adapter, lay_in_cache, tmp_path):
+    repository = lay_in_cache("org/mine", adapter).parents[1]
     (repository / "blobs").rename(tmp_path / "elsewhere")
     (repository / "blobs").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(IntegrityError, match="is not a plain file of this folder"):
         evaluate.load_adapter("org/mine", "generate")
 
 
-def test_a_cache_that_lacks_a_listed_file_says_which(adapter, hub_cache):
+def test_a_cache_that_lacks_a_listed_file_says_which(adapter, lay_in_cache):
     there = {"adapter_config.json", "adapter_model.safetensors", "duallora.json"}
-    lay_in_cache(hub_cache, "org/mine", adapter, files=there)
+    lay_in_cache("org/mine", adapter, files=there)
     missing = next(name for name in record.read_json(adapter / "duallora.json")["files"] if name not in there)
     with pytest.raises(IntegrityError, match=f"{missing} is missing"):
         evaluate.load_adapter("org/mine", "generate")
 
 
-def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter, hub_cache, monkeypatch):
+def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter, lay_in_cache, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -464,11 +437,15 @@ def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter
         (adapter / name).write_text("not listed")
     there = {path.name for path in adapter.iterdir()}
 
+    cached = {}
+
     def download(repository, file):
-        return str(lay_in_cache(hub_cache, repository, adapter, files={file}) / file)
+        snapshot = lay_in_cache(repository, adapter, files={file})
+        cached[repository] = snapshot.parent
+        return str(snapshot / file)
 
     def snapshot(repository, *, revision, allow_patterns):
-        folder = hub_cache / f"models--{repository.replace('/', '--')}" / "snapshots" / revision
+        folder = cached[repository] / revision
         for name in filter_repo_objects(sorted(there), allow_patterns=allow_patterns):
             shutil.copyfile(adapter / name, folder / name)
         return str(folder)
@@ -480,6 +457,6 @@ def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter
     assert {path.name for path in found.iterdir()} == there - {"optimizer.pt", "odd1.bin", "notes.md"}
 
 
-def test_a_full_model_on_the_hub_is_no_adapter(hub_cache, tiny_causal_folder):
-    lay_in_cache(hub_cache, "org/model", tiny_causal_folder)
+def test_a_full_model_on_the_hub_is_no_adapter(lay_in_cache, tiny_causal_folder):
+    lay_in_cache("org/model", tiny_causal_folder)
     assert evaluate.find("org/model") is None

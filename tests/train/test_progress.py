@@ -1,0 +1,42 @@
+"""Commands that are printed can be pasted."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from duallora.train.progress import command
+
+SOURCE = Path(__file__).parents[2] / "src" / "duallora"
+COMMAND = re.compile(r"(?<!<!-- )\b(duallora|tensorboard) (--)?[a-z][^`;,:(]*$")  # and nothing that ends it
+
+
+@pytest.mark.parametrize("name", ["mine", "my run", "it's", "a$HOME", "[bold]x[/]", "a;b", "du café", "*", "~x"])
+def test_a_shell_gets_the_words_that_were_meant(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = command("merge", Path("runs") / name, "-o", tmp_path / name, "--set", f"x={name}")
+    assert shlex.split(line) == ["duallora", "merge", f"runs/{name}", "-o", name, "--set", f"x={name}"]
+    assert shlex.split(command(name, Path("/elsewhere") / name)) == ["duallora", name, f"/elsewhere/{name}"]
+    assert command("eval", Path("runs/mine")) == "duallora eval runs/mine"  # no quotes where none are needed
+
+
+def loose_words(path: Path) -> list[str]:
+    """f-strings of a module that write a value into a command line by hand."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            for before, value in zip(node.values, node.values[1:], strict=False):
+                is_text = isinstance(before, ast.Constant) and isinstance(value, ast.FormattedValue)
+                if is_text and COMMAND.search(before.value) and "shlex.quote" not in ast.unparse(value):
+                    found.append(f"{path.name}:{node.lineno}: {before.value}{{{ast.unparse(value.value)}}}")
+    return found
+
+
+def test_no_command_is_put_together_by_hand(tmp_path):
+    assert [line for path in sorted(SOURCE.rglob("*.py")) for line in loose_words(path)] == []
+    (tmp_path / "bad.py").write_text('print(f"next: duallora eval {folder}")')
+    assert len(loose_words(tmp_path / "bad.py")) == 1
