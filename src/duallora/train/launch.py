@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from duallora.errors import ConfigError, DualLoraError, LostProcessError
+from duallora.train.progress import command
 
 T = TypeVar("T")
 
@@ -135,7 +136,7 @@ def together() -> Iterator[Processes]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set: start with `duallora train --launch {count}`, "
+            f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set: start with `{command('train', '--launch', str(count))}`, "
             "torchrun or accelerate launch"
         )
     refuse_sharding(os.environ)
@@ -247,8 +248,8 @@ def launch(how: str, arguments: Sequence[str]) -> int:
                     f"--launch {how}: expected a number of processes or an accelerate config file (accelerate config "
                     "--config_file FILE writes one)"
                 )
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", how, "-m", "duallora.cli"]
-            codes = _wait([_start([*command, *arguments], environment)])
+            starter = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", how, "-m", "duallora.cli"]
+            codes = _wait([_start([*starter, *arguments], environment)])
         if left.is_file():
             return int(left.read_text())
         bad = {index: code for index, code in enumerate(codes) if code}

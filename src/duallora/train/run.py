@@ -119,7 +119,9 @@ class _Run:
         previous = self.processes.from_main(self._previous)
         if previous and previous.get("status") == "done":
             say(self.console, "done", f"this run is finished already: [bold]{shown(self.folder)}[/]")
-            return previous["result"]
+            result = previous["result"]  # with the places of then: the folder may have been moved since
+            adapter = self.folder / Path(result["adapter"]).name
+            return {**result, "folder": str(self.folder), "adapter": str(adapter)}
         try:
             return self._train(previous)
         except BaseException as error:
