@@ -144,7 +144,10 @@ def test_a_weight_that_would_be_drawn_anew_is_noticed(tiny_causal_folder, consol
 
     adapter = tied_head(tmp_path, tiny_causal_folder)
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", without_head)
-    with pytest.raises(IntegrityError, match=r"lacks 1 weights \(lm_head\.weight\), which would be drawn anew"):
+    with (
+        pytest.warns(UserWarning, match="shared one weight"),
+        pytest.raises(IntegrityError, match=r"lacks 1 weights \(lm_head\.weight\), which would be drawn anew"),
+    ):
         merge.merge(adapter, tmp_path / "merged", console=console)
     assert entries(tmp_path) == ["adapter", "base"]
 
