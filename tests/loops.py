@@ -1535,7 +1535,8 @@ def attempt(name: str, method: str) -> dict[str, Any]:
             found = loop.run(Task(method, loop.ramp))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-    texts = [str(one.message) for one in caught if "duallora" in f"{one.filename} {one.message}"]
+    ours = [str(one.message) for one in caught if "duallora" in f"{one.filename} {one.message}"]
+    texts = [text for text in ours if "performance drop" not in text]  # what vmap says of clamp_
     return {
         "trained": all(one["fall"] < TRAINED for one in found if "fall" in one),
         "counted": all(abs(one["counted"] - one["expected"]) < 1e-3 for one in found if "counted" in one),

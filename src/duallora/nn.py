@@ -145,7 +145,7 @@ class DualLoraLinear(Gated, nn.Module):
         self.duallora_C, self.duallora_D = nn.Parameter(C.to(device)), nn.Parameter(D.to(device))
         self.register_buffer("duallora_step", new_counter(device=device))
         self.register_buffer("duallora_options", self._stored_options())
-        self.module_name = ""
+        self.module_name, self.family = "", 0
         track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class DualLoraLinear(Gated, nn.Module):
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """The layer's one gate (see :mod:`duallora.core.gate`)."""
         factors = [self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D]
-        yield Gate("", self.duallora_step, self.warmup_steps, factors, False)  # type: ignore[arg-type]
+        yield Gate("", self.duallora_step, self.warmup_steps, factors, False, self.family)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
@@ -301,7 +301,7 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
         if linear_layer not in adapted:
             seed = None if init_seed is None else layer_seed(init_seed, name)
             adapted[linear_layer] = DualLoraLinear(linear_layer, init_seed=seed, **options)
-            adapted[linear_layer].module_name = name
+            adapted[linear_layer].module_name, adapted[linear_layer].family = name, id(model)
     for name, parameter in model.named_parameters():
         if ".duallora_" not in f".{name}":  # factors of an earlier call stay trainable
             parameter.requires_grad_(False)

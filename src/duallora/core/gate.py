@@ -38,6 +38,7 @@ class Gate(NamedTuple):
     warmup_steps: int  # 0: open from the start
     factors: list[nn.Parameter]
     frozen: bool  # True while merged
+    family: int = 0  # the same for the layers of one model
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Gated:
         raise NotImplementedError
 
 
+_BY_HAND = -1  # among the optimizers of _Watch.steps
 IDLE_BEFORE_WARNING = 10  # optimizer steps that left a layer's new gradients unused before we say so
 SHOWN = 5  # names in a message
 
@@ -201,7 +203,8 @@ def _gates_held_by(optimizer: Optimizer) -> _Held:
 def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> None:
     """One step for each gate that the optimizer holds a factor of and that took part; names those that did not."""
     owned = set(held.ids)
-    idle: list[tuple[Any, _Watch]] = []
+    idle: list[tuple[Any, _Watch, int]] = []
+    families: set[int] = set()  # of which some layer took part
     counters: list[Tensor] = []
     for reference, name in held.gates:
         layer = reference()
@@ -213,8 +216,10 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
         watch = layer.gate_watches.setdefault(name, _Watch())
         # A sharded factor can be empty on this rank; its peers step all the same.
         if not any(p.grad is not None or p.numel() == 0 for p in trained):
-            idle.append((layer, watch))
-        elif (id(layer), name) not in counted:
+            idle.append((layer, watch, gate.family))
+            continue
+        families.add(gate.family)
+        if (id(layer), name) not in counted:
             counted.add((id(layer), name))
             # Whoever comes later to factors that are trained already shares the step that is going on.
             before, most = watch.steps.get(first), max(watch.steps.values(), default=0)
@@ -227,10 +232,12 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
         torch._foreach_add_(counters, 1)
     for step in counters if found_inf is not None else ():
         step.add_(torch.as_tensor(found_inf == 0).to(step).reshape(()))
-    if counters:
-        _name_idle([layer for layer, watch in idle if not (watch.steps or watch.named)])
-        for _, watch in idle:
-            watch.named = True
+    here = [
+        (layer, watch) for layer, watch, family in idle if family in families
+    ]  # no part of a model that did not run
+    _name_idle([layer for layer, watch in here if not (watch.steps or watch.named)])
+    for _, watch in here:
+        watch.named = True
 
 
 def _as_float32(step: Tensor) -> Tensor:
@@ -369,7 +376,11 @@ def advance_gate(model: nn.Module, steps: int = 1) -> None:
     """
     if steps < 0:
         raise ValueError(f"steps is {steps}, but the gate only moves forward: give a number >= 0.")
+    _gates_of(model, active_only=False)  # or there is nothing to count
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Gated)]
     with torch.no_grad():
-        for g in _gates_of(model, active_only=False):
-            if not g.frozen and any(p.requires_grad for p in g.factors):
-                _as_float32(g.step).add_(steps)
+        for layer in layers:
+            for g in layer.gates():
+                if not g.frozen and any(p.requires_grad for p in g.factors):
+                    _as_float32(g.step).add_(steps)
+                    layer.gate_watches.setdefault(g.name, _Watch()).steps.setdefault(_BY_HAND, 0)

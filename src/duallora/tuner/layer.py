@@ -366,7 +366,7 @@ class DualLoraLayer(Gated, BaseTunerLayer):
             if step is None or config is None:  # another thread is adding or deleting it
                 continue
             factors = [p for p in self._factors(adapter) if p is not None]
-            yield Gate(adapter, step, _ramp_steps(config), factors, adapter in self.merged_adapters)
+            yield Gate(adapter, step, _ramp_steps(config), factors, adapter in self.merged_adapters, id(config))
 
     def _factors(self, adapter: str) -> list[nn.Parameter | None]:
         """[A, B, C, D]; C and D are None with fixed signs."""
