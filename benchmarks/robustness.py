@@ -207,6 +207,18 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"kind": "robustness", **shared, "seeds": seeds, **counts, "rows": rows, "cells": kept}
 
 
+def keep(runs: Path, table: dict[str, Any]) -> None:
+    """Lay out the cells of a table, so that a clone goes on where the committed one ends."""
+    recipes = {(row["task"], row["model"], row["method"]): row["recipe"] for row in table["rows"]}
+    shared = {key: table[key] for key in PROVENANCE if key in table}
+    for one in table["cells"]:
+        what = one["task"], one["model"], one["method"]
+        path = folder(runs, *what, one["seed"]) / "cell.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**shared, **one, "recipe": recipes[what]})
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/results.md."""
     lines = [
@@ -238,6 +250,8 @@ def main() -> None:
         "--only", nargs="+", default=[], help="tasks, models, methods, seeds: cells that match all of them"
     )
     arguments = parser.parse_args()
+    if arguments.output.is_file():
+        keep(arguments.runs, read_json(arguments.output))
     for one in cells(arguments.only):
         cell(arguments.runs, *one)
     done = [one for one in cells() if (folder(arguments.runs, *one) / "cell.json").is_file()]
