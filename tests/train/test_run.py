@@ -382,7 +382,8 @@ def test_a_run_from_before_a_setting_existed_is_still_that_run(trained, make_rec
         for name in later:
             del (facts["recipe"][section] if section else facts["recipe"])[name]
     record.write_json(folder / "run.json", facts)
-    assert run.train(make_recipe("train.max_steps=8", output=folder), resume="auto", console=console) == facts["result"]
+    moved = {**facts["result"], "folder": str(folder), "adapter": str(folder / "adapter")}
+    assert run.train(make_recipe("train.max_steps=8", output=folder), resume="auto", console=console) == moved
     with pytest.raises(ConfigError, match=r'adapter.method: "duallora" -> "lora"'):
         run.train(
             make_recipe("train.max_steps=8", "adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto", output=folder),
