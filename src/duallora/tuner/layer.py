@@ -365,7 +365,8 @@ class DualLoraLayer(Gated, BaseTunerLayer):
             step, config = self.duallora_step._buffers.get(adapter), self.duallora_config.get(adapter)
             if step is None or config is None:  # another thread is adding or deleting it
                 continue
-            factors = [p for p in self._factors(adapter) if p is not None]
+            found = [getattr(getattr(self, name), adapter, None) for name in self.adapter_layer_names[:4]]
+            factors = [p for p in found if isinstance(p, Tensor)]
             yield Gate(adapter, step, _ramp_steps(config), factors, adapter in self.merged_adapters, id(config))
 
     def _factors(self, adapter: str) -> list[nn.Parameter | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Container, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -70,12 +70,18 @@ class DualLoraModel(BaseTuner):
                 if child in layers and module is not layers[child]:
                     module._modules[name] = layers[child]
 
-    def get_input_embeddings(self) -> nn.Module | None:
-        """The base model's; None where it has none. transformers 5 raises there, and PEFT asks when an adapter is saved."""
-        try:
-            return self.model.get_input_embeddings()
-        except NotImplementedError:
-            return None
+    @property
+    def get_input_embeddings(self) -> Callable[[], nn.Module | None]:
+        """The base model's, where it has one: a call gives None where transformers' raises, which PEFT calls on saving."""
+        ask = self.model.get_input_embeddings
+
+        def found() -> nn.Module | None:
+            try:
+                return ask()
+            except NotImplementedError:
+                return None
+
+        return found
 
     def _layers(self) -> list[DualLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, DualLoraLayer)]
