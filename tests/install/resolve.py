@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -86,18 +87,23 @@ def plain() -> dict[str, str]:
 def by_pip(tool: Path, python: Path, wanted: list[str], options: list[str]) -> Outcome:
     certificate = [f"--cert={os.environ['PIP_CERT']}"] if os.environ.get("PIP_CERT") else []
     # fast-deps: where an index has no metadata files, the end of a wheel is read instead of all of it.
-    command = [tool, "-m", "pip", "--python", python, "--isolated", *certificate, "install", "--dry-run", "--quiet"]
-    command += ["--ignore-installed", "--use-feature=fast-deps", "--only-binary=:all:", *WHEELS, "--report=-"]
-    run = subprocess.run(
-        [*command, f"--constraint={CONSTRAINTS}", *options, *wanted],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=plain(),
-    )
-    if run.returncode:
-        return Outcome({}, run.stderr)
-    found = [item["metadata"] for item in json.loads(run.stdout)["install"]]
+    command = [tool, "-m", "pip", "--python", python, "--isolated", *certificate, "install", "--dry-run"]
+    command += ["--ignore-installed", "--use-feature=fast-deps", "--only-binary=:all:", *WHEELS, *options]
+    command += ["--disable-pip-version-check", "--progress-bar=off", f"--constraint={CONSTRAINTS}", *wanted]
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        # Not --quiet: it keeps back what the conflict is.
+        run = subprocess.run(
+            [*command, f"--report={report.name}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=plain(),
+        )
+        if run.returncode:
+            cause = max(run.stdout.find("ERROR: "), 0)
+            return Outcome({}, run.stdout if UNREACHABLE.search(run.stdout) else run.stdout[cause:])
+        found = [item["metadata"] for item in json.load(report)["install"]]
     return Outcome({normalized(item["name"]): item["version"] for item in found})
 
 

@@ -1,7 +1,8 @@
 """The Triton kernels: what they compute, in Triton's interpreter and on a GPU where there is one, and what the compilers
 of four architectures make of them.
 
-DUALLORA_ALL_TILES=1 compiles every option of every tile instead of the main ones (some minutes).
+DUALLORA_ALL_TILES=1 compiles every option of every tile instead of the main ones (some minutes): for Triton 3.9, as older
+ones spill elsewhere (docs/gpu.md).
 """
 
 from __future__ import annotations
