@@ -24,11 +24,12 @@ SETS = {
     "transformers-4.56": [*OLDEST, "accelerate==1.10.1", "trl==0.24.0", "peft==0.18.1"],
     "triton-3.9.0": ["triton==3.9.0"],  # torch as PyPI has it asks for an older one, which is the one pinned
 }
-# What depends on PEFT and transformers: the contract, and one run of each trainer. The mathematics does not.
+# What depends on PEFT and transformers: the contract, chat templates, a run of each trainer. The mathematics does not.
 TESTS = [
     "tests/tuner/test_register.py",
     "tests/tuner/test_config.py",
     "tests/tuner/test_model.py",
+    "tests/tasks/test_template.py",
     "tests/test_trainers.py",
 ]
 KERNELS = ["tests/ops/test_triton.py"]

@@ -229,13 +229,13 @@ def test_a_parquet_file_of_the_hub_keeps_its_class_names(tmp_path):
     """``datasets`` keeps a ClassLabel's names beside the table: the file and the hub are one task, even of odd names."""
     import datasets
 
-    names = ["1.5", "10.5", "no"]
+    names = ["1.5", "10.5", "9.5"]
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
     table = datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [0, 1, 2, 1]}, features=features)
     table.to_parquet(tmp_path / "t.parquet")
     task = load_data(str(tmp_path / "t.parquet"))
-    assert (task.kind, task.labels) == ("classify", ("1.5", "10.5", "no"))
-    assert [task.labels[row.label] for row in rows_of(task)] == ["1.5", "10.5", "no", "10.5"]
+    assert (task.kind, task.labels) == ("classify", ("1.5", "9.5", "10.5"))
+    assert [task.labels[row.label] for row in rows_of(task)] == ["1.5", "10.5", "9.5", "10.5"]
     unlabelled = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
     unlabelled.to_parquet(tmp_path / "u.parquet")
     with pytest.raises(DataError, match=r"1 bad row of 3(.|\n)*empty label"):
@@ -309,3 +309,10 @@ def test_every_format_is_read_as_the_model_was_trained(tmp_path, suffix, trained
     assert (task.kind, task.labels) == (trained[0], labels)
     expected = [labels.index(str(value)) for value in (7, 1, 7)] if labels else [7.0, 1.0, 7.0]
     assert [row.label for row in task.splits["train"]] == expected
+
+
+def test_a_classifier_without_names_for_its_classes_still_has_classes(tmp_path):
+    path = write(tmp_path / "a.csv", [1.5, 0.5])
+    assert load_data(path, eval_data=path).kind == "regress"
+    task = load_data(path, eval_data=path, trained=("classify", ()))
+    assert (task.kind, task.labels) == ("classify", ("0.5", "1.5"))

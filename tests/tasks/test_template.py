@@ -224,6 +224,13 @@ def test_what_the_template_marks_as_generated_is_what_is_trained(make_tokenizer)
     written = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.input_ids == written["input_ids"]
     assert [label != IGNORE for label in encoded.labels] == [bool(mark) for mark in written["assistant_masks"]]
+    wide = MARKED.replace(
+        HEADER + "{% if m.role == 'assistant' %}{% generation %}",
+        "{% if m.role == 'assistant' %}{% generation %}" + HEADER,
+    )
+    assert wide != MARKED  # what the prompt has said is not the model's to say, though it is marked
+    wide = wide.replace("{% else %}", "{% else %}" + HEADER)
+    assert trained({"messages": turns}, make_tokenizer(chat_template=wide)) == ["a1<|im_end|>a2<|im_end|>"]
     half = make_tokenizer(chat_template=MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"))
     assert trained({"messages": turns[:2]}, half) == ["a1<|im_end|>"]
     nothing = make_tokenizer(chat_template=MARKED.replace("m.role == 'assistant'", "m.role == 'nobody'"))
@@ -241,6 +248,20 @@ def test_an_answer_that_begins_otherwise_than_its_prompt_is_refused_with_the_rem
     assert trained({**row, "chat_template_kwargs": {"enable_thinking": False}}, tokenizer) == ["a<|im_end|>"]
     assert trained({"messages": [user("q"), says("a", reasoning="r")]}, tokenizer) == ["r</think>a<|im_end|>"]
     assert trained({"messages": [user("q"), says("<think>\nr</think>a")]}, tokenizer) == ["r</think>a<|im_end|>"]
+
+
+@pytest.mark.parametrize("end", [[], [{"role": "assistant", "content": ""}]])
+def test_a_chat_that_ends_with_a_question_is_continued_as_it_stands(make_tokenizer, end):
+    """What a server is asked; a template that takes no empty turn is not shown one."""
+    tokenizer = make_tokenizer(
+        chat_template=CHATML.replace(BODY, "{{ m.content if m.content else raise_exception('empty') }}")
+    )
+    asked = [user("q1"), says("a1"), user("q2")]
+    ids = encode_prompt(Example(messages=(*asked, *end)), tokenizer, max_length=WHOLE)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    skips = make_tokenizer(chat_template=CHATML.replace(BODY, "{{ m.content if m.role != 'user' or not loop.last }}"))
+    with pytest.raises(DataError, match=r"does not show content of turn 3 \(user\)"):
+        encode_prompt(Example(messages=(*asked, *end)), skips, max_length=WHOLE)
 
 
 def test_a_chat_that_begins_with_the_assistant_needs_a_prompt_or_no_weight(make_tokenizer):
@@ -262,11 +283,17 @@ def test_the_rows_that_cannot_be_trained_on_are_named_together(make_tokenizer):
     tokenizer = make_tokenizer(chat_template=CHATML)
     good = from_messages({"messages": [user("q"), says("a")]}, "c.jsonl:1")
     bad = [from_messages({"messages": [user("q"), says("a", mood="x")]}, f"c.jsonl:{line}") for line in range(2, 30)]
-    with pytest.raises(
-        DataError, match=r"28 of 29 rows cannot be trained on:\nc\.jsonl:2: (.|\n)*c\.jsonl:21: "
-    ) as caught:
-        encode_split([good, *bad], tokenizer, "generate", max_length=99)
-    assert "c.jsonl:22" not in str(caught.value)
+    other = [
+        from_messages({"messages": [user("q"), says("a", **{f"key{line}": "x"})]}, f"c.jsonl:{line}")
+        for line in range(30, 60)
+    ]
+    with pytest.raises(DataError, match=r"58 of 59 rows cannot be trained on:\nc\.jsonl:2: ") as caught:
+        encode_split([good, *bad, *other], tokenizer, "generate", max_length=99)
+    lines = str(caught.value).splitlines()
+    assert lines[2] == "  and so c.jsonl:3, c.jsonl:4, c.jsonl:5, c.jsonl:6, c.jsonl:7, ..."
+    assert len(lines) == 1 + 2 + 19 + 1  # the first reason has two lines, nineteen others follow, and there are more
+    assert lines[-2].startswith("c.jsonl:48: ")
+    assert lines[-1] == "..."
 
 
 def test_what_the_model_is_to_write_is_what_it_is_scored_against(make_tokenizer):
@@ -341,6 +368,8 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
             found = texts(encoded, tokenizer)
             turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in row["messages"]]
             for turn in turns:
+                if "reasoning_content" in turn:  # transformers gives it this name, too, from its fifth version on
+                    turn["thinking"] = turn["reasoning_content"]
                 for one in turn.get("tool_calls", ()):
                     one = one["function"]
                     turn["content"] = turn["content"] or ""

@@ -31,7 +31,7 @@ from duallora.tasks.task import Kind
 from duallora.tasks.template import Segment
 
 IGNORE = -100  # the label torch's cross entropy skips
-_SHOWN = 20  # rows that cannot be trained on
+_SHOWN = 20  # reasons why rows cannot be trained on
 
 TrainOn = Literal["answer", "all"]
 
@@ -128,15 +128,20 @@ def encode_split(
         return _encode_classification(examples, tokenizer, max_length)
     marks = _marks(tokenizer, max_length)
     planned: list[tuple[int, list[Segment]]] = []
-    refused: list[str] = []
+    refused: dict[str, list[str]] = {}  # by the reason, which many rows have in common
     for index, example in enumerate(examples):
         try:
             planned += [(index, segments) for segments in _sequences(example, tokenizer, train_on)]
         except DataError as error:
-            refused.append(str(error))
+            refused.setdefault(str(error).removeprefix(f"{_name(example)}: "), []).append(_name(example))
     if refused:
-        more = f"{len(refused)} of {len(examples)} rows cannot be trained on:\n" if len(refused) > 1 else ""
-        raise DataError(more + "\n".join(refused[:_SHOWN]) + ("\n..." if len(refused) > _SHOWN else ""))
+        count = sum(map(len, refused.values()))
+        lines = [
+            f"{names[0]}: {reason}" + (f"\n  and so {_first(names[1:])}" if names[1:] else "")
+            for reason, names in refused.items()
+        ]
+        head = [f"{count} of {len(examples)} rows cannot be trained on:"] if count > 1 else []
+        raise DataError("\n".join([*head, *lines[:_SHOWN], *(["..."] if len(lines) > _SHOWN else [])]))
     tokens = _tokenize([segments for _, segments in planned], tokenizer)
     rows: list[dict[str, Any]] = []
     empty: list[str] = []

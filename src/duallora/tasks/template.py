@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from duallora.errors import DataError
@@ -53,6 +54,7 @@ class _Sign(NamedTuple):
     place: str
 
 
+_SAID = ("content", "reasoning_content", "tool_calls")
 _LINKS = {"tool_call_id"}  # tie turns together; most templates go by the order of turns
 _OWN = {"role", "content", "weight", "tool_calls", "reasoning_content", *_LINKS}  # all other keys are free ones
 _SIGNED_OPTIONS = ("tools", "documents")
@@ -65,8 +67,8 @@ _FORMS_KEPT = 4096
 def sequences(example: Example, tokenizer: Any) -> list[list[Segment]]:
     """The sequences to train on where the loss is on the answers: one, or several where the template rewrites turns.
 
-    Each ends with a trained turn, if there is one. Raises DataError where the template refuses the chat, leaves out part of it, or cannot
-    say which text is the assistant's.
+    Each ends with a trained turn, if there is one. Raises DataError where the template refuses the chat, leaves out part
+    of it, or cannot say which text is the assistant's.
     """
     chat = _Chat(example, tokenizer)
     found: list[list[Segment]] = []
@@ -117,12 +119,12 @@ def whole(example: Example, tokenizer: Any) -> list[Segment]:
 
 def prompt(example: Example, tokenizer: Any) -> str:
     """What the model continues in generation: everything before the last answer or, where no answer is known, all of it."""
-    chat = _Chat(example, tokenizer)
-    count = len(example.messages)
-    if example.references or trained(example.messages[-1]):
-        last = last_trained(example.messages)
-        count = count if last is None else last
-    return chat.text(count, generation=True)
+    messages = example.messages
+    if len(messages) > 1 and messages[-1]["role"] == "assistant" and not any(messages[-1].get(key) for key in _SAID):
+        messages = messages[:-1]  # it stands for the answer to come
+    last = last_trained(messages) if example.references or messages[-1]["role"] == "assistant" else None
+    chat = _Chat(replace(example, messages=messages), tokenizer, whole=last is None)
+    return chat.text(len(messages) if last is None else last, generation=True)
 
 
 def answer(example: Example, tokenizer: Any) -> str:
@@ -269,8 +271,8 @@ class _Chat:
 
     def _lost(self, messages: Messages, form: _Form, whole: bool) -> list[tuple[str, str]]:
         """(key, place) of all that the template does not show of the chat. Raises DataError where it refuses it."""
-        ends = [len(messages)] if whole else [at + 1 for at, one in enumerate(messages) if one["role"] == "assistant"]
-        ends = ends or [len(messages)]
+        ends = [] if whole else [at + 1 for at, one in enumerate(messages[:-1]) if one["role"] == "assistant"]
+        ends.append(len(messages))
         signed, options, signs = self._signed(messages)
         try:
             shown = "\0".join(self._render(signed[:end], form, options) for end in ends)

@@ -111,8 +111,9 @@ def evaluate(
         NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
     """
     check_scoring(task, scoring)
-    examples = [with_written_answer(example, tokenizer) for example in select(task, split, limit)]
+    examples = select(task, split, limit)
     rows, counts = encode_split(examples, tokenizer, task.kind, max_length=max_length)
+    examples = [with_written_answer(example, tokenizer) for example in examples]
     chosen: dict[str, Any] = {"max_length": max_length, "generation": generation, "scoring": scoring}
     notes = [check_lengths(model, tokenizer, task, examples, **chosen)]
     if counts.truncated:

@@ -77,18 +77,14 @@ def _tables(model: Any, told: int) -> Iterator[int]:
     if model.config.model_type in UNTABLED:
         yield told
     for name, module in model.named_modules():
-        if any(word in name for word in OTHER_SENSES) or hasattr(module, "make_weights"):  # XGLM's grows as it goes
+        if any(word in name for word in OTHER_SENSES):
             continue
-        ids = getattr(
-            module, "position_ids", None
-        )  # BERT's kind adds a slice of it, and there may be fewer than entries
         for own, child in module.named_children():
             weight = getattr(child, "weight", None)
             if isinstance(weight, torch.Tensor) and not isinstance(child, nn.Linear) and _is_table(own, weight, told):
                 padding = getattr(child, "padding_idx", None)
                 before = getattr(child, "offset", 0 if padding is None else padding + 1)  # OPT says, RoBERTa pads
-                room = len(weight) - before
-                yield room if ids is None else min(room, ids.shape[-1])
+                yield len(weight) - before
         for own, value in (*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)):
             if _is_table(own, value, told):
                 yield len(value)
