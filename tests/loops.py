@@ -1292,24 +1292,32 @@ def one_optimizer_over_adapters_that_take_turns(task: Task) -> Judgements:
     return [*found, task.judge(STEPS)]
 
 
+@contextlib.contextmanager
+def merged(model: Any) -> Iterator[None]:
+    """With its adapter merged, at whatever gate."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the gate is half open
+        model.merge_adapter()
+    yield
+    model.unmerge_adapter()
+
+
 @loop("several adapters", methods=WITH_PEFT)
 def merged_and_unmerged_in_mid_run(task: Task) -> Judgements:
-    optimizer = task.optimizer()
-    task.train(optimizer, STEPS // 2)
-    task.model.merge_adapter()
-    task.loss().detach()
-    task.model.unmerge_adapter()
-    task.train(optimizer, STEPS // 2)
-    return [task.judge(STEPS)]
+    def carry(model: nn.Module, optimizer: Any) -> Any:
+        with merged(model), torch.no_grad():
+            task.loss()
+        return model, optimizer
+
+    return continued(task, carry)
 
 
 @loop("several adapters", methods=WITH_PEFT)
 def merged_while_another_model_trains(task: Task) -> Judgements:
     other = Task(task.method, task.ramp)
     task.train(task.optimizer(), STEPS)
-    task.model.merge_adapter()
-    other.train(other.optimizer(), STEPS)
-    task.model.unmerge_adapter()
+    with merged(task.model):
+        other.train(other.optimizer(), STEPS)
     return [task.judge(STEPS), other.judge(STEPS)]
 
 
