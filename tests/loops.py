@@ -48,7 +48,7 @@ RAMP = (
     64  # warm-up steps: above STEPS, so that the gate tells the count, and a power of two, so that it tells it exactly
 )
 SHORT = 8  # the ramp of loops that ask for an open gate
-DECAY = 0.8  # of the averages
+DECAY = 0.9  # of the averages
 TRAINED = 0.9  # of the first loss, at which an adapter with a closed gate stays to the bit
 
 FORMS = {  # of DualLoraConfig, for the long sweep
@@ -1314,10 +1314,13 @@ def merged_and_unmerged_in_mid_run(task: Task) -> Judgements:
 
 @loop("several adapters", methods=WITH_PEFT)
 def merged_while_another_model_trains(task: Task) -> Judgements:
-    other = Task(task.method, task.ramp)
-    task.train(task.optimizer(), STEPS)
+    """Its gate is frozen, also where its own optimizer is called by the way, without a gradient."""
+    optimizer, other = task.optimizer(), Task(task.method, task.ramp)
+    task.train(optimizer, STEPS)
     with merged(task.model):
         other.train(other.optimizer(), STEPS)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
     return [task.judge(STEPS), other.judge(STEPS)]
 
 
