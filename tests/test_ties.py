@@ -169,6 +169,13 @@ def check_reloads(merged: PreTrainedModel, want: Tensor, folder: Any) -> None:
     assert torch.equal(logits(again), want)
 
 
+def flags(model: PreTrainedModel) -> set[bool]:
+    """What tie_word_embeddings is in the configs of a model, of its parts, and of what those name."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    inner = [value for config in configs for value in vars(config).values() if hasattr(value, "to_diff_dict")]
+    return {config.tie_word_embeddings for config in configs + inner if hasattr(config, "tie_word_embeddings")}
+
+
 def check_refused(model: nn.Module, merging: Any, want: Tensor) -> None:
     before = {name: (p, p.clone()) for name, p in model.named_parameters()}
     with pytest.raises(
@@ -215,7 +222,7 @@ def test_without_peft_too(name, tmp_path):
         else:
             check_reloads(merge(model), want, tmp_path / str(number))
             # transformers 5 would leave them apart by itself; earlier releases and other programs go by the flag.
-            assert getattr(model.config, "tie_word_embeddings", False) == (name in SCALED_WHERE_TIED)
+            assert flags(model) == {name in SCALED_WHERE_TIED}
 
 
 @pytest.mark.parametrize("name", ["bart", "bert", "bert-to-bert", "umt5"])
@@ -232,7 +239,41 @@ def test_beside_a_module_that_is_trained_in_full(name, tmp_path):
         if not LEAVES_APART and (name == "umt5" or ("bert" in name and saved == last)):  # whose bias 4 always ties
             check_refused(model, model.merge_and_unload, want)
         else:
-            check_reloads(model.merge_and_unload(), want, tmp_path / str(number))
+            merged = model.merge_and_unload()
+            check_reloads(merged, want, tmp_path / str(number))
+            assert flags(merged) == {name in SCALED_WHERE_TIED}
+
+
+def test_a_config_that_ties_whatever_is_saved_is_asked_as_it_will_be_read(tmp_path):
+    class Insists(LlamaConfig):
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+            return super().from_dict({**config_dict, "tie_word_embeddings": True}, **options)
+
+    class Model(LlamaForCausalLM):
+        config_class = Insists
+
+    torch.manual_seed(0)
+    model = adapted(Model(Insists(**LLAMA)).eval().requires_grad_(False), ("lm_head",))
+    want = logits(model)
+    if not LEAVES_APART:
+        check_refused(model, model.merge_and_unload, want)
+        return
+    with pytest.warns(UserWarning, match="all are saved, and transformers 5 does not tie them though its config still"):
+        merged = model.merge_and_unload()
+    check_reloads(merged, want, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_base_that_was_untied_by_hand_is_saved_untied(name, tmp_path):
+    """Its config still says that they are one weight, which transformers 4 would make of them."""
+    base = build(name)
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight + 0.1, requires_grad=False)
+    model = adapted(base, (next(n for n, _ in base.named_modules() if n.endswith("q_proj")),))
+    want = logits(model)
+    merged = model.merge_and_unload()
+    check_reloads(merged, want, tmp_path)
+    assert flags(merged) == {False}
 
 
 def test_a_tie_that_no_config_switches_off_is_refused_before_anything_is_merged():

@@ -31,6 +31,7 @@ TESTS = [
     "tests/tuner/test_model.py",
     "tests/tasks/test_template.py",
     "tests/test_trainers.py",
+    "tests/test_ties.py",
 ]
 KERNELS = ["tests/ops/test_triton.py"]
 

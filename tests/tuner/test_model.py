@@ -245,6 +245,17 @@ def test_seeds_and_signs_outlive_a_copy_whose_tensors_are_averaged(llama, ids, o
         torch.testing.assert_close(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
 
 
+def test_an_average_of_unequal_seeds_is_refused(llama):
+    """The mean of two seeds is the seed of other signs than either's."""
+    model = adapted(llama(), direction="fixed")
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seeds = [name for name in saved if "duallora_seed" in name]
+    model.load_state_dict(saved | {name: saved[name].bfloat16() for name in seeds})  # an average of equal ones
+    assert all(torch.equal(model.state_dict()[name], saved[name]) for name in seeds)
+    with pytest.raises(RuntimeError, match=f"{len(seeds) * '(?s:.*)not an average of equal seeds'}"):
+        model.load_state_dict(saved | {name: saved[name].float() * 0.9 for name in seeds})
+
+
 def test_init_seed_reproduces_the_adapter(llama):
     def values() -> torch.Tensor:
         return torch.cat([p.flatten() for n, p in adapted(llama(), init_seed=3).named_parameters() if "duallora_" in n])

@@ -20,7 +20,7 @@ from duallora.cli.app import (
     refuse_misspelt,
     refuse_unwritable,
 )
-from duallora.cli.training import generation_settings, held_out, what_to_score, with_labels_of
+from duallora.cli.training import held_out, what_to_score, with_labels_of
 
 
 @app.command()
@@ -269,12 +269,14 @@ def _scores(
 ) -> tuple[Any, dict[str, Any]]:
     """(a function of model and tokenizer that gives the task's figures, what it scores on)."""
     from duallora.train import evaluate as evaluation
+    from duallora.train.recipe import EvalSection
 
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
     split = split or held_out(chosen)
     limit = limit or (recipe.data.eval_limit if recipe and own else None)
     examples = evaluation.select(chosen, split, limit)
-    generation = generation_settings(recipe, None, num_beams)
+    settings = recipe.eval if recipe else EvalSection()
+    generation = settings.generation(num_beams=num_beams)
 
     def scores(model: Any, tokenizer: Any) -> dict[str, float]:
         return evaluation.evaluate(
@@ -282,7 +284,7 @@ def _scores(
             tokenizer,
             with_labels_of(model, chosen, split, examples),
             split=split,
-            batch_size=recipe.eval.batch_size if recipe else 16,
+            batch_size=settings.batch_size,
             generation=generation,
             max_length=recipe.data.max_length if recipe else 512,
             console=console.results,

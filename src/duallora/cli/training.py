@@ -203,6 +203,7 @@ def evaluate(
         refuse_unwritable(output)
     from duallora.train import chance, record
     from duallora.train import evaluate as evaluation
+    from duallora.train.recipe import EvalSection
 
     started = time.time()
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
@@ -212,11 +213,12 @@ def evaluate(
             f"{escape(data)} is what {escape(source)} was trained on: scored on the run's own {split} rows",
             soft_wrap=True,
         )
-    batch_size = batch_size or (recipe.eval.batch_size if recipe else 16)
+    scored = recipe.eval if recipe else EvalSection()
+    batch_size = batch_size or scored.batch_size
     max_length = max_length or (recipe.data.max_length if recipe else 512)
     limit = limit or (recipe.data.eval_limit if recipe and own else None)
-    generation = generation_settings(recipe, max_new_tokens, num_beams)
-    scoring = scoring or (recipe.eval.scoring if recipe and own else "generation")
+    generation = scored.generation(max_new_tokens, num_beams)
+    scoring = scoring or (scored.scoring if own else "generation")
     evaluation.check_scoring(chosen, scoring)
     examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
     model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
@@ -445,15 +447,6 @@ def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tup
 def held_out(task: Task) -> str:
     """The split to score on where none is named."""
     return next(name for name in ("test", "validation", *task.splits) if name in task.splits)
-
-
-def generation_settings(recipe: Recipe | None, max_new_tokens: int | None, num_beams: int | None) -> dict[str, int]:
-    """What overrides the task's own settings for generating: the options, else the run's recipe."""
-    chosen = {
-        "max_new_tokens": max_new_tokens or (recipe.eval.max_new_tokens if recipe else None),
-        "num_beams": num_beams or (recipe.eval.num_beams if recipe else None),
-    }
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 ALL_ROWS = "all rows"  # the split of data that came without splits and that nothing here was trained on

@@ -146,6 +146,17 @@ def track_copy(layer: Any) -> None:
                 layer.gate_watches[gate.name] = _Watch(copied=copied)
 
 
+def _gate_of(layer: Any, adapter: str) -> Gate | None:
+    return next((g for g in layer.gates() if g.name == adapter), None)
+
+
+def _watch_of(layer: Any, adapter: str) -> _Watch:
+    watch = layer.gate_watches.get(adapter)
+    if watch is None:
+        watch = layer.gate_watches[adapter] = _Watch()
+    return watch
+
+
 def tracked_layers() -> list[Any]:
     """Every live layer with a gate, of all threads."""
     with _lock:
@@ -208,12 +219,12 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
     counters: list[Tensor] = []
     for reference, name in held.gates:
         layer = reference()
-        gate = None if layer is None else next((g for g in layer.gates() if g.name == name), None)
+        gate = None if layer is None else _gate_of(layer, name)
         trained = [] if gate is None else [p for p in gate.factors if p.requires_grad]
         first = next((i for i, p in enumerate(trained) if id(p) in owned), None)
         if layer is None or gate is None or gate.frozen or first is None:
             continue
-        watch = layer.gate_watches.setdefault(name, _Watch())
+        watch = _watch_of(layer, name)
         # A sharded factor can be empty on this rank; its peers step all the same.
         if not any(p.grad is not None or p.numel() == 0 for p in trained):
             idle.append((layer, watch, gate.family))
@@ -232,9 +243,8 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
         torch._foreach_add_(counters, 1)
     for step in counters if found_inf is not None else ():
         step.add_(torch.as_tensor(found_inf == 0).to(step).reshape(()))
-    here = [
-        (layer, watch) for layer, watch, family in idle if family in families
-    ]  # no part of a model that did not run
+    # A model none of whose layers took part did not run.
+    here = [(layer, watch) for layer, watch, family in idle if family in families]
     _name_idle([layer for layer, watch in here if not (watch.steps or watch.named)])
     for _, watch in here:
         watch.named = True
@@ -251,9 +261,10 @@ def _name_idle(layers: list[Any]) -> None:
     if layers:
         warnings.warn(
             f"{len(layers)} adapted layers got no gradient in their optimizer's first step: "
-            f"{named(layer.module_name or type(layer).__name__ for layer in layers)}. Where a parent reads a layer's weight "
-            "instead of calling it, the adapter is not trained at all: leave it out (exclude_modules). Where only no row has "
-            "reached it yet (an expert, a layer skipped at random), all is well. Saving names those that never got one.",
+            f"{named(layer.module_name or type(layer).__name__ for layer in layers)}. Where only no row has reached "
+            "them yet (an expert, a layer skipped at random), all is well. Where the model never runs them, or reads a "
+            "quantized or sharded weight instead of calling the layer, they are not trained: leave them out "
+            "(exclude_modules). Saving names those that never got one.",
             stacklevel=2,
         )
 
@@ -266,7 +277,7 @@ def named(names: Iterable[str]) -> str:
 
 def watch_forward(layer: Any, adapter: str) -> None:
     """To be called in a forward: warns of a gate that stays shut though the factors seem to be trained, or to change."""
-    watch = layer.gate_watches.setdefault(adapter, _Watch())
+    watch = _watch_of(layer, adapter)
     if not watch.steps and layer.training and torch.is_grad_enabled():
         _expect_steps(layer, adapter, watch)
     if not watch.steps and watch.copied is not None:
@@ -275,7 +286,7 @@ def watch_forward(layer: Any, adapter: str) -> None:
 
 def _expect_counter(layer: Any, adapter: str, watch: _Watch, step: Tensor, total: Tensor) -> None:
     """A copy whose factors are averaged by a loop over parameters() keeps the counter, a buffer, of when it was made."""
-    gate = next((g for g in layer.gates() if g.name == adapter), None)
+    gate = _gate_of(layer, adapter)
     if gate is None or gate.step.is_meta or float(gate.step) != float(step) or float(step) >= gate.warmup_steps:
         watch.copied = None
         return
@@ -298,7 +309,8 @@ def _expect_steps(layer: Any, adapter: str, watch: _Watch) -> None:
     before, watch.strangers = watch.strangers, _strangers
     if before is None or before == _strangers:
         return
-    trained = next(([p for p in g.factors if p.requires_grad] for g in layer.gates() if g.name == adapter), [])
+    gate = _gate_of(layer, adapter)
+    trained = [] if gate is None else [p for p in gate.factors if p.requires_grad]
     if not trained or any(p.grad is not None for p in trained):
         return
     watch.idle += 1
@@ -383,4 +395,4 @@ def advance_gate(model: nn.Module, steps: int = 1) -> None:
             for g in layer.gates():
                 if not g.frozen and any(p.requires_grad for p in g.factors):
                     _as_float32(g.step).add_(steps)
-                    layer.gate_watches.setdefault(g.name, _Watch()).steps.setdefault(_BY_HAND, 0)
+                    _watch_of(layer, g.name).steps.setdefault(_BY_HAND, 0)

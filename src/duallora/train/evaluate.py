@@ -172,11 +172,11 @@ def check_lengths(
     rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
     prompts = [encode_prompt(example, tokenizer, max_length=max_length) for example in examples if new]
     return check_room(
-        model, tokenizer, row=_longest(rows), prompt=max((len(prompt) for prompt in prompts), default=0), new=new
+        model, tokenizer, row=longest(rows), prompt=max((len(prompt) for prompt in prompts), default=0), new=new
     )
 
 
-def _longest(rows: Sequence[Mapping[str, Any]]) -> int:
+def longest(rows: Sequence[Mapping[str, Any]]) -> int:
     """Tokens of the longest row."""
     return max(len(row["input_ids"]) for row in rows)
 
@@ -285,7 +285,7 @@ def log_likelihoods(
     Rows that differ in their last token alone, or end where another goes on, share one pass through the model: the
     options of a question cost hardly more than one answer.
     """
-    check_room(model, tokenizer, row=_longest(rows))
+    check_room(model, tokenizer, row=longest(rows))
     collate = Collator(tokenizer)
     guests = _sharing(rows)
     hosts = list(guests)
@@ -407,7 +407,7 @@ def generate(
     collate = Collator(tokenizer, side="left")
     settings = {**NEUTRAL_GENERATION, **settings}
     own_ngrams = settings.pop("no_repeat_ngram_size")
-    check_room(model, tokenizer, row=0, prompt=_longest(prompts), new=settings["max_new_tokens"])
+    check_room(model, tokenizer, row=0, prompt=longest(prompts), new=settings["max_new_tokens"])
     chats = [example for example in examples if example.messages]
     calls = [example for example in chats if calls_tools(example)]  # which some templates end with a mark of its own
     ends = end_tokens(model, tokenizer, chat=bool(chats), examples=[*chats[:1], *calls[:1]])
@@ -465,7 +465,7 @@ def classify(
     processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Logits [rows, labels] in float32 on the CPU, in the order of ``rows``."""
-    check_room(model, tokenizer, row=_longest(rows))
+    check_room(model, tokenizer, row=longest(rows))
     collate = Collator(tokenizer)
     batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
     logits: dict[int, torch.Tensor] = {}
@@ -799,9 +799,8 @@ def _from_hub(repository: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: list[str]) -> None:
-        with suppress(
-            LocalEntryNotFoundError
-        ):  # offline the cache may lack some: loading says what must not be missing
+        # Offline the cache may lack some: loading says what must not be missing.
+        with suppress(LocalEntryNotFoundError):
             snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
 
     try:

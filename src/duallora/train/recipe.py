@@ -266,7 +266,7 @@ class TrainSection(Section):
     )
     learning_rate: Positive = setting(
         1e-3,
-        "Peak learning rate (ours: no seed at chance, docs/results.md; the paper tunes it per task and prints none).",
+        "Peak learning rate (ours: by the worst seed of small tasks, docs/results.md; the paper tunes it per task and prints none).",
     )
     direction_lr_ratio: Positive = setting(
         1.0, "Dual LoRA's learning rate of C and D, over that of everything else (paper: one rate)."
@@ -328,6 +328,14 @@ class EvalSection(Section):
     )
     before: bool = setting(True, "Take the validation loss before training too; false saves a pass over those rows.")
     test: bool = setting(False, "After training, score the test rows too and keep each prediction.")
+
+    def generation(self, max_new_tokens: int | None = None, num_beams: int | None = None) -> dict[str, int]:
+        """What overrides a task's own settings for generating: the arguments, else this section's."""
+        chosen = {
+            "max_new_tokens": max_new_tokens or self.max_new_tokens,
+            "num_beams": num_beams or self.num_beams,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
 
 
 class Recipe(Section):

@@ -518,7 +518,7 @@ class _Run:
             split=split,
             limit=recipe.data.eval_limit,
             batch_size=recipe.eval.batch_size,
-            generation=_generation(recipe),
+            generation=recipe.eval.generation(),
             max_length=recipe.data.max_length,
             scoring=recipe.eval.scoring,
             console=self.console,
@@ -721,20 +721,14 @@ def check_lengths(recipe: Recipe, model: Any, tokenizer, task: Task, rows: Seque
     Raises ConfigError where the model has no positions for them: before training, not at its end.
     """
     data, options = recipe.data, recipe.eval
-    notes = [check_room(model, tokenizer, row=max(len(row["input_ids"]) for row in rows))]
+    notes = [check_room(model, tokenizer, row=evaluate.longest(rows))]
     for split, scoring in (("validation", options.scoring if options.metrics else None), ("test", options.scoring)):
         if split not in task.splits or (split == "test" and not options.test) or not len(task.splits[split]):
             continue
         examples = evaluate.select(task, split, data.eval_limit)
-        chosen: dict[str, Any] = {"generation": _generation(recipe), "scoring": scoring}
+        chosen: dict[str, Any] = {"generation": options.generation(), "scoring": scoring}
         notes.append(evaluate.check_lengths(model, tokenizer, task, examples, max_length=data.max_length, **chosen))
     return [note for note in dict.fromkeys(notes) if note]
-
-
-def _generation(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says of generating, over the task's own."""
-    chosen = {"max_new_tokens": recipe.eval.max_new_tokens, "num_beams": recipe.eval.num_beams}
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _arguments(

@@ -65,6 +65,9 @@ class Counters(BufferDict):
                 self._buffers[name] = uncast(before.get(name, after), after)
 
 
+_ROUNDED = 0.01  # at most this far, as a fraction, is an average of equal seeds from them (bfloat16: 0.004)
+
+
 class Seeds(BufferDict):
     """Seeds that survive a copy whose tensors are averaged: what is saved and rebuilt from are Python integers."""
 
@@ -89,10 +92,19 @@ class Seeds(BufferDict):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self._buffers:
             loaded = state_dict.get(prefix + name)
-            if loaded is not None and loaded.is_floating_point():  # an average of equal seeds, rounded
-                state_dict[prefix + name] = torch.tensor(self.values_of[name])
-            elif loaded is not None and not loaded.is_meta:
+            if loaded is None or loaded.is_meta:
+                continue
+            if not loaded.is_floating_point():
                 self.values_of[name] = int(loaded)
+                continue
+            ours = self.values_of[name]
+            if abs(float(loaded) - ours) > _ROUNDED * ours:
+                errors: list[str] = args[-1]  # of load_state_dict(), which raises them together
+                errors.append(
+                    f"{prefix}{name} is {float(loaded):.6g}, the seed here {ours}: not an average of equal seeds, and no "
+                    "seed either. Average only copies of one model."
+                )
+            state_dict[prefix + name] = torch.tensor(ours)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -455,9 +467,8 @@ class DualLoraLayer(Gated, BaseTunerLayer):
                 f"{self.module_name}: its parent reads this layer's weight instead of calling it, so the rows of a batch "
                 "cannot have adapters of their own: leave adapter_names out, or name the layer in exclude_modules."
             )
-        if self.merged and any(
-            adapter in self.duallora_m for adapter in adapters
-        ):  # lengths of W0, not of what is merged
+        if self.merged and any(adapter in self.duallora_m for adapter in adapters):
+            # The lengths are those of W0, not of what is merged.
             W0 = self._matrix(self._base_weight())
             return add_update(W, *(self._delta(adapter, W0).view(W.shape) for adapter in adapters))
         return self._merged_weight(self._matrix(W), adapters).view(W.shape)
