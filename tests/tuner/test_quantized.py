@@ -318,6 +318,25 @@ def test_training_goes_on_after_an_evaluation(base, ids, kind):
 # -- merging ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*shared one weight", "ignore:Merg(ed|ing)")
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]], ids=str)
+def test_a_tied_head_merged_on_4_bit_layers_reloads_as_in_memory(tmp_path, ids, targets):
+    """Loaded, bitsandbytes would round the scales of its layers for an evaluation on some CPUs: of any model, not ours."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization("nf4"))
+    model = adapted(base, target_modules=targets)
+    merged = model.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    quantized.keep_exact(again)
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_quantises_the_sum_says_what_is_lost_and_comes_back(base, ids, kind):
     """The merged weight is the library's own quantisation of W0 + dW; the warning's figures are those of float64."""
