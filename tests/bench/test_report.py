@@ -152,7 +152,7 @@ def test_tables_hold_the_ratios(results):
     )
     assert "| duallora | 1.040 |" in (report.merging(results) or "")
     assert "| 3 | 1.5 to 1.5 |" in (report.machine(results) or "")
-    assert "Dual LoRA 1.50, its three bare products 1.25" in (report.readme(results) or "")
+    assert "Dual LoRA 1.50, its three bare products 1.25" in (report.summary(results) or "")
 
 
 def test_cells_off_the_defaults_are_told_apart():
@@ -192,7 +192,7 @@ def test_no_figure_is_shown_while_a_backend_is_wrong(results, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     results["kernel"]["cells"] = [kernel_cell(error=2e-6)]
     write(results, tmp_path / "results" / "bench")
-    (tmp_path / "README.md").write_text(page := "<!-- bench:readme -->\n<!-- /bench:readme -->\n")
+    (tmp_path / "README.md").write_text(page := "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
     with pytest.raises(IntegrityError, match="cpu was wrong at 2048"):
         report.load(tmp_path / "results" / "bench")
     assert cli.run(["bench", "report"]) == 4

@@ -300,7 +300,7 @@ def quality(results: Results) -> str | None:
     return _table(["setting", "seeds", *(f"loss after {step} steps" for step in steps)], rows)
 
 
-def readme(results: Results) -> str | None:
+def summary(results: Results) -> str | None:
     """One paragraph: the widest fp32 layer at 2048 tokens and the plain step."""
     wide = [cell for _, cell in cells(results, "layer") if cell["cell"]["dtype"] == "float32"]
     wide = [cell for cell in wide if cell["cell"]["tokens"] == 2048 and cell["cell"]["rank"] == 16]
@@ -310,21 +310,20 @@ def readme(results: Results) -> str | None:
     width = cell["cell"]["width"]
     text = [
         f"Time of one layer, forward and backward, relative to PEFT's LoRA at equal parameters ({width} x {width}, 2048 "
-        f"tokens, fp32, {_device(results['layer'])}, [JSON](results/bench/layer.json)): {_list(cell)}."
+        f"tokens, fp32, {_device(results['layer'])}, [JSON](../results/bench/layer.json)): {_list(cell)}."
     ]
     plain = [c for w, c in cells(results, "step") if w == "fp32"]
     if plain:
         text.append(
-            f"A training step of SmolLM2-135M, all linear layers ([JSON](results/bench/step.json)): {_list(plain[0])}."
+            f"A training step of SmolLM2-135M, all linear layers ([JSON](../results/bench/step.json)): {_list(plain[0])}."
         )
     on_gpu = [cell for _, cell in cells(results.get(GPU, {}), "layer") if cell["cell"]["tokens"] in (4096, 8192)]
     for cell in on_gpu:
         key, device = cell["cell"], results[GPU]["layer"]["device"]
         text.append(
             f"On a GPU ({key['width']} x {key['width']}, {key['tokens']} tokens, bf16, {device}, "
-            f"[JSON](results/bench/{GPU}/layer.json)): {_list(cell)}."
+            f"[JSON](../results/bench/{GPU}/layer.json)): {_list(cell)}."
         )
-    text.append("What was aimed at and what was missed: [docs/performance.md](docs/performance.md).")
     return "\n".join(text)
 
 
@@ -358,6 +357,6 @@ TABLES: dict[str, Callable[[Results], str | None]] = {
     "merge": merging,
     "gpu": gpu,
     "quality": quality,
-    "readme": readme,
+    "summary": summary,
     "pointer": pointer,
 }
