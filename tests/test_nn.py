@@ -128,8 +128,8 @@ def test_init_seed_gives_each_layer_its_own_values():
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"alpha": 0}, "alpha=0"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
-        ({"magnitude": "relv"}, "'relv' is unknown: choose one of relu"),
-        ({"direction": "fixed"}, "'fixed' is unknown"),
+        ({"magnitude": "relv"}, "magnitude='relv': expected one of 'relu', 'abs'"),
+        ({"direction": "fixed"}, "direction='fixed': fixed signs exist in duallora.DualLoraConfig alone"),
         ({"backend": "cpv"}, "backend='cpv'"),
     ],
 )
@@ -238,5 +238,5 @@ def test_gradient_tokens_sample_in_training_alone():
     assert not torch.equal(gradient(), gradient())
     layer.eval()
     assert torch.equal(gradient(), gradient())
-    with pytest.raises(ConfigError, match=r"gradient_tokens=2: expected a share"):
+    with pytest.raises(ConfigError, match=r"gradient_tokens=2: expected a finite number > 0 and <= 1"):
         DualLoraLinear(nn.Linear(3, 4), r=1, gradient_tokens=2)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from duallora import ties
-from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update, dual_delta, dual_scaling
+from duallora.core.equation import Update, dual_delta, dual_scaling
 from duallora.core.gate import (
     Gate,
     Gated,
@@ -33,8 +33,9 @@ from duallora.core.gate import (
     uncast,
     watch_forward,
 )
-from duallora.core.init import DIRECTION_STD, draw_factors, layer_seed
-from duallora.errors import ConfigError, IntegrityError, check_positive, check_rank, check_steps, is_number
+from duallora.core.init import draw_factors, layer_seed
+from duallora.core.settings import Settings, check
+from duallora.errors import ConfigError, IntegrityError
 from duallora.ops import build_weight, check_backend, dual_linear, dual_weight
 from duallora.ops.cache import EvalCache, Watch
 from duallora.ops.read import read_weight
@@ -96,7 +97,7 @@ class DualLoraLinear(Gated, nn.Module):
         alpha: float | None = None,
         warmup_steps: int = 100,
         init_std: float | None = None,
-        direction_init_std: float = DIRECTION_STD,
+        direction_init_std: float = Settings.direction_init_std,
         init_seed: int | None = None,
         magnitude: str = "relu",
         direction: str = "ste",
@@ -106,21 +107,23 @@ class DualLoraLinear(Gated, nn.Module):
     ) -> None:
         super().__init__()
         _check_base(base)
+        check(
+            {
+                **{"r": r, "r1": r1, "r2": r2, "alpha": alpha, "warmup_steps": warmup_steps, "init_std": init_std},
+                **{"direction_init_std": direction_init_std, "init_seed": init_seed, "magnitude": magnitude},
+                **{
+                    "direction": direction,
+                    "ste_clip": ste_clip,
+                    "gradient_tokens": gradient_tokens,
+                    "backend": backend,
+                },
+            }
+        )
+        if direction == "fixed":
+            raise ConfigError("direction='fixed': fixed signs exist in duallora.DualLoraConfig alone.")
+        check_backend(backend)  # whether it is there: now, not in the first forward
         r1, r2 = (r if r1 is None else r1), (r if r2 is None else r2)
         alpha = 2 * r if alpha is None else alpha
-        for name, rank in (("r", r), ("r1", r1), ("r2", r2)):
-            check_rank(name, rank)
-        if init_std is not None:
-            check_positive("init_std", init_std)
-        for name, number in (("alpha", alpha), ("direction_init_std", direction_init_std)):
-            check_positive(name, number)
-        check_steps("warmup_steps", warmup_steps)
-        for value, allowed in ((magnitude, MAGNITUDES), (direction, DIRECTIONS[:-1]), (ste_clip, STE_CLIPS)):
-            if value not in allowed:
-                raise ConfigError(f"{value!r} is unknown: choose one of {', '.join(allowed)}.")
-        if not is_number(gradient_tokens) or not 0 < gradient_tokens <= 1:
-            raise ConfigError(f"gradient_tokens={gradient_tokens!r}: expected a share of the tokens in (0, 1].")
-        check_backend(backend)  # now, not in the first forward
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
         self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}

@@ -79,7 +79,7 @@ def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6,
     there = folder / CELLS / cell.name
     there.mkdir(parents=True)
     recipe = cell.recipe().model_dump(mode="json")
-    rank = int(recipe["adapter"]["r"])
+    rank = int(recipe["adapter"]["r"] or 16)
     run = {
         "status": "done", **ENVIRONMENT, "recipe": recipe, "steps": steps, "fingerprints": {"base": "b" * 64},
         "parameters": {"trainable": 100 * rank, "total": 100_000}, **facts,

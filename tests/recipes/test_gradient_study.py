@@ -38,7 +38,8 @@ def test_every_variant_trains_as_many_parameters(name):
     counts = {}
     one_each = {variant: recipe for (_, variant, _), recipe in recipes(name).items()}
     for variant, recipe in one_each.items():
-        adapter = recipe.adapter.model_copy(update={"target_modules": ["query", "value"], "options": {}})
+        plain = {"options": {}} if recipe.adapter.method == "lora" else {}
+        adapter = recipe.adapter.model_copy(update={"target_modules": ["query", "value"], **plain})
         with torch.device("meta"):
             model = BertForSequenceClassification(config)
         adapted = adapt(model, recipe.model_copy(update={"adapter": adapter}), "classify", lr_warmup=1)
@@ -50,7 +51,9 @@ def test_every_variant_trains_as_many_parameters(name):
 @pytest.mark.parametrize("name", ["gradient-start", "gradient-start-e2e"])
 def test_starts_from_data_look_at_as_many_rows(name):
     rows = {
-        variant: recipe.adapter.options.get("calibration", recipe.adapter.init_batches * recipe.train.batch_size)
+        variant: recipe.adapter.options["calibration"]
+        if recipe.adapter.method == "lora" and recipe.adapter.options
+        else recipe.adapter.init_batches * recipe.train.batch_size
         for (_, variant, _), recipe in recipes(name).items()
         if variant in ("gradient", "lora-eva", "lora-corda", "lora-ga")
     }

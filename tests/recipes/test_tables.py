@@ -26,6 +26,11 @@ def cells(study):
     return found
 
 
+def one_has(one, other):
+    """The settings that one method takes and the other does not."""
+    return type(one.adapter).model_fields.keys() ^ type(other.adapter).model_fields.keys()
+
+
 @pytest.mark.parametrize("study", PAPER.values(), ids=lambda study: study.name)
 def test_methods_differ_in_nothing_but_the_adapter(study):
     """Same base, rows, steps, batches, schedule, loss mask, seeds and grid: what `_unequal` of a report would list."""
@@ -33,7 +38,7 @@ def test_methods_differ_in_nothing_but_the_adapter(study):
     for task in study.tasks:
         recipes_of = [found[task, variant].recipe() for variant in study.variants]
         for one, other in itertools.pairwise(recipes_of):
-            same = {"adapter": {*FREE, "modules_to_save"}, "train": {"learning_rate"}}
+            same = {"adapter": {*FREE, "modules_to_save", *one_has(one, other)}, "train": {"learning_rate"}}
             if "full" in (one.adapter.method, other.adapter.method):  # see the test of 16 bits
                 same["model"] = {"dtype"}
             assert one.model_dump(exclude=same) == other.model_dump(exclude=same)
@@ -50,7 +55,7 @@ def test_the_mini_scale_compares_alike_too(study):
     for task in study.tasks:
         recipes_of = [found[task, variant].recipe() for variant in study.variants]
         for one, other in itertools.pairwise(recipes_of):
-            same = {"adapter": {*FREE, *more}, "train": {"learning_rate", "direction_lr_ratio"}}
+            same = {"adapter": {*FREE, *more, *one_has(one, other)}, "train": {"learning_rate", "direction_lr_ratio"}}
             if "full" in (one.adapter.method, other.adapter.method):  # which trains the head as everything else
                 same["adapter"].add("modules_to_save")
             assert one.model_dump(exclude=same) == other.model_dump(exclude=same)

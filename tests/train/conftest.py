@@ -66,6 +66,8 @@ def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
             "train.report_to": "[]",
             "eval.metrics": "false",
         }
+        if any(setting.startswith("adapter.method=") for setting in settings):  # no setting of another method
+            del defaults["adapter.init_std"]
         base = [f"{key}={value}" for key, value in defaults.items()]
         return load_recipe(
             None, [*base, *settings], model=str(model), data=str(data or own), output=output or tmp_path / "run"

@@ -14,7 +14,7 @@ from duallora.train.recipe import load_recipe, recipe_yaml
 
 # What make_recipe sets beyond the settings every method has, put back.
 PLAIN = ("adapter.r1=null", "adapter.warmup_steps=auto")
-NO_RANK = ("adapter.r=16", "adapter.alpha=null", "adapter.duallora_dropout=0.0")
+NO_RANK = ("adapter.r=null", "adapter.alpha=null", "adapter.duallora_dropout=null")
 
 
 def settings(name: str, *more: str) -> list[str]:
@@ -114,8 +114,11 @@ def test_a_recipe_of_another_method_is_written_and_read_back(make_recipe, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("adapter.method=lora", "adapter.warmup_steps=auto"), "adapter.r1 = 3 is a setting of Dual LoRA"),
-        (("adapter.options={lr_ratio: 4}",), "adapter.options is for other methods"),
+        (
+            ("adapter.method=lora", "adapter.warmup_steps=auto"),
+            'adapter.r1 = 3.*Dual LoRA\'s, but adapter.method is "lora", which takes method, options, r, alpha',
+        ),
+        (("adapter.options={lr_ratio: 4}",), "for other methods; Dual LoRA's settings are keys of adapter"),
     ],
 )
 def test_settings_of_two_methods_are_not_mixed(make_recipe, changes, message):
@@ -124,9 +127,32 @@ def test_settings_of_two_methods_are_not_mixed(make_recipe, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("lroa", "nearest: lora")],
+    ("name", "more", "message"),
+    [
+        ("lroa", (), "nearest: lora"),
+        ("prefix", ("adapter.target_modules=all-linear",), "target_modules='all-linear': Prefix.*takes num_virtual"),
+        ("prompt", ("adapter.r=16",), "r=16: Prompt tuning has no such setting; it takes num_virtual_tokens"),
+        (
+            "prompt",
+            ("adapter.exclude_modules=[q_proj]",),
+            r"adapter.exclude_modules=\['q_proj'\]: Prompt tuning has no",
+        ),
+        ("full", ("adapter.modules_to_save=[x]",), "adapter.modules_to_save"),
+    ],
 )
-def test_what_the_verb_cannot_train_is_said(make_recipe, console, name, message):
+def test_what_the_verb_cannot_train_is_said_before_it_loads_a_model(
+    make_recipe, console, monkeypatch, name, more, message
+):
+    monkeypatch.setattr("duallora.train.models.load", None, raising=False)
     with pytest.raises(ConfigError, match=message):
-        run.train(make_recipe(*settings(name)), console=console)
+        run.train(make_recipe(*settings(name), *more), console=console)
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [("null", {"up_proj", "down_proj"}), ("all-linear", None)])
+def test_the_modules_that_a_recipe_names_are_the_modules_that_are_trained(make_recipe, console, targets, adapted):
+    """Adapter-P goes onto up_proj and down_proj by itself, and onto all linear layers where it is told to."""
+    more = (f"adapter.target_modules={targets}", "train.max_steps=1", *NO_RANK[1:])
+    result = run.train(make_recipe(*settings("adapter-p", *more)), console=console)
+    tensors = load_file(f"{result['adapter']}/adapter_model.safetensors")
+    found = {name.split(".duallora_rule")[0].rpartition(".")[2] for name in tensors}
+    assert found == (adapted or {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})

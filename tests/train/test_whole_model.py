@@ -15,9 +15,9 @@ from duallora.train import checkpoint, evaluate, merge, run
 
 
 def settings(name: str, *more: str) -> list[str]:
-    own = ("adapter.r=16",) if name == "full" else ("adapter.r=3", "adapter.options={gap: 2}")
+    own = ("adapter.r=null",) if name == "full" else ("adapter.r=3", "adapter.options={gap: 2}")
     own = ("adapter.r=3", "adapter.options={kappa: 2}") if name == "flora-optimizer" else own
-    bare = ("adapter.r1=null", "adapter.warmup_steps=auto", "adapter.alpha=null", "adapter.duallora_dropout=0.0")
+    bare = ("adapter.r1=null", "adapter.warmup_steps=auto", "adapter.alpha=null", "adapter.duallora_dropout=null")
     return [f"adapter.method={name}", *bare, *own, "train.max_steps=4", "train.learning_rate=1e-3", *more]
 
 
@@ -185,7 +185,11 @@ def test_weights_of_another_shape_are_not_resumed(make_recipe, console, tmp_path
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("full", "adapter.exclude_modules=[q_proj]", "options .*exclude_modules.*full takes none"),
+        (
+            "full",
+            "adapter.exclude_modules=[q_proj]",
+            "exclude_modules.*Full fine-tuning has no such setting; it takes no setting",
+        ),
         ("galore", "adapter.modules_to_save=[lm_head]", "options .*modules_to_save.*galore takes gap"),
         ("galore", "train.optimizer=adafactor", "GaLore is an optimizer itself"),
         ("full", "adapter.target_modules=[q_proj]", "Full fine-tuning has no such setting"),

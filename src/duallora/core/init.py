@@ -1,7 +1,7 @@
 """Initial values of the factors, reproducible from one stored integer.
 
 The paper draws all four from a Gaussian and leaves its width open. The defaults were measured (docs/reproduction.md,
-docs/results.md): A and B as `magnitude_std` has them, C and D at `DIRECTION_STD`. Sign is scale-free, so the width of C
+docs/results.md): A and B as `magnitude_std` has them, C and D as `Settings.direction_init_std`. Sign is scale-free, so the width of C
 and D only sets how easily signs flip: Adam's steps have the size of the learning rate, whatever the gradient.
 """
 
@@ -12,10 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-
-# Twenty steps of a rate of 1e-3. At a tenth of it a third of the signs turn at once with each of the first steps, all
-# by the same few rows, and some seeds end with a model that gives every input one answer (LOG.md).
-DIRECTION_STD = 0.02
 
 
 def layer_seed(init_seed: int | None, module_name: str) -> int:

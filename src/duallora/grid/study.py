@@ -27,8 +27,8 @@ from duallora.train.recipe import (
     overlay,
     read_settings,
     read_yaml,
+    recorded,
     resolve,
-    with_later,
     yaml_value,
 )  # fmt: skip
 
@@ -560,7 +560,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     if run is None:
         return None
     try:
-        recipe = with_later(run["recipe"])
+        recipe = recorded(run["recipe"], str(cell / "run.json"))
     except (KeyError, TypeError) as error:
         raise _damaged(cell / "run.json", error) from None
     result = _json(cell / "metrics.json") if run.get("status") == "done" else None

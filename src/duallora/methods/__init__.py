@@ -221,7 +221,9 @@ def with_defaults(method: Method, spec: MethodSpec) -> MethodSpec:
     for name in ("r", "alpha", "dropout", "target_modules"):
         value = getattr(spec, name)
         if value is not None and name not in method.defaults:
-            raise ConfigError(f"{name}={value!r}: {method.title} has no such setting; leave it out.")
+            raise ConfigError(
+                f"{name}={value!r}: {method.title} has no such setting; it takes {', '.join(method.defaults) or 'no setting'}."
+            )
         default = method.defaults.get(name)
         fields[name] = value if value is not None else copy.deepcopy(default)
     if callable(fields["alpha"]):

@@ -14,7 +14,7 @@ from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.recipes.table1 import TARGETS, commonsense
 from duallora.recipes.table2 import MINI_BASE, MINI_HEAD, MINI_TARGETS, MINI_TASKS
-from duallora.recipes.variants import duallora
+from duallora.recipes.variants import PLAIN_START, duallora
 
 _MODEL = "llama-7b"
 
@@ -43,7 +43,7 @@ def mini(
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Study:
     """MiniLM under the settings of Table 2's mini scale, without the losses on the way; the rates are ours."""
-    base = {**MINI_BASE, "train.eval_steps": None}
+    base = {**MINI_BASE, **PLAIN_START, "train.eval_steps": None}
     tasks = {task: MINI_TASKS[task] for task in mini_tasks}
     search = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
     changed = {label: {**MINI_HEAD, **own} for label, own in duallora(MINI_TARGETS, variants).items()}

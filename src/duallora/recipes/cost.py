@@ -21,6 +21,7 @@ a fraction of it.
 from __future__ import annotations
 
 import ast
+import json
 import math
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from duallora.plan.trace import at_depth, depth_of
 from duallora.train import run
 from duallora.train.adapter import put
 from duallora.train.progress import quiet_libraries
-from duallora.train.recipe import AdapterSection, DataSection, Recipe
+from duallora.train.recipe import RANK, DataSection, Recipe
 
 MFU = 0.35  # of a data sheet's peak
 MFU_MEASURED = 0.7  # of a rate measured on large matrices
@@ -216,7 +217,7 @@ def memory(recipe: Recipe, gpu: Gpu) -> float | None:
     adapter = recipe.adapter
     planner = _planner(
         recipe.model.name, recipe.model.dtype, recipe.train.gradient_checkpointing,
-        _rank(recipe) // 2, repr(adapter.target_modules), gpu.memory,
+        _rank(recipe) // 2, repr(adapter.target_modules or "all-linear"), gpu.memory,
     )  # fmt: skip
     return planner.need(method, "single", recipe.train.batch_size, recipe.data.max_length).total
 
@@ -249,10 +250,10 @@ def shape(recipe: Recipe) -> Shape:
 @cache
 def _shape(model: str, kind: Literal["generate", "classify"], adapter: str) -> Shape:
     config = config_of(SAME_SHAPES.get(model, model))
-    section = AdapterSection.model_validate_json(adapter)
-    if section.method in ("lora", "corda"):  # LoRA's factors, wherever they start
-        options = {name: value for name, value in section.options.items() if name not in _STARTS}
-        section = section.model_copy(update={"method": "lora", "options": options})
+    section = json.loads(adapter)
+    if section["method"] in ("lora", "corda"):  # LoRA's factors, wherever they start
+        options = {name: value for name, value in section["options"].items() if name not in _STARTS}
+        section |= {"method": "lora", "options": options}
     recipe = Recipe(adapter=section, data=DataSection(task="any"))
     low, high = (_count(recipe, kind, at_depth(config, depth)) for depth in (2, 3))
     depth = depth_of(config)
@@ -279,4 +280,4 @@ def _count(recipe: Recipe, kind: Literal["generate", "classify"], config: Any) -
 def _rank(recipe: Recipe) -> int:
     """Columns of the factors of one module: Dual LoRA has two groups."""
     adapter = recipe.adapter
-    return (adapter.r1 or adapter.r) + (adapter.r2 or adapter.r) if adapter.method == "duallora" else adapter.r
+    return (adapter.r1 or adapter.r) + (adapter.r2 or adapter.r) if adapter.method == "duallora" else adapter.r or RANK

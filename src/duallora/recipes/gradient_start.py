@@ -16,6 +16,7 @@ from duallora.grid.study import Study
 from duallora.recipes import table4
 from duallora.recipes.ablations import mini
 from duallora.recipes.table2 import MINI_BASE, MINI_HEAD, MINI_TARGETS, MINI_TASKS
+from duallora.recipes.variants import PLAIN_START
 
 Variant = dict[str, Any]
 
@@ -36,8 +37,8 @@ def _starts(r: int, rows: int) -> dict[str, Variant]:
         "lora-eva": lora("eva", calibration=rows, eva_config={"rho": 1.0}),  # 1: every layer keeps its rank
         "lora-corda": lora("corda", calibration=rows, corda_method="ipm"),  # its paper's choice for a task's figures
         "lora-ga": lora("lora_ga", calibration=rows, lora_ga_config={"scale": "paper"}),
-        "duallora": {"adapter.r": r},
-        "gradient": {"adapter.r": r, "adapter.init": "gradient"},
+        "duallora": {"adapter.r": r, **PLAIN_START},
+        "gradient": {"adapter.r": r, "adapter.init": "gradient", **PLAIN_START},
         "duallora-0.05-0.002": {"adapter.r": r, **_FAVOURED},
         "gradient-0.05-0.002": {"adapter.r": r, "adapter.init": "gradient", **_FAVOURED},
     }

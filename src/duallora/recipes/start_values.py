@@ -12,6 +12,7 @@ from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.recipes import table4
 from duallora.recipes.ablations import mini
+from duallora.recipes.variants import PLAIN_START
 
 _VALUES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -31,7 +32,7 @@ def start_values(scale: str) -> tuple[Study, ...]:
     glue = mini("start-values", _with_rank(8), "plain", ["sst2", "stsb"], seeds=(3, 4, 5))
     e2e = Study(
         "start-values-e2e",
-        table4.MINI_BASE,
+        {**table4.MINI_BASE, **PLAIN_START},
         {"e2e": {"data.task": "e2e"}},
         _with_rank(4),
         search=table4.MINI_SEARCH,

@@ -129,7 +129,6 @@ MINI_BASE: dict[str, Any] = {
     "eval.batch_size": 32,
     "eval.test": True,
     "eval.before": False,
-    **PLAIN_START,
 }
 MINI_HEAD = {"adapter.modules_to_save": ["pooler"]}
 MINI_TARGETS = _QUERY_VALUE
@@ -142,7 +141,7 @@ def _mini() -> Study:
         "table2",
         MINI_BASE,
         MINI_TASKS,
-        methods(rows, MINI_TARGETS, MINI_HEAD),
+        methods(rows, MINI_TARGETS, MINI_HEAD, dual=PLAIN_START),
         # From full fine-tuning's to Dual LoRA's: with 3e-4 for its lowest, full fine-tuning is at chance on STS-B wherever it
         # looks, and a grid that grows towards its best value cannot see where to go.
         search={"train.learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]},

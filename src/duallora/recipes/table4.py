@@ -71,7 +71,6 @@ MINI_BASE: dict[str, Any] = {
     "eval.num_beams": 1,  # the task's ten beams would take ten times as long
     "eval.max_new_tokens": 48,
     "eval.test": True,
-    **PLAIN_START,
 }
 MINI_SEARCH = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
 
@@ -83,7 +82,7 @@ def _mini() -> Study:
         "table4",
         MINI_BASE,
         {"e2e": {"data.task": "e2e"}},
-        methods(rows, MINI_BASE["adapter.target_modules"]),
+        methods(rows, MINI_BASE["adapter.target_modules"], dual=PLAIN_START),
         search=MINI_SEARCH,
         metric="loss",
         reference="duallora-r4",

@@ -14,9 +14,13 @@ PLAIN_START: Variant = {"adapter.init_std": 0.02, "adapter.direction_init_std": 
 
 
 def methods(
-    rows: Sequence[tuple[str, int | None]], targets: Any, settings: Mapping[str, Any] | None = None
+    rows: Sequence[tuple[str, int | None]],
+    targets: Any,
+    settings: Mapping[str, Any] | None = None,
+    dual: Mapping[str, Any] | None = None,
 ) -> dict[str, Variant]:
-    """``(name, rank)`` pairs as variants on the modules ``targets``; full fine-tuning has none of the settings.
+    """``(name, rank)`` pairs as variants on the modules ``targets``; full fine-tuning has none of the settings, and
+    Dual LoRA alone has ``dual``.
 
     alpha is left at each method's own, which is 2 r for LoRA, DoRA and Dual LoRA: LoRA's GLUE scripts (16 at r = 8, 32
     at 16) and DoRA's (64 at 32) agree on it, and HiRA has none.
@@ -26,6 +30,8 @@ def methods(
         own: Variant = {"adapter.method": name}
         if name != "full":
             own |= {"adapter.target_modules": targets, **(settings or {})}
+        if name == "duallora":
+            own |= dual or {}
         if rank is not None:
             own["adapter.r"] = rank
         found[variant(name, rank)] = own

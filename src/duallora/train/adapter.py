@@ -16,7 +16,7 @@ from duallora import methods
 from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
 from duallora.train import evaluate
-from duallora.train.recipe import RUNS_OWN, Recipe
+from duallora.train.recipe import RANK, RUNS_OWN, Recipe
 
 WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
 
@@ -46,14 +46,14 @@ def put(
     name = recipe.adapter.method
     method = methods.get(name)
     fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
-    if fields["warmup_steps"] == "auto":
+    if fields.get("warmup_steps") == "auto":
         fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
     if kind != "generate" and not method.whole:
         heads = evaluate.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
         own = {*(fields["modules_to_save"] or ()), *heads} - {"classifier", "score"}
         fields["modules_to_save"] = sorted(own) or None
-        if fields["exclude_modules"] is None and fields["target_modules"] == "all-linear":
+        if fields["exclude_modules"] is None and fields["target_modules"] in (None, "all-linear"):
             fields["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
     task_type = "CAUSAL_LM" if kind == "generate" else "SEQ_CLS"
     if name == "duallora":
@@ -80,19 +80,31 @@ def put(
 
 
 def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_type: str) -> methods.MethodSpec:
-    """The recipe's settings as those of another method than Dual LoRA; ``fields`` are the adapter section's."""
-    values = {"r": fields["r"], "alpha": fields["alpha"], "dropout": fields["duallora_dropout"] or None}
-    values["target_modules"] = fields["target_modules"]
-    untouched = type(recipe.adapter)()
-    for name, key in (("r", "r"), ("target_modules", "target_modules")):
-        # What a method has not got, or has a better place for, is its own where the recipe says nothing else.
-        if values[name] == getattr(untouched, key) and (name not in method.defaults or (method.rule and name != "r")):
-            values[name] = None
+    """The recipe's settings as those of another method than Dual LoRA.
+
+    ``fields`` are the adapter section's, to which a new head may have been added.
+
+    Raises:
+        ConfigError: one that the method does not take.
+    """
+    values = {name: fields[name] for name in ("r", "alpha", "target_modules")} | {"dropout": fields["duallora_dropout"]}
+    has_modules = "target_modules" in method.defaults
+    if values["r"] is None and "r" in method.defaults:
+        values["r"] = RANK
+    if values["target_modules"] is None and has_modules and not method.rule:
+        values["target_modules"] = "all-linear"
     options = dict(recipe.adapter.options)
-    if "target_modules" in method.defaults or method.whole:  # a whole model's method refuses what it has not got
-        chosen = ("exclude_modules", "modules_to_save", "layers_to_transform")
-        options |= {name: fields[name] for name in chosen if fields[name] is not None}
-    return methods.MethodSpec(method.name, task_type=task_type, options=options, **values)
+    for name in ("exclude_modules", "modules_to_save", "layers_to_transform"):
+        given = getattr(recipe.adapter, name)
+        if given is not None and not has_modules:
+            raise ConfigError(
+                f"adapter.{name}={given!r}: {method.title} has no such setting; it takes "
+                f"{', '.join(method.defaults) or 'no setting'}"
+            )
+        if has_modules and fields[name] is not None:
+            options[name] = fields[name]
+    spec = methods.MethodSpec(method.name, task_type=task_type, options=options, **values)
+    return methods.with_defaults(method, spec)
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

@@ -7,30 +7,30 @@ Nothing heavy is imported here: a mistake in a recipe is answered before torch i
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
 import re
 import shlex
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
 
+from duallora.core.settings import MAX_INT, Settings, contradictions, hints
 from duallora.errors import ConfigError
 from duallora.train.progress import command
 
 MAX_FILE_BYTES = 1 << 16  # a recipe is a page long; a larger file is a mistake, and the YAML reader is slow
-MAX_BRACKETS = 100  # open at once; the YAML reader's time grows with the square of them
-MAX_NODES = 10_000  # values a recipe may hold once its YAML aliases are expanded
-MAX_INT = 2**31 - 1
+RANK = Settings.r  # of every method that has one, where the recipe names none
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]  # no control characters: names and paths
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
-Rank = Annotated[int, Field(ge=1, le=65536)]
 Positive = Annotated[float, Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8"]
@@ -60,127 +60,25 @@ class ModelSection(Section):
     )
 
 
-# Settings of the adapter that every method reads; the others are Dual LoRA's own.
-SHARED = (
-    "method", "options", "r", "alpha", "duallora_dropout", "target_modules", "exclude_modules", "modules_to_save",
-    "layers_to_transform", "start",
-)  # fmt: skip
-
-# What runs of other methods hold for this of Dual LoRA's, whose default has changed since: their recipes stay as they were.
-UNUSED = {"init_std": 0.02}
-
 # Settings of the run and no fields of DualLoraConfig.
-RUNS_OWN = ("method", "options", "start", "init", "init_batches")
+RUNS_OWN = ("method", "start", "init", "init_batches")
 
 
-class AdapterSection(Section):
-    """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C); or another method's."""
-
-    method: Text = setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora.")
-    options: dict[Text, Any] = setting({}, "Settings of another method beyond these, such as {lr_ratio: 16} of lora+.")
-    r: Rank = setting(16, "Rank of both groups (paper: 16 for LLaMA, 8 for GLUE).")
-    r1: Rank | None = setting(None, "Rank of the magnitude group B A; null is r (paper: r1 = r2).")
-    r2: Rank | None = setting(None, "Rank of the direction group D C; null is r (paper: r1 = r2).")
-    alpha: Positive | None = setting(None, "Scale: dW is multiplied by alpha / sqrt(r1 r2); null is 2 r (as DoRA).")
-    duallora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting(
-        0.0, "Dropout on the input of the dW path (paper's commonsense and GLUE runs: 0; E2E: 0.1)."
-    )
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = setting(
-        "all-linear", 'Modules to adapt: "all-linear", a list of name endings, or one regular expression (PEFT).'
-    )
-    exclude_modules: Text | Annotated[list[Text], Field(min_length=1)] | None = setting(
-        None, "Modules to leave out, written as target_modules (PEFT)."
-    )
-    modules_to_save: list[Text] | None = setting(
-        None, "Modules trained in full and saved with the adapter, such as a new head (PEFT)."
-    )
-    layers_to_transform: (
-        Annotated[int, Field(ge=0, le=MAX_INT)] | list[Annotated[int, Field(ge=0, le=MAX_INT)]] | None
-    ) = setting(None, "Layer numbers, counted from 0, to adapt; null is all of them (PEFT).")
-    rank_pattern: dict[Text, Rank | Annotated[list[Rank], Field(min_length=2, max_length=2)]] = setting(
-        {}, "Other ranks, r or [r1, r2], for modules by name or regular expression (PEFT)."
-    )
-    alpha_pattern: dict[Text, Positive] = setting({}, "Other alphas for modules by name or regular expression (PEFT).")
-    init_std: Positive | None = setting(
-        None,
-        "Standard deviation of A and B at the start; null goes by a layer's width and r1 (paper: Gaussian, no value).",
-    )
-    direction_init_std: Positive = setting(
-        0.02, "Standard deviation of C and D at the start: how easily signs flip; with 0.002 some seeds learn nothing."
-    )
-    init_seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = setting(
-        None, "Seed of the factors' start values; null draws from torch's generator, which seed sets."
-    )
-    start: Text | None = setting(
-        None, "Run or adapter folder to begin from, its gate open, under a new head (GLUE: MNLI's); null begins anew."
-    )
-    init: Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"] = setting(
-        "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."
-    )
-    init_batches: Count = setting(4, "Training steps whose rows a start from the gradient looks at.")
-    warmup: Literal["ramp", "residual", "none"] = setting(
-        "ramp", "How dW starts at 0: the gate climbs to 1 (ramp), dW(0) is subtracted (residual), or it does not."
-    )
-    warmup_steps: Annotated[int, Field(ge=0, le=MAX_INT)] | Literal["auto"] = setting(
-        "auto", "Optimizer steps until the gate is 1; auto is the learning rate's warm-up (paper: a warm-up)."
-    )
-    magnitude: Literal["relu", "abs", "sigmoid", "identity"] = setting(
-        "relu", "Function on B A (paper: relu; the others are its ablations)."
-    )
-    direction: Literal["ste", "xnor", "dorefa", "identity", "fixed"] = setting(
-        "ste", "Sign of D C and its gradient (paper: ste, Eq. 7; the others are its Tables 3 and 5)."
-    )
-    ste_clip: Literal["chain", "update", "none"] = setting(
-        "chain", "What the sign's gradient clips to [-1, 1]: chain is Eq. 7, update is Eq. 12."
-    )
-    forward: Literal["auto", "merged", "added"] = setting(
-        "auto", "One GEMM on W0 + dW (merged), or a second one for dW (added: dropout, quantised bases)."
-    )
-    backend: Literal["auto", "reference", "recompute", "cpu", "triton"] = setting(
-        "auto", "Code that computes the layer: kernels (cpu, triton), torch operators (recompute), plain autograd."
-    )
-    use_dora: bool = setting(False, "Train the length of every output row apart from its direction (DoRA).")
-    gradient_tokens: Annotated[float, Field(gt=0, le=1)] = setting(
-        1.0, "Share of the tokens that form the factors' gradient, unbiased; 1 is exact, less is faster and noisier."
-    )
-    gradient_tokens_by: Literal["uniform", "spectrum"] = setting(
-        "uniform", "The same share in every layer, or one budget spent where it lowers the sampling error most."
-    )
-    bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
+class _Adapter(Section):
+    """What the adapter sections of all methods check."""
 
     @model_validator(mode="after")
-    def _belongs_to_the_method(self) -> AdapterSection:
-        if self.method == "duallora":
-            if self.options:
-                raise ValueError(
-                    "adapter.options is for other methods: Dual LoRA's settings are keys of adapter itself"
-                )
-            return self
-        for name, field in type(self).model_fields.items():
-            unused = UNUSED.get(name, field.get_default(call_default_factory=True))
-            if name in UNUSED and name not in self.model_fields_set:
-                self.__dict__[name] = unused
-            if name not in SHARED and getattr(self, name) != unused:
-                raise ValueError(
-                    f"adapter.{name} = {_show(getattr(self, name))} is a setting of Dual LoRA, but adapter.method is "
-                    f'"{self.method}": leave it out (what {self.method} takes besides is adapter.options)'
-                )
+    def _settings_agree(self: Any) -> Any:
+        for problem in contradictions(self.model_dump(), "adapter."):
+            raise ValueError(problem)
         return self
 
+
+class _DualLora(_Adapter):
+    """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C)."""
+
     @model_validator(mode="after")
-    def _options_agree(self) -> AdapterSection:
-        if self.forward == "merged" and self.duallora_dropout > 0:
-            raise ValueError(
-                f'adapter.forward = "merged" cannot apply adapter.duallora_dropout = {self.duallora_dropout}: the merged '
-                'weight has one input for both paths. Use adapter.forward = "auto" or "added", or a dropout of 0'
-            )
-        if self.backend == "reference" and self.gradient_tokens < 1:
-            raise ValueError(
-                f'adapter.backend = "reference" cannot sample adapter.gradient_tokens = {self.gradient_tokens}: use '
-                'adapter.backend = "auto"'
-            )
-        if self.warmup == "residual" and self.direction == "fixed":
-            raise ValueError('adapter.warmup = "residual" is not defined for adapter.direction = "fixed": use "ramp"')
+    def _start_agrees(self: Any) -> Any:
         if self.start is not None:
             for name, value in (("init", "gaussian"), ("warmup_steps", "auto")):
                 if (given := getattr(self, name)) != value:
@@ -196,12 +94,108 @@ class AdapterSection(Section):
                 )
             if self.direction == "fixed":
                 raise ValueError(f'adapter.direction = "fixed" has no C and D to start by adapter.init = "{self.init}"')
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                f"adapter.layers_to_transform needs adapter.target_modules as a list of names, such as [q_proj, v_proj]; "
-                f"it is {_show(self.target_modules)}"
-            )
         return self
+
+
+class _Other(_Adapter):
+    """The adapter of another method (docs/methods.md); null is the method's own."""
+
+
+def _checked(hint: Any) -> Any:
+    """A type of core/settings.py as pydantic's: its ranges, plain text for names, no empty list."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return Union[tuple(_checked(option) for option in arguments)]  # noqa: UP007
+    if origin is Annotated:
+        return Annotated[arguments[0], Field(**{k: v for k, v in arguments[1]._asdict().items() if v is not None})]
+    if origin is tuple:
+        return Annotated[list[_checked(arguments[0])], Field(min_length=len(arguments), max_length=len(arguments))]  # type: ignore[misc]
+    if origin is list:
+        return Annotated[list[_checked(arguments[0])], Field(min_length=1)]  # type: ignore[misc]
+    if origin is dict:
+        return dict[Text, _checked(arguments[1])]  # type: ignore[misc]
+    return Text if hint is str else hint
+
+
+_METHOD = (Text, setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora."))
+_START = (
+    Text | None,
+    setting(
+        None, "Run or adapter folder to begin from, its gate open, under a new head (GLUE: MNLI's); null begins anew."
+    ),
+)
+_MEANINGS = {field.name: field.metadata["help"] for field in dataclasses.fields(Settings)}
+
+
+def _of_dual_lora() -> dict[str, Any]:
+    """The settings of DualLoraConfig; two have defaults of a run's own."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(Settings):
+        plain = field.default if field.default is not dataclasses.MISSING else {}
+        found[field.name] = _checked(hints()[field.name]), setting(plain, _MEANINGS[field.name])
+    found["target_modules"] = _checked(list[str] | str), setting("all-linear", _MEANINGS["target_modules"])
+    found["warmup_steps"] = (
+        _checked(hints()["warmup_steps"]) | Literal["auto"],
+        setting("auto", "Optimizer steps until the gate is 1; auto is the learning rate's warm-up (paper: a warm-up)."),
+    )
+    return found
+
+
+def _of_others() -> dict[str, Any]:
+    """The settings that mean the same for every method that has them."""
+    means = {
+        "r": f"Rank; null is {RANK} where the method has one.",
+        "alpha": "Scale of the update, by the method's own formula; null is its default.",
+        "duallora_dropout": "Dropout on the input of the method's own path; null is its default.",
+        "target_modules": "Modules to adapt, as for Dual LoRA; null is where the method's paper puts it, else all-linear.",
+    }
+    alike = ("exclude_modules", "modules_to_save", "layers_to_transform")
+    return {
+        name: (_checked(hints()[name]) | None, setting(None, means.get(name, _MEANINGS[name])))
+        for name in (*means, *alike)
+    }
+
+
+# What only a run has: rows to start from.
+_INIT = (
+    Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"],
+    setting(
+        "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."
+    ),
+)
+_INIT_BATCHES = Count, setting(4, "Training steps whose rows a start from the gradient looks at.")
+_OPTIONS = dict[Text, Any], setting({}, "Settings of the method beyond these, such as {lr_ratio: 16} of lora+.")
+
+DualLoraSection: Any = create_model(
+    "DualLoraSection",
+    __base__=_DualLora,
+    __doc__=_DualLora.__doc__,
+    method=_METHOD,
+    **_of_dual_lora(),
+    start=_START,
+    init=_INIT,
+    init_batches=_INIT_BATCHES,
+)
+OtherSection: Any = create_model(
+    "OtherSection",
+    __base__=_Other,
+    __doc__=_Other.__doc__,
+    method=_METHOD,
+    options=_OPTIONS,
+    **_of_others(),
+    start=_START,
+)
+
+
+def _kind_of_adapter(adapter: Any) -> str:
+    method = adapter.get("method", "duallora") if isinstance(adapter, Mapping) else getattr(adapter, "method", None)
+    return "other" if isinstance(method, str) and method != "duallora" else "duallora"
+
+
+AdapterSection: Any = Annotated[
+    Union[Annotated[DualLoraSection, Tag("duallora")], Annotated[OtherSection, Tag("other")]],  # noqa: UP007
+    Discriminator(_kind_of_adapter),
+]
 
 
 class DataSection(Section):
@@ -342,7 +336,7 @@ class Recipe(Section):
     """Everything that decides a training run."""
 
     model: ModelSection = Field(default_factory=ModelSection)
-    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    adapter: AdapterSection = Field(default_factory=DualLoraSection)
     data: DataSection
     train: TrainSection = Field(default_factory=TrainSection)
     eval: EvalSection = Field(default_factory=EvalSection)
@@ -361,16 +355,6 @@ class Recipe(Section):
             )
         return self
 
-
-# Settings that some recorded runs are too old to know, with the value by which nothing changes.
-LATER: dict[str, dict[str, Any]] = {
-    "": {"plugins": []},  # outside the sections
-    "model": {"quantization": None},
-    "adapter": {"method": "duallora", "options": {}, "start": None, "init": "gaussian", "init_batches": 4},
-    "train": {"direction_lr_ratio": 1.0},
-    "data": {"holdout": None, "labels": None, "ignore_keys": None, "chat_template_kwargs": None},
-    "eval": {"before": True, "test": False, "scoring": "generation"},
-}
 
 # Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one
 # layer they are a contradiction.
@@ -399,16 +383,24 @@ def _refuse_exclusive(section: str, values: Section) -> None:
                 raise ValueError(f"{key} = {_show(mine)} and {other} = {_show(theirs)} exclude each other: keep one")
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in Recipe.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+SECTIONS: dict[str, tuple[type[Section], ...]] = {  # the classes that may hold a section, which share many keys
+    "model": (ModelSection,),
+    "adapter": (DualLoraSection, OtherSection),
+    "data": (DataSection,),
+    "train": (TrainSection,),
+    "eval": (EvalSection,),
 }
+
+
+def _leaves(section: str) -> dict[str, type[Section]]:
+    """The keys of a section, each with the (first) class that has it."""
+    return {leaf: owner for owner in reversed(SECTIONS[section]) for leaf in owner.model_fields}
+
 
 KEYS: tuple[str, ...] = tuple(
     f"{name}.{leaf}" if leaf else name
     for name in Recipe.model_fields
-    for leaf in (SECTIONS[name].model_fields if name in SECTIONS else [""])
+    for leaf in (_leaves(name) if name in SECTIONS else [""])
 )
 
 # What PEFT, transformers and other trainers call the same thing.
@@ -467,7 +459,7 @@ def nearest(key: str) -> list[str]:
     if not section and (close := difflib.get_close_matches(leaf, Recipe.model_fields, n=1, cutoff=0.7)):
         return close
     if section in SECTIONS:
-        close = difflib.get_close_matches(leaf, SECTIONS[section].model_fields, n=1, cutoff=0.7)
+        close = difflib.get_close_matches(leaf, _leaves(section), n=1, cutoff=0.7)
         if close:
             return [f"{section}.{close[0]}"]
     leaves = {name.rpartition(".")[2] for name in KEYS} | set(SYNONYMS)
@@ -481,7 +473,7 @@ def _did_you_mean(key: str) -> str:
     if names:
         return f"did you mean {' or '.join(names)}?"
     section = key.partition(".")[0]
-    known = SECTIONS[section].model_fields if section in SECTIONS else Recipe.model_fields
+    known: Iterable[str] = _leaves(section) if section in SECTIONS else Recipe.model_fields
     return f"known here: {', '.join(known)}"
 
 
@@ -493,11 +485,10 @@ def _show(value: Any) -> str:
 
 
 @cache
-def allowed(key: str) -> str:
-    """The values one setting takes, in words: ``finite number > 0 or null``."""
+def allowed(key: str, owner: type[Section] | None = None) -> str:
+    """The values one setting takes, in words: ``finite number > 0 or null``; ``owner`` is the section's class."""
     section, _, leaf = key.rpartition(".")
-    owner: type[Section] = SECTIONS[section] if section else Recipe
-    return _words(_properties(owner)[leaf])
+    return _words(_properties(owner or (_leaves(section)[leaf] if section else Recipe))[leaf])
 
 
 @cache
@@ -528,8 +519,10 @@ def _options(schema: Mapping[str, Any]) -> list[str]:
     if low is not None and high not in (None, MAX_INT):
         bounds = f" from {low:g} to {high:g}" if isinstance(low, float) else f" from {low} to {high}"
     else:
-        signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-        bounds = " and".join(f" {sign} {schema[name]:g}" for name, sign in signs.items() if name in schema)
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        bounds = " and".join(
+            f" {sign} {schema[name]:g}" for name, sign in signs.items() if schema.get(name, MAX_INT) != MAX_INT
+        )
     return [{"string": "text", "number": "finite number"}.get(str(kind), str(kind)) + bounds]
 
 
@@ -590,6 +583,7 @@ def assemble(layers: Iterable[Mapping[str, Placed]], problems: Sequence[str] = (
         ConfigError: ``problems``, and every setting that the schema refuses, each with its place.
     """
     settings = overlay(layers)
+    _drop_what_asks_for_nothing(settings)
     problems = list(problems)
     tree: dict[str, Any] = {"data": {}}
     for key, (value, _) in settings.items():
@@ -604,6 +598,17 @@ def assemble(layers: Iterable[Mapping[str, Placed]], problems: Sequence[str] = (
     if problems:
         raise ConfigError(listing(problems))
     return recipe
+
+
+def _drop_what_asks_for_nothing(settings: dict[str, Placed]) -> None:
+    """A key at its default is no setting of another method: what `config show` wrote serves any ``--method``."""
+    method, _ = settings.get("adapter.method", ("duallora", ""))
+    takes = SECTIONS["adapter"][_kind_of_adapter({"method": method}) == "other"].model_fields
+    for leaf, owner in _leaves("adapter").items():
+        key = f"adapter.{leaf}"
+        default = owner.model_fields[leaf].get_default(call_default_factory=True)
+        if leaf not in takes and key in settings and settings[key][0] == default:
+            del settings[key]
 
 
 def overlay(layers: Iterable[Mapping[str, Placed]]) -> dict[str, Placed]:
@@ -638,8 +643,12 @@ def _explain(
 ) -> Iterator[str]:
     """pydantic's findings, one line per key, in the words of this module."""
     seen = set()
+    strangers: dict[str, str] = {}  # keys that the method does not take -> their places
     for item in error.errors(include_url=False):
         loc = [str(part) for part in item["loc"]]
+        owner = None
+        if loc[:1] == ["adapter"] and len(loc) > 1:
+            owner = SECTIONS["adapter"][loc.pop(1) == "other"]
         key = ".".join(loc[:2]) if loc and loc[0] in SECTIONS else "".join(loc[:1])
         if key in seen:
             continue  # the members of a union each report
@@ -654,7 +663,26 @@ def _explain(
             yield f"{', '.join(places)}: {text}" if places else text
             continue
         value, source = settings[key]
-        yield f"{source}: {key}: {_show(value)} is not accepted; expected {allowed(key)}{_hint(value, allowed(key))}"
+        if item["type"] == "extra_forbidden":
+            strangers[key] = source
+            continue
+        expected = allowed(key, owner)
+        yield f"{source}: {key}: {_show(value)} is not accepted; expected {expected}{_hint(value, expected)}"
+    if strangers:
+        yield _not_of_the_method(strangers, settings)
+
+
+def _not_of_the_method(strangers: Mapping[str, str], settings: Mapping[str, tuple[Any, str]]) -> str:
+    method = settings["adapter.method"][0] if "adapter.method" in settings else "duallora"
+    named = ", ".join(f"{key} = {_show(settings[key][0])}" for key in list(strangers)[:5])
+    named += f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+    places = ", ".join(dict.fromkeys(list(strangers.values())[:5]))
+    if method == "duallora":
+        return f"{places}: {named}: for other methods; Dual LoRA's settings are keys of adapter itself"
+    return (
+        f"{places}: {named}: Dual LoRA's, but adapter.method is {_show(method)}, which takes "
+        f"{', '.join(OtherSection.model_fields)}"
+    )
 
 
 def _hint(value: Any, expected: str) -> str:
@@ -682,7 +710,7 @@ def _read_overrides(overrides: Iterable[str], file: _Layer) -> _Layer:
             layer.problems.append(f"{where}: {entry}")
             continue
         try:
-            value = _plain(_compose(text), where, _Budget())
+            value = _plain(_compose(text), where)
         except ConfigError as error:
             layer.problems.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
             continue
@@ -707,7 +735,7 @@ def resolve(key: str) -> tuple[str | None, str]:
             if key.startswith(prefix + ".") and key != prefix + ".":
                 return pattern, key[len(prefix) + 1 :]
     if key in SECTIONS:
-        return None, f"{key} is a section: set one of its keys, such as {key}.{next(iter(SECTIONS[key].model_fields))}"
+        return None, f"{key} is a section: set one of its keys, such as {key}.{next(iter(_leaves(key)))}"
     return None, f"unknown key {key}; {_did_you_mean(key)}"
 
 
@@ -743,17 +771,15 @@ def read_yaml(path: Path | str, depth: int) -> dict[str, Placed]:
         ConfigError: no such file, not YAML, not a mapping, a key set twice.
     """
     problems: list[str] = []
-    budget = _Budget()
 
     def placed(mapping: Any, left: int) -> dict[str, Placed]:
         found: dict[str, Placed] = {}
         for name, key_node, node in _entries(mapping, str(path), problems):
             where = f"{path}:{_line(key_node)}"
             if left and node.id == "mapping":
-                budget.spend(where, 0)
                 found[name] = (placed(node, left - 1), where)
             else:
-                found[name] = (_plain(node, f"{where}: {name}", budget), where)
+                found[name] = (_plain(node, f"{where}: {name}"), where)
         return found
 
     root = _read_root(Path(path))
@@ -778,7 +804,6 @@ def _read_file(path: Path) -> _Layer:
     root = _read_root(path)
     if root is None:
         return layer
-    budget = _Budget()
     if root.id != "mapping":
         raise ConfigError(f"{path}:{_line(root)}: expected a mapping with the keys {', '.join(Recipe.model_fields)}")
     for name, key_node, node in _entries(root, str(path), layer.problems):
@@ -786,26 +811,25 @@ def _read_file(path: Path) -> _Layer:
         if name not in Recipe.model_fields:
             layer.problems.append(f"{where}: unknown key {name}; {_did_you_mean(name)}")
         elif name not in SECTIONS:
-            _take(layer, name, node, where, budget)
+            _take(layer, name, node, where)
         elif node.id == "mapping":
             for leaf, leaf_node, value in _entries(node, str(path), layer.problems):
                 where = f"{path}:{_line(leaf_node)}"
                 key = f"{name}.{leaf}"
                 if key in KEYS:
-                    _take(layer, key, value, where, budget)
+                    _take(layer, key, value, where)
                 else:
                     layer.problems.append(f"{where}: unknown key {key}; {_did_you_mean(key)}")
         elif _kind(node) != "null":  # a heading with nothing under it is an empty section
             layer.problems.append(
-                f"{where}: {name} is a section: expected a mapping with keys such as "
-                f"{name}.{next(iter(SECTIONS[name].model_fields))}"
+                f"{where}: {name} is a section: expected a mapping with keys such as {name}.{next(iter(_leaves(name)))}"
             )
     return layer
 
 
-def _take(layer: _Layer, key: str, node: Any, where: str, budget: _Budget) -> None:
+def _take(layer: _Layer, key: str, node: Any, where: str) -> None:
     try:
-        layer.values[key] = (_plain(node, f"{where}: {key}", budget), where)
+        layer.values[key] = (_plain(node, f"{where}: {key}"), where)
     except ConfigError as error:
         layer.problems.append(str(error))
 
@@ -837,19 +861,26 @@ def _kind(node: Any) -> str:
 
 def _yaml() -> Any:
     from ruamel.yaml import YAML
+    from ruamel.yaml.composer import Composer, ComposerError
+    from ruamel.yaml.events import AliasEvent
 
-    return YAML(typ="safe", pure=True)
+    class WithoutAliases(Composer):
+        """An alias can hold itself, and a page of them unfold into gigabytes."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.parser.check_event(AliasEvent):
+                raise ComposerError(None, None, "aliases (*) are not accepted", self.parser.peek_event().start_mark)
+            return super().compose_node(parent, index)
+
+    reader = YAML(typ="safe", pure=True)
+    reader.Composer = WithoutAliases
+    return reader
 
 
 def _compose(text: str, where: str = "") -> Any:
     """The YAML node tree (None for an empty text); nothing is constructed, so tags cannot run code."""
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-    opened = 0
-    for bracket in re.findall(r"[\[\]{}]", text):
-        opened += 1 if bracket in "[{" else -1
-        if opened > MAX_BRACKETS:
-            raise ConfigError(f"{where + ': ' if where else ''}not a recipe: nested too deeply")
     try:
         return _yaml().compose(text)
     except MarkedYAMLError as error:
@@ -864,29 +895,16 @@ def _compose(text: str, where: str = "") -> Any:
         raise ConfigError(f"{where + ': ' if where else ''}not a recipe: nested too deeply") from None
 
 
-class _Budget:
-    """Counts expanded nodes, so that a page of aliases cannot unfold into gigabytes."""
-
-    def __init__(self) -> None:
-        self.left = MAX_NODES
-
-    def spend(self, where: str, depth: int) -> None:
-        self.left -= 1
-        if self.left < 0 or depth > 8:
-            raise ConfigError(f"{where}: too deep or more than {MAX_NODES} values once its aliases are expanded")
-
-
-def _plain(node: Any, where: str, budget: _Budget, depth: int = 0) -> Any:
+def _plain(node: Any, where: str) -> Any:
     """A node as str, int, float, bool, None, list or dict; any other tag is refused."""
-    budget.spend(where, depth)
     if node is None:
         return None
     if node.id == "sequence" and _kind(node) == "seq":
-        return [_plain(item, where, budget, depth + 1) for item in node.value]
+        return [_plain(item, where) for item in node.value]
     if node.id == "mapping" and _kind(node) == "map":
         problems: list[str] = []
         place = where.partition(":")[0]
-        result = {name: _plain(value, where, budget, depth + 1) for name, _, value in _entries(node, place, problems)}
+        result = {name: _plain(value, where) for name, _, value in _entries(node, place, problems)}
         if problems:
             raise ConfigError(problems[0])
         return result
@@ -913,9 +931,9 @@ def recipe_yaml(recipe: Recipe) -> str:
         if isinstance(value, Section):
             lines += ["", *_comment((type(value).__doc__ or "").strip()), f"{name}:"]
             for leaf, held in value:
-                lines += _field_lines(f"{name}.{leaf}", leaf, held, "  ")
+                lines += _field_lines(type(value), f"{name}.{leaf}", held, "  ")
         else:
-            lines += ["", *_field_lines(name, name, value, "")]
+            lines += ["", *_field_lines(Recipe, name, value, "")]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -923,11 +941,10 @@ def _comment(text: str, indent: str = "") -> list[str]:
     return [f"{indent}# {line.strip()}" for line in text.splitlines()]
 
 
-def _field_lines(key: str, leaf: str, value: Any, indent: str) -> list[str]:
-    section = key.rpartition(".")[0]
-    owner: type[Section] = SECTIONS[section] if section else Recipe
+def _field_lines(owner: type[Section], key: str, value: Any, indent: str) -> list[str]:
+    leaf = key.rpartition(".")[2]
     description = owner.model_fields[leaf].description
-    return [f"{indent}# {description} [{allowed(key)}]", f"{indent}{leaf}: {yaml_value(value)}"]
+    return [f"{indent}# {description} [{allowed(key, owner)}]", f"{indent}{leaf}: {yaml_value(value)}"]
 
 
 def yaml_value(value: Any) -> str:
@@ -959,18 +976,24 @@ def _escape(match: re.Match[str]) -> str:
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
-    for section, later in LATER.items():  # runs from before them keep their fingerprint
-        held = values[section] if section else values
-        for key, value in later.items():
-            if held.get(key) == value:
-                del held[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def with_later(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that a run recorded, with the settings that it is too old to know."""
-    known = {section: {**later, **values[section]} for section, later in LATER.items() if section}
-    return {**LATER[""], **values, **known}
+def recorded(values: Any, where: str) -> dict[str, Any]:
+    """The recipe that a run recorded, as it is; ``where`` names its file.
+
+    Raises:
+        ConfigError: an earlier version wrote it, which had other settings.
+    """
+    try:
+        return Recipe.model_validate(values).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if part not in ("duallora", "other"))
+        raise ConfigError(
+            f"{where}: the run is of another version of duallora, whose recipe has other settings ({key}: {first['msg']}); "
+            "start it anew in another folder, or go on with the version that made it"
+        ) from None
 
 
 def default_output(recipe: Recipe, now: datetime | None = None) -> str:

@@ -42,7 +42,7 @@ from duallora.errors import (
 )
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
 from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
-from duallora.train.adapter import gate, load_weights, parameter_counts, put
+from duallora.train.adapter import gate, load_weights, other, parameter_counts, put
 from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
 from duallora.train.lock import locked
 from duallora.train.loop import (
@@ -58,7 +58,7 @@ from duallora.train.loop import (
 from duallora.train.models import load_model, weights_fingerprint
 from duallora.train.positions import check_room, positions
 from duallora.train.progress import amount, clock, command, quiet_libraries, say, shown, size
-from duallora.train.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, with_later
+from duallora.train.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, recorded
 
 MATTERS = (
     "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "model", "checkpoints",
@@ -375,7 +375,7 @@ class _Run:
     def _start(self, method: methods.Adapted, rows, tokenizer, kind: evaluate.Kind) -> None:
         """A start from the gradient where the recipe asks for one, and the start kept where every checkpoint is."""
         recipe, processes = self.recipe, self.processes
-        if recipe.adapter.init != "gaussian":
+        if recipe.adapter.method == "duallora" and recipe.adapter.init != "gaussian":
             began, cpu = time.monotonic(), time.process_time()
 
             def start() -> int:
@@ -614,7 +614,9 @@ class _Run:
             return None
         try:
             previous = record.read_json(path)
-            before = with_later(previous["recipe"])
+            before = recorded(previous["recipe"], str(path))
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"{path} is damaged; restore it, or start a new run in another folder with -o") from None
         after = self.recipe.model_dump(mode="json")
@@ -744,7 +746,8 @@ def _arguments(
             gradient_accumulation_steps=accumulation,
             average_tokens_across_devices=processes.count > 1,
             # Biases outside the adapted layers, and a model's own weights, may have no part in the loss (a pooler's).
-            ddp_find_unused_parameters=recipe.adapter.bias == "all" or methods.get(recipe.adapter.method).whole,
+            ddp_find_unused_parameters=getattr(recipe.adapter, "bias", "") == "all"
+            or methods.get(recipe.adapter.method).whole,
             ddp_broadcast_buffers=False,  # the gates count the same steps everywhere
             learning_rate=options.learning_rate,
             lr_scheduler_type=options.lr_scheduler,
@@ -806,6 +809,8 @@ def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
     """ConfigError now, before anything heavy is loaded, for what transformers would refuse when training starts."""
     _arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0, processes=processes)
     method = methods.get(recipe.adapter.method)
+    if method.name != "duallora":
+        other(recipe, method, recipe.adapter.model_dump(), "CAUSAL_LM")
     if method.optimizer and recipe.train.optimizer != type(recipe.train).model_fields["optimizer"].default:
         raise ConfigError(
             f"train.optimizer={recipe.train.optimizer}: {method.title} is an optimizer itself; leave it out"
