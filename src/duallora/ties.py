@@ -37,6 +37,13 @@ def slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
                 yield held, key, tensor  # type: ignore[misc]
 
 
+def put_in_lists(parent: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old`` in the lists of ``parent`` that are no modules (MaskFormer's, which it calls from)."""
+    for held in vars(parent).values():
+        if isinstance(held, list):
+            held[:] = [new if item is old else item for item in held]
+
+
 def _named_slots(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
     """As :func:`slots`, of all modules, under each name that ``model.state_dict()`` has for it."""
     for name, module in model.named_modules(remove_duplicate=False):

@@ -14,10 +14,11 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import getattribute_from_module
@@ -96,7 +97,7 @@ def model_class(model_type: str, name: str) -> type[PreTrainedModel]:
 # What the rules below do not know: sizes that have to fit each other, parts that a default config lacks.
 GIVEN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32]},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [3, 3], "axial_pos_embds_dim": [32, 32]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "xmod": {"default_language": "en_XX"},
     "informer": {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]},
@@ -309,6 +310,19 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines[0].endswith(':') else lines[0]}"[:200]
 
 
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode, but for batch norms, which would change with each forward."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
 def inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments with which ``model`` runs: its parameters are known by their names, their layouts tried in turn.
 
@@ -334,6 +348,8 @@ def inputs(model: PreTrainedModel) -> dict[str, Any]:
                     raise ValueError("no floating-point output")
                 if not all(bool(t.isfinite().all()) for t in found):
                     raise ValueError("an output is not finite")
+                with torch.no_grad(), training(model):  # some want more to train than to answer
+                    model(**given)
                 return given
             except Exception as error:
                 first = first or error

@@ -24,7 +24,7 @@ from typing import Any
 
 from duallora.train import record
 
-SECONDS = 60  # of processor time for one class
+SECONDS = 300  # of processor time for one class
 WAIT = 1800  # seconds on a clock, after which a class hangs
 MEMORY = 12 << 30
 

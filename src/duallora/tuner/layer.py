@@ -331,7 +331,7 @@ class DualLoraLayer(Gated, BaseTunerLayer):
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", ()):
+            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", ()):
                 raise
             return getattr(self.get_base_layer(), name)
 

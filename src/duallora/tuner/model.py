@@ -174,6 +174,7 @@ class DualLoraModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        ties.put_in_lists(parent, child, new_module)
 
     def _create_and_replace(
         self,
