@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from duallora.errors import LockedError
-from duallora.train.launch import together
+from duallora.train.launch import end_with_parent
 from duallora.train.lock import locked
 from duallora.train.recipe import fingerprint, load_recipe
 from duallora.train.record import write_json, write_text
@@ -48,7 +48,7 @@ if how == "refused":  # before it has a run.json: as a misspelt model
     sys.exit(2)
 with ExitStack() as held:
     try:
-        held.enter_context(together())
+        end_with_parent()
         held.enter_context(locked(folder))
     except LockedError:
         sys.exit(6)

@@ -134,7 +134,7 @@ def train(
     if launch is not None and not dry_run:
         from duallora.train.launch import launch as start
 
-        return {"exit_code": start(launch, _without_option("--launch", context.find_root().obj))}
+        start(launch, _without_option("--launch", context.find_root().obj))
     from duallora.train import run
     from duallora.train.progress import command
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from duallora.errors import ConfigError, GridError, Interrupted
 from duallora.grid.live import Show
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
-from duallora.train.launch import STARTER
+from duallora.train.launch import PARENT
 from duallora.train.lock import locked
 from duallora.train.recipe import fingerprint, recipe_yaml
 from duallora.train.record import read_json, write_text
@@ -418,7 +418,7 @@ def process(arguments: Sequence[str], log: Path, environment: Mapping[str, str],
     with log.open("ab") as output:
         return subprocess.Popen(
             [sys.executable, *arguments],
-            env={**environment, STARTER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            env={**environment, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -854,12 +854,12 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def _own(batches: Sequence[list[int]], processes: Processes) -> list[tuple[int, list[int]]]:
     """(number, batch) of this process's share of the batches."""
-    return list(enumerate(batches))[processes.index :: processes.count]
+    return list(enumerate(batches))[processes.rank :: processes.world_size]
 
 
 def _united(own: dict[int, T], processes: Processes) -> dict[int, T]:
     """What all processes have found, by number."""
-    return {number: value for part in processes.gather(own) for number, value in part.items()}
+    return {number: value for part in processes.all_gather_object(own) for number, value in part.items()}
 
 
 def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
@@ -874,4 +874,4 @@ def _bar(console: Console | None, label: str, total: int, processes: Processes) 
         return
     with Bar(console, label, total, unit="row") as bar:
         # The others are about as far as this process.
-        yield lambda count: bar.update(min(total, bar.done + count * processes.count))
+        yield lambda count: bar.update(min(total, bar.done + count * processes.world_size))

@@ -73,7 +73,7 @@ class RunTrainer(Trainer):
         self.step_tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss += float(loss)
-        if self.processes.count == 1:  # several stop together: see FiniteGradients
+        if self.processes.world_size == 1:  # several stop together: see FiniteGradients
             self.require_finite("loss", self.step_loss)
         return loss
 
@@ -85,16 +85,16 @@ class RunTrainer(Trainer):
         rows: Any = self.train_dataset
         lengths = [len(row["input_ids"]) for row in rows[:-1]]  # the last one is `nothing_to_learn`
         # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
-        at_once = self.args.train_batch_size * self.processes.count
+        at_once = self.args.train_batch_size * self.processes.world_size
         step = at_once * self.args.gradient_accumulation_steps
-        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.count > 1 else 1)
+        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.world_size > 1 else 1)
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if self.kind == "generate":
             return super()._get_num_items_in_batch(batch_samples, device)
         own = sum(int(has_label(batch["labels"]).sum()) for batch in batch_samples)
-        return torch.tensor(sum(count for (count,) in self.processes.numbers([own])), device=device)
+        return torch.tensor(sum(count for (count,) in self.processes.all_gather([own])), device=device)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -201,7 +201,7 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
-        told = trainer.processes.numbers([trainer.step_loss, trainer.step_tokens])
+        told = trainer.processes.all_gather([trainer.step_loss, trainer.step_tokens])
         trainer.tokens += round(sum(tokens for _, tokens in told))
         trainer.step_tokens = 0
         trainer.step_loss = sum(loss for loss, _ in told) / len(told)
@@ -215,7 +215,7 @@ def share_token_errors(model: torch.nn.Module, processes: Processes) -> None:
     """Gives every process the same sampling errors, so that the token budget is spent alike (gradient_tokens_by)."""
     probes = [probe for module in model.modules() for probe in getattr(module, "token_probes", {}).values()]
     probes = [probe for probe in probes if probe.grad is not None]
-    if probes and processes.count > 1:
+    if probes and processes.world_size > 1:
         for probe, error in zip(probes, processes.mean(torch.stack([p.grad for p in probes])), strict=True):
             probe.grad = error
 
@@ -359,7 +359,7 @@ class Stopping(TrainerCallback):
 
     def agreed(self) -> int | None:
         """The signal that came to any of the processes, or None."""
-        return round(max(number for (number,) in self.processes.numbers([self.number or 0]))) or None
+        return round(max(number for (number,) in self.processes.all_gather([self.number or 0]))) or None
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreed() is not None:

@@ -43,7 +43,7 @@ from duallora.errors import (
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
 from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, parameter_counts, put
-from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
+from duallora.train.launch import ALONE, Processes, end_with_parent, ignore_quantized, process_group, shares
 from duallora.train.lock import locked
 from duallora.train.loop import (
     FiniteGradients,
@@ -85,7 +85,8 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
         LostProcessError: another process of the run has ended.
     """
-    with together() as processes:
+    end_with_parent()
+    with process_group() as processes:
         console = (console or Console()) if processes.main else Console(quiet=True)
         folder, source = processes.from_main(lambda: _folder_and_source(recipe, resume))
         recipe = recipe.model_copy(update={"output": str(folder), "plugins": plugins.resolved(recipe.plugins)})
@@ -169,7 +170,7 @@ class _Run:
         self.facts = {
             "status": "running",
             "pid": os.getpid(),
-            "processes": self.processes.count,
+            "processes": self.processes.world_size,
             **record.environment(),
             "started": (previous or {}).get("started", record.now()),
             "resumed": [*(previous or {}).get("resumed", ()), *([record.now()] if previous else ())],
@@ -227,7 +228,7 @@ class _Run:
                     started=started,
                     data=fingerprints["data"],
                     base=base,
-                    processes=self.processes.count,
+                    processes=self.processes.world_size,
                     parameters=self.facts["parameters"],
                     **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
@@ -256,8 +257,8 @@ class _Run:
         count = model.num_parameters()  # also of packed codes
         device, dtype = evaluate.default_device(), str(model.dtype).removeprefix("torch.")
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else record.device_name()
-        if self.processes.count > 1:
-            where += f", {self.processes.count} processes"
+        if self.processes.world_size > 1:
+            where += f", {self.processes.world_size} processes"
         say(
             self.console,
             "model",
@@ -417,10 +418,10 @@ class _Run:
             compute_loss_func=None if task.kind == "generate" else partial(row_loss, task.kind),
         )
         trainer.processes, trainer.kind, trainer.method = processes, task.kind, method
-        if processes.count > 1:
-            leave_in_place(model)
-        if processes.index:  # each draws its own dropout and tokens
-            set_seed((recipe.seed + processes.index) % 2**32)
+        if processes.world_size > 1:
+            ignore_quantized(model)
+        if processes.rank:  # each draws its own dropout and tokens
+            set_seed((recipe.seed + processes.rank) % 2**32)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if "tensorboard" in recipe.train.report_to and processes.main:
@@ -620,7 +621,7 @@ class _Run:
         after = self.recipe.model_dump(mode="json")
         if previous.get("status") != "done":  # each process has generators of its own
             before = {**before, "processes (--launch)": previous.get("processes", 1)}
-            after["processes (--launch)"] = self.processes.count
+            after["processes (--launch)"] = self.processes.world_size
         checkpoint.refuse_drift(before, after)
         return previous
 
@@ -735,14 +736,14 @@ def _arguments(
     recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int, processes: Processes = ALONE
 ) -> TrainingArguments:
     options = recipe.train
-    batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.count)
+    batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.world_size)
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
-            average_tokens_across_devices=processes.count > 1,
+            average_tokens_across_devices=processes.world_size > 1,
             # Biases outside the adapted layers, and a model's own weights, may have no part in the loss (a pooler's).
             ddp_find_unused_parameters=recipe.adapter.bias == "all" or methods.get(recipe.adapter.method).whole,
             ddp_broadcast_buffers=False,  # the gates count the same steps everywhere
