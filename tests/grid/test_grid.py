@@ -217,7 +217,7 @@ def test_of_two_that_begin_at_once_the_one_too_late_leaves_the_others_lock_alone
     with lock.locked(tmp_path / "grid", "study.yaml"):
         with pytest.raises(LockedError), lock.locked(tmp_path / "grid", "study.yaml"):
             pass
-        assert ".lock" in os.listdir(tmp_path / "grid")
+        assert (tmp_path / "grid" / ".lock").is_file()
 
 
 def test_a_cell_waits_while_a_process_of_an_earlier_grid_holds_its_folder(fakes, monkeypatch):

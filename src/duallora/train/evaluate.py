@@ -32,7 +32,7 @@ from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
 from duallora.train.models import load_config, load_model, weights_fingerprint
 from duallora.train.positions import check_room, positions
-from duallora.train.progress import Bar, command, quiet_libraries
+from duallora.train.progress import command, progress_bar, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
@@ -872,6 +872,12 @@ def _bar(console: Console | None, label: str, total: int, processes: Processes) 
     if console is None:
         yield lambda count: None
         return
-    with Bar(console, label, total, unit="row") as bar:
-        # The others are about as far as this process.
-        yield lambda count: bar.update(min(total, bar.done + count * processes.world_size))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count * processes.world_size)  # the others are about as far as this process
+        update(done)
+
+    with progress_bar(console, label, total) as update:
+        yield advance

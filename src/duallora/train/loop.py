@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from duallora.tasks import IGNORE
 from duallora.train import evaluate, record
 from duallora.train.adapter import WHOLE_MODEL, gate, load_weights
 from duallora.train.launch import ALONE, Processes
-from duallora.train.progress import Bar
+from duallora.train.progress import progress_bar
 
 
 class RunTrainer(Trainer):
@@ -87,7 +87,9 @@ class RunTrainer(Trainer):
         # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
         at_once = self.args.train_batch_size * self.processes.world_size
         step = at_once * self.args.gradient_accumulation_steps
-        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.world_size > 1 else 1)
+        self.sampler = LikeLengths(
+            lengths, step, self.args.seed, fill_to=at_once if self.processes.world_size > 1 else 1
+        )
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -291,7 +293,7 @@ class ShowTraining(TrainerCallback):
 
     def __init__(self, console: Console, trainer: RunTrainer):
         self.console, self.trainer = console, trainer
-        self.bar: Bar | None = None
+        self.bar = ExitStack()
         self.loss: float | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -301,7 +303,8 @@ class ShowTraining(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.monotonic()
         self.trainer.logged = (0, self.began, time.process_time())
-        self.bar = Bar(self.console, "train", state.max_steps, done=state.global_step).__enter__()
+        bar = progress_bar(self.console, "train", state.max_steps, done=state.global_step)
+        self.update = self.bar.enter_context(bar)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step >= state.max_steps:
@@ -309,19 +312,13 @@ class ShowTraining(TrainerCallback):
         loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
         speed = self.trainer.tokens / max(time.monotonic() - self.began, 1e-9)
-        if self.bar is not None:
-            self.bar.update(
-                state.global_step,
-                loss=f"{self.loss:.3f}",
-                lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
-                gate=f"{gate(model):.2f}",
-                **{"tok/s": f"{speed:,.0f}"},
-            )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.__exit__()
-            self.bar = None
+        self.update(
+            state.global_step,
+            loss=f"{self.loss:.3f}",
+            lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
+            gate=f"{gate(model):.2f}",
+            **{"tok/s": f"{speed:,.0f}"},
+        )
 
 
 class Stopping(TrainerCallback):

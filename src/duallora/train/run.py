@@ -442,7 +442,7 @@ class _Run:
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
         finally:
-            show.close()
+            show.bar.close()
             self.stopping.training = False
         number = self.stopping.agreed()
         if number is not None:
