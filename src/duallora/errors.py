@@ -5,8 +5,14 @@ Every message names the value seen, what was expected and the remedy.
 
 from __future__ import annotations
 
+import errno
 import math
 from typing import Any
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# What torch's and safetensors' writers say of the same, and torch's allocators of memory, in errors without a number.
+DISK_WORDS = ("iostream error", "PytorchStreamWriter", "No space left", "os error 28", "File too large")
+MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
 
 
 class DualLoraError(Exception):
@@ -75,6 +81,22 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device has no memory left, by what Python, torch or the system raises."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
+    return said or isinstance(error, (MemoryError, OutOfMemoryError))
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether a file cannot be written: the disk is full, read-only, not ours or failing."""
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    foreign = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    return (foreign and any(words in str(error) for words in DISK_WORDS)) or isinstance(error, DiskError)
 
 
 def is_number(value: Any) -> bool:

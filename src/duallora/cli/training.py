@@ -29,7 +29,8 @@ from duallora.cli.app import (
 
 if TYPE_CHECKING:
     from duallora.tasks import Example, Task
-    from duallora.train.evaluate import EvalResult, Kind, Trained
+    from duallora.tasks.task import Kind
+    from duallora.train.evaluate import EvalResult, Trained
     from duallora.train.recipe import Recipe
 
 TrainOn = Literal["answer", "all"]

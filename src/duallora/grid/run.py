@@ -12,13 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
@@ -26,7 +24,7 @@ from rich.console import Console
 from duallora.errors import ConfigError, GridError, Interrupted
 from duallora.grid.live import Show
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
-from duallora.train.launch import PARENT
+from duallora.train.launch import PARENT, Stopping
 from duallora.train.lock import locked
 from duallora.train.recipe import fingerprint, recipe_yaml
 from duallora.train.record import read_json, write_text
@@ -113,7 +111,7 @@ def run(
 
             pool = Cluster(ray, workers)
         held.callback(pool.close)
-        stopping = held.enter_context(Stopping())
+        stopping = held.enter_context(Stopping(noted=True))
         show = held.enter_context(Show(console, study, folder, workers, dict(found)))
         return _Grid(study, folder, found, pool, stopping, show, retries, keep, _finished(reuse)).go()
 
@@ -152,6 +150,7 @@ class _Grid:
         self.tries: Counter[str] = Counter()
         self.waits: dict[str, float] = {}  # until when a cell in a locked folder is left alone
         self.lock_tries: Counter[str] = Counter()
+        self.told = False  # the cells, to stop
         self.log_from: dict[str, int] = {}
         self.trials = None
         if study.space:
@@ -283,14 +282,12 @@ class _Grid:
         return (now.error if now else None) or (lines[-1] if lines else f"exit code {code}")
 
     def _stop(self) -> None:
-        if not self.stopping.told:
-            self.stopping.told = True
+        if not self.told:
+            self.told = True
             self.show.say(
                 "stopping", f"{len(self.running)} running cells save a checkpoint first; once more ends them now"
             )
             self.pool.stop()
-        if self.stopping.again:
-            self.pool.close()
 
     def _tidy(self, *, ended: bool = False) -> None:
         """Deletes the adapters and checkpoints that `keep` does not ask for, and that no later cell starts from."""
@@ -442,27 +439,3 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in told.splitlines()))]
-
-
-class Stopping:
-    """Takes note of SIGINT and SIGTERM for the loop to see; ``again`` is whether a second one came."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.again = self.told = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.again = self.number is not None
-        self.number = self.number or number

@@ -27,6 +27,7 @@ from duallora.methods.rule import reads_labels
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
 from duallora.tasks.chats import calls_tools
 from duallora.tasks.encode import with_written_answer
+from duallora.tasks.task import Kind
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
@@ -36,7 +37,6 @@ from duallora.train.progress import command, progress_bar, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
-Kind = Literal["generate", "classify", "regress"]
 Scoring = Literal["generation", "likelihood"]
 T = TypeVar("T")
 

@@ -18,10 +18,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from duallora.errors import ConfigError, DualLoraError, LostProcessError
+from duallora.errors import ConfigError, DualLoraError, Interrupted, LostProcessError
 from duallora.train.progress import command
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Stopping")
 
 PARENT = "DUALLORA_PARENT"  # process id of the grid that started this run; if it dies, the run stops
 TIMEOUT = timedelta(minutes=60)  # the longest that processes wait for each other, as while one evaluates
@@ -254,3 +255,26 @@ def end_with_parent() -> None:
 
     if parent:
         threading.Thread(target=watch, daemon=True).start()
+
+
+class Stopping:
+    """Takes SIGINT and SIGTERM: ``number`` is the first that came while ``noted``; any other raises `Interrupted`."""
+
+    def __init__(self, noted: bool = False) -> None:
+        self.noted = noted
+        self.number: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self: S) -> S:
+        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
+            self.before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if not self.noted or self.number is not None:
+            raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+        self.number = number

@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -22,14 +20,12 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from duallora import methods
-from duallora.errors import (
-    Interrupted,
-    NonFiniteError,
-)
+from duallora.errors import NonFiniteError
 from duallora.tasks import IGNORE
-from duallora.train import evaluate, record
+from duallora.tasks.task import Kind
+from duallora.train import record
 from duallora.train.adapter import WHOLE_MODEL, gate, load_weights
-from duallora.train.launch import ALONE, Processes
+from duallora.train.launch import ALONE, Processes, Stopping
 from duallora.train.progress import progress_bar
 
 
@@ -39,7 +35,7 @@ class RunTrainer(Trainer):
     model: Any
     lr_scheduler: Any
     processes = ALONE
-    kind: evaluate.Kind = "generate"
+    kind: Kind = "generate"
     method: methods.Adapted | None = None
     tokens = 0
     step_tokens = 0
@@ -141,7 +137,7 @@ class RunTrainer(Trainer):
         )
 
 
-def nothing_to_learn(row: dict[str, Any], kind: evaluate.Kind) -> dict[str, Any]:
+def nothing_to_learn(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """A row of one token that adds nothing to any loss: it fills the last step, where processes would lack rows."""
     nothing: dict[str, Any] = {"generate": [IGNORE], "classify": IGNORE, "regress": math.nan}
     return {**{key: row[key][:1] for key in row if key != "labels"}, "labels": nothing[kind]}
@@ -152,7 +148,7 @@ def has_label(labels: torch.Tensor) -> torch.Tensor:
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
 
 
-def row_loss(kind: evaluate.Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+def row_loss(kind: Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
     learnt = has_label(labels)
     logits, labels = outputs["logits"][learnt].float(), labels[learnt]
@@ -321,38 +317,19 @@ class ShowTraining(TrainerCallback):
         )
 
 
-class Stopping(TrainerCallback):
-    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop. A second one leaves at once.
+class StopTraining(Stopping, TrainerCallback):
+    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop.
 
     Outside of training there is nothing to finish, so `Interrupted` is raised on the spot. Of several processes it is
     enough that one is asked: all stop after the same step.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, processes: Processes = ALONE) -> None:
+        super().__init__()
         self.processes = processes
-        self.number: int | None = None
-        self.training = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-            self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.training and self.number is None:
-            self.number = number
-            return
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.training = True
+        self.noted = True
 
     def agreed(self) -> int | None:
         """The signal that came to any of the processes, or None."""
@@ -363,4 +340,4 @@ class Stopping(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
+        self.noted = False

@@ -7,7 +7,6 @@ adapter/  the result; model/  where the method trains the whole model
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -35,12 +33,16 @@ from duallora.errors import (
     ConfigError,
     DataError,
     DiskError,
+    DualLoraError,
     IntegrityError,
     Interrupted,
     NonFiniteError,
     OutOfMemoryError,
+    is_disk_failure,
+    is_out_of_memory,
 )
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
+from duallora.tasks.task import Kind
 from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, parameter_counts, put
 from duallora.train.launch import ALONE, Processes, end_with_parent, ignore_quantized, process_group, shares
@@ -51,7 +53,7 @@ from duallora.train.loop import (
     LossDuringTraining,
     RunTrainer,
     ShowTraining,
-    Stopping,
+    StopTraining,
     nothing_to_learn,
     row_loss,
 )
@@ -92,7 +94,7 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
         recipe = recipe.model_copy(update={"output": str(folder), "plugins": plugins.resolved(recipe.plugins)})
         with _plain_errors(recipe, folder), ExitStack() as held, quiet_libraries():
             processes.from_main(lambda: held.enter_context(locked(folder)))
-            stopping = held.enter_context(Stopping(processes))
+            stopping = held.enter_context(StopTraining(processes))
             return _Run(recipe, folder, source, stopping, console, processes).go()
 
 
@@ -104,7 +106,7 @@ class _Run:
         recipe: Recipe,
         folder: Path,
         source: str | Path,
-        stopping: Stopping,
+        stopping: StopTraining,
         console: Console,
         processes: Processes = ALONE,
     ):
@@ -289,7 +291,7 @@ class _Run:
             say(self.console, "note", f"[yellow]{escape(note)}[/]")
 
     def _put(
-        self, model: Any, tokenizer, kind: evaluate.Kind, rows, lr_warmup: int, start: Path | None
+        self, model: Any, tokenizer, kind: Kind, rows, lr_warmup: int, start: Path | None
     ) -> tuple[methods.Adapted, dict[str, Any]]:
         """`put`, with rows of the run for a start that looks at data, and how long it looked."""
         recipe = self.recipe
@@ -318,7 +320,7 @@ class _Run:
         self,
         method: methods.Adapted,
         source: str,
-        kind: evaluate.Kind,
+        kind: Kind,
         base: str,
         previous: dict[str, Any] | None,
         start: Path | None,
@@ -373,7 +375,7 @@ class _Run:
         opening = opening if self.recipe.adapter.start is None else "gate open"
         return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
 
-    def _start(self, method: methods.Adapted, rows, tokenizer, kind: evaluate.Kind) -> None:
+    def _start(self, method: methods.Adapted, rows, tokenizer, kind: Kind) -> None:
         """A start from the gradient where the recipe asks for one, and the start kept where every checkpoint is."""
         recipe, processes = self.recipe, self.processes
         if recipe.adapter.init != "gaussian":
@@ -443,7 +445,7 @@ class _Run:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
         finally:
             show.bar.close()
-            self.stopping.training = False
+            self.stopping.noted = False
         number = self.stopping.agreed()
         if number is not None:
             raise Interrupted(number, f"stopped after step {trainer.state.global_step} of {steps}")
@@ -851,32 +853,26 @@ def _folder_and_source(recipe: Recipe, resume: str) -> tuple[Path, str | Path]:
     return folder, source
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
-WRITER_WORDS = ("iostream error", "PytorchStreamWriter", "No space left", "os error 28", "File too large")
-
-
 @contextmanager
 def _plain_errors(recipe: Recipe, folder: Path) -> Iterator[None]:
     """Failures of the machine as `DiskError` and `OutOfMemoryError`, with what to do about them."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise DiskError(f"{error.filename or folder} cannot be written: {error.strerror}; {_free(folder)}") from error
-    except (MemoryError, RuntimeError, SafetensorError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
+    except DualLoraError:
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or ["no memory left"])[0]
+        if is_out_of_memory(error):
             options = recipe.train
             raise OutOfMemoryError(
                 f"out of memory with train.batch_size={options.batch_size} and data.max_length="
-                f"{recipe.data.max_length} ({text.splitlines()[0] if text else 'no memory left'}). Halve the batch size "
+                f"{recipe.data.max_length} ({said}). Halve the batch size "
                 f"and set train.gradient_accumulation_steps={2 * options.gradient_accumulation_steps} (the same run), "
                 "shorten data.max_length, or set train.gradient_checkpointing=true"
             ) from error
-        if any(word in text for word in WRITER_WORDS):
-            raise DiskError(f"{folder} cannot be written: {text.splitlines()[0]}; {_free(folder)}") from error
+        if is_disk_failure(error):
+            place, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, said)
+            raise DiskError(f"{place or folder} cannot be written: {reason}; {_free(folder)}") from error
         raise
 
 
