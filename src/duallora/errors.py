@@ -16,15 +16,32 @@ MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory",
 
 
 class DualLoraError(Exception):
-    """Base of the errors a user can cause and mend; ``exit_code`` is what the command line returns."""
+    """Base of the errors a user can cause and mend.
+
+    ``exit_code`` is what the command line returns, ``kind`` what the record of a run says of an end by it.
+    """
 
     exit_code = 1
+    kind = "failed"
 
 
 class ConfigError(DualLoraError, ValueError):
-    """A setting is unknown, of the wrong type or out of range."""
+    """Settings are unknown, of the wrong type or out of range: ``ConfigError(problem, ...)``."""
 
     exit_code = 2
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A sentence for each."""
+        return self.args
+
+    def __str__(self) -> str:
+        """One problem as it is; several as a list under their number."""
+        if len(self.problems) == 1:
+            return self.problems[0]
+        shown = "\n".join(f"  {problem}" for problem in self.problems[:20])
+        rest = f"\n  and {len(self.problems) - 20} more" if len(self.problems) > 20 else ""
+        return f"{len(self.problems)} problems in the configuration:\n{shown}{rest}"
 
 
 class DataError(DualLoraError, ValueError):
@@ -43,6 +60,7 @@ class NonFiniteError(DualLoraError):
     """A loss, gradient or weight is NaN or infinite."""
 
     exit_code = 5
+    kind = "diverged"
 
 
 class LockedError(DualLoraError):
@@ -61,12 +79,14 @@ class OutOfMemoryError(DualLoraError):
     """The model or the batch does not fit in memory."""
 
     exit_code = 8
+    kind = "out of memory"
 
 
 class LostProcessError(DualLoraError):
     """Another process of a run in several processes has ended."""
 
     exit_code = 9
+    kind = "lost"
 
 
 class GridError(DualLoraError):
@@ -77,6 +97,8 @@ class GridError(DualLoraError):
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop and did, in a state it can be resumed from; ``exit_code`` is 130 or 143."""
+
+    kind = "stopped"
 
     def __init__(self, number: int, message: str):
         super().__init__(message)

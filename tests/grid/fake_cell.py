@@ -39,12 +39,16 @@ facts = {
 
 
 def leave(status: str, code: int, error: str | None = None) -> None:
-    write_json(folder / "run.json", {**facts, "status": status, **({"error": error} if error else {})})
+    kind = {0: "done", 5: "diverged", 8: "out of memory"}.get(code, "failed")
+    write_json(folder / "run.json", {**facts, "status": status, "kind": kind, **({"error": error} if error else {})})
+    if error:
+        print(json.dumps({"status": "error", "exit_code": code, "error": error.partition(": ")[2]}))
     sys.exit(code)
 
 
 if how == "refused":  # before it has a run.json: as a misspelt model
-    print("loading\nerror: model.name=m: no such model; expected a folder\nmore of it", file=sys.stderr)
+    print("loading\nerror: a library's own words", file=sys.stderr)
+    print(json.dumps({"status": "error", "exit_code": 2, "error": "model.name=m: no such model; expected a folder"}))
     sys.exit(2)
 with ExitStack() as held:
     try:
@@ -53,7 +57,7 @@ with ExitStack() as held:
     except LockedError:
         sys.exit(6)
     write_json(folder / "run.json", facts)
-    print("training")
+    print("training", file=sys.stderr)
     if how == "diverged":
         leave("failed", 5, "NonFiniteError: the loss is nan in step 2; the step was not applied")
     if how == "silent":

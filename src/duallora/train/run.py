@@ -238,7 +238,7 @@ class _Run:
                     at_chance=at_chance,
                 ),
             )
-        self._write_facts(status="done", finished=record.now(), result=result)
+        self._write_facts(status="done", kind="done", finished=record.now(), result=result)
         return self.processes.from_main(lambda: result)
 
     def _write_facts(self, **more: Any) -> None:
@@ -655,7 +655,11 @@ class _Run:
                 if not (path / checkpoint.MANIFEST).is_file():
                     shutil.rmtree(path, ignore_errors=True)
         if self.facts:
-            outcome = {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
+            outcome = {
+                "status": "interrupted" if stopped else "failed",
+                "kind": getattr(error, "kind", "stopped" if stopped else "failed"),
+                "error": f"{type(error).__name__}: {error}",
+            }
             with suppress(OSError):
                 record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
         if stopped and (self.began or previous):
