@@ -8,7 +8,6 @@ lacks is replaced, never fatal (`replace_unencodable`).
 from __future__ import annotations
 
 import codecs
-import errno
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from duallora.errors import DualLoraError
+from duallora.errors import DualLoraError, is_disk_failure, is_out_of_memory
 
 results = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
@@ -27,8 +26,6 @@ notes = Console(stderr=True, highlight=False)
 # typer exports only this subclass; whether click's or its own copy of click is behind it depends on the version.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
 UTF8 = "unset PYTHONUTF8, or export LC_ALL=C.UTF-8"  # the remedy where Python takes every file for ASCII
 
 # How this package's own signs and rich's are written where the output cannot encode them; rich draws boxes and bars in
@@ -100,13 +97,9 @@ def exit_code_for(error: BaseException) -> int:
         return getattr(error, "exit_code", 130)
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return 8
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
-        return 8
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return 8
-    if isinstance(error, OSError) and error.errno in DISK:
+    if is_disk_failure(error):
         return 7
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
         return 2  # a path in the command is wrong; missing data files raise DataError

@@ -5,20 +5,43 @@ Every message names the value seen, what was expected and the remedy.
 
 from __future__ import annotations
 
+import errno
 import math
 from typing import Any
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# What torch's and safetensors' writers say of the same, and torch's allocators of memory, in errors without a number.
+DISK_WORDS = ("iostream error", "PytorchStreamWriter", "No space left", "os error 28", "File too large")
+MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+
 
 class DualLoraError(Exception):
-    """Base of the errors a user can cause and mend; ``exit_code`` is what the command line returns."""
+    """Base of the errors a user can cause and mend.
+
+    ``exit_code`` is what the command line returns, ``kind`` what the record of a run says of an end by it.
+    """
 
     exit_code = 1
+    kind = "failed"
 
 
 class ConfigError(DualLoraError, ValueError):
-    """A setting is unknown, of the wrong type or out of range."""
+    """Settings are unknown, of the wrong type or out of range: ``ConfigError(problem, ...)``."""
 
     exit_code = 2
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A sentence for each."""
+        return self.args
+
+    def __str__(self) -> str:
+        """One problem as it is; several as a list under their number."""
+        if len(self.problems) == 1:
+            return self.problems[0]
+        shown = "\n".join(f"  {problem}" for problem in self.problems[:20])
+        rest = f"\n  and {len(self.problems) - 20} more" if len(self.problems) > 20 else ""
+        return f"{len(self.problems)} problems in the configuration:\n{shown}{rest}"
 
 
 class DataError(DualLoraError, ValueError):
@@ -37,6 +60,7 @@ class NonFiniteError(DualLoraError):
     """A loss, gradient or weight is NaN or infinite."""
 
     exit_code = 5
+    kind = "diverged"
 
 
 class LockedError(DualLoraError):
@@ -55,12 +79,14 @@ class OutOfMemoryError(DualLoraError):
     """The model or the batch does not fit in memory."""
 
     exit_code = 8
+    kind = "out of memory"
 
 
 class LostProcessError(DualLoraError):
     """Another process of a run in several processes has ended."""
 
     exit_code = 9
+    kind = "lost"
 
 
 class GridError(DualLoraError):
@@ -72,9 +98,27 @@ class GridError(DualLoraError):
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop and did, in a state it can be resumed from; ``exit_code`` is 130 or 143."""
 
+    kind = "stopped"
+
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device has no memory left, by what Python, torch or the system raises."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
+    return said or isinstance(error, (MemoryError, OutOfMemoryError))
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether a file cannot be written: the disk is full, read-only, not ours or failing."""
+    if isinstance(error, OSError):
+        return error.errno in DISK
+    foreign = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    return (foreign and any(words in str(error) for words in DISK_WORDS)) or isinstance(error, DiskError)
 
 
 def is_number(value: Any) -> bool:

@@ -87,7 +87,11 @@ def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6,
     log = [{"step": step, "loss": 2.0 / (step + 1) + cell.tags["seed"], "gate": 1.0} for step in range(1, steps + 1)]
     (there / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"step": 7, "lo')
     if skill is None:
-        run |= {"status": "failed", "error": "NonFiniteError: the loss is nan in step 3 of /home/somebody/run"}
+        run |= {
+            "status": "failed",
+            "kind": "diverged",
+            "error": "NonFiniteError: the loss is nan in step 3 of /home/somebody/run",
+        }
     else:
         task = cell.tags["task"]
         guess = guesses(task, skill, cell.tags["seed"])

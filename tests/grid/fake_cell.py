@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from duallora.errors import LockedError
-from duallora.train.launch import together
+from duallora.train.launch import end_with_parent
 from duallora.train.lock import locked
 from duallora.train.recipe import fingerprint, load_recipe
 from duallora.train.record import write_json, write_text
@@ -39,21 +39,25 @@ facts = {
 
 
 def leave(status: str, code: int, error: str | None = None) -> None:
-    write_json(folder / "run.json", {**facts, "status": status, **({"error": error} if error else {})})
+    kind = {0: "done", 5: "diverged", 8: "out of memory"}.get(code, "failed")
+    write_json(folder / "run.json", {**facts, "status": status, "kind": kind, **({"error": error} if error else {})})
+    if error:
+        print(json.dumps({"status": "error", "exit_code": code, "error": error.partition(": ")[2]}))
     sys.exit(code)
 
 
 if how == "refused":  # before it has a run.json: as a misspelt model
-    print("loading\nerror: model.name=m: no such model; expected a folder\nmore of it", file=sys.stderr)
+    print("loading\nerror: a library's own words", file=sys.stderr)
+    print(json.dumps({"status": "error", "exit_code": 2, "error": "model.name=m: no such model; expected a folder"}))
     sys.exit(2)
 with ExitStack() as held:
     try:
-        held.enter_context(together())
+        end_with_parent()
         held.enter_context(locked(folder))
     except LockedError:
         sys.exit(6)
     write_json(folder / "run.json", facts)
-    print("training")
+    print("training", file=sys.stderr)
     if how == "diverged":
         leave("failed", 5, "NonFiniteError: the loss is nan in step 2; the step was not applied")
     if how == "silent":

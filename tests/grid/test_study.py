@@ -38,7 +38,7 @@ def done(name: str, score: float, **more) -> Outcome:
 
 
 def diverged(name: str) -> Outcome:
-    return Outcome(name, "failed", error="NonFiniteError: the loss is nan in step 3")
+    return Outcome(name, "failed", "diverged", error="NonFiniteError: the loss is nan in step 3")
 
 
 def work_off(one: Study, score, order=None) -> dict[str, Outcome]:
@@ -418,9 +418,7 @@ def test_outcomes_are_what_the_cells_folders_say(tmp_path):
             "parameters": {"trainable": 5, "total": 9},
             "recipe": study().wanted({})[0].recipe().model_dump(mode="json"),
         }
-        record.write_json(
-            tmp_path / CELLS / name / "run.json", {**run, "error": "NonFiniteError: nan"} if name == "b" else run
-        )
+        record.write_json(tmp_path / CELLS / name / "run.json", {**run, "kind": "diverged"} if name == "b" else run)
     metrics = {"accuracy": 70.0, "train_seconds": 2.5, "train_cpu_seconds": 2.0, "test": {"accuracy": 65.0}}
     record.write_json(tmp_path / CELLS / "a" / "metrics.json", {"metrics": metrics, "main_metric": "accuracy"})
     (tmp_path / CELLS / "d").mkdir()

@@ -50,7 +50,7 @@ def ended(cell) -> Outcome:
     rate = recipe.train.learning_rate
     facts = {"recipe": recipe.model_dump(mode="json")}
     if rate > 2e-2:
-        return Outcome(cell.name, "failed", error="NonFiniteError: nan", **facts)
+        return Outcome(cell.name, "failed", "diverged", **facts)
     score = -abs(math.log(rate / 1e-3)) + (recipe.train.lr_scheduler == "cosine")
     return Outcome(cell.name, "done", metrics={"accuracy": score}, main_metric="accuracy", **facts)
 

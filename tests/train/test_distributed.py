@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch as accelerate_launch
 from rich.console import Console
 from safetensors.torch import load_file
 from test_run import WEIGHTS, _without_model_dropout, equal, kill_with, log, weights
@@ -21,7 +22,7 @@ from test_run import WEIGHTS, _without_model_dropout, equal, kill_with, log, wei
 from duallora import cli
 from duallora.cli import training
 from duallora.console import exit_code_for
-from duallora.errors import ConfigError, LostProcessError
+from duallora.errors import ConfigError, Interrupted, LostProcessError
 from duallora.train import checkpoint, evaluate, launch, loop, record, run
 
 slow = pytest.mark.skipif("DUALLORA_SLOW" not in os.environ, reason="slow: `make distributed` runs it")
@@ -140,7 +141,6 @@ def test_two_processes_train_score_and_write_what_one_does(make_recipe, console,
     assert len(list((tmp_path / "two" / "tb").glob("events*"))) == 1
     assert record.read_json(tmp_path / "two" / "run.json")["processes"] == 2
     model, _ = evaluate.load_adapter(tmp_path / "two", "generate")  # one process opens what two have written
-    assert launch.is_main()
     assert math.isfinite(sum(float(p.sum()) for p in model.parameters()))
 
 
@@ -331,10 +331,60 @@ def test_mixed_precision_is_the_recipes_to_decide():
     launch.refuse_sharding({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
 
 
+class Replaced(BaseException):
+    """Where the program would have become another one."""
+
+
+def launched(monkeypatch, how, arguments=("train",), **environment):
+    """(arguments, environment) of the program that takes over; ``environment`` is what this one runs in."""
+    told = []
+
+    def execve(path, words, variables):
+        told.append((words, variables))
+        raise Replaced
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(Replaced):
+        launch.launch(how, arguments)
+    return told[0]
+
+
+@pytest.mark.parametrize("how", ["1", "3", "FILE"])
+def test_accelerates_own_parser_reads_what_it_is_called_with(monkeypatch, how, tmp_path):
+    """A user's default accelerate configuration (FSDP, bf16, a port) must not decide: each of these is said here."""
+    file = tmp_path / "a.yaml"
+    file.touch()
+    words, _ = launched(monkeypatch, str(file) if how == "FILE" else how, ["train", "-c", "f", "--json"])
+    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    read = accelerate_launch.launch_command_parser().parse_args(words[3:])
+    assert (read.module, read.training_script) == (True, "duallora.cli")
+    assert read.training_script_args == ["train", "-c", "f", "--json"]
+    if how == "FILE":
+        assert read.config_file == str(file)
+    else:
+        assert (read.num_processes, read.num_machines, read.multi_gpu) == (int(how), 1, how != "1")
+        assert (read.main_process_port, read.mixed_precision, read.use_fsdp) == (0, "no", False)
+
+
+def test_launched_processes_share_the_cores_and_have_time_to_save(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    _, environment = launched(monkeypatch, "3")
+    assert environment == {"OMP_NUM_THREADS": "2", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+    _, environment = launched(monkeypatch, "3", OMP_NUM_THREADS="5")
+    assert environment["OMP_NUM_THREADS"] == "5"
+
+
 @pytest.mark.parametrize("how", ["0", "1000000", "absent.yaml", "-1"])
 def test_launch_says_what_it_takes(how):
-    with pytest.raises(ConfigError, match=rf"--launch {how}: expected .*accelerate config"):
+    with pytest.raises(ConfigError, match=rf"--launch {how}: expected 1 to 1024 processes, .*accelerate config"):
         launch.launch(how, ["train"])
+
+
+def test_a_launch_inside_of_a_launch_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--launch 4 inside of 2 processes"):
+        launch.launch("4", ["train"])
 
 
 @pytest.mark.parametrize(
@@ -349,59 +399,22 @@ def test_the_processes_get_the_command_line_without_launch(arguments, kept):
     assert training._without_option("--launch", arguments) == kept
 
 
-def test_what_the_first_process_has_told_the_others_do_not_repeat(tmp_path, monkeypatch, capsys):
-    """They have failed alone where it ended otherwise, or has not ended."""
+def test_a_failure_of_another_process_is_said_in_its_name_after_the_first_one_had_its_turn(monkeypatch, capsys):
+    """The launcher ends it meanwhile where the first one has failed too; ends that all share are the first one's to tell."""
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv(launch.OUTCOME, str(tmp_path / "exit-code"))
-    for first, said in ((None, 1), ("2", 0), ("9", 1)):
-        if first:
-            (tmp_path / "exit-code").write_text(first)
-        assert cli.run(["train", "-c", "absent.yaml"]) == 2
-        assert capsys.readouterr().err.count("error in process 1: ") == said
+    for error, code in ((ConfigError("x"), 2), (LostProcessError("x"), 9), (Interrupted(signal.SIGTERM, "x"), 143)):
 
+        def fail(arguments, error=error):
+            raise error
 
-def test_who_is_waited_for_by_nobody_stops_as_if_told_to():
-    """The launcher was killed: its processes finish the step and leave a checkpoint."""
-    gone = start("")
-    gone.wait()
-    orphan = start(f"from duallora.train import launch; launch._stop_with({gone.pid}); import time; time.sleep(60)")
-    assert launch._wait([orphan]) == [-signal.SIGTERM]
-
-
-def start(code):
-    return launch._start([sys.executable, "-c", code], os.environ)
-
-
-def test_the_launcher_waits_for_the_slow_and_ends_those_a_failed_one_leaves_behind(monkeypatch):
-    monkeypatch.setattr(launch, "GRACE", 0.5)
-    began = time.monotonic()
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    assert launch._wait([start("raise SystemExit(5)"), start("import time; time.sleep(60)"), start(deaf)]) == [
-        5,
-        -signal.SIGTERM,
-        -signal.SIGKILL,
-    ]
-    assert time.monotonic() - began < 20
-    assert launch._wait([start(""), start("import time; time.sleep(1)")]) == [0, 0]  # done early is no failure
-
-
-def test_the_launcher_passes_a_signal_on_to_all_and_keeps_its_own_handlers():
-    listen = (
-        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(143)); print(flush=True); time.sleep(60)"
-    )
-    children = [
-        subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, start_new_session=True) for _ in "ab"
-    ]
-    for child in children:
-        child.stdout.readline()  # listening
-    before = signal.getsignal(signal.SIGTERM)
-    stopper = FORK.Process(
-        target=lambda parent: (time.sleep(0.3), os.kill(parent, signal.SIGTERM)), args=(os.getpid(),)
-    )
-    stopper.start()
-    assert launch._wait(children) == [143, 143]
-    stopper.join()
-    assert signal.getsignal(signal.SIGTERM) is before
+        monkeypatch.setattr(cli, "_invoke", fail)
+        assert cli.run(["train", "--json"]) == code
+        streams = capsys.readouterr()
+        assert streams.out == ""
+        assert streams.err == ("error in process 1: x\n" if code == 2 else "")
+    assert waited == [cli.FIRST_WORD]
 
 
 # -- the program itself -----------------------------------------------------------------------------------------------
@@ -414,15 +427,17 @@ def command(recipe, folder, *more):
     return [sys.executable, "-m", "duallora.cli", "train", "-c", str(folder / "r.yaml"), "--json", *more]
 
 
-def test_launched_processes_print_one_line_of_json_and_give_their_exit_code(make_recipe, tmp_path):
+def test_launched_processes_print_one_line_of_json_and_the_failing_ones_message(make_recipe, tmp_path):
     recipe = make_recipe("train.max_steps=2", "train.batch_size=2", output=tmp_path / "run")
-    done = subprocess.run(
-        command(recipe, tmp_path, "--launch", "2"), capture_output=True, text=True, timeout=200, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    assert json.loads(line)["status"] == "done"
-    assert done.stderr.count("trained  ") == 1
+    for code in (0, 1):  # the second time the folder is taken
+        done = subprocess.run(
+            command(recipe, tmp_path, "--launch", "2"), capture_output=True, text=True, timeout=200, env=ENVIRONMENT
+        )
+        assert done.returncode == code, done.stderr
+        (line,) = done.stdout.splitlines()
+        assert json.loads(line)["status"] == ("error" if code else "done")
+        assert done.stderr.count("trained  ") == 1 - code
+        assert done.stderr.count("holds another run") == code
     assert record.read_json(tmp_path / "run" / "run.json")["processes"] == 2
 
 
@@ -440,26 +455,19 @@ def test_a_signal_to_the_launcher_saves_a_whole_checkpoint_and_says_so_once(make
         stdout, stderr = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert process.returncode == 130, stderr
+    assert process.returncode != 0
     assert json.loads(stdout)["status"] == "interrupted"
-    assert stderr.count("interrupted") == 1
+    assert stderr.count("interrupted: ") == 1
     (step, path) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0]
     assert checkpoint.verify(path) is None
     assert step < 400
 
 
 @slow
-def test_an_accelerate_config_starts_the_same_run_and_its_exit_code_comes_back(make_recipe, tmp_path):
+def test_an_accelerate_config_starts_the_same_run(make_recipe, tmp_path):
     file = Path(__file__).parents[2] / "examples" / "distributed" / "ddp.yaml"
-    recipe = make_recipe("train.max_steps=2", output=tmp_path / "run")
-    for expected in (0, 2):  # the second time the folder is taken
-        done = subprocess.run(
-            command(recipe, tmp_path, "--launch", str(file)),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env=ENVIRONMENT,
-        )
-        assert done.returncode == expected, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == expected
+    line = command(make_recipe("train.max_steps=2", output=tmp_path / "run"), tmp_path, "--launch", str(file))
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 0
     assert record.read_json(tmp_path / "run" / "run.json")["processes"] == 2

@@ -1,14 +1,17 @@
-"""Commands that are printed can be pasted."""
+"""Progress is seen in a log file too; commands that are printed can be pasted."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from duallora.train import progress
 from duallora.train.progress import command
 
 SOURCE = Path(__file__).parents[2] / "src" / "duallora"
@@ -22,6 +25,18 @@ def test_a_shell_gets_the_words_that_were_meant(name, tmp_path, monkeypatch):
     assert shlex.split(line) == ["duallora", "merge", f"runs/{name}", "-o", name, "--set", f"x={name}"]
     assert shlex.split(command(name, Path("/elsewhere") / name)) == ["duallora", name, f"/elsewhere/{name}"]
     assert command("eval", Path("runs/mine")) == "duallora eval runs/mine"  # no quotes where none are needed
+
+
+def test_without_a_terminal_lines_tell_count_time_left_and_metrics(monkeypatch):
+    """Of a resumed run whose steps take five minutes: by its own rule rich would have forgotten them."""
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    now = 0.0
+    console = Console(file=io.StringIO(), width=100, get_time=lambda: now)
+    with progress.progress_bar(console, "train", 2100, done=2000) as update:
+        for step in (2001, 2002, 2003):
+            now += 300
+            update(step, **({"loss": "0.5"} if step == 2001 else {}))
+    assert console.file.getvalue().splitlines()[-1] == "train    2,003/2,100  8:05:00 left  loss 0.5"
 
 
 def loose_words(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -22,6 +23,9 @@ import typer
 from duallora import console
 from duallora.cli.app import app
 
+TOLD_BY_FIRST = (9, 130, 143)  # ends of all processes, of which the first one tells
+FIRST_WORD = 15.0  # seconds the first one has to report a failure that all share: the launcher then ends the others
+
 THEMES = ("training", "sharing", "machine", "benching", "studies")  # a module of verbs each, in the order of --help
 for theme in THEMES:
     import_module(f"duallora.cli.{theme}")
@@ -32,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     console.replace_unencodable()
     if "_DUALLORA_COMPLETE" in os.environ:
         app(prog_name="duallora")  # the shell asks for completions
-    code = run(list(sys.argv[1:] if arguments is None else arguments))
-    if "DUALLORA_OUTCOME" in os.environ:
-        from duallora.train.launch import leave_outcome
-
-        leave_outcome(code)
-    sys.exit(code)
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: list[str]) -> int:
@@ -46,8 +45,8 @@ def run(arguments: list[str]) -> int:
     The command is invoked without typer's own ``main``, which would fold every interrupt into exit code 130.
     """
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    other = int(os.environ.get("RANK", "0"))  # of several processes only the first one has the word
-    as_json = "--json" in options and not other
+    rank = int(os.environ.get("RANK", "0"))  # of several processes only the first one has the word
+    as_json = "--json" in options and not rank
     console.use_json("--json" in options)
     try:
         # With --json stdout is the JSON line's alone, whatever a library prints (DeepSpeed does on import).
@@ -70,18 +69,13 @@ def run(arguments: list[str]) -> int:
         if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         status = "interrupted" if code in (130, 143) else "error"
-        if message and not (other and _is_told(code)):
-            console.print_error(message, hint, label=f"{status} in process {other}" if other else status)
+        if rank and code not in TOLD_BY_FIRST:
+            time.sleep(FIRST_WORD)
+        if message and not (rank and code in TOLD_BY_FIRST):
+            console.print_error(message, hint, label=f"{status} in process {rank}" if rank else status)
         if as_json:
             console.print_json({"status": status, "exit_code": code, "error": message})
         return code
-
-
-def _is_told(code: int) -> bool:
-    """Whether the first process, or whoever waits for them all, tells of this end."""
-    from duallora.train.launch import outcome
-
-    return code in (9, 130, 143) or outcome() == code
 
 
 def _invoke(arguments: list[str]) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 import duallora
 from duallora import console
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+from duallora.train.dtype import Dtype as Dtype
 
 OUTPUT = "Output"
 Json = Annotated[

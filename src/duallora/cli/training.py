@@ -29,7 +29,8 @@ from duallora.cli.app import (
 
 if TYPE_CHECKING:
     from duallora.tasks import Example, Task
-    from duallora.train.evaluate import EvalResult, Kind, Trained
+    from duallora.tasks.task import Kind
+    from duallora.train.evaluate import EvalResult, Trained
     from duallora.train.recipe import Recipe
 
 TrainOn = Literal["answer", "all"]
@@ -134,7 +135,7 @@ def train(
     if launch is not None and not dry_run:
         from duallora.train.launch import launch as start
 
-        return {"exit_code": start(launch, _without_option("--launch", context.find_root().obj))}
+        start(launch, _without_option("--launch", context.find_root().obj))
     from duallora.train import run
     from duallora.train.progress import command
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -29,11 +29,11 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.train import checkpoint, evaluate, merge, record
-from duallora.train.progress import Bar, quiet_libraries, say, shown, size
+from duallora.train.dtype import Dtype
+from duallora.train.progress import progress_bar, quiet_libraries, say, shown, size
 from duallora.tuner.conv import TORCH as CONVOLUTIONS
 from duallora.tuner.layer import DualLoraLayer
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Scores = Callable[[Any, Any], Mapping[str, float]]
 
 ROWS = 8192  # of dW that are widened to float64 at a time
@@ -384,10 +384,10 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
 
 
 def _progress(layers: Mapping[str, DualLoraLayer], console: Console, label: str) -> Iterator[tuple[str, DualLoraLayer]]:
-    with Bar(console, label, len(layers), unit="layer") as bar:
+    with progress_bar(console, label, len(layers)) as update:
         for count, item in enumerate(layers.items(), 1):
             yield item
-            bar.update(count)
+            update(count)
 
 
 def _show(console: Console, done: list[Converted], rank: int) -> None:

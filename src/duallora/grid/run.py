@@ -1,7 +1,8 @@
 """Working off a study: cells as processes of this machine or tasks of a Ray cluster, until nothing is left to be run.
 
 What is done is read from the cells' folders, so a grid that was stopped or killed goes on with the same command. A cell
-is the program itself, `duallora train -c CELL/recipe.yaml --resume auto -o CELL`, with its output in CELL.log beside it.
+is the program itself, `duallora train -c CELL/recipe.yaml --resume auto -o CELL --json`: beside its folder CELL.log holds
+what it says, and CELL.json the line of its last start, which tells why it failed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from rich.console import Console
@@ -26,7 +25,7 @@ from rich.console import Console
 from duallora.errors import ConfigError, GridError, Interrupted
 from duallora.grid.live import Show
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
-from duallora.train.launch import STARTER
+from duallora.train.launch import PARENT, Stopping
 from duallora.train.lock import locked
 from duallora.train.recipe import fingerprint, recipe_yaml
 from duallora.train.record import read_json, write_text
@@ -49,7 +48,7 @@ class Pool(Protocol):
         """Whether another cell may be started now."""
 
     def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
-        """Starts Python with ``arguments``, its output at the end of ``log``."""
+        """Starts Python with ``arguments``: stderr at the end of ``log``, stdout in a fresh .json file beside it."""
 
     def ended(self) -> list[tuple[str, int]]:
         """(name, exit code) of the cells that have ended since; -N if signal N did it."""
@@ -113,7 +112,7 @@ def run(
 
             pool = Cluster(ray, workers)
         held.callback(pool.close)
-        stopping = held.enter_context(Stopping())
+        stopping = held.enter_context(Stopping(noted=True))
         show = held.enter_context(Show(console, study, folder, workers, dict(found)))
         return _Grid(study, folder, found, pool, stopping, show, retries, keep, _finished(reuse)).go()
 
@@ -152,7 +151,7 @@ class _Grid:
         self.tries: Counter[str] = Counter()
         self.waits: dict[str, float] = {}  # until when a cell in a locked folder is left alone
         self.lock_tries: Counter[str] = Counter()
-        self.log_from: dict[str, int] = {}
+        self.told = False  # the cells, to stop
         self.trials = None
         if study.space:
             from duallora.grid.tuning import Trials
@@ -236,8 +235,17 @@ class _Grid:
         place = self.folder.resolve() / CELLS / cell.name
         write_text(place / "recipe.yaml", recipe_yaml(cell.recipe(self.folder.resolve())))
         log = place.with_name(f"{cell.name}.log")
-        self.log_from[cell.name] = log.stat().st_size if log.exists() else 0
-        arguments = [*PROGRAM, "train", "-c", str(place / "recipe.yaml"), "--resume", "auto", "-o", str(place)]
+        arguments = [
+            *PROGRAM,
+            "train",
+            "-c",
+            str(place / "recipe.yaml"),
+            "--resume",
+            "auto",
+            "-o",
+            str(place),
+            "--json",
+        ]
         self.pool.start(cell.name, arguments, log)
         self.running[cell.name] = cell
         self.show.started(cell)
@@ -265,32 +273,26 @@ class _Grid:
             self.tries[name] += 1
             self.show.say("lost", f"[yellow]{name}: {_how(code)}; tried again, from its last checkpoint[/]")
         else:
-            self._give_up(cell, self._reason(name, now, code))
+            self._give_up(cell, self._reason(name, code))
 
     def _give_up(self, cell: Cell, reason: str) -> None:
         self.failed[cell.name] = reason
         self.show.gave_up(cell, reason)
 
-    def _reason(self, name: str, now: Outcome | None, code: int) -> str:
+    def _reason(self, name: str, code: int) -> str:
         if code < 0 or code in LOST:
             return f"{_how(code)}, {self.tries[name] + 1} times" if self.tries[name] else _how(code)
-        with (self.folder / CELLS / f"{name}.log").open("rb") as file:
-            file.seek(self.log_from[name])
-            lines = file.read().decode(errors="replace").splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        if said:
-            return said[-1]
-        return (now.error if now else None) or (lines[-1] if lines else f"exit code {code}")
+        with suppress(OSError, ValueError, KeyError):  # it may have left no line
+            return read_json(self.folder / CELLS / f"{name}.json")["error"]
+        return f"exit code {code}"
 
     def _stop(self) -> None:
-        if not self.stopping.told:
-            self.stopping.told = True
+        if not self.told:
+            self.told = True
             self.show.say(
                 "stopping", f"{len(self.running)} running cells save a checkpoint first; once more ends them now"
             )
             self.pool.stop()
-        if self.stopping.again:
-            self.pool.close()
 
     def _tidy(self, *, ended: bool = False) -> None:
         """Deletes the adapters and checkpoints that `keep` does not ask for, and that no later cell starts from."""
@@ -414,15 +416,15 @@ class Here:
 
 
 def process(arguments: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str | None = None) -> Any:
-    """Python with ``arguments``, started; a run in it stops by itself, as after SIGTERM, when this process is gone."""
-    with log.open("ab") as output:
+    """Python with ``arguments``, started as `Pool.start` says; a run in it stops by itself, as after SIGTERM, when this process is gone."""
+    with log.open("ab") as said, log.with_suffix(".json").open("wb") as told:
         return subprocess.Popen(
             [sys.executable, *arguments],
-            env={**environment, STARTER: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            env={**environment, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=told,
+            stderr=said,
             start_new_session=os.name == "posix",
         )
 
@@ -442,27 +444,3 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [str(number) for number in range(sum(line.startswith("GPU ") for line in told.splitlines()))]
-
-
-class Stopping:
-    """Takes note of SIGINT and SIGTERM for the loop to see; ``again`` is whether a second one came."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.again = self.told = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.again = self.number is not None
-        self.number = self.number or number

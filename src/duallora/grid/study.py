@@ -23,7 +23,6 @@ from duallora.train.recipe import (
     Placed,
     Recipe,
     assemble,
-    listing,
     overlay,
     read_settings,
     read_yaml,
@@ -66,12 +65,14 @@ class Cell:
 class Outcome:
     """What a cell's folder says of it: ``status`` is running, done, failed or interrupted, as run.json has it.
 
+    ``kind`` is how it ended, as run.json has it: done, diverged, out of memory, lost, stopped or failed.
     ``metrics`` are figures on validation rows, ``test`` on test rows; ``seconds`` and ``cpu_seconds`` the training's.
     ``recipe`` is the resolved recipe it ran under, by section; ``same_rows`` whether its validation rows are its test rows.
     """
 
     name: str
     status: str
+    kind: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     test: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, int] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class Outcome:
     @property
     def diverged(self) -> bool:
         """Whether the loss, a gradient or a weight became NaN or infinite: a result of its settings, not a fault."""
-        return self.status == "failed" and (self.error or "").startswith("NonFiniteError")
+        return self.kind == "diverged"
 
     @property
     def settled(self) -> bool:
@@ -162,7 +163,7 @@ class Study:
         if not problems:
             self._check_cells(problems)
         if problems:
-            raise ConfigError(listing(list(dict.fromkeys(problems))))
+            raise ConfigError(*dict.fromkeys(problems))
 
     # -- what is to be run ---------------------------------------------------------------------------------------------
 
@@ -263,19 +264,20 @@ class Study:
             more = {
                 key: value
                 for key, step in steps.items()
-                if (value := _beyond(grid[key], at.values[key], step)) is not None and self._accepts(key, value)
+                if (value := _beyond(grid[key], at.values[key], step)) is not None
+                and self._accepts(task, variant, Point(at.label, {**at.values, key: value}))
             }
             if not more or extension == EXTENSIONS:
                 return points, best
             grid = {key: sorted([*values, more[key]]) if key in more else values for key, values in grid.items()}
         raise AssertionError("unreachable")
 
-    def _accepts(self, key: str, value: Any) -> bool:
-        """Whether the schema takes ``value``: a dropout does not grow to 1."""
+    def _accepts(self, task: str, variant: str, point: Point) -> bool:
+        """Whether the schema takes a point one step beyond the grid: a dropout does not grow to 1."""
         try:
-            assemble([{"data.task": ("any", "")}, {key: (value, "")}])
-        except ConfigError as error:
-            return key not in str(error)
+            assemble([self._placed(task, variant, point, self.seeds[0])])
+        except ConfigError:
+            return False
         return True
 
     def _trials_run(self, outcomes: Outcomes, task: str, variant: str) -> list[Point]:
@@ -508,7 +510,7 @@ class Study:
             if key not in known
         ]
         if problems:
-            raise ConfigError(listing(problems))
+            raise ConfigError(*problems)
         places: dict[str, str] = {}
         values = {key: _unplaced(value, where, key, places) for key, (value, where) in content.items()}
         base = values.get("base")
@@ -570,6 +572,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     return Outcome(
         name,
         str(run.get("status")),
+        kind=run.get("kind", ""),
         metrics=figures,
         test=test,
         parameters=run.get("parameters") or {},

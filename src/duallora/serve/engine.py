@@ -23,8 +23,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from duallora.errors import ConfigError
 from duallora.tasks import Example, encode_prompt
 from duallora.train import evaluate, untrusted
+from duallora.train.dtype import Dtype
 from duallora.train.merge import adapter_kind
-from duallora.train.models import DType, load_tokenizer
+from duallora.train.models import load_tokenizer
 from duallora.train.positions import UNLIMITED, positions
 from duallora.train.progress import command, quiet_libraries
 
@@ -72,7 +73,7 @@ class Closing(Exception):
     """The server is stopping, so this answer was not finished."""
 
 
-def load(sources: Mapping[str, str], *, dtype: DType = "auto", strict: bool = True) -> list[Served]:
+def load(sources: Mapping[str, str], *, dtype: Dtype = "auto", strict: bool = True) -> list[Served]:
     """What a server with these models (id -> run, adapter or model folder, hub id, ``builtin:``) offers, bases included.
 
     Adapters of the same method on the same base share it, and it is offered under its own name (its folder's, where it

@@ -18,7 +18,7 @@ from duallora.errors import ConfigError
 from duallora.train.progress import quiet_libraries, say
 
 if TYPE_CHECKING:
-    from duallora.train.models import DType
+    from duallora.train.dtype import Dtype
 
 GRACE = 5  # seconds that open connections get once the server is to stop
 
@@ -29,7 +29,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
-    dtype: DType = "auto",
+    dtype: Dtype = "auto",
     strict: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:

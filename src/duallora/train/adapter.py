@@ -15,13 +15,14 @@ import duallora
 from duallora import methods
 from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
+from duallora.tasks.task import Kind
 from duallora.train import evaluate
 from duallora.train.recipe import RANK, RUNS_OWN, Recipe
 
 WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
 
 
-def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup: int) -> Any:
+def adapt(model: torch.nn.Module, recipe: Recipe, kind: Kind, lr_warmup: int) -> Any:
     """``model`` with the recipe's adapter on it, its factors in float32; a new head is trained in full.
 
     A method that trains the weights themselves gives the model back, all of it trained.
@@ -32,7 +33,7 @@ def adapt(model: torch.nn.Module, recipe: Recipe, kind: evaluate.Kind, lr_warmup
 def put(
     model: torch.nn.Module,
     recipe: Recipe,
-    kind: evaluate.Kind,
+    kind: Kind,
     lr_warmup: int,
     *,
     batches: Callable[[int], Iterable[Mapping[str, Any]]] | None = None,

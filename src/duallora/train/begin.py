@@ -12,6 +12,7 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from duallora import methods
 from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
+from duallora.tasks.task import Kind
 from duallora.train import checkpoint, evaluate
 from duallora.train.models import weights_fingerprint
 
@@ -26,7 +27,7 @@ FREE = frozenset({
 })  # fmt: skip
 
 
-def from_run(method: methods.Adapted, source: str, kind: evaluate.Kind, base: str) -> str:
+def from_run(method: methods.Adapted, source: str, kind: Kind, base: str) -> str:
     """Loads what the run in the folder ``source`` trained into ``method``'s model, all but a head; its fingerprint.
 
     ``base`` is the fingerprint of the base model's weights.
@@ -74,7 +75,7 @@ def from_run(method: methods.Adapted, source: str, kind: evaluate.Kind, base: st
     return checkpoint.file_record(folder / evaluate.WEIGHTS)["sha256"]
 
 
-def _from_model(method: methods.Adapted, source: str, kind: evaluate.Kind) -> str:
+def _from_model(method: methods.Adapted, source: str, kind: Kind) -> str:
     model = method.model
     started, _ = evaluate.load_adapter(source, kind)
     if isinstance(started, PeftModel):

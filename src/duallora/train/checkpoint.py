@@ -203,7 +203,7 @@ class SealCheckpoints(TrainerCallback):
 
     def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any], processes: Processes = ALONE):
         self.folder, self.keep, self.processes = folder, keep, processes
-        self.fingerprints = {**fingerprints, "processes": processes.count}
+        self.fingerprints = {**fingerprints, "processes": processes.world_size}
 
     def on_step_end(self, args, state, control, **kwargs):
         # A folder of this number from an earlier, broken attempt may hold files this save will not overwrite.

@@ -27,16 +27,16 @@ from duallora.methods.rule import reads_labels
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
 from duallora.tasks.chats import calls_tools
 from duallora.tasks.encode import with_written_answer
+from duallora.tasks.task import Kind
 from duallora.train import untrusted
 from duallora.train.checkpoint import compare_files
 from duallora.train.launch import ALONE, Processes
 from duallora.train.models import load_config, load_model, weights_fingerprint
 from duallora.train.positions import check_room, positions
-from duallora.train.progress import Bar, command, quiet_libraries
+from duallora.train.progress import command, progress_bar, quiet_libraries
 from duallora.train.record import read_json
 from duallora.tuner.layer import Linear
 
-Kind = Literal["generate", "classify", "regress"]
 Scoring = Literal["generation", "likelihood"]
 T = TypeVar("T")
 
@@ -854,12 +854,12 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def _own(batches: Sequence[list[int]], processes: Processes) -> list[tuple[int, list[int]]]:
     """(number, batch) of this process's share of the batches."""
-    return list(enumerate(batches))[processes.index :: processes.count]
+    return list(enumerate(batches))[processes.rank :: processes.world_size]
 
 
 def _united(own: dict[int, T], processes: Processes) -> dict[int, T]:
     """What all processes have found, by number."""
-    return {number: value for part in processes.gather(own) for number, value in part.items()}
+    return {number: value for part in processes.all_gather_object(own) for number, value in part.items()}
 
 
 def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
@@ -872,6 +872,12 @@ def _bar(console: Console | None, label: str, total: int, processes: Processes) 
     if console is None:
         yield lambda count: None
         return
-    with Bar(console, label, total, unit="row") as bar:
-        # The others are about as far as this process.
-        yield lambda count: bar.update(min(total, bar.done + count * processes.count))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count * processes.world_size)  # the others are about as far as this process
+        update(done)
+
+    with progress_bar(console, label, total) as update:
+        yield advance

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from duallora.errors import LockedError
-from duallora.train import record
 
 
 @contextmanager
@@ -22,45 +19,21 @@ def locked(folder: Path, kept: str = "run.json") -> Iterator[None]:
         LockedError: another process holds it.
     """
     path = folder / ".lock"
-    created, fresh, mine = not folder.exists(), not path.exists(), False
+    created, fresh = not folder.exists(), not path.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
-        with path.open("a+", encoding="utf-8") as file:
-            if not _try_lock(file):
-                file.seek(0)
-                raise LockedError(
-                    f"{folder} is in use by another run ({file.read().strip() or 'holder unknown'}); "
-                    "wait for it, stop it, or choose another folder with -o"
-                )
-            mine = True
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {record.now()}\n")
-            file.flush()
-            yield
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LockedError(
+            f"{folder} is in use by another run; wait for it, stop it, or choose another folder with -o"
+        ) from None
+    try:
+        yield
     finally:
-        # A bad file or a mistyped model leaves nothing behind; another's lock, taken since, stays.
-        if mine and fresh and not (folder / kept).exists():
+        lock.release()
+        # A bad file or a mistyped model leaves nothing behind.
+        if fresh and not (folder / kept).exists():
             path.unlink(missing_ok=True)
             if created and not any(folder.iterdir()):
                 folder.rmdir()
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        file.seek(1 << 20)  # Windows locks bytes against reading too; the holder's line lies before this one
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True

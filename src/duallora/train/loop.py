@@ -6,11 +6,9 @@ import itertools
 import json
 import math
 import random
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,13 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from duallora import methods
-from duallora.errors import (
-    Interrupted,
-    NonFiniteError,
-)
+from duallora.errors import NonFiniteError
 from duallora.tasks import IGNORE
-from duallora.train import evaluate, record
+from duallora.tasks.task import Kind
+from duallora.train import record
 from duallora.train.adapter import WHOLE_MODEL, gate, load_weights
-from duallora.train.launch import ALONE, Processes
-from duallora.train.progress import Bar
+from duallora.train.launch import ALONE, Processes, Stopping
+from duallora.train.progress import progress_bar
 
 
 class RunTrainer(Trainer):
@@ -39,7 +35,7 @@ class RunTrainer(Trainer):
     model: Any
     lr_scheduler: Any
     processes = ALONE
-    kind: evaluate.Kind = "generate"
+    kind: Kind = "generate"
     method: methods.Adapted | None = None
     tokens = 0
     step_tokens = 0
@@ -73,7 +69,7 @@ class RunTrainer(Trainer):
         self.step_tokens += int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_loss += float(loss)
-        if self.processes.count == 1:  # several stop together: see FiniteGradients
+        if self.processes.world_size == 1:  # several stop together: see FiniteGradients
             self.require_finite("loss", self.step_loss)
         return loss
 
@@ -85,16 +81,18 @@ class RunTrainer(Trainer):
         rows: Any = self.train_dataset
         lengths = [len(row["input_ids"]) for row in rows[:-1]]  # the last one is `nothing_to_learn`
         # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
-        at_once = self.args.train_batch_size * self.processes.count
+        at_once = self.args.train_batch_size * self.processes.world_size
         step = at_once * self.args.gradient_accumulation_steps
-        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to=at_once if self.processes.count > 1 else 1)
+        self.sampler = LikeLengths(
+            lengths, step, self.args.seed, fill_to=at_once if self.processes.world_size > 1 else 1
+        )
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
         if self.kind == "generate":
             return super()._get_num_items_in_batch(batch_samples, device)
         own = sum(int(has_label(batch["labels"]).sum()) for batch in batch_samples)
-        return torch.tensor(sum(count for (count,) in self.processes.numbers([own])), device=device)
+        return torch.tensor(sum(count for (count,) in self.processes.all_gather([own])), device=device)
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -139,7 +137,7 @@ class RunTrainer(Trainer):
         )
 
 
-def nothing_to_learn(row: dict[str, Any], kind: evaluate.Kind) -> dict[str, Any]:
+def nothing_to_learn(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """A row of one token that adds nothing to any loss: it fills the last step, where processes would lack rows."""
     nothing: dict[str, Any] = {"generate": [IGNORE], "classify": IGNORE, "regress": math.nan}
     return {**{key: row[key][:1] for key in row if key != "labels"}, "labels": nothing[kind]}
@@ -150,7 +148,7 @@ def has_label(labels: torch.Tensor) -> torch.Tensor:
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
 
 
-def row_loss(kind: evaluate.Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+def row_loss(kind: Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
     """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
     learnt = has_label(labels)
     logits, labels = outputs["logits"][learnt].float(), labels[learnt]
@@ -201,7 +199,7 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
-        told = trainer.processes.numbers([trainer.step_loss, trainer.step_tokens])
+        told = trainer.processes.all_gather([trainer.step_loss, trainer.step_tokens])
         trainer.tokens += round(sum(tokens for _, tokens in told))
         trainer.step_tokens = 0
         trainer.step_loss = sum(loss for loss, _ in told) / len(told)
@@ -215,7 +213,7 @@ def share_token_errors(model: torch.nn.Module, processes: Processes) -> None:
     """Gives every process the same sampling errors, so that the token budget is spent alike (gradient_tokens_by)."""
     probes = [probe for module in model.modules() for probe in getattr(module, "token_probes", {}).values()]
     probes = [probe for probe in probes if probe.grad is not None]
-    if probes and processes.count > 1:
+    if probes and processes.world_size > 1:
         for probe, error in zip(probes, processes.mean(torch.stack([p.grad for p in probes])), strict=True):
             probe.grad = error
 
@@ -291,7 +289,7 @@ class ShowTraining(TrainerCallback):
 
     def __init__(self, console: Console, trainer: RunTrainer):
         self.console, self.trainer = console, trainer
-        self.bar: Bar | None = None
+        self.bar = ExitStack()
         self.loss: float | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -301,7 +299,8 @@ class ShowTraining(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.monotonic()
         self.trainer.logged = (0, self.began, time.process_time())
-        self.bar = Bar(self.console, "train", state.max_steps, done=state.global_step).__enter__()
+        bar = progress_bar(self.console, "train", state.max_steps, done=state.global_step)
+        self.update = self.bar.enter_context(bar)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step >= state.max_steps:
@@ -309,61 +308,36 @@ class ShowTraining(TrainerCallback):
         loss, self.trainer.step_loss = self.trainer.step_loss, 0.0
         self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
         speed = self.trainer.tokens / max(time.monotonic() - self.began, 1e-9)
-        if self.bar is not None:
-            self.bar.update(
-                state.global_step,
-                loss=f"{self.loss:.3f}",
-                lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
-                gate=f"{gate(model):.2f}",
-                **{"tok/s": f"{speed:,.0f}"},
-            )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.__exit__()
-            self.bar = None
+        self.update(
+            state.global_step,
+            loss=f"{self.loss:.3f}",
+            lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
+            gate=f"{gate(model):.2f}",
+            **{"tok/s": f"{speed:,.0f}"},
+        )
 
 
-class Stopping(TrainerCallback):
-    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop. A second one leaves at once.
+class StopTraining(Stopping, TrainerCallback):
+    """Turns SIGINT and SIGTERM into: finish this optimizer step, save, stop.
 
     Outside of training there is nothing to finish, so `Interrupted` is raised on the spot. Of several processes it is
     enough that one is asked: all stop after the same step.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, processes: Processes = ALONE) -> None:
+        super().__init__()
         self.processes = processes
-        self.number: int | None = None
-        self.training = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stopping:
-        if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
-            self.before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.training and self.number is None:
-            self.number = number
-            return
-        raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.training = True
+        self.noted = True
 
     def agreed(self) -> int | None:
         """The signal that came to any of the processes, or None."""
-        return round(max(number for (number,) in self.processes.numbers([self.number or 0]))) or None
+        return round(max(number for (number,) in self.processes.all_gather([self.number or 0]))) or None
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreed() is not None:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.training = False
+        self.noted = False

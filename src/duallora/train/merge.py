@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
+from duallora.tasks.task import Kind
 from duallora.train import evaluate, record
 from duallora.train.positions import positions
 from duallora.train.progress import quiet_libraries, say, shown, size
@@ -122,7 +123,7 @@ def merge(
     return {**result, **{key: facts[key] for key in ("weights", "quantized_logit_difference") if key in facts}}
 
 
-def _on_plain_weights(adapter: str | Path, kind: evaluate.Kind, into: Into) -> tuple[Any, Any, str, list[torch.Tensor]]:
+def _on_plain_weights(adapter: str | Path, kind: Kind, into: Into) -> tuple[Any, Any, str, list[torch.Tensor]]:
     """(model, tokenizer, which weights, the logits on the quantised base); the last two empty where nothing is quantised."""
     model, tokenizer = evaluate.load_adapter(adapter, kind)
     if not any(storage(module) for module in model.modules()):
@@ -145,7 +146,7 @@ def _on_plain_weights(adapter: str | Path, kind: evaluate.Kind, into: Into) -> t
     return model, tokenizer, "original", as_trained
 
 
-def adapter_kind(adapter: str | Path) -> evaluate.Kind:
+def adapter_kind(adapter: str | Path) -> Kind:
     """What the adapter was trained for, from its own files; ConfigError where it is no adapter."""
     folder = evaluate.find(adapter)
     if folder is None or not (folder / "adapter_config.json").is_file():
@@ -166,7 +167,7 @@ def probe(model: torch.nn.Module, tokenizer) -> list[torch.Tensor]:
 
 
 def _compare(
-    folder: Path, kind: evaluate.Kind, dtype: torch.dtype, device: torch.device, tokenizer, before: list[torch.Tensor]
+    folder: Path, kind: Kind, dtype: torch.dtype, device: torch.device, tokenizer, before: list[torch.Tensor]
 ) -> tuple[float, float]:
     """Largest absolute logit difference of the model on the disk, and its share of the logits' largest size."""
     factory: Any = AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification

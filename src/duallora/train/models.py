@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -42,9 +42,9 @@ from duallora.errors import ConfigError, DiskError, IntegrityError
 from duallora.folders import cache_folder
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
+from duallora.train.dtype import Dtype
 from duallora.tuner.quantized import keep_exact, stored_tensors
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 QUANTIZATIONS = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torchao-int8": "torchao"}  # their packages
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def load_model(
     name: str,
     kind: Kind,
     *,
-    dtype: DType = "auto",
+    dtype: Dtype = "auto",
     num_labels: int | None = None,
     revision: str | None = None,
     quantization: str | None = None,
@@ -188,7 +188,7 @@ def weights_fingerprint(model: Any) -> str:
     return total.hexdigest()
 
 
-def _dtype(dtype: DType, kind: Kind, config: Any) -> torch.dtype:
+def _dtype(dtype: Dtype, kind: Kind, config: Any) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
     stored = getattr(config, "dtype", None)

@@ -6,15 +6,14 @@ import logging
 import shlex
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 # Where there is no terminal to redraw, a line appears this often (seconds).
 LINE_EVERY = 15.0
@@ -33,60 +32,37 @@ def say(console: Console, label: str, message: str) -> None:
         console.print(f"{label:<{LABEL_WIDTH}}{message}", highlight=False, soft_wrap=True)
 
 
-class Bar:
-    """A bar with counts, the time left and named figures; plain lines where the output is not a terminal."""
+@contextmanager
+def progress_bar(console: Console, label: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """rich's bar in a terminal, a line every `LINE_EVERY` seconds elsewhere; yields ``update(done, **metrics)``.
 
-    def __init__(self, console: Console, label: str, total: int, *, done: int = 0, unit: str = "step"):
-        self.console, self.label, self.total, self.unit = console, label, total, unit
-        self.done = self.first = done
-        self.figures = ""
-        self.started = self.spoken = time.monotonic()
-        self.progress: Progress | None = None
-        if console.is_terminal:
-            self.progress = Progress(
-                TextColumn("[bold cyan]{task.description}[/]"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TextColumn("[dim]{task.fields[left]}[/]"),
-                TextColumn("{task.fields[figures]}"),
-                SpinnerColumn("dots", style="dim"),
-                console=console,
-                transient=True,
-            )
-            self.task = self.progress.add_task(
-                f"{label:<{LABEL_WIDTH - 1}}", total=total, completed=done, left="", figures=""
-            )
+    ``done`` counts from 0 to ``total``; ``metrics`` (name=text) stay shown until they are given again.
+    """
+    columns = (
+        TextColumn("[bold cyan]{task.description}[/]"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+    )
+    here = console.is_terminal
+    # The speed is that of the last ten minutes: a step may take longer than rich's half a minute.
+    bar = Progress(*columns, console=console, transient=True, disable=not here, speed_estimate_period=600)
+    bar.add_task(f"{label:<{LABEL_WIDTH - 1}}", total=total, completed=done, metrics="")
+    (task,) = bar.tasks
+    spoken = time.monotonic()
 
-    def __enter__(self) -> Bar:
-        if self.progress:
-            self.progress.start()
-        return self
+    def update(done: int, **metrics: str) -> None:
+        nonlocal spoken
+        told = {"metrics": "  ".join(f"{name} {value}" for name, value in metrics.items())} if metrics else {}
+        bar.update(task.id, completed=done, **told)
+        if not here and time.monotonic() - spoken >= LINE_EVERY:
+            spoken = time.monotonic()
+            left = "" if task.time_remaining is None else f"{clock(task.time_remaining)} left"
+            say(console, label, f"{done:,}/{total:,}  {left}  {task.fields['metrics']}".rstrip())
 
-    def __exit__(self, *exception: object) -> None:
-        if self.progress:
-            self.progress.stop()
-
-    def update(self, done: int, **figures: str) -> None:
-        """Sets how many of ``total`` are done; ``figures`` (name -> text) stay shown until they are set again."""
-        self.done = done
-        if figures:
-            self.figures = "  ".join(f"{name} {value}" for name, value in figures.items())
-        if self.progress:
-            shown = Text(self.figures, overflow="ellipsis", no_wrap=True)
-            self.progress.update(self.task, completed=done, left=self._left(), figures=shown)
-        elif time.monotonic() - self.spoken >= LINE_EVERY:
-            self.spoken = time.monotonic()
-            line = f"{done:,}/{self.total:,} {self.unit}s  {self._left()}  {self.figures}"
-            say(self.console, self.label, line.rstrip())
-
-    def _left(self) -> str:
-        elapsed = time.monotonic() - self.started
-        if self.done >= self.total:
-            return f"{clock(elapsed)}"
-        if self.done <= self.first:
-            return "--:-- left"
-        rate = elapsed / (self.done - self.first)
-        return f"{clock(rate * (self.total - self.done))} left"
+    with bar:
+        yield update
 
 
 def clock(seconds: float) -> str:

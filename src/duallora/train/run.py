@@ -7,7 +7,6 @@ adapter/  the result; model/  where the method trains the whole model
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -24,7 +23,6 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -35,15 +33,19 @@ from duallora.errors import (
     ConfigError,
     DataError,
     DiskError,
+    DualLoraError,
     IntegrityError,
     Interrupted,
     NonFiniteError,
     OutOfMemoryError,
+    is_disk_failure,
+    is_out_of_memory,
 )
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
+from duallora.tasks.task import Kind
 from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, other, parameter_counts, put
-from duallora.train.launch import ALONE, Processes, leave_in_place, shares, together
+from duallora.train.launch import ALONE, Processes, end_with_parent, ignore_quantized, process_group, shares
 from duallora.train.lock import locked
 from duallora.train.loop import (
     FiniteGradients,
@@ -51,7 +53,7 @@ from duallora.train.loop import (
     LossDuringTraining,
     RunTrainer,
     ShowTraining,
-    Stopping,
+    StopTraining,
     nothing_to_learn,
     row_loss,
 )
@@ -85,13 +87,14 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint saved.
         LostProcessError: another process of the run has ended.
     """
-    with together() as processes:
+    end_with_parent()
+    with process_group() as processes:
         console = (console or Console()) if processes.main else Console(quiet=True)
         folder, source = processes.from_main(lambda: _folder_and_source(recipe, resume))
         recipe = recipe.model_copy(update={"output": str(folder), "plugins": plugins.resolved(recipe.plugins)})
         with _plain_errors(recipe, folder), ExitStack() as held, quiet_libraries():
             processes.from_main(lambda: held.enter_context(locked(folder)))
-            stopping = held.enter_context(Stopping(processes))
+            stopping = held.enter_context(StopTraining(processes))
             return _Run(recipe, folder, source, stopping, console, processes).go()
 
 
@@ -103,7 +106,7 @@ class _Run:
         recipe: Recipe,
         folder: Path,
         source: str | Path,
-        stopping: Stopping,
+        stopping: StopTraining,
         console: Console,
         processes: Processes = ALONE,
     ):
@@ -169,7 +172,7 @@ class _Run:
         self.facts = {
             "status": "running",
             "pid": os.getpid(),
-            "processes": self.processes.count,
+            "processes": self.processes.world_size,
             **record.environment(),
             "started": (previous or {}).get("started", record.now()),
             "resumed": [*(previous or {}).get("resumed", ()), *([record.now()] if previous else ())],
@@ -227,7 +230,7 @@ class _Run:
                     started=started,
                     data=fingerprints["data"],
                     base=base,
-                    processes=self.processes.count,
+                    processes=self.processes.world_size,
                     parameters=self.facts["parameters"],
                     **({"start": fingerprints["start"]} if "start" in fingerprints else {}),
                     main_metric=task.main_metric,
@@ -235,7 +238,7 @@ class _Run:
                     at_chance=at_chance,
                 ),
             )
-        self._write_facts(status="done", finished=record.now(), result=result)
+        self._write_facts(status="done", kind="done", finished=record.now(), result=result)
         return self.processes.from_main(lambda: result)
 
     def _write_facts(self, **more: Any) -> None:
@@ -256,8 +259,8 @@ class _Run:
         count = model.num_parameters()  # also of packed codes
         device, dtype = evaluate.default_device(), str(model.dtype).removeprefix("torch.")
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else record.device_name()
-        if self.processes.count > 1:
-            where += f", {self.processes.count} processes"
+        if self.processes.world_size > 1:
+            where += f", {self.processes.world_size} processes"
         say(
             self.console,
             "model",
@@ -288,7 +291,7 @@ class _Run:
             say(self.console, "note", f"[yellow]{escape(note)}[/]")
 
     def _put(
-        self, model: Any, tokenizer, kind: evaluate.Kind, rows, lr_warmup: int, start: Path | None
+        self, model: Any, tokenizer, kind: Kind, rows, lr_warmup: int, start: Path | None
     ) -> tuple[methods.Adapted, dict[str, Any]]:
         """`put`, with rows of the run for a start that looks at data, and how long it looked."""
         recipe = self.recipe
@@ -317,7 +320,7 @@ class _Run:
         self,
         method: methods.Adapted,
         source: str,
-        kind: evaluate.Kind,
+        kind: Kind,
         base: str,
         previous: dict[str, Any] | None,
         start: Path | None,
@@ -372,7 +375,7 @@ class _Run:
         opening = opening if self.recipe.adapter.start is None else "gate open"
         return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
 
-    def _start(self, method: methods.Adapted, rows, tokenizer, kind: evaluate.Kind) -> None:
+    def _start(self, method: methods.Adapted, rows, tokenizer, kind: Kind) -> None:
         """A start from the gradient where the recipe asks for one, and the start kept where every checkpoint is."""
         recipe, processes = self.recipe, self.processes
         if recipe.adapter.method == "duallora" and recipe.adapter.init != "gaussian":
@@ -417,10 +420,10 @@ class _Run:
             compute_loss_func=None if task.kind == "generate" else partial(row_loss, task.kind),
         )
         trainer.processes, trainer.kind, trainer.method = processes, task.kind, method
-        if processes.count > 1:
-            leave_in_place(model)
-        if processes.index:  # each draws its own dropout and tokens
-            set_seed((recipe.seed + processes.index) % 2**32)
+        if processes.world_size > 1:
+            ignore_quantized(model)
+        if processes.rank:  # each draws its own dropout and tokens
+            set_seed((recipe.seed + processes.rank) % 2**32)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if "tensorboard" in recipe.train.report_to and processes.main:
@@ -441,8 +444,8 @@ class _Run:
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
         finally:
-            show.close()
-            self.stopping.training = False
+            show.bar.close()
+            self.stopping.noted = False
         number = self.stopping.agreed()
         if number is not None:
             raise Interrupted(number, f"stopped after step {trainer.state.global_step} of {steps}")
@@ -622,7 +625,7 @@ class _Run:
         after = self.recipe.model_dump(mode="json")
         if previous.get("status") != "done":  # each process has generators of its own
             before = {**before, "processes (--launch)": previous.get("processes", 1)}
-            after["processes (--launch)"] = self.processes.count
+            after["processes (--launch)"] = self.processes.world_size
         checkpoint.refuse_drift(before, after)
         return previous
 
@@ -654,7 +657,11 @@ class _Run:
                 if not (path / checkpoint.MANIFEST).is_file():
                     shutil.rmtree(path, ignore_errors=True)
         if self.facts:
-            outcome = {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
+            outcome = {
+                "status": "interrupted" if stopped else "failed",
+                "kind": getattr(error, "kind", "stopped" if stopped else "failed"),
+                "error": f"{type(error).__name__}: {error}",
+            }
             with suppress(OSError):
                 record.write_json(self.folder / "run.json", {**self.facts, **outcome, "finished": record.now()})
         if stopped and (self.began or previous):
@@ -737,14 +744,14 @@ def _arguments(
     recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int, processes: Processes = ALONE
 ) -> TrainingArguments:
     options = recipe.train
-    batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.count)
+    batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.world_size)
     try:
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
-            average_tokens_across_devices=processes.count > 1,
+            average_tokens_across_devices=processes.world_size > 1,
             # Biases outside the adapted layers, and a model's own weights, may have no part in the loss (a pooler's).
             ddp_find_unused_parameters=getattr(recipe.adapter, "bias", "") == "all"
             or methods.get(recipe.adapter.method).whole,
@@ -855,32 +862,26 @@ def _folder_and_source(recipe: Recipe, resume: str) -> tuple[Path, str | Path]:
     return folder, source
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
-WRITER_WORDS = ("iostream error", "PytorchStreamWriter", "No space left", "os error 28", "File too large")
-
-
 @contextmanager
 def _plain_errors(recipe: Recipe, folder: Path) -> Iterator[None]:
     """Failures of the machine as `DiskError` and `OutOfMemoryError`, with what to do about them."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise DiskError(f"{error.filename or folder} cannot be written: {error.strerror}; {_free(folder)}") from error
-    except (MemoryError, RuntimeError, SafetensorError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
+    except DualLoraError:
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or ["no memory left"])[0]
+        if is_out_of_memory(error):
             options = recipe.train
             raise OutOfMemoryError(
                 f"out of memory with train.batch_size={options.batch_size} and data.max_length="
-                f"{recipe.data.max_length} ({text.splitlines()[0] if text else 'no memory left'}). Halve the batch size "
+                f"{recipe.data.max_length} ({said}). Halve the batch size "
                 f"and set train.gradient_accumulation_steps={2 * options.gradient_accumulation_steps} (the same run), "
                 "shorten data.max_length, or set train.gradient_checkpointing=true"
             ) from error
-        if any(word in text for word in WRITER_WORDS):
-            raise DiskError(f"{folder} cannot be written: {text.splitlines()[0]}; {_free(folder)}") from error
+        if is_disk_failure(error):
+            place, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, said)
+            raise DiskError(f"{place or folder} cannot be written: {reason}; {_free(folder)}") from error
         raise
 
 
