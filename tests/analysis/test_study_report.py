@@ -19,9 +19,9 @@ from duallora.recipes import reproduce
 pytest.importorskip("matplotlib")
 
 PAPER = [
-    {"variant": "duallora", "method": "Dual LoRA", "model": "RoBERTa-base", "figures": {"cola": 67.8, "stsb": 91.7, "average": 88.3}},
-    {"variant": "lora", "method": "LoRA", "model": "RoBERTa-base", "figures": {"cola": 63.9, "stsb": 91.1}, "note": "a misprint"},
-    {"variant": "galore", "method": "GaLore", "model": "RoBERTa-base", "figures": {"cola": 61.8}, "copied": "from another paper", "note": "a misprint"},
+    {"variant": "duallora", "method": "Dual LoRA", "model": "RoBERTa-base", "values": {"cola": 67.8, "stsb": 91.7, "average": 88.3}},
+    {"variant": "lora", "method": "LoRA", "model": "RoBERTa-base", "values": {"cola": 63.9, "stsb": 91.1}, "note": "a misprint"},
+    {"variant": "galore", "method": "GaLore", "model": "RoBERTa-base", "values": {"cola": 61.8}, "copied": "from another paper", "note": "a misprint"},
 ]  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_the_papers_numbers_stand_beside_ours_and_its_differences_beside_our_dif
 
 
 def test_a_paper_with_other_columns_is_shown_alone(summary):
-    printed = [{"variant": "lora", "figures": {"boolq": 67.5, "average": 76.3}}]
+    printed = [{"variant": "lora", "values": {"boolq": 67.5, "average": 76.3}}]
     found = table(summary, "paper", printed)
     assert found.title == "What the paper prints"
     assert cells(found, "lora")["boolq"].text == "67.5"
@@ -140,8 +140,8 @@ def test_one_task_shows_all_its_figures_and_parts_by_the_papers_names(tmp_path):
     found = table(summary, "figures")
     assert found.head[-3:] == ["average", "boolq", "piqa"]
     printed = [
-        {"variant": "lora", "figures": {"boolq": 60, "piqa": 70, "average": 80}},
-        {"variant": "duallora", "figures": {"boolq": 65, "piqa": 71, "average": 90}},
+        {"variant": "lora", "values": {"boolq": 60, "piqa": 70, "average": 80}},
+        {"variant": "duallora", "values": {"boolq": 65, "piqa": 71, "average": 90}},
     ]
     assert cells(table(summary, "paper", printed), "lora")["average"].small == "paper 65.0"
     assert "paper +3.0" in cells(table(summary, "differences", printed), "lora")["commonsense"].small

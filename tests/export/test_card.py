@@ -139,7 +139,7 @@ def e2e_folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_figure_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_folder, console, monkeypatch, same):
+def test_a_metric_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_folder, console, monkeypatch, same):
     monkeypatch.setattr(card, "RESAMPLES", 60)
     task = load_task("e2e", data_dir=e2e_folder)
     examples = list(task.splits["test"])[:9]
@@ -160,7 +160,7 @@ def test_a_figure_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_fold
     (run / "scores.json").write_text(json.dumps(result))
     card.card(run, base_model=BASE, data_dir=e2e_folder, console=console)
     lines = (run / "adapter" / "README.md").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("| bleu |") and "test" in line]
+    (line,) = [line for line in lines if line.startswith("| bleu (percent) |") and "test" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert float(cells[1]) == pytest.approx(metrics["bleu"], rel=1e-3)
     if same:

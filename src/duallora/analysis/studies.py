@@ -1,6 +1,6 @@
-"""A grid's folder as one JSON: what was run, the figures at each best search value, and how sure the comparisons are.
+"""A grid's folder as one JSON: what was run, the metrics at each best search value, and how sure the comparisons are.
 
-Which search value is best is `duallora.grid.study`'s to say; the figures are those on test rows, which it never reads.
+Which search value is best is `duallora.grid.study`'s to say; the metrics are those on test rows, which it never reads.
 Predictions, labels and texts enter the intervals and stay in the folder.
 """
 
@@ -11,33 +11,24 @@ import json
 import math
 import statistics as plain
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from duallora.analysis import statistics
-from duallora.analysis.statistics import ROUNDS, Estimate, Pool, Sample, Score
+from duallora.analysis.statistics import ROUNDS, Estimate, Pool, Sample
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
-from duallora.grid.study import CELLS, LOWER_IS_BETTER, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
-from duallora.tasks import metrics as scorers
-from duallora.tasks import nlg
+from duallora.grid.study import CELLS, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
+from duallora.tasks import Example, metrics
+from duallora.tasks.metrics import Metric
 from duallora.train import record
 
 PREDICTIONS = "predictions.jsonl"
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
-# Figures that are no function of sums, by the names the tasks give them.
-SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
-    "spearman": lambda guess, gold: scorers.correlation(*(rankdata(column) for column in (guess, gold))),
-    "macro_f1": lambda guess, gold: plain.fmean(scorers.f1(guess, gold, positive=name) for name in {*guess, *gold}),
-    "nist": nlg.nist,
-    "rouge_l": nlg.rouge_l,
-    "cider": nlg.cider,
-}
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
@@ -51,12 +42,12 @@ class _Runs(NamedTuple):
 class _Spreads(NamedTuple):
     """Of a task: the pooled spreads over seeds, and the variants whose own is of another kind and is used for them."""
 
-    figures: Pool | None
+    values: Pool | None
     differences: Pool | None
     apart: tuple[str, ...]
 
     def of(self, variant: str) -> Pool | None:
-        return None if variant in self.apart else self.figures
+        return None if variant in self.apart else self.values
 
     def between(self, one: str, other: str) -> Pool | None:
         return None if {one, other} & set(self.apart) else self.differences
@@ -65,7 +56,7 @@ class _Spreads(NamedTuple):
 def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
     """What `duallora report` shows of a grid's folder, whether it is finished or not.
 
-    ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of figures that need a
+    ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of metrics that need a
     call for each.
 
     Raises:
@@ -199,8 +190,8 @@ def _cell(name: str, tags: Mapping[str, Any], outcome: Outcome | None) -> dict[s
     }
 
 
-def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if is_number(value)}
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if is_number(value)}
 
 
 def _plain(study: Study) -> dict[str, Any]:
@@ -247,67 +238,84 @@ def _of_method(study: Study, found: Outcomes, method: str) -> str | None:
     return None
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def _sample(
     folder: Path, study: Study, found: Outcomes, task: str, runs: Mapping[str, _Runs], rounds: int, number: int
 ) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], Sample]]]:
-    """(what is known of a task, the resampled figures of each variant with their seeds)."""
+    """(what is known of a task, the resampled values of each variant with their seeds)."""
     flat = [(variant, seed, outcome) for variant, one in runs.items() for seed, outcome in one.cells.items()]
     if not flat:
         return {"metric": study.metric, "chosen_by": study.metric}, {}
     split = "test" if all(outcome.test for _, _, outcome in flat) else "validation"
-    metric = _reported(study, folder, flat[0][2], split)
-    facts: dict[str, Any] = {"metric": metric, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
+    name = _reported(study, folder, flat[0][2], split)
+    facts: dict[str, Any] = {"metric": name, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
     if split == "validation":
         return {**facts, "note": "no test rows were scored (eval.test)"}, {}
+    metric = _metric(flat[0][2], name)
     read = [_predictions(folder, outcome.name, metric) for _, _, outcome in flat]
-    golds = [gold for _, gold in read]
-    for (_, _, outcome), gold in zip(flat, golds, strict=True):
-        if gold != golds[0]:
+    examples = read[0][1]
+    for (_, _, outcome), (_, own) in zip(flat, read, strict=True):
+        if own != examples:
             raise IntegrityError(
                 f"{flat[0][2].name} and {outcome.name} were scored on different test rows: nothing can be compared; remove "
                 "the cells of one of them and run the grid again"
             )
-    facts |= {"examples": len(golds[0]), "test_is_validation": flat[0][2].same_rows}
-    recorded = [outcome.test.get(str(metric)) for _, _, outcome in flat]
-    score = _score(metric, read[0], recorded[0])
-    for (_, _, outcome), pair, figure in zip(flat, read, recorded, strict=True):
-        if score is None or _score(metric, pair, figure) is not score:
-            note = f"no intervals: nothing here computes {metric} as {outcome.name} recorded it from its predictions"
+    facts |= {"examples": len(examples), "test_is_validation": flat[0][2].same_rows}
+    for (_, _, outcome), (predictions, _) in zip(flat, read, strict=True):
+        if not _follows(outcome.test.get(metric.name), metric, predictions, examples):
+            note = f"no intervals: nothing here computes {name} as {outcome.name} recorded it from its predictions"
             return {**facts, "note": note}, {}
-    assert score is not None
-    rounds = rounds if isinstance(score, Score) else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
-    sample = statistics.resample(score, [guess for guess, _ in read], golds[0], rounds=rounds, seed=number)
+    rounds = rounds if metric.compute is None else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
+    sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=number)
     facts["rounds"] = rounds
     samples = {}
     for variant, one in runs.items():
         columns = [index for index, (name, _, _) in enumerate(flat) if name == variant]
-        samples[variant] = tuple(one.cells), Sample(sample.figures[columns], sample.resampled[:, columns])
+        samples[variant] = tuple(one.cells), Sample(sample.values[columns], sample.resampled[:, columns])
     return facts, samples
 
 
 def _reported(study: Study, folder: Path, outcome: Outcome, split: str) -> str | None:
-    """The figure of the tables: the study's where it is one of success, or the loss of answers, else the task's main one."""
-    figures = outcome.test if split == "test" else outcome.metrics
-    if study.metric in figures and study.metric not in LOWER_IS_BETTER:
-        return study.metric
-    if study.metric == "loss" and split == "test" and "tokens" in _lines(folder, outcome.name)[0]:
-        return study.metric
-    return outcome.main_metric if outcome.main_metric in figures else study.metric
+    """What the tables show: the study's metric where rows tell it, else the task's main one."""
+    values = outcome.test if split == "test" else outcome.metrics
+    metric = _metric(outcome, study.metric)
+    if metric.likelihood:
+        there = split == "test" and "tokens" in _lines(folder, outcome.name)[0]
+    else:
+        there = study.metric in values
+    return study.metric if there or outcome.main_metric not in values else outcome.main_metric
 
 
-def _predictions(folder: Path, name: str, metric: str | None) -> tuple[list[Any], list[Any]]:
-    """(predictions, gold) of a cell, as `statistics.matching` takes them."""
+def _metric(outcome: Outcome, name: str | None) -> Metric:
+    """What the run recorded as ``name``."""
+    return metrics.find(name, outcome.recipe.get("data", {}).get("task"))
+
+
+def _follows(recorded: Any, metric: Metric, predictions: Sequence[Any], examples: Sequence[Example]) -> bool:
+    """Whether the recorded value is that of these predictions: programs outside of Python, or other code, made others."""
+    if not is_number(recorded) or not (metric.statistics or metric.compute):
+        return False
+    try:
+        return math.isclose(metric.value(predictions, examples), recorded, rel_tol=1e-6, abs_tol=1e-6)
+    except (TypeError, ValueError, AttributeError):  # a task's own function, of another kind under a known name
+        return False
+
+
+def _predictions(folder: Path, name: str, metric: Metric) -> tuple[list[Any], list[Example]]:
+    """(what the metric takes for predictions, the rows) of a cell."""
     lines = _lines(folder, name)
     try:
-        truths = [line["references"] if "references" in line else line["label"] for line in lines]
-        if metric == AVERAGE:
-            truths = [(line.get("group", ""), truth) for line, truth in zip(lines, truths, strict=True)]
-        if metric == "loss":
-            return [(line["log_likelihood"], line["tokens"]) for line in lines], truths
-        return [line["prediction"] for line in lines], truths
+        examples = [
+            Example(references=tuple(line["references"]), group=line.get("group", ""))
+            if "references" in line
+            else Example(label=line["label"], group=line.get("group", ""))
+            for line in lines
+        ]
+        if metric.likelihood:
+            return [(line["log_likelihood"], line["tokens"]) for line in lines], examples
+        return [line["prediction"] for line in lines], examples
     except (KeyError, TypeError) as error:
         raise _damaged(folder, name, error) from None
 
@@ -327,16 +335,6 @@ def _damaged(folder: Path, name: str, error: Exception) -> IntegrityError:
     return IntegrityError(f"{path} is damaged ({error!r}): remove {path.parent} and run the grid again")
 
 
-def _score(metric: str | None, pair: tuple[list[Any], list[Any]], recorded: Any) -> Any:
-    """What gives the recorded figure of a cell from its predictions, or None."""
-    if metric is None or not is_number(recorded):
-        return None
-    if metric in SLOW:
-        found = SLOW[metric](*pair)
-        return SLOW[metric] if math.isclose(found, recorded, rel_tol=1e-6, abs_tol=1e-6) else None
-    return statistics.matching(metric, *pair, recorded)
-
-
 def _row(
     folder: Path,
     task: str,
@@ -348,7 +346,7 @@ def _row(
 ) -> dict[str, Any]:
     metric, test = facts["metric"], facts.get("split") == "test"
     every = [_numbers(outcome.test if test else outcome.metrics) for outcome in runs.cells.values()]
-    figures = [figures[metric] for figures in every if metric in figures]
+    values = [own[metric] for own in every if metric in own]
     first = next(iter(runs.cells.values()))
     row = {
         "task": task,
@@ -356,8 +354,8 @@ def _row(
         "metric": metric,
         "values": dict(runs.point.values),
         "seeds": list(runs.cells),
-        "figures": figures,
-        **_spread(figures),
+        "figures": values,
+        **_spread(values),
         "validation": _mean(outcome.metrics.get(str(facts["chosen_by"])) for outcome in runs.cells.values()),
         "every": {name: _spread([one[name] for one in every if name in one]) for name in every[0]},
         "parameters": dict(first.parameters),
@@ -370,16 +368,16 @@ def _row(
 
 def _spreads(study: Study, sampled: Mapping[str, tuple[tuple[int, ...], Sample]]) -> _Spreads:
     """From the variants whose every seed came through."""
-    whole = {name: sample.figures for name, (seeds, sample) in sampled.items() if len(seeds) == len(study.seeds)}
+    whole = {name: sample.values for name, (seeds, sample) in sampled.items() if len(seeds) == len(study.seeds)}
     if not whole:
         return _Spreads(None, None, ())
     apart = [list(whole)[index] for index in statistics.outlying(np.stack(list(whole.values())))]
-    alike = np.stack([figures for name, figures in whole.items() if name not in apart])
+    alike = np.stack([values for name, values in whole.items() if name not in apart])
     return _Spreads(statistics.pool(alike, differences=False), statistics.pool(alike, differences=True), tuple(apart))
 
 
-def _spread(figures: Sequence[float]) -> dict[str, Any]:
-    return {"mean": _mean(figures), "sd": plain.stdev(figures) if len(figures) > 1 else None}
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": _mean(values), "sd": plain.stdev(values) if len(values) > 1 else None}
 
 
 def _mean(values: Iterable[Any]) -> float | None:
@@ -404,13 +402,13 @@ def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
             row["cpu_ratio"] = row["cpu_seconds"] / time[row["task"]]
 
 
-def _higher_is_better(facts: Mapping[str, Any]) -> bool:
-    return facts["metric"] not in LOWER_IS_BETTER
-
-
 def _complete(study: Study, samples: Mapping[tuple[str, str], Any], facts: Mapping[str, Any]) -> list[str]:
-    """The variants that have a figure on every task, where there are several and the figures have one direction."""
-    if len(study.tasks) < 2 or AVERAGE in study.tasks or len(set(map(_higher_is_better, facts.values()))) > 1:
+    """The variants with a value on every task, where there are several tasks and their metrics have one direction."""
+    if (
+        len(study.tasks) < 2
+        or AVERAGE in study.tasks
+        or len({metrics.find(own["metric"]).higher_is_better for own in facts.values()}) > 1
+    ):
         return []
     return [variant for variant in study.variants if all((task, variant) in samples for task in study.tasks)]
 
@@ -456,7 +454,7 @@ def _pairs(
     whole = _complete(study, samples, facts)
     for task in [*study.tasks, *([AVERAGE] if reference in whole else [])]:
         of_task = []
-        higher = _higher_is_better(facts[next(iter(study.tasks)) if task == AVERAGE else task])
+        higher = metrics.find(facts[next(iter(study.tasks)) if task == AVERAGE else task]["metric"]).higher_is_better
         for other in study.variants:
             tasks = list(study.tasks) if task == AVERAGE else [task]
             if other == reference or not all((name, who) in samples for name in tasks for who in (reference, other)):
@@ -490,7 +488,7 @@ def _paired(
 
     def of(seeds: tuple[int, ...], sample: Sample) -> Sample:
         columns = [seeds.index(seed) for seed in common]
-        return Sample(sample.figures[columns], sample.resampled[:, columns])
+        return Sample(sample.values[columns], sample.resampled[:, columns])
 
     return common, statistics.difference(of(*one), of(*other)) if common else None
 
@@ -590,7 +588,7 @@ def _edges(study: Study, found: Outcomes, best: Mapping[tuple[str, str], _Runs |
 
 
 def statement(summary: Mapping[str, Any]) -> list[str]:
-    """What the data can say and what they cannot, in sentences, from the figures alone."""
+    """What the data can say and what they cannot, in sentences, from the summary alone."""
     return [*_completeness(summary), *_protocol(summary), *_comparisons(summary), *_limits(summary)]
 
 
@@ -624,9 +622,9 @@ def _protocol(summary: Mapping[str, Any]) -> Iterator[str]:
         how = ""
     first = f"with {study['search_seeds']} seed{'s' * (study['search_seeds'] > 1)}"
     if how:
-        yield f"Search: {how}, chosen on validation rows {first}; figures are means over {_count(seeds, 'seed')} at the chosen value."
+        yield f"Search: {how}, chosen on validation rows {first}; values are means over {_count(seeds, 'seed')} at the chosen value."
     else:
-        yield f"Nothing was tuned; figures are means over {_count(seeds, 'seed')}."
+        yield f"Nothing was tuned; values are means over {_count(seeds, 'seed')}."
     if differing := {key: values for key, values in summary["unequal"].items() if key != "search"}:
         parts = [f"{key} ({_grouped(values)})" for key, values in differing.items()]
         yield f"Beyond the method and the search, the variants differ in {'; '.join(parts)}."
@@ -702,7 +700,7 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
             )
     same = [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]
     if same:
-        yield f"{', '.join(same)}: validation and test are the same rows, so the figures are those that chose the values: too good by that."
+        yield f"{', '.join(same)}: validation and test are the same rows, so the metrics are those that chose the values: too good by that."
     for task, facts in summary["tasks"].items():
         if facts.get("note"):
             yield f"{task}: {facts['note']}."
@@ -748,7 +746,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Figures to six digits: more would only be noise in comparisons of files."""
+    """Numbers to six digits: more would only be noise in comparisons of files."""
     if isinstance(value, Mapping):
         return {key: _rounded(held) for key, held in value.items()}
     if isinstance(value, (list, tuple)):
