@@ -29,6 +29,7 @@ PREDICTIONS = "predictions.jsonl"
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
+CLOSE: dict[str, float] = {"rel_tol": 1e-6, "abs_tol": 1e-6}  # a recorded value and that of the recorded predictions
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
@@ -89,8 +90,8 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
             _row(folder, task, variant, one, facts[task], sampled.get(variant), spreads[task].of(variant))
             for variant, one in runs.items()
         ]
-    _add_ratios(rows, _baseline(study, found))
-    reference = _reference(study, found)
+    _add_ratios(rows, _by_method(study, best, "lora"))
+    reference = study.reference or _by_method(study, best, "duallora") if len(study.variants) > 1 else None
     pairs = _pairs(study, samples, spreads, reference, facts) if reference else []
     rows += _averages(study, samples, spreads, rows, facts)
     ran = [name for name in (cell.name for cell in wanted) if name in found]
@@ -214,27 +215,14 @@ def _provenance(folder: Path, found: Outcomes, names: Iterable[str]) -> dict[str
     }
 
 
-def _reference(study: Study, found: Outcomes) -> str | None:
-    """The variant that the others are compared with: the study's own, else Dual LoRA, where more than one is there."""
-    if len(study.variants) < 2:
-        return None
-    if study.reference or "duallora" in study.variants:
-        return study.reference or "duallora"
-    return _of_method(study, found, "duallora")
-
-
-def _baseline(study: Study, found: Outcomes) -> str | None:
-    return "lora" if "lora" in study.variants else _of_method(study, found, "lora")
-
-
-def _of_method(study: Study, found: Outcomes, method: str) -> str | None:
-    """The first variant that trains by ``method``."""
-    for variant in study.variants:
-        for task in study.tasks:
-            best = _best(study, found, task, variant)
-            for outcome in best.cells.values() if best else ():
-                if outcome.recipe.get("adapter", {}).get("method") == method:
-                    return variant
+def _by_method(study: Study, best: Mapping[tuple[str, str], _Runs | None], method: str) -> str | None:
+    """The variant called ``method``, else the first that trains by it."""
+    if method in study.variants:
+        return method
+    for (_, variant), runs in sorted(best.items(), key=lambda item: list(study.variants).index(item[0][1])):
+        for outcome in runs.cells.values() if runs else ():
+            if outcome.recipe.get("adapter", {}).get("method") == method:
+                return variant
     return None
 
 
@@ -263,12 +251,16 @@ def _sample(
                 "the cells of one of them and run the grid again"
             )
     facts |= {"examples": len(examples), "test_is_validation": flat[0][2].same_rows}
-    for (_, _, outcome), (predictions, _) in zip(flat, read, strict=True):
-        if not _follows(outcome.test.get(metric.name), metric, predictions, examples):
+    rounds = rounds if metric.compute is None else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
+    sample = None
+    if metric.statistics or metric.compute:
+        sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=number)
+    for index, (_, _, outcome) in enumerate(flat):
+        recorded = outcome.test.get(metric.name)
+        if not is_number(recorded) or sample is None or not math.isclose(sample.values[index], recorded, **CLOSE):
             note = f"no intervals: nothing here computes {name} as {outcome.name} recorded it from its predictions"
             return {**facts, "note": note}, {}
-    rounds = rounds if metric.compute is None else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
-    sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=number)
+    assert sample is not None
     facts["rounds"] = rounds
     samples = {}
     for variant, one in runs.items():
@@ -291,16 +283,6 @@ def _reported(study: Study, folder: Path, outcome: Outcome, split: str) -> str |
 def _metric(outcome: Outcome, name: str | None) -> Metric:
     """What the run recorded as ``name``."""
     return metrics.find(name, outcome.recipe.get("data", {}).get("task"))
-
-
-def _follows(recorded: Any, metric: Metric, predictions: Sequence[Any], examples: Sequence[Example]) -> bool:
-    """Whether the recorded value is that of these predictions: programs outside of Python, or other code, made others."""
-    if not is_number(recorded) or not (metric.statistics or metric.compute):
-        return False
-    try:
-        return math.isclose(metric.value(predictions, examples), recorded, rel_tol=1e-6, abs_tol=1e-6)
-    except (TypeError, ValueError, AttributeError):  # a task's own function, of another kind under a known name
-        return False
 
 
 def _predictions(folder: Path, name: str, metric: Metric) -> tuple[list[Any], list[Example]]:
@@ -386,12 +368,7 @@ def _mean(values: Iterable[Any]) -> float | None:
 
 
 def _estimated(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "mean": estimate.mean,
-        "sd": estimate.sd,
-        "interval": list(estimate.interval),
-        "interval_of_models": list(estimate.interval_of_models),
-    }
+    return {name: value for name, value in estimate._asdict().items() if name != "p"}
 
 
 def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
@@ -472,8 +449,8 @@ def _pairs(
                 estimate = statistics.mean_of(differences, pools)
             else:
                 estimate = statistics.estimate(differences[0], pools[0])
-            pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **_estimated(estimate)}
-            of_task.append({**pair, "p": estimate.p})
+            pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **estimate._asdict()}
+            of_task.append(pair)
         for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
             gain = pair["mean"] if higher else -pair["mean"]
             pairs.append({**pair, "p_adjusted": p, "better": statistics.verdict(gain, p)})

@@ -182,8 +182,12 @@ def _column(values: Any) -> np.ndarray:
     return np.array([[float(value)] for value in values])
 
 
+def _mean(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / np.maximum(1.0, sums[..., 1])
+
+
 def _percent(sums: np.ndarray) -> np.ndarray:
-    return 100.0 * sums[..., 0] / np.maximum(1.0, sums[..., 1])
+    return 100.0 * _mean(sums)
 
 
 def _groups(predictions: Sequence, examples: Sequence[Example]) -> np.ndarray:
@@ -228,12 +232,9 @@ def _columns(predictions: Sequence[float], examples: Sequence[Example]) -> tuple
     return np.asarray(predictions, dtype=float), np.array([row.label for row in examples], dtype=float)
 
 
-def _moments(predictions: Sequence[float], examples: Sequence[Example]) -> np.ndarray:
-    return _moments_of(*_columns(predictions, examples))
-
-
-def _moments_of(*columns: np.ndarray) -> np.ndarray:
+def _moments(predictions: Sequence[float], examples: Sequence[Example], read: Callable = np.asarray) -> np.ndarray:
     """1, x, y, x^2, y^2, xy of the standardized columns; a constant column becomes zeros."""
+    columns = map(read, _columns(predictions, examples))
     x, y = (np.zeros_like(own) if np.ptp(own) == 0 else (own - own.mean()) / own.std() for own in columns)
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
@@ -251,8 +252,7 @@ def _correlation(sums: np.ndarray) -> np.ndarray:
 def _spearman(predictions: Sequence[float], examples: Sequence[Example]) -> float:
     from scipy.stats import rankdata
 
-    ranks = map(rankdata, _columns(predictions, examples))
-    return float(_correlation(_moments_of(*ranks).sum(axis=0)))
+    return float(_correlation(_moments(predictions, examples, rankdata).sum(axis=0)))
 
 
 def _squares(predictions: Sequence[float], examples: Sequence[Example]) -> np.ndarray:
@@ -267,7 +267,7 @@ register(
 register(Metric("spearman", compute=_spearman, unit="percent"))
 register(
     Metric(
-        "rmse", _squares, lambda sums: np.sqrt(sums[..., 0] / np.maximum(1.0, sums[..., 1])), higher_is_better=False,
+        "rmse", _squares, lambda sums: np.sqrt(_mean(sums)), higher_is_better=False,
         digits=2,
     )
 )  # fmt: skip
@@ -312,7 +312,7 @@ def _rouge_l(predictions: Sequence[str], examples: Sequence[Example]) -> list[li
 register(bleu())
 register(Metric("nist", compute=_of_references(nlg.nist), digits=2))
 register(Metric("nist_perl", compute=_of_references(nlg.nist, perl=True)))
-register(Metric("rouge_l", _rouge_l, lambda sums: sums[..., 0] / np.maximum(1.0, sums[..., 1]), unit="percent"))
+register(Metric("rouge_l", _rouge_l, _mean, unit="percent"))
 register(Metric("cider", compute=_of_references(nlg.cider), digits=2))
 register(Metric("meteor", unit="percent"))
 
@@ -323,14 +323,8 @@ def _tokens(answers: Sequence[tuple[float, int]], examples: Sequence[Example]) -
     return np.array([[-log_likelihood, tokens] for log_likelihood, tokens in answers], dtype=float)
 
 
-def _per_token(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / np.maximum(1.0, sums[..., 1])
-
-
-_loss = Metric("loss", _tokens, _per_token, higher_is_better=False, unit="nats", digits=3, likelihood=True)
+_loss = Metric("loss", _tokens, _mean, higher_is_better=False, unit="nats", digits=3, likelihood=True)
 register(_loss)
 register(
-    replace(
-        _loss, name="perplexity", unit="", digits=2, of_sums=lambda sums: np.exp(np.minimum(_per_token(sums), 700.0))
-    )
+    replace(_loss, name="perplexity", unit="", digits=2, of_sums=lambda sums: np.exp(np.minimum(_mean(sums), 700.0)))
 )
