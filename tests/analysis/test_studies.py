@@ -49,11 +49,11 @@ def test_each_row_is_the_test_values_of_every_seed_at_the_value_chosen_on_valida
     for task, metric in (("cola", "matthews"), ("stsb", "pearson")):
         for variant, skill, rate in (("lora", 0.7, 3e-3), ("duallora", 0.9, 1e-2), ("dora", 0.7, 3e-3)):
             row = row_of(summary, task, variant)
-            figures = [score(task, guesses(task, skill, seed))[metric] for seed in (0, 1, 2)]
+            recorded = [score(task, guesses(task, skill, seed))[metric] for seed in (0, 1, 2)]
             assert row["values"] == study.best(found, task, variant).values == {"train.learning_rate": rate}
-            assert row["figures"] == pytest.approx(figures, rel=1e-5)
-            assert row["mean"] == pytest.approx(np.mean(figures), rel=1e-5)
-            assert row["sd"] == pytest.approx(np.std(figures, ddof=1), rel=1e-4)
+            assert row["figures"] == pytest.approx(recorded, rel=1e-5)
+            assert row["mean"] == pytest.approx(np.mean(recorded), rel=1e-5)
+            assert row["sd"] == pytest.approx(np.std(recorded, ddof=1), rel=1e-4)
             assert row["interval"][0] < row["mean"] < row["interval"][1]
             assert row["steps"] == 6
     assert row_of(summary, "cola", "duallora")["every"]["accuracy"]["mean"] == pytest.approx(

@@ -41,11 +41,11 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
     assert (front["license"], front["language"], front["datasets"]) == ("mit", "en", ["me/sums"])
     (index,) = front["model-index"]
     facts = json.loads((run / "run.json").read_text())
-    figures = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
     own = facts["result"]["metrics"]
-    assert figures
-    assert figures == {name: pytest.approx(own[name], abs=1e-4) for name in figures}
-    assert not {"loss", "perplexity", "train_seconds"} & set(figures)
+    assert values
+    assert values == {name: pytest.approx(own[name], abs=1e-4) for name in values}
+    assert not {"loss", "perplexity", "train_seconds"} & set(values)
     text = ModelCard.load(path).text
     assert text.index("import duallora") < text.index('PeftModel.from_pretrained(base, "me/sums")')
     assert 'AutoTokenizer.from_pretrained("me/sums")' in text

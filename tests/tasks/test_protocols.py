@@ -1,4 +1,4 @@
-"""The paper's tasks: prompt bytes, answer extraction, figures, file layouts, and the real data's sizes."""
+"""The paper's tasks: prompt bytes, answer extraction, metrics, file layouts, and the real data's sizes."""
 
 from __future__ import annotations
 
@@ -251,13 +251,13 @@ def test_a_stray_broken_line_of_a_large_glue_file_is_left_out_with_a_warning(tmp
     assert "1 bad row of 1501" in caplog.text
 
 
-def test_glue_figures(tmp_path):
+def test_glue_metrics(tmp_path):
     rows = [Example(texts=("t",), label=label) for label in (1, 1, 0, 0)]
     guess = [1, 0, 0, 0]
     assert set(load_task("cola", data_dir=tmp_path).metrics(guess, rows)) == {"matthews", "accuracy"}
     for name in ("mrpc", "qqp"):
-        figures = load_task(name, data_dir=tmp_path).metrics(guess, rows)
-        assert figures == {"accuracy": 75.0, "f1": pytest.approx(100 * 2 / 3)}
+        values = load_task(name, data_dir=tmp_path).metrics(guess, rows)
+        assert values == {"accuracy": 75.0, "f1": pytest.approx(100 * 2 / 3)}
     assert load_task("rte", data_dir=tmp_path).metrics(guess, rows) == {"accuracy": 75.0}
 
 
@@ -267,8 +267,8 @@ def test_mnli_test_scores_both_development_sets_together_and_apart(tmp_path):
     glue_file(tmp_path, "MNLI", "dev_mismatched.tsv", [header, "0\tc\td\tentailment", "1\tc\td\tneutral"])
     task = load_task("mnli", data_dir=tmp_path)
     assert len(task.splits["validation"]) == 2
-    figures = task.metrics([1, 2, 0, 0], task.splits["test"])
-    assert figures == {"accuracy": 75.0, "accuracy_matched": 100.0, "accuracy_mismatched": 50.0}
+    values = task.metrics([1, 2, 0, 0], task.splits["test"])
+    assert values == {"accuracy": 75.0, "accuracy_matched": 100.0, "accuracy_mismatched": 50.0}
 
 
 def test_a_folder_called_mismatched_does_not_change_mnlis_halves(tmp_path):
@@ -368,7 +368,7 @@ def test_real_test_sets_have_the_published_sizes_and_gold_answers_score_full(sha
 def test_real_e2e_leave_one_out_equals_the_official_scorer(shared_data):
     """The last reference of each meaning scored against the others.
 
-    Official figures: coco-caption's Python scorers behind Stanford's Java tokenizer, run once on the same split.
+    Official values: coco-caption's Python scorers behind Stanford's Java tokenizer, run once on the same split.
     """
     from duallora.tasks import nlg
 

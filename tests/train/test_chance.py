@@ -1,4 +1,4 @@
-"""A run that has learned nothing says so, with the figures and the remedy; one that has learned something does not."""
+"""A run that has learned nothing says so, with the metrics and the remedy; one that has learned something does not."""
 
 import json
 import math
