@@ -92,8 +92,15 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
         ]
     _add_ratios(rows, _by_method(study, best, "lora"))
     reference = study.reference or _by_method(study, best, "duallora") if len(study.variants) > 1 else None
-    pairs = _pairs(study, samples, spreads, reference, facts) if reference else []
-    rows += _averages(study, samples, spreads, rows, facts)
+    # The average is over tasks whose metrics have one direction, of the variants with a value on every task.
+    alike = len({metrics.find(own["metric"]).higher_is_better for own in facts.values()}) == 1 < len(study.tasks)
+    whole = [
+        variant
+        for variant in study.variants
+        if alike and AVERAGE not in study.tasks and all((task, variant) in samples for task in study.tasks)
+    ]
+    pairs = _pairs(study, samples, spreads, reference, facts, reference in whole) if reference else []
+    rows += [_average(study, variant, samples, spreads, rows) for variant in whole]
     ran = [name for name in (cell.name for cell in wanted) if name in found]
     summary = {
         "kind": KIND,
@@ -379,44 +386,28 @@ def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
             row["cpu_ratio"] = row["cpu_seconds"] / time[row["task"]]
 
 
-def _complete(study: Study, samples: Mapping[tuple[str, str], Any], facts: Mapping[str, Any]) -> list[str]:
-    """The variants with a value on every task, where there are several tasks and their metrics have one direction."""
-    if (
-        len(study.tasks) < 2
-        or AVERAGE in study.tasks
-        or len({metrics.find(own["metric"]).higher_is_better for own in facts.values()}) > 1
-    ):
-        return []
-    return [variant for variant in study.variants if all((task, variant) in samples for task in study.tasks)]
-
-
-def _averages(
+def _average(
     study: Study,
+    variant: str,
     samples: Mapping[tuple[str, str], Any],
     spreads: Mapping[str, _Spreads],
     rows: Sequence[dict[str, Any]],
-    facts: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """A row over all tasks for each variant that has them all."""
-    made = []
-    for variant in _complete(study, samples, facts):
-        own = [row for row in rows if row["variant"] == variant]
-        estimate = statistics.mean_of(
-            [samples[task, variant][1] for task in study.tasks], [spreads[task].of(variant) for task in study.tasks]
-        )
-        ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
-        made.append(
-            {
-                "task": AVERAGE,
-                "variant": variant,
-                "metric": AVERAGE,
-                "parameters": own[0]["parameters"],
-                "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
-                **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
-                **_estimated(estimate),
-            }
-        )
-    return made
+) -> dict[str, Any]:
+    """The row of a variant over all tasks."""
+    own = [row for row in rows if row["variant"] == variant]
+    ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
+    estimate = statistics.mean_of(
+        [samples[task, variant][1] for task in study.tasks], [spreads[task].of(variant) for task in study.tasks]
+    )
+    return {
+        "task": AVERAGE,
+        "variant": variant,
+        "metric": AVERAGE,
+        "parameters": own[0]["parameters"],
+        "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
+        **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
+        **_estimated(estimate),
+    }
 
 
 def _pairs(
@@ -425,11 +416,11 @@ def _pairs(
     spreads: Mapping[str, _Spreads],
     reference: str,
     facts: Mapping[str, Any],
+    average: bool,
 ) -> list[dict[str, Any]]:
     """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
     pairs = []
-    whole = _complete(study, samples, facts)
-    for task in [*study.tasks, *([AVERAGE] if reference in whole else [])]:
+    for task in [*study.tasks, *([AVERAGE] if average else [])]:
         of_task = []
         higher = metrics.find(facts[next(iter(study.tasks)) if task == AVERAGE else task]["metric"]).higher_is_better
         for other in study.variants:
@@ -472,7 +463,7 @@ def _paired(
 
 def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any] | None:
     """Training loss by step, the mean over seeds of the steps that all of them logged, in at most 40 bins."""
-    logs = [dict(_losses(folder / CELLS / outcome.name / "log.jsonl", "loss")) for outcome in runs.cells.values()]
+    logs = [dict(_losses(folder / CELLS / outcome.name / "log.jsonl")) for outcome in runs.cells.values()]
     steps = sorted(set.intersection(*map(set, logs))) if logs else []
     if len(steps) < 2:
         return None
@@ -487,15 +478,15 @@ def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any]
     }
 
 
-def _losses(path: Path, key: str) -> Iterator[tuple[int, float]]:
+def _losses(path: Path) -> Iterator[tuple[int, float]]:
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:  # a kill can cut the last line short
                 continue
-            if "step" in line and is_number(line.get(key)):
-                yield line["step"], line[key]
+            if "step" in line and is_number(line.get("loss")):
+                yield line["step"], line["loss"]
 
 
 # -- what is equal and what is not ------------------------------------------------------------------------------------
