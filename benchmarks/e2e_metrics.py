@@ -1,4 +1,4 @@
-"""The E2E figures of a run's predictions, by duallora and by the programs behind the official scorer.
+"""The E2E metrics of a run's predictions, by duallora and by the programs behind the official scorer.
 
     DUALLORA_PYCOCOEVALCAP=FOLDER python benchmarks/e2e_metrics.py RUN --perl SCRIPT --output results/e2e_metrics.json
 
@@ -61,7 +61,7 @@ def main() -> None:
     lines = [json.loads(line) for line in (given.run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     predictions, references = [line["prediction"] for line in lines], [line["references"] for line in lines]
     examples = [Example(references=tuple(own)) for own in references]
-    own = e2e.e2e_metrics(predictions, examples)
+    own = e2e.METRICS(predictions, examples)
     ours = {**own, **e2e.official_metrics(predictions, examples)[0]}
     theirs = {**by_perl(given.perl, predictions, references), **by_coco(predictions, references)}
     facts = record.read_json(given.run / "metrics.json")

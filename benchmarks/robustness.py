@@ -187,7 +187,7 @@ def cell(runs: Path, task: str, model: str, method: str, seed: int) -> dict[str,
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is committed: rows of smallest, median and greatest figure over the seeds, and every cell."""
+    """What is committed: rows of smallest, median and greatest value over the seeds, and every cell."""
     rows = []
     for task, model, method in dict.fromkeys((one["task"], one["model"], one["method"]) for one in found):
         own = [one for one in found if (one["task"], one["model"], one["method"]) == (task, model, method)]
@@ -222,7 +222,7 @@ def keep(runs: Path, table: dict[str, Any]) -> None:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/results.md."""
     lines = [
-        "| task, model | figure | chance | Dual LoRA: worst, median, best | LoRA: worst, median, best | steps |",
+        "| task, model | metric | chance | Dual LoRA: worst, median, best | LoRA: worst, median, best | steps |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for task, model in dict.fromkeys((row["task"], row["model"]) for row in rows):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "export": {"export", "train", "tasks", "tuner", "core", "errors", "console"},
     "serve": {"serve", "train", "tasks", "tuner", "errors", "console"},
     "plan": {"plan", "train", "errors", "__root__"},
-    "grid": {"grid", "train", "errors", "console"},
+    "grid": {"grid", "train", "tasks", "errors", "console"},
     "analysis": {"analysis", "grid", "plots", "train", "tasks", "tuner", "core", "errors", "console"},
     "recipes": {"recipes", "grid", "methods", "plan", "train", "tasks", "errors"},
 }

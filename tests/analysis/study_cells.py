@@ -8,41 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from duallora.grid.study import CELLS, STUDY, Cell, Study, outcomes
-from duallora.tasks import metrics
+from duallora.tasks import Example
+from duallora.tasks.metrics import Metrics
 
 GOLD = {"cola": np.random.default_rng(0).integers(0, 2, 150).tolist()}
 GOLD["stsb"] = (np.random.default_rng(1).random(120) * 5).round(2).tolist()
 GOLD["twin"] = GOLD["cola"]  # a second task of as many rows
 GOLD["e2e"] = [[f"text {number}"] for number in range(60)]
 GOLD["commonsense"] = [("boolq", ["true"])] * 40 + [("piqa", ["solution1"])] * 20
-BOOLQ, PIQA = slice(40), slice(40, 60)
-MAIN = {"cola": "matthews", "twin": "matthews", "stsb": "pearson", "commonsense": "average", "e2e": "bleu"}
+METRICS = {
+    "cola": Metrics("matthews", "accuracy"), "twin": Metrics("matthews", "accuracy"),
+    "stsb": Metrics("pearson", "spearman"), "commonsense": Metrics("average", by_group=["accuracy"]),
+    "e2e": Metrics("bleu"),
+}  # fmt: skip
 ENVIRONMENT = {
     "commit": "a" * 40, "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "device": "cpu (test)",
     "threads": 1, "platform": "Linux x86_64",
 }  # fmt: skip
 
 
+def rows(task: str) -> list[Example]:
+    """The test rows as a run has them."""
+    return [
+        Example(**{key: value if key != "references" else tuple(value) for key, value in truth(one).items()})
+        for one in GOLD[task]
+    ]
+
+
 def score(task: str, guess: list) -> dict[str, float]:
-    if task in ("cola", "twin"):
-        return {
-            "matthews": metrics.matthews(guess, GOLD[task]),
-            "accuracy": metrics.accuracy(guess, GOLD[task]),
-            "loss": 0.5,
-        }
-    if task == "commonsense":
-        shares = [metrics.accuracy(guess[part], [own[0] for _, own in GOLD[task][part]]) for part in (BOOLQ, PIQA)]
-        return {"average": sum(shares) / 2, "accuracy_boolq": shares[0], "accuracy_piqa": shares[1], "loss": 1.5}
+    """What a run of the task records."""
     if task == "e2e":
         return {"bleu": 12.5, "loss": -sum(own for own, _ in guess) / sum(tokens for _, tokens in guess)}
-    return {
-        "pearson": metrics.correlation(np.array(guess), np.array(GOLD[task])),
-        "spearman": metrics.correlation(stats.rankdata(guess), stats.rankdata(GOLD[task])),
-        "loss": 0.25,
-    }
+    return {**METRICS[task](guess, rows(task)), "loss": 0.5}
 
 
 def guesses(task: str, skill: float, seed: int) -> list:
@@ -100,7 +99,7 @@ def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6,
         seconds = {"train_seconds": 10.0 + rank, "train_cpu_seconds": 20.0 + rank}
         validation = {name: value * 0.9 for name, value in score(task, guesses(task, skill, 77)).items()}
         result = {
-            **ENVIRONMENT, "main_metric": MAIN[task], "data": {"validation": f"{task}-held-out", "test": f"{task}-test"},
+            **ENVIRONMENT, "main_metric": METRICS[task].names[0], "data": {"validation": f"{task}-held-out", "test": f"{task}-test"},
             "metrics": {**validation, **seconds, "test": score(task, guess)},
         }  # fmt: skip
         (there / "metrics.json").write_text(json.dumps(result))

@@ -9,11 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import study_cells
 from study_cells import GOLD, guesses, made_up, score, two_tasks, work_off, write_cell
 
-from duallora.analysis import statistics, studies
+from duallora.analysis import report, statistics, studies
 from duallora.errors import ConfigError, DataError, IntegrityError
 from duallora.grid.study import CELLS, Study, outcomes
+from duallora.tasks import load_task
+from duallora.train import plugins
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +44,16 @@ def rewrite(path, **changes):
     path.write_text(json.dumps({**content, **changes}))
 
 
-def test_each_row_is_the_test_figures_of_every_seed_at_the_value_chosen_on_validation(summary, finished):
+def test_each_row_is_the_test_values_of_every_seed_at_the_value_chosen_on_validation(summary, finished):
     study, found = Study.read(finished), outcomes(finished)
     for task, metric in (("cola", "matthews"), ("stsb", "pearson")):
         for variant, skill, rate in (("lora", 0.7, 3e-3), ("duallora", 0.9, 1e-2), ("dora", 0.7, 3e-3)):
             row = row_of(summary, task, variant)
-            figures = [score(task, guesses(task, skill, seed))[metric] for seed in (0, 1, 2)]
+            recorded = [score(task, guesses(task, skill, seed))[metric] for seed in (0, 1, 2)]
             assert row["values"] == study.best(found, task, variant).values == {"train.learning_rate": rate}
-            assert row["figures"] == pytest.approx(figures, rel=1e-5)
-            assert row["mean"] == pytest.approx(np.mean(figures), rel=1e-5)
-            assert row["sd"] == pytest.approx(np.std(figures, ddof=1), rel=1e-4)
+            assert row["figures"] == pytest.approx(recorded, rel=1e-5)
+            assert row["mean"] == pytest.approx(np.mean(recorded), rel=1e-5)
+            assert row["sd"] == pytest.approx(np.std(recorded, ddof=1), rel=1e-4)
             assert row["interval"][0] < row["mean"] < row["interval"][1]
             assert row["steps"] == 6
     assert row_of(summary, "cola", "duallora")["every"]["accuracy"]["mean"] == pytest.approx(
@@ -162,7 +165,7 @@ def test_a_pair_of_one_seed_is_no_surer_than_the_seeds_of_the_others_let_it_be(t
         assert np.ptp(found["interval"]) > 1.5 * np.ptp(found["interval_of_models"])
 
 
-def test_many_variants_can_be_told_apart_by_a_figure_without_sums(tmp_path):
+def test_many_variants_can_be_told_apart_by_a_metric_without_sums(tmp_path):
     """Nine comparisons by Spearman: the smallest p-value of 300 resamples would be 0.06 after Holm."""
     variants = {f"lora-r{rank}": {"adapter.method": "lora", "adapter.r": rank} for rank in range(1, 10)}
     study = two_tasks(
@@ -238,7 +241,7 @@ def test_cells_scored_on_different_test_rows_are_refused(copy):
         studies.summarise(copy)
 
 
-def test_figures_that_do_not_follow_from_the_predictions_get_no_interval(copy):
+def test_values_that_do_not_follow_from_the_predictions_get_no_interval(copy):
     path = copy / CELLS / "stsb-lora-lr0.003-seed2" / "metrics.json"
     content = json.loads(path.read_text())
     content["metrics"]["test"]["pearson"] += 0.01
@@ -268,7 +271,7 @@ def test_a_study_without_test_rows_shows_validation_and_says_so(copy):
     assert any("no test rows were scored" in line for line in summary["statement"])
 
 
-def test_figures_without_sums_and_averages_over_parts_have_intervals_too(tmp_path):
+def test_metrics_without_sums_and_averages_over_parts_have_intervals_too(tmp_path):
     """Spearman by one call for each resample; the commonsense mean over parts, which ``predictions.jsonl`` names."""
     tasks = {"stsb": {"data.task": "stsb"}, "commonsense": {"data.task": "commonsense"}}
     variants = {"lora": {"adapter.method": "lora"}, "duallora": {}}
@@ -342,3 +345,39 @@ def test_a_summary_comes_back_from_its_file_and_other_files_are_refused(summary,
         studies.load(tmp_path)
     with pytest.raises(ConfigError, match=r"holds no study.yaml"):
         studies.summarise(tmp_path)
+
+
+TOY = """
+from duallora import tasks
+from duallora.tasks import LazySplits, Task, metrics
+from duallora.tasks.metrics import Metric, Metrics
+
+def load(folder):
+    return Task(name="toy", kind="classify", splits=LazySplits({}), format="toy", labels=("no", "yes"),
+                metrics=Metrics("missed"), main_metric="missed")
+
+metrics.add(Metric("missed", compute=lambda guess, rows: float(sum(g != r.label for g, r in zip(guess, rows))),
+                   higher_is_better=False, digits=0))
+tasks.add("toy", load)
+"""
+
+
+def test_a_metric_of_a_plug_in_goes_from_scoring_to_the_report(tmp_path, monkeypatch):
+    """One file makes it known; fewer are better: in the choice of a value, the comparison, the table and the plot."""
+    (tmp_path / "toy.py").write_text(TOY)
+    plugins.load([str(tmp_path / "toy.py")])
+    monkeypatch.setitem(study_cells.GOLD, "toy", GOLD["cola"])
+    monkeypatch.setitem(study_cells.METRICS, "toy", load_task("toy").metrics)
+    assert score("toy", [1 - label for label in GOLD["toy"]])["missed"] == 150
+    monkeypatch.setattr(study_cells, "guesses", lambda task, skill, seed: guesses("cola", skill, seed))
+    folder = work_off(tmp_path / "grid", two_tasks(tasks={"toy": {"data.task": "toy"}}), made_up)
+    summary = studies.summarise(folder)
+    row, pair = row_of(summary, "toy", "duallora"), pair_of(summary, "toy", "lora")
+    assert (row["metric"], row["values"]) == ("missed", {"train.learning_rate": 1e-2})
+    assert row["interval"][0] < row["mean"] < row["interval"][1]
+    assert summary["tasks"]["toy"]["rounds"] == statistics.ROUNDS_SLOW
+    assert (pair["better"], pair["interval"][1] < 0) == ("yes", True)
+    (table,) = (one for one in report.tables(summary) if one.part == "figures")
+    shown = {line[0].text: line[-1] for line in table.rows}
+    assert ("best" in shown["duallora"].kind, "worse" in shown["lora"].kind) == (True, True)
+    assert "." not in shown["lora"].text.split(" ± ")[0]

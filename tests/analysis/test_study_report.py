@@ -1,4 +1,4 @@
-"""The page says what the summaries say: figures beside the paper's, what is missing, and nothing that a browser would run."""
+"""The page says what the summaries say: values beside the paper's, what is missing, and nothing that a browser would run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from duallora.recipes import reproduce
 pytest.importorskip("matplotlib")
 
 PAPER = [
-    {"variant": "duallora", "method": "Dual LoRA", "model": "RoBERTa-base", "figures": {"cola": 67.8, "stsb": 91.7, "average": 88.3}},
-    {"variant": "lora", "method": "LoRA", "model": "RoBERTa-base", "figures": {"cola": 63.9, "stsb": 91.1}, "note": "a misprint"},
-    {"variant": "galore", "method": "GaLore", "model": "RoBERTa-base", "figures": {"cola": 61.8}, "copied": "from another paper", "note": "a misprint"},
+    {"variant": "duallora", "method": "Dual LoRA", "model": "RoBERTa-base", "values": {"cola": 67.8, "stsb": 91.7, "average": 88.3}},
+    {"variant": "lora", "method": "LoRA", "model": "RoBERTa-base", "values": {"cola": 63.9, "stsb": 91.1}, "note": "a misprint"},
+    {"variant": "galore", "method": "GaLore", "model": "RoBERTa-base", "values": {"cola": 61.8}, "copied": "from another paper", "note": "a misprint"},
 ]  # fmt: skip
 
 
@@ -85,7 +85,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_the_table_has_every_figure_its_spread_and_whether_it_can_be_told(summary):
+def test_the_table_has_every_metric_its_spread_and_whether_it_can_be_told(summary):
     found = table(summary, "figures")
     assert found.head == ["variant", "trained", "time / LoRA's", "cola", "stsb", "average"]
     row, line = row_of(summary, "cola", "lora"), cells(found, "lora")
@@ -116,13 +116,13 @@ def test_the_papers_numbers_stand_beside_ours_and_its_differences_beside_our_dif
 
 
 def test_a_paper_with_other_columns_is_shown_alone(summary):
-    printed = [{"variant": "lora", "figures": {"boolq": 67.5, "average": 76.3}}]
+    printed = [{"variant": "lora", "values": {"boolq": 67.5, "average": 76.3}}]
     found = table(summary, "paper", printed)
     assert found.title == "What the paper prints"
     assert cells(found, "lora")["boolq"].text == "67.5"
 
 
-def test_a_study_whose_first_task_alone_has_figures_yet_has_the_papers_column_for_it(tmp_path):
+def test_a_study_whose_first_task_alone_has_values_yet_has_the_papers_column_for_it(tmp_path):
     """The grid was stopped when CoLA was done: its column is CoLA, not Matthews."""
     summary = studies.summarise(work_off(tmp_path, two_tasks(search={}), lambda cell: 0.7, stop_after=9), rounds=200)
     assert {row["task"] for row in summary["rows"]} == {"cola"}
@@ -131,7 +131,7 @@ def test_a_study_whose_first_task_alone_has_figures_yet_has_the_papers_column_fo
     assert "; paper +3.9" in cells(table(summary, "differences", PAPER), "lora")["cola"].small
 
 
-def test_one_task_shows_all_its_figures_and_parts_by_the_papers_names(tmp_path):
+def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
     study = two_tasks(
         tasks={"commonsense": {"data.task": "commonsense"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}},
         search={},
@@ -140,15 +140,15 @@ def test_one_task_shows_all_its_figures_and_parts_by_the_papers_names(tmp_path):
     found = table(summary, "figures")
     assert found.head[-3:] == ["average", "boolq", "piqa"]
     printed = [
-        {"variant": "lora", "figures": {"boolq": 60, "piqa": 70, "average": 80}},
-        {"variant": "duallora", "figures": {"boolq": 65, "piqa": 71, "average": 90}},
+        {"variant": "lora", "values": {"boolq": 60, "piqa": 70, "average": 80}},
+        {"variant": "duallora", "values": {"boolq": 65, "piqa": 71, "average": 90}},
     ]
     assert cells(table(summary, "paper", printed), "lora")["average"].small == "paper 65.0"
     assert "paper +3.0" in cells(table(summary, "differences", printed), "lora")["commonsense"].small
 
 
 def test_of_losses_the_lowest_is_best(small):
-    """A task that has no other figure, such as a language model's."""
+    """A task that has no other metric, such as a language model's."""
     rows = [{**row, "metric": "loss", "mean": 2.0 - (row["variant"] == "lora")} for row in small["rows"]]
     found = table({**small, "rows": rows, "pairs": []}, "figures")
     assert ["best" in cells(found, variant)["matthews"].kind for variant in ("lora", "duallora")] == [True, False]

@@ -41,11 +41,11 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
     assert (front["license"], front["language"], front["datasets"]) == ("mit", "en", ["me/sums"])
     (index,) = front["model-index"]
     facts = json.loads((run / "run.json").read_text())
-    figures = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
     own = facts["result"]["metrics"]
-    assert figures
-    assert figures == {name: pytest.approx(own[name], abs=1e-4) for name in figures}
-    assert not {"loss", "perplexity", "train_seconds"} & set(figures)
+    assert values
+    assert values == {name: pytest.approx(own[name], abs=1e-4) for name in values}
+    assert not {"loss", "perplexity", "train_seconds"} & set(values)
     text = ModelCard.load(path).text
     assert text.index("import duallora") < text.index('PeftModel.from_pretrained(base, "me/sums")')
     assert 'AutoTokenizer.from_pretrained("me/sums")' in text
@@ -139,7 +139,7 @@ def e2e_folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_figure_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_folder, console, monkeypatch, same):
+def test_a_metric_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_folder, console, monkeypatch, same):
     monkeypatch.setattr(card, "RESAMPLES", 60)
     task = load_task("e2e", data_dir=e2e_folder)
     examples = list(task.splits["test"])[:9]
@@ -160,7 +160,7 @@ def test_a_figure_has_an_interval_only_if_the_scored_rows_are_here(run, e2e_fold
     (run / "scores.json").write_text(json.dumps(result))
     card.card(run, base_model=BASE, data_dir=e2e_folder, console=console)
     lines = (run / "adapter" / "README.md").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("| bleu |") and "test" in line]
+    (line,) = [line for line in lines if line.startswith("| bleu (percent) |") and "test" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert float(cells[1]) == pytest.approx(metrics["bleu"], rel=1e-3)
     if same:

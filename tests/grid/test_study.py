@@ -42,7 +42,7 @@ def diverged(name: str) -> Outcome:
 
 
 def work_off(one: Study, score, order=None) -> dict[str, Outcome]:
-    """Runs what is wanted until nothing is left; ``score(cell)`` is its figure on validation rows, None for NaN."""
+    """Runs what is wanted until nothing is left; ``score(cell)`` is its metric on validation rows, None for NaN."""
     found: dict[str, Outcome] = {}
     for _ in range(1000):
         left = [cell for cell in one.wanted(found) if cell.name not in found]
@@ -178,21 +178,21 @@ def test_equal_scores_go_to_the_middle_and_do_not_grow_the_grid():
     assert one.best(found, "cola", "a").values == {LR: 1e-3}
 
 
-def test_the_chosen_figure_decides_losses_the_other_way_round_and_nan_is_the_worst():
+def test_the_chosen_metric_decides_losses_the_other_way_round_and_nan_is_the_worst():
     small = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-3, 2e-3]}, extend=False)
-    figures = {0.001: {"accuracy": 60.0, "loss": 0.5}, 0.002: {"accuracy": 70.0, "loss": 0.9}}
+    values = {0.001: {"accuracy": 60.0, "loss": 0.5}, 0.002: {"accuracy": 70.0, "loss": 0.9}}
 
-    def best(one: Study, figures) -> float:
+    def best(one: Study, values) -> float:
         cells = one.wanted({})
-        found = {c.name: Outcome(c.name, "done", metrics=figures[c.tags[LR]], main_metric="accuracy") for c in cells}
+        found = {c.name: Outcome(c.name, "done", metrics=values[c.tags[LR]], main_metric="accuracy") for c in cells}
         return one.best(found, "cola", "a").values[LR]
 
-    assert best(small, figures) == 0.002
-    assert best(replace(small, metric="loss"), figures) == 0.001
+    assert best(small, values) == 0.002
+    assert best(replace(small, metric="loss"), values) == 0.001
     assert best(small, {0.001: {"accuracy": -5.0}, 0.002: {"accuracy": math.nan}}) == 0.001
     assert best(replace(small, metric="rmse"), {0.001: {"rmse": 0.4}, 0.002: {"rmse": 0.6}}) == 0.001
-    with pytest.raises(ConfigError, match=r"cola-a-lr0.001-seed4: no validation figure f1 .* it has accuracy, loss"):
-        best(replace(small, metric="f1"), figures)
+    with pytest.raises(ConfigError, match=r"cola-a-lr0.001-seed4: no validation metric f1 .* it has accuracy, loss"):
+        best(replace(small, metric="f1"), values)
 
 
 def test_search_seeds_are_averaged():

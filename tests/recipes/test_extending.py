@@ -44,6 +44,7 @@ def test_the_page_from_the_command_line(files, tiny_encoder_folder, monkeypatch,
     assert sorted(run["fingerprints"]["plugins"]) == sorted(run["recipe"]["plugins"])
     metrics = json.loads((files / "runs/mine/metrics.json").read_text())["metrics"]
     assert 0 <= metrics["accuracy"] <= 100
+    assert metrics["error_rate"] == pytest.approx(100 - metrics["accuracy"])
     assert len((files / "runs/mine/predictions.jsonl").read_text().splitlines()) == 16
     factors = load_file(files / "runs/mine/adapter/adapter_model.safetensors")
     trained = [tensor for name, tensor in factors.items() if name.endswith(".c")]

@@ -19,10 +19,10 @@ def test_the_tables_have_their_rows():
 @pytest.mark.parametrize("table", [1, 2, 5, 6])
 def test_a_mean_that_does_not_follow_from_its_row_carries_a_note(table):
     for row in printed.rows(table):
-        parts = [value for column, value in row.figures.items() if column != "average"]
-        if "average" not in row.figures or len(parts) < 8:
+        parts = [value for column, value in row.values.items() if column != "average"]
+        if "average" not in row.values or len(parts) < 8:
             continue
-        off = abs(sum(parts) / 8 - row.figures["average"])
+        off = abs(sum(parts) / 8 - row.values["average"])
         wrong = (table, row.model, row.method, row.rank) in WRONG_MEANS
         assert (off > 0.1) == wrong, (row, off)
         if wrong:
@@ -32,7 +32,7 @@ def test_a_mean_that_does_not_follow_from_its_row_carries_a_note(table):
 def test_the_corrected_figure_of_the_note_gives_the_printed_mean():
     """RTE 82.4 for LoRA r = 8 on RoBERTa-base: LoRA's own neighbourhood, where 92.0 is 9 points above every other row."""
     row = next(r for r in printed.rows(2) if (r.model, r.method, r.rank) == ("RoBERTa-base", "LoRA", 8))
-    figures = {**row.figures, "rte": 82.4}
+    figures = {**row.values, "rte": 82.4}
     mean = figures.pop("average")
     assert sum(figures.values()) / 8 == pytest.approx(mean, abs=0.05)
 
@@ -48,9 +48,9 @@ def test_sources_and_notes_are_about_rows_that_exist():
 
 def test_a_figure_that_is_copied_elsewhere_is_the_same_there():
     """Table 6's ReLU, Table 5's first row and Table 1's Dual LoRA on LLaMA-7B are one run."""
-    one = next(r for r in printed.rows(1) if (r.model, r.method) == ("LLaMA-7B", "Dual LoRA")).figures
-    assert printed.rows(5)[0].figures == printed.rows(6)[0].figures == one
-    assert printed.rows(3)[0].figures["average"] == one["average"]
+    one = next(r for r in printed.rows(1) if (r.model, r.method) == ("LLaMA-7B", "Dual LoRA")).values
+    assert printed.rows(5)[0].values == printed.rows(6)[0].values == one
+    assert printed.rows(3)[0].values["average"] == one["average"]
 
 
 def test_the_page_prints_table_1_as_the_paper_does():
@@ -63,5 +63,5 @@ def test_the_page_prints_table_1_as_the_paper_does():
     }
     for row in printed.rows(1):
         label = f"{row.method}, r = {row.rank}" if row.rank else row.method
-        wanted = f"{row.figures['average']:.1f} ({row.trainable:g}){' copied' if row.copied else ''}"
+        wanted = f"{row.values['average']:.1f} ({row.trainable:g}){' copied' if row.copied else ''}"
         assert shown[row.model, label] == wanted

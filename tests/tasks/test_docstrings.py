@@ -118,11 +118,11 @@ def outer():
 def test_running_on_costs_bleu_but_not_that_of_the_first_line(task):
     rows = task.splits["test"][:3]
     gold = [row.answer for row in rows]
-    figures = task.metrics([gold[0], gold[1] + '\n    """\n    more', gold[2] + '"""'], rows)
-    assert figures["exact_match"] == pytest.approx(100 / 3)
-    assert figures["bleu_first_line"] == pytest.approx(100)
-    assert figures["bleu"] < 90
-    assert figures["one_line"] == pytest.approx(100 / 3)
+    values = task.metrics([gold[0], gold[1] + '\n    """\n    more', gold[2] + '"""'], rows)
+    assert values["exact_match"] == pytest.approx(100 / 3)
+    assert values["bleu_first_line"] == pytest.approx(100)
+    assert values["bleu"] < 90
+    assert values["one_line"] == pytest.approx(100 / 3)
     clean = task.metrics(gold, rows)
     assert (clean["bleu"], clean["exact_match"], clean["one_line"]) == pytest.approx((100, 100, 100))
     assert task.metrics(["", "\n", "x"], rows)["one_line"] == pytest.approx(100 / 3)

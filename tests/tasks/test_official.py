@@ -40,8 +40,8 @@ def java(folder, monkeypatch, code: str) -> None:
 
 def test_what_is_missing_is_named_and_meteor_is_left_out_with_a_note(home, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    figures, note = e2e.official_metrics(TEXTS, ROWS)
-    assert figures == {}
+    values, note = e2e.official_metrics(TEXTS, ROWS)
+    assert values == {}
     assert note.startswith("METEOR is left out: no Java runtime")
     (home / official.PARAPHRASES).unlink()
     assert official.missing() == f"{home / official.PARAPHRASES} is missing"
@@ -50,7 +50,7 @@ def test_what_is_missing_is_named_and_meteor_is_left_out_with_a_note(home, monke
     assert "pip install --no-deps pycocoevalcap" in official.missing()
 
 
-def test_a_program_that_fails_or_ends_early_is_an_error_and_no_figure(home, monkeypatch):
+def test_a_program_that_fails_or_ends_early_is_an_error_and_no_value(home, monkeypatch):
     java(home, monkeypatch, "import sys; sys.stderr.write('no memory'); sys.exit(1)")
     with pytest.raises(DataError, match="failed: no memory"):
         official.tokens(["a"])
@@ -86,7 +86,7 @@ def test_meteors_protocol_is_the_scorers(home, monkeypatch):
 
 
 @pytest.mark.skipif(bool(official.missing()), reason=f"needs the official programs: {official.missing()}")
-def test_the_figures_equal_those_of_the_coco_scorers_on_the_same_programs(monkeypatch):
+def test_the_metrics_equal_those_of_the_coco_scorers_on_the_same_programs(monkeypatch):
     """pycocoevalcap's own Python classes drive the same jars: tokens, METEOR, ROUGE-L and CIDEr."""
     monkeypatch.syspath_prepend(str(official.folder().parent))
     from pycocoevalcap.cider.cider import Cider
@@ -94,7 +94,7 @@ def test_the_figures_equal_those_of_the_coco_scorers_on_the_same_programs(monkey
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    figures, note = e2e.official_metrics(TEXTS, ROWS)
+    values, note = e2e.official_metrics(TEXTS, ROWS)
     tokenizer = PTBTokenizer()
     gold = tokenizer.tokenize({i: [{"caption": text} for text in row.references] for i, row in enumerate(ROWS)})
     guess = tokenizer.tokenize({i: [{"caption": text}] for i, text in enumerate(TEXTS)})
@@ -103,7 +103,7 @@ def test_the_figures_equal_those_of_the_coco_scorers_on_the_same_programs(monkey
         "rouge_l": 100 * Rouge().compute_score(gold, guess)[0],
         "cider": Cider().compute_score(gold, guess)[0],
     }
-    assert figures == pytest.approx(expected, rel=1e-9)
+    assert values == pytest.approx(expected, rel=1e-9)
     assert "official" in note
 
 

@@ -17,7 +17,7 @@ from duallora import plots
 from duallora.analysis import study_plots
 from duallora.analysis.studies import AVERAGE, decimals
 from duallora.errors import ConfigError
-from duallora.grid.study import LOWER_IS_BETTER
+from duallora.tasks import metrics
 from duallora.train import record
 
 Summary = Mapping[str, Any]
@@ -27,7 +27,6 @@ MARK = re.compile(
     r"(<!-- study:(?P<name>[\w.+-]+):(?P<part>[\w-]+) -->\n).*?(<!-- /study:(?P=name):(?P=part) -->)", re.DOTALL
 )
 NONE = "-"  # nothing measured
-FINE = {"nist", "cider", "rmse", "perplexity"}  # figures of small size: two decimals; the loss has three
 
 
 class Value(NamedTuple):
@@ -57,7 +56,7 @@ def report(
 ) -> dict[str, Any]:
     """Writes the page ``out`` and, where asked for, the Markdown file with its plots in ``img/`` beside it.
 
-    ``printed`` holds, by name of a study, the lines the paper prints for it: ``variant``, ``model``, ``figures`` by
+    ``printed`` holds, by name of a study, the lines the paper prints for it: ``variant``, ``model``, ``values`` by
     column, and ``copied`` and ``note`` where there is something to say of them.
 
     Raises:
@@ -98,14 +97,14 @@ def key_of(summary: Summary) -> str:
 
 def tables(summary: Summary, printed: Sequence[Printed] = ()) -> list[Table]:
     """Every table of a study that there is something to say in."""
-    made = (_figures(summary), _beside(summary, printed), _differences(summary, printed), _chosen(summary))
+    made = (_metrics(summary), _beside(summary, printed), _differences(summary, printed), _chosen(summary))
     return [table for table in made if table is not None and table.rows]
 
 
 def _columns(summary: Summary) -> list[tuple[str, str, str]]:
-    """(heading, task, figure) of each column: the tasks, or all figures where there is one task."""
+    """(heading, task, metric) of each column: the tasks, or all metrics where there is one task."""
     tasks = list(dict.fromkeys(row["task"] for row in summary["rows"]))
-    if len(summary["tasks"]) != 1 or not tasks:  # of several tasks one alone may have figures yet
+    if len(summary["tasks"]) != 1 or not tasks:  # of several tasks one alone may have values yet
         return [(task, task, "") for task in tasks]
     (task,) = tasks
     main = summary["tasks"][task]["metric"]
@@ -113,30 +112,29 @@ def _columns(summary: Summary) -> list[tuple[str, str, str]]:
     others = [
         name
         for name in every
-        if name not in (main, "loss", "perplexity") and not name.startswith("parse_failure_rate_")
+        if name != main and not metrics.find(name).likelihood and not name.startswith("parse_failure_rate_")
     ]
     return [(main, task, "")] + [(name.removeprefix("accuracy_"), task, name) for name in others]
 
 
-def _digits(summary: Summary, task: str, figure: str) -> int:
-    name = figure or summary["tasks"].get(task, {}).get("metric")
-    return 3 if name == "loss" else 2 if name in FINE else 1
+def _digits(summary: Summary, task: str, name: str) -> int:
+    return metrics.find(name or summary["tasks"].get(task, {}).get("metric")).digits
 
 
-def _cell(summary: Summary, row: Mapping[str, Any] | None, task: str, figure: str) -> Value | None:
+def _cell(summary: Summary, row: Mapping[str, Any] | None, task: str, name: str) -> Value | None:
     """Mean and deviation with the interval below; None where nothing was measured."""
-    found = row if row is None or not figure else row["every"].get(figure)
+    found = row if row is None or not name else row["every"].get(name)
     if found is None or found.get("mean") is None:
         return None
-    digits = _digits(summary, task, figure)
+    digits = _digits(summary, task, name)
     spread = f" ± {found['sd']:.{digits}f}" if found.get("sd") is not None else ""
     interval = found.get("interval")
     below = f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else ""
     return Value(f"{found['mean']:.{digits}f}{spread}", below)
 
 
-def _figures(summary: Summary) -> Table | None:
-    """Every variant's figures and costs; what can be told from the reference is marked."""
+def _metrics(summary: Summary) -> Table | None:
+    """Every variant's metrics and costs; what can be told from the reference is marked."""
     columns = _columns(summary)
     told = {(pair["task"], pair["other"]): pair["better"] for pair in summary["pairs"]}
     best = {column: _best(summary, *column[1:]) for column in columns}
@@ -152,12 +150,12 @@ def _figures(summary: Summary) -> Table | None:
         if ratios:
             line.append(Value(f"{cost['cpu_ratio']:.2f}" if "cpu_ratio" in cost else ""))
         for column in columns:
-            _, task, figure = column
-            value = _cell(summary, own.get(task), task, figure)
+            _, task, name = column
+            value = _cell(summary, own.get(task), task, name)
             if value is None:
                 line.append(Value(NONE))
                 continue
-            kind = {"yes": "worse", "no": "better"}.get(told.get((task, variant), ""), "") if not figure else ""
+            kind = {"yes": "worse", "no": "better"}.get(told.get((task, variant), ""), "") if not name else ""
             line.append(value._replace(kind=" ".join(filter(None, (kind, "best" if variant in best[column] else "")))))
         rows.append(line)
     head = ["variant", "trained", *(["time / LoRA's"] if ratios else []), *(heading for heading, *_ in columns)]
@@ -183,14 +181,19 @@ def _variants(summary: Summary) -> list[str]:
     return [variant for variant in summary["study"]["variants"] if variant in there]
 
 
-def _best(summary: Summary, task: str, figure: str) -> set[str]:
+def _best(summary: Summary, task: str, name: str) -> set[str]:
     """The variants with the best mean of a column, ties included."""
     means = {}
     for row in summary["rows"]:
-        value = (row["every"].get(figure, {}) if figure else row).get("mean") if row["task"] == task else None
+        value = (row["every"].get(name, {}) if name else row).get("mean") if row["task"] == task else None
         if value is not None:
-            means[row["variant"]] = -value if (figure or row["metric"]) in LOWER_IS_BETTER else value
-    best = {variant for variant, mean in means.items() if mean == max(means.values())}
+            means[row["variant"]] = value
+    first = task if task in summary["tasks"] else next(iter(summary["tasks"]))  # the average has its tasks' direction
+    higher = metrics.find(name or summary["tasks"][first]["metric"]).higher_is_better
+    if higher is None or not means:
+        return set()
+    end = max if higher else min
+    best = {variant for variant, mean in means.items() if mean == end(means.values())}
     return best if len(best) < len(means) else set()
 
 
@@ -199,7 +202,7 @@ def _count(number: int | None) -> str:
 
 
 def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
-    """Our figures and the paper's, for every line it prints; the paper's alone where it has other columns."""
+    """Our metrics and the paper's, for every line it prints; the paper's alone where it has other columns."""
     lines = {line["variant"]: line for line in printed}
     if not lines or not summary["rows"]:
         return None
@@ -214,13 +217,13 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
         for variant in dict.fromkeys([*lines, *_variants(summary)]):
             line = lines.get(variant, {})
             cells = [Value(variant, line.get("method", ""))]
-            for heading, task, figure in columns:
-                value = _cell(summary, ours.get((variant, task)), task, figure)
+            for heading, task, name in columns:
+                value = _cell(summary, ours.get((variant, task)), task, name)
                 said = _said(summary, line, heading)
                 cells.append(
                     Value(
                         value.text if value else NONE,
-                        f"paper {said:.{_digits(summary, task, figure)}f}" if said is not None else "",
+                        f"paper {said:.{_digits(summary, task, name)}f}" if said is not None else "",
                     )
                 )
             rows.append(cells)
@@ -229,12 +232,12 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
         if AVERAGE in head:
             caption += " The paper's average is taken here over the columns that are shown."
     else:
-        head = list(dict.fromkeys(name for line in printed for name in line["figures"]))
+        head = list(dict.fromkeys(name for line in printed for name in line["values"]))
         rows = [
             [
                 Value(line["variant"], line.get("method", "")),
                 *(
-                    Value(f"{line['figures'][name]:.{2 if name in FINE else 1}f}" if name in line["figures"] else NONE)
+                    Value(f"{line['values'][name]:.{metrics.find(name).digits}f}" if name in line["values"] else NONE)
                     for name in head
                 ),
             ]
@@ -256,17 +259,21 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
 
 
 def _said(summary: Summary, line: Printed, heading: str) -> float | None:
-    """The paper's figure of a column; its average is that of the other columns, since ours are not always all of its."""
-    figures = line.get("figures", {})
+    """The paper's value of a column; its average is that of the other columns, since ours are not always all of its."""
+    values = line.get("values", {})
     if len(summary["tasks"]) == 1:  # of a table of tasks, whose columns are tasks
         ((task, facts),) = summary["tasks"].items()
-        heading = task if heading == facts["metric"] and heading not in figures else heading
+        heading = task if heading == facts["metric"] and heading not in values else heading
     if heading != AVERAGE:
-        return figures.get(heading)
-    others = [other for other, *_ in _columns(summary) if other not in (AVERAGE, *LOWER_IS_BETTER)]
-    if not others or not all(other in figures for other in others):
+        return values.get(heading)
+    others = [
+        other
+        for other, *_ in _columns(summary)
+        if other != AVERAGE and metrics.find(other).higher_is_better is not False
+    ]
+    if not others or not all(other in values for other in others):
         return None
-    return sum(figures[other] for other in others) / len(others)
+    return sum(values[other] for other in others) / len(others)
 
 
 def _differences(summary: Summary, printed: Sequence[Printed]) -> Table | None:

@@ -1,6 +1,6 @@
-"""A grid's folder as one JSON: what was run, the figures at each best search value, and how sure the comparisons are.
+"""A grid's folder as one JSON: what was run, the metrics at each best search value, and how sure the comparisons are.
 
-Which search value is best is `duallora.grid.study`'s to say; the figures are those on test rows, which it never reads.
+Which search value is best is `duallora.grid.study`'s to say; the metrics are those on test rows, which it never reads.
 Predictions, labels and texts enter the intervals and stay in the folder.
 """
 
@@ -11,33 +11,25 @@ import json
 import math
 import statistics as plain
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from duallora.analysis import statistics
-from duallora.analysis.statistics import ROUNDS, Estimate, Pool, Sample, Score
+from duallora.analysis.statistics import ROUNDS, Estimate, Pool, Sample
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
-from duallora.grid.study import CELLS, LOWER_IS_BETTER, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
-from duallora.tasks import metrics as scorers
-from duallora.tasks import nlg
+from duallora.grid.study import CELLS, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
+from duallora.tasks import Example, metrics
+from duallora.tasks.metrics import Metric
 from duallora.train import record
 
 PREDICTIONS = "predictions.jsonl"
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
-# Figures that are no function of sums, by the names the tasks give them.
-SLOW: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
-    "spearman": lambda guess, gold: scorers.correlation(*(rankdata(column) for column in (guess, gold))),
-    "macro_f1": lambda guess, gold: plain.fmean(scorers.f1(guess, gold, positive=name) for name in {*guess, *gold}),
-    "nist": nlg.nist,
-    "rouge_l": nlg.rouge_l,
-    "cider": nlg.cider,
-}
+CLOSE: dict[str, float] = {"rel_tol": 1e-6, "abs_tol": 1e-6}  # a recorded value and that of the recorded predictions
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
@@ -51,12 +43,12 @@ class _Runs(NamedTuple):
 class _Spreads(NamedTuple):
     """Of a task: the pooled spreads over seeds, and the variants whose own is of another kind and is used for them."""
 
-    figures: Pool | None
+    values: Pool | None
     differences: Pool | None
     apart: tuple[str, ...]
 
     def of(self, variant: str) -> Pool | None:
-        return None if variant in self.apart else self.figures
+        return None if variant in self.apart else self.values
 
     def between(self, one: str, other: str) -> Pool | None:
         return None if {one, other} & set(self.apart) else self.differences
@@ -65,7 +57,7 @@ class _Spreads(NamedTuple):
 def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
     """What `duallora report` shows of a grid's folder, whether it is finished or not.
 
-    ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of figures that need a
+    ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of metrics that need a
     call for each.
 
     Raises:
@@ -98,10 +90,17 @@ def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
             _row(folder, task, variant, one, facts[task], sampled.get(variant), spreads[task].of(variant))
             for variant, one in runs.items()
         ]
-    _add_ratios(rows, _baseline(study, found))
-    reference = _reference(study, found)
-    pairs = _pairs(study, samples, spreads, reference, facts) if reference else []
-    rows += _averages(study, samples, spreads, rows, facts)
+    _add_ratios(rows, _by_method(study, best, "lora"))
+    reference = study.reference or _by_method(study, best, "duallora") if len(study.variants) > 1 else None
+    # The average is over tasks whose metrics have one direction, of the variants with a value on every task.
+    alike = len({metrics.find(own["metric"]).higher_is_better for own in facts.values()}) == 1 < len(study.tasks)
+    whole = [
+        variant
+        for variant in study.variants
+        if alike and AVERAGE not in study.tasks and all((task, variant) in samples for task in study.tasks)
+    ]
+    pairs = _pairs(study, samples, spreads, reference, facts, reference in whole) if reference else []
+    rows += [_average(study, variant, samples, spreads, rows) for variant in whole]
     ran = [name for name in (cell.name for cell in wanted) if name in found]
     summary = {
         "kind": KIND,
@@ -199,8 +198,8 @@ def _cell(name: str, tags: Mapping[str, Any], outcome: Outcome | None) -> dict[s
     }
 
 
-def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if is_number(value)}
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if is_number(value)}
 
 
 def _plain(study: Study) -> dict[str, Any]:
@@ -223,91 +222,89 @@ def _provenance(folder: Path, found: Outcomes, names: Iterable[str]) -> dict[str
     }
 
 
-def _reference(study: Study, found: Outcomes) -> str | None:
-    """The variant that the others are compared with: the study's own, else Dual LoRA, where more than one is there."""
-    if len(study.variants) < 2:
-        return None
-    if study.reference or "duallora" in study.variants:
-        return study.reference or "duallora"
-    return _of_method(study, found, "duallora")
-
-
-def _baseline(study: Study, found: Outcomes) -> str | None:
-    return "lora" if "lora" in study.variants else _of_method(study, found, "lora")
-
-
-def _of_method(study: Study, found: Outcomes, method: str) -> str | None:
-    """The first variant that trains by ``method``."""
-    for variant in study.variants:
-        for task in study.tasks:
-            best = _best(study, found, task, variant)
-            for outcome in best.cells.values() if best else ():
-                if outcome.recipe.get("adapter", {}).get("method") == method:
-                    return variant
+def _by_method(study: Study, best: Mapping[tuple[str, str], _Runs | None], method: str) -> str | None:
+    """The variant called ``method``, else the first that trains by it."""
+    if method in study.variants:
+        return method
+    for (_, variant), runs in sorted(best.items(), key=lambda item: list(study.variants).index(item[0][1])):
+        for outcome in runs.cells.values() if runs else ():
+            if outcome.recipe.get("adapter", {}).get("method") == method:
+                return variant
     return None
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def _sample(
     folder: Path, study: Study, found: Outcomes, task: str, runs: Mapping[str, _Runs], rounds: int, number: int
 ) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], Sample]]]:
-    """(what is known of a task, the resampled figures of each variant with their seeds)."""
+    """(what is known of a task, the resampled values of each variant with their seeds)."""
     flat = [(variant, seed, outcome) for variant, one in runs.items() for seed, outcome in one.cells.items()]
     if not flat:
         return {"metric": study.metric, "chosen_by": study.metric}, {}
     split = "test" if all(outcome.test for _, _, outcome in flat) else "validation"
-    metric = _reported(study, folder, flat[0][2], split)
-    facts: dict[str, Any] = {"metric": metric, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
+    name = _reported(study, folder, flat[0][2], split)
+    facts: dict[str, Any] = {"metric": name, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
     if split == "validation":
         return {**facts, "note": "no test rows were scored (eval.test)"}, {}
+    metric = _metric(flat[0][2], name)
     read = [_predictions(folder, outcome.name, metric) for _, _, outcome in flat]
-    golds = [gold for _, gold in read]
-    for (_, _, outcome), gold in zip(flat, golds, strict=True):
-        if gold != golds[0]:
+    examples = read[0][1]
+    for (_, _, outcome), (_, own) in zip(flat, read, strict=True):
+        if own != examples:
             raise IntegrityError(
                 f"{flat[0][2].name} and {outcome.name} were scored on different test rows: nothing can be compared; remove "
                 "the cells of one of them and run the grid again"
             )
-    facts |= {"examples": len(golds[0]), "test_is_validation": flat[0][2].same_rows}
-    recorded = [outcome.test.get(str(metric)) for _, _, outcome in flat]
-    score = _score(metric, read[0], recorded[0])
-    for (_, _, outcome), pair, figure in zip(flat, read, recorded, strict=True):
-        if score is None or _score(metric, pair, figure) is not score:
-            note = f"no intervals: nothing here computes {metric} as {outcome.name} recorded it from its predictions"
+    facts |= {"examples": len(examples), "test_is_validation": flat[0][2].same_rows}
+    rounds = rounds if metric.compute is None else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
+    sample = None
+    if metric.statistics or metric.compute:
+        sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=number)
+    for index, (_, _, outcome) in enumerate(flat):
+        recorded = outcome.test.get(metric.name)
+        if not is_number(recorded) or sample is None or not math.isclose(sample.values[index], recorded, **CLOSE):
+            note = f"no intervals: nothing here computes {name} as {outcome.name} recorded it from its predictions"
             return {**facts, "note": note}, {}
-    assert score is not None
-    rounds = rounds if isinstance(score, Score) else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
-    sample = statistics.resample(score, [guess for guess, _ in read], golds[0], rounds=rounds, seed=number)
+    assert sample is not None
     facts["rounds"] = rounds
     samples = {}
     for variant, one in runs.items():
         columns = [index for index, (name, _, _) in enumerate(flat) if name == variant]
-        samples[variant] = tuple(one.cells), Sample(sample.figures[columns], sample.resampled[:, columns])
+        samples[variant] = tuple(one.cells), Sample(sample.values[columns], sample.resampled[:, columns])
     return facts, samples
 
 
 def _reported(study: Study, folder: Path, outcome: Outcome, split: str) -> str | None:
-    """The figure of the tables: the study's where it is one of success, or the loss of answers, else the task's main one."""
-    figures = outcome.test if split == "test" else outcome.metrics
-    if study.metric in figures and study.metric not in LOWER_IS_BETTER:
-        return study.metric
-    if study.metric == "loss" and split == "test" and "tokens" in _lines(folder, outcome.name)[0]:
-        return study.metric
-    return outcome.main_metric if outcome.main_metric in figures else study.metric
+    """What the tables show: the study's metric where rows tell it, else the task's main one."""
+    values = outcome.test if split == "test" else outcome.metrics
+    metric = _metric(outcome, study.metric)
+    if metric.likelihood:
+        there = split == "test" and "tokens" in _lines(folder, outcome.name)[0]
+    else:
+        there = study.metric in values
+    return study.metric if there or outcome.main_metric not in values else outcome.main_metric
 
 
-def _predictions(folder: Path, name: str, metric: str | None) -> tuple[list[Any], list[Any]]:
-    """(predictions, gold) of a cell, as `statistics.matching` takes them."""
+def _metric(outcome: Outcome, name: str | None) -> Metric:
+    """What the run recorded as ``name``."""
+    return metrics.find(name, outcome.recipe.get("data", {}).get("task"))
+
+
+def _predictions(folder: Path, name: str, metric: Metric) -> tuple[list[Any], list[Example]]:
+    """(what the metric takes for predictions, the rows) of a cell."""
     lines = _lines(folder, name)
     try:
-        truths = [line["references"] if "references" in line else line["label"] for line in lines]
-        if metric == AVERAGE:
-            truths = [(line.get("group", ""), truth) for line, truth in zip(lines, truths, strict=True)]
-        if metric == "loss":
-            return [(line["log_likelihood"], line["tokens"]) for line in lines], truths
-        return [line["prediction"] for line in lines], truths
+        examples = [
+            Example(references=tuple(line["references"]), group=line.get("group", ""))
+            if "references" in line
+            else Example(label=line["label"], group=line.get("group", ""))
+            for line in lines
+        ]
+        if metric.likelihood:
+            return [(line["log_likelihood"], line["tokens"]) for line in lines], examples
+        return [line["prediction"] for line in lines], examples
     except (KeyError, TypeError) as error:
         raise _damaged(folder, name, error) from None
 
@@ -327,16 +324,6 @@ def _damaged(folder: Path, name: str, error: Exception) -> IntegrityError:
     return IntegrityError(f"{path} is damaged ({error!r}): remove {path.parent} and run the grid again")
 
 
-def _score(metric: str | None, pair: tuple[list[Any], list[Any]], recorded: Any) -> Any:
-    """What gives the recorded figure of a cell from its predictions, or None."""
-    if metric is None or not is_number(recorded):
-        return None
-    if metric in SLOW:
-        found = SLOW[metric](*pair)
-        return SLOW[metric] if math.isclose(found, recorded, rel_tol=1e-6, abs_tol=1e-6) else None
-    return statistics.matching(metric, *pair, recorded)
-
-
 def _row(
     folder: Path,
     task: str,
@@ -348,7 +335,7 @@ def _row(
 ) -> dict[str, Any]:
     metric, test = facts["metric"], facts.get("split") == "test"
     every = [_numbers(outcome.test if test else outcome.metrics) for outcome in runs.cells.values()]
-    figures = [figures[metric] for figures in every if metric in figures]
+    values = [own[metric] for own in every if metric in own]
     first = next(iter(runs.cells.values()))
     row = {
         "task": task,
@@ -356,8 +343,8 @@ def _row(
         "metric": metric,
         "values": dict(runs.point.values),
         "seeds": list(runs.cells),
-        "figures": figures,
-        **_spread(figures),
+        "figures": values,
+        **_spread(values),
         "validation": _mean(outcome.metrics.get(str(facts["chosen_by"])) for outcome in runs.cells.values()),
         "every": {name: _spread([one[name] for one in every if name in one]) for name in every[0]},
         "parameters": dict(first.parameters),
@@ -370,16 +357,16 @@ def _row(
 
 def _spreads(study: Study, sampled: Mapping[str, tuple[tuple[int, ...], Sample]]) -> _Spreads:
     """From the variants whose every seed came through."""
-    whole = {name: sample.figures for name, (seeds, sample) in sampled.items() if len(seeds) == len(study.seeds)}
+    whole = {name: sample.values for name, (seeds, sample) in sampled.items() if len(seeds) == len(study.seeds)}
     if not whole:
         return _Spreads(None, None, ())
     apart = [list(whole)[index] for index in statistics.outlying(np.stack(list(whole.values())))]
-    alike = np.stack([figures for name, figures in whole.items() if name not in apart])
+    alike = np.stack([values for name, values in whole.items() if name not in apart])
     return _Spreads(statistics.pool(alike, differences=False), statistics.pool(alike, differences=True), tuple(apart))
 
 
-def _spread(figures: Sequence[float]) -> dict[str, Any]:
-    return {"mean": _mean(figures), "sd": plain.stdev(figures) if len(figures) > 1 else None}
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": _mean(values), "sd": plain.stdev(values) if len(values) > 1 else None}
 
 
 def _mean(values: Iterable[Any]) -> float | None:
@@ -388,12 +375,7 @@ def _mean(values: Iterable[Any]) -> float | None:
 
 
 def _estimated(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "mean": estimate.mean,
-        "sd": estimate.sd,
-        "interval": list(estimate.interval),
-        "interval_of_models": list(estimate.interval_of_models),
-    }
+    return {name: value for name, value in estimate._asdict().items() if name != "p"}
 
 
 def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
@@ -404,44 +386,28 @@ def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
             row["cpu_ratio"] = row["cpu_seconds"] / time[row["task"]]
 
 
-def _higher_is_better(facts: Mapping[str, Any]) -> bool:
-    return facts["metric"] not in LOWER_IS_BETTER
-
-
-def _complete(study: Study, samples: Mapping[tuple[str, str], Any], facts: Mapping[str, Any]) -> list[str]:
-    """The variants that have a figure on every task, where there are several and the figures have one direction."""
-    if len(study.tasks) < 2 or AVERAGE in study.tasks or len(set(map(_higher_is_better, facts.values()))) > 1:
-        return []
-    return [variant for variant in study.variants if all((task, variant) in samples for task in study.tasks)]
-
-
-def _averages(
+def _average(
     study: Study,
+    variant: str,
     samples: Mapping[tuple[str, str], Any],
     spreads: Mapping[str, _Spreads],
     rows: Sequence[dict[str, Any]],
-    facts: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """A row over all tasks for each variant that has them all."""
-    made = []
-    for variant in _complete(study, samples, facts):
-        own = [row for row in rows if row["variant"] == variant]
-        estimate = statistics.mean_of(
-            [samples[task, variant][1] for task in study.tasks], [spreads[task].of(variant) for task in study.tasks]
-        )
-        ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
-        made.append(
-            {
-                "task": AVERAGE,
-                "variant": variant,
-                "metric": AVERAGE,
-                "parameters": own[0]["parameters"],
-                "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
-                **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
-                **_estimated(estimate),
-            }
-        )
-    return made
+) -> dict[str, Any]:
+    """The row of a variant over all tasks."""
+    own = [row for row in rows if row["variant"] == variant]
+    ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
+    estimate = statistics.mean_of(
+        [samples[task, variant][1] for task in study.tasks], [spreads[task].of(variant) for task in study.tasks]
+    )
+    return {
+        "task": AVERAGE,
+        "variant": variant,
+        "metric": AVERAGE,
+        "parameters": own[0]["parameters"],
+        "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
+        **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
+        **_estimated(estimate),
+    }
 
 
 def _pairs(
@@ -450,13 +416,13 @@ def _pairs(
     spreads: Mapping[str, _Spreads],
     reference: str,
     facts: Mapping[str, Any],
+    average: bool,
 ) -> list[dict[str, Any]]:
     """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
     pairs = []
-    whole = _complete(study, samples, facts)
-    for task in [*study.tasks, *([AVERAGE] if reference in whole else [])]:
+    for task in [*study.tasks, *([AVERAGE] if average else [])]:
         of_task = []
-        higher = _higher_is_better(facts[next(iter(study.tasks)) if task == AVERAGE else task])
+        higher = metrics.find(facts[next(iter(study.tasks)) if task == AVERAGE else task]["metric"]).higher_is_better
         for other in study.variants:
             tasks = list(study.tasks) if task == AVERAGE else [task]
             if other == reference or not all((name, who) in samples for name in tasks for who in (reference, other)):
@@ -474,8 +440,8 @@ def _pairs(
                 estimate = statistics.mean_of(differences, pools)
             else:
                 estimate = statistics.estimate(differences[0], pools[0])
-            pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **_estimated(estimate)}
-            of_task.append({**pair, "p": estimate.p})
+            pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **estimate._asdict()}
+            of_task.append(pair)
         for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
             gain = pair["mean"] if higher else -pair["mean"]
             pairs.append({**pair, "p_adjusted": p, "better": statistics.verdict(gain, p)})
@@ -490,14 +456,14 @@ def _paired(
 
     def of(seeds: tuple[int, ...], sample: Sample) -> Sample:
         columns = [seeds.index(seed) for seed in common]
-        return Sample(sample.figures[columns], sample.resampled[:, columns])
+        return Sample(sample.values[columns], sample.resampled[:, columns])
 
     return common, statistics.difference(of(*one), of(*other)) if common else None
 
 
 def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any] | None:
     """Training loss by step, the mean over seeds of the steps that all of them logged, in at most 40 bins."""
-    logs = [dict(_losses(folder / CELLS / outcome.name / "log.jsonl", "loss")) for outcome in runs.cells.values()]
+    logs = [dict(_losses(folder / CELLS / outcome.name / "log.jsonl")) for outcome in runs.cells.values()]
     steps = sorted(set.intersection(*map(set, logs))) if logs else []
     if len(steps) < 2:
         return None
@@ -512,15 +478,15 @@ def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any]
     }
 
 
-def _losses(path: Path, key: str) -> Iterator[tuple[int, float]]:
+def _losses(path: Path) -> Iterator[tuple[int, float]]:
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:  # a kill can cut the last line short
                 continue
-            if "step" in line and is_number(line.get(key)):
-                yield line["step"], line[key]
+            if "step" in line and is_number(line.get("loss")):
+                yield line["step"], line["loss"]
 
 
 # -- what is equal and what is not ------------------------------------------------------------------------------------
@@ -590,7 +556,7 @@ def _edges(study: Study, found: Outcomes, best: Mapping[tuple[str, str], _Runs |
 
 
 def statement(summary: Mapping[str, Any]) -> list[str]:
-    """What the data can say and what they cannot, in sentences, from the figures alone."""
+    """What the data can say and what they cannot, in sentences, from the summary alone."""
     return [*_completeness(summary), *_protocol(summary), *_comparisons(summary), *_limits(summary)]
 
 
@@ -624,9 +590,9 @@ def _protocol(summary: Mapping[str, Any]) -> Iterator[str]:
         how = ""
     first = f"with {study['search_seeds']} seed{'s' * (study['search_seeds'] > 1)}"
     if how:
-        yield f"Search: {how}, chosen on validation rows {first}; figures are means over {_count(seeds, 'seed')} at the chosen value."
+        yield f"Search: {how}, chosen on validation rows {first}; values are means over {_count(seeds, 'seed')} at the chosen value."
     else:
-        yield f"Nothing was tuned; figures are means over {_count(seeds, 'seed')}."
+        yield f"Nothing was tuned; values are means over {_count(seeds, 'seed')}."
     if differing := {key: values for key, values in summary["unequal"].items() if key != "search"}:
         parts = [f"{key} ({_grouped(values)})" for key, values in differing.items()]
         yield f"Beyond the method and the search, the variants differ in {'; '.join(parts)}."
@@ -702,7 +668,7 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
             )
     same = [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]
     if same:
-        yield f"{', '.join(same)}: validation and test are the same rows, so the figures are those that chose the values: too good by that."
+        yield f"{', '.join(same)}: validation and test are the same rows, so the metrics are those that chose the values: too good by that."
     for task, facts in summary["tasks"].items():
         if facts.get("note"):
             yield f"{task}: {facts['note']}."
@@ -748,7 +714,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Figures to six digits: more would only be noise in comparisons of files."""
+    """Numbers to six digits: more would only be noise in comparisons of files."""
     if isinstance(value, Mapping):
         return {key: _rounded(held) for key, held in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Plots of a summarised study: differences, figure against cost, sensitivity to the search, sweeps, losses."""
+"""Plots of a summarised study: differences, metric against cost, sensitivity to the search, sweeps, losses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from duallora.errors import is_number
-from duallora.grid.study import LOWER_IS_BETTER
 from duallora.plots import FAINT, GROUND, INK, PALETTE
+from duallora.tasks import metrics
 
 Summary = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ class Ink(NamedTuple):
 
 
 def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
-    """Every plot that the summary has the figures for, of class ``Figure`` (`duallora.plots.figures`)."""
+    """Every plot that the summary has the numbers for, of class ``Figure`` (`duallora.plots.figures`)."""
     look = looks(summary)
     for name, title, caption, make in (
         ("differences", "Differences", _DIFFERENCES, _differences),
@@ -132,7 +132,7 @@ def _differences(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
                 markerfacecolor=colour if told else GROUND, zorder=3,
             )  # fmt: skip
         axes.set(title=_label(summary, task), ylim=(-0.6, len(others) - 0.4))
-        if summary["tasks"].get(task, {}).get("metric") in LOWER_IS_BETTER:
+        if metrics.find(summary["tasks"].get(task, {}).get("metric")).higher_is_better is False:
             axes.invert_xaxis()
         axes.set_yticks(range(len(others)), others[::-1])
         axes.tick_params(axis="y", length=0)
@@ -308,7 +308,7 @@ def _searched(summary: Summary, task: str, variant: str) -> str | None:
 def _line(
     summary: Summary, key: str, cells: Sequence[Mapping[str, Any]], metric: str
 ) -> tuple[list[float], list[float]]:
-    """Mean over the seeds that chose, by search value; broken nowhere, since a diverged run has no figure to break at."""
+    """Mean over the seeds that chose, by search value; broken nowhere, since a diverged run has no value to break at."""
     seeds = summary["study"]["seeds"][: summary["study"]["search_seeds"]]
     found: dict[float, list[float]] = {}
     for cell in cells:

@@ -92,7 +92,7 @@ def convert(
         int | None, typer.Option("--num-beams", min=1, metavar="N", help="Beams; the task's own if not given.")
     ] = None,
     result: Annotated[
-        Path | None, typer.Option("--result", metavar="FILE", help="Write the conversion's figures as JSON.")
+        Path | None, typer.Option("--result", metavar="FILE", help="Write the conversion's measures as JSON.")
     ] = None,
     lenient: Lenient = False,
     json: Json = False,
@@ -134,11 +134,11 @@ def convert(
     if result is not None:
         fingerprints = scored.pop("data", {})
         settings = {"adapter": Path(adapter).name, "rank": rank, "energy": energy, "dtype": dtype, **scored}
-        figures = {key: value for key, value in payload.items() if key != "output"}
+        measured = {key: value for key, value in payload.items() if key != "output"}
         base = payload["trained"].get("base", {}).get("fingerprint")
         record.write_json(
             result,
-            record.result("convert", settings, figures, seeds=(), started=started, data=fingerprints, base=base),
+            record.result("convert", settings, measured, seeds=(), started=started, data=fingerprints, base=base),
         )
     return payload
 
@@ -201,7 +201,7 @@ def card(
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Write the hub's README.md of an adapter: how to load it, its data, settings, seeds and figures with intervals.
+    """Write the hub's README.md of an adapter: how to load it, its data, settings, seeds and metrics with intervals.
 
     [dim]Example:[/]  duallora card runs/mine --repo me/mine --license apache-2.0
     """
@@ -267,7 +267,7 @@ def _scores(
     limit: int | None,
     num_beams: int | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """(a function of model and tokenizer that gives the task's figures, what it scores on)."""
+    """(a function of model and tokenizer that gives the task's metrics, what it scores on)."""
     from duallora.train import evaluate as evaluation
     from duallora.train.recipe import EvalSection
 

@@ -64,11 +64,13 @@ def grid(
     from duallora.grid import live
     from duallora.grid.run import require_all, run
     from duallora.grid.study import Study, outcomes
+    from duallora.train import plugins
 
     source = config or output
     if source is None:
         raise ConfigError("what is to be run? -c grid.yaml says it, and -o FOLDER goes on with a folder's study")
     study = Study.read(source, **({} if optuna is None else {"trials": optuna}))
+    plugins.load(study.base.get("plugins", ()))  # their metrics say which of two values is better
     folder = output or Path("runs") / study.name
     if dry_run:
         cells = study.wanted(outcomes(folder))
@@ -120,7 +122,7 @@ def reproduce(
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Run a table or figure of the paper again: its plan with predicted hours, its runs, its figures beside the paper's.
+    """Run a table or figure of the paper again: its plan with predicted hours, its runs, its values beside the paper's.
 
     A run that was stopped goes on where it was with the same command.
 

@@ -592,7 +592,7 @@ def _show_scores(source: str, task: Task, split: str, result: EvalResult) -> Non
     from rich.text import Text
 
     console.results.print(f"{escape(source)} on {escape(task.name)}, {split}", soft_wrap=True)
-    table = Table("figure", box=SIMPLE)
+    table = Table("metric", box=SIMPLE)
     table.add_column("value", justify="right")
     table.add_column("n", justify="right")
     for name, value in result.metrics.items():

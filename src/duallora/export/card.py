@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.markup import escape
 from yaml import YAMLError  # what huggingface_hub reads front matter with
 
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
-from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task
+from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, metrics
 from duallora.train import checkpoint, evaluate, record, untrusted
 from duallora.train.progress import say, shown
 
@@ -31,13 +32,12 @@ HUB_NAMES = {
 }
 BUILT_IN_NOTE = {
     "builtin:smollm2-135m": "The base was the 4-bit GGUF edition of that model, widened to bfloat16: on the hub's own weights "
-    "the figures will differ a little, and the adapter's fingerprint check asks for `--lenient`."
+    "the metrics will differ a little, and the adapter's fingerprint check asks for `--lenient`."
 }
 PIPELINES = {"generate": "text-generation", "classify": "text-classification", "regress": "text-classification"}
 AUTO_CLASSES = {"generate": "AutoModelForCausalLM"}
 TOKENIZER = "tokenizer_config.json"
 RESAMPLES = 1000
-LOSSES = ("loss", "perplexity", "loss_before")
 CONVERSION = re.compile(r"lora-r\d+")
 
 
@@ -58,7 +58,7 @@ def card(
     """Writes the card to ``output`` (README.md of the adapter) and returns ``{"output", "base_model", "metadata", ...}``.
 
     ``base_model`` is the hub id where the adapter names a folder of this machine. ``results`` are files of
-    ``duallora eval -o``, beside those found in the run folder; a figure gets a bootstrap interval where its predictions
+    ``duallora eval -o``, beside those found in the run folder; a metric gets a bootstrap interval where its predictions
     can be scored again (the task's data are here and are the same).
 
     Raises:
@@ -235,13 +235,13 @@ def _datasets(task: str, run: dict[str, Any]) -> list[str]:
     return [path] if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else []
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
+# -- metrics -----------------------------------------------------------------------------------------------------------
 
 
 def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, Any]]:
-    """The run's own figures on its held-out rows."""
-    metrics = run.get("result", {}).get("metrics", {})
-    chosen = {name: value for name, value in metrics.items() if not name.startswith(("train_", "tokens_"))}
+    """The run's own metrics on its held-out rows."""
+    chosen = run.get("result", {}).get("metrics", {})
+    chosen = {name: value for name, value in chosen.items() if not name.startswith(("train_", "tokens_"))}
     if not chosen:
         return []
     rows = run.get("data", {}).get("validation")
@@ -249,7 +249,7 @@ def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, 
 
 
 def _results(folder: Path, files: Sequence[str | Path], task: str, data_dir: str | Path | None) -> list[dict[str, Any]]:
-    """The figures of ``duallora eval -o`` files: those named, and those in the run folder that are of this adapter."""
+    """The metrics of ``duallora eval -o`` files: those named, and those in the run folder that are of this adapter."""
     own = [path for place in (folder, folder.parent) for path in sorted(place.glob("*.json")) if _run(folder)]
     found = []
     for path in dict.fromkeys([*map(Path, files), *own]):
@@ -287,33 +287,22 @@ def _examples(result: dict[str, Any], data_dir: str | Path | None) -> tuple[Task
         task = load_task(str(name), data_dir=data_dir)
         if task.fingerprint(str(split)) != result.get("data", {}).get(split):
             return None
-    except (DualLoraError, OSError, ValueError, KeyError):  # no data here: the figures stand without an interval
+    except (DualLoraError, OSError, ValueError, KeyError):  # no data here: the metrics stand without an interval
         return None
     return task, list(task.splits[str(split)][: len(predictions)])
 
 
 def interval(task: Task, metric: str, predictions: Sequence[Any], examples: Sequence[Example]) -> list[float]:
     """[low, high]: the 95 % percentile bootstrap interval of ``metric`` over the rows."""
-    import numpy
-    from scipy.stats import bootstrap
-
-    def value(rows: Any) -> float:
-        return task.metrics([predictions[row] for row in rows], [examples[row] for row in rows])[metric]
-
-    rows = numpy.arange(len(predictions))
-    found = bootstrap(
-        (rows,),
-        value,
-        vectorized=False,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        random_state=numpy.random.default_rng(0),
-    )
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    chosen = metrics.get(metric, task.name)
+    if not (chosen.statistics or chosen.compute):
+        return []
+    values = chosen.resample([predictions], examples, rounds=RESAMPLES)[:, 0]
+    return [float(end) for end in np.percentile(values, [2.5, 97.5])]
 
 
 def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, task: str) -> list[EvalResult]:
-    """The model-index: every figure that is no loss."""
+    """The model-index: every metric that is no loss."""
     pipeline = PIPELINES[kind]
     return [
         EvalResult(
@@ -327,7 +316,7 @@ def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, 
         )
         for score in scores
         for name, value in score["metrics"].items()
-        if name not in LOSSES
+        if not metrics.find(name).likelihood
     ]
 
 
@@ -354,7 +343,7 @@ def _body(
         _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ())), (folder / TOKENIZER).is_file()),
         _plain_lora(others, base, repo or "ORG/NAME"),
         _training(settings, sidecar, run, local),
-        _figures(scores),
+        _scores(scores),
         "## Citation\n\n```bibtex\n@misc{duallora,\n  title = {Dual LoRA},\n  note = {arXiv:2512.03402},\n"
         "  url = {https://arxiv.org/abs/2512.03402}\n}\n```",
     ]
@@ -388,13 +377,13 @@ def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], base: str, repo:
         "## Without duallora: plain LoRA",
         "",
         "The same update as a LoRA of one rank, for PEFT alone, vLLM, SGLang and llama.cpp. dW of Dual LoRA has a high rank, "
-        "so a LoRA keeps a part of it: the table says which, and what the figures become.",
+        "so a LoRA keeps a part of it: the table says which, and what the metrics become.",
         "",
         "| folder | rank | of \\|dW\\|² kept | in the worst layer | relative error | adapter | as LoRA |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, (_, facts) in others.items():
-        cells = [_main_figures(facts.get("scores", {}).get(which, {})) for which in ("adapter", "conversion")]
+        cells = [_main_metrics(facts.get("scores", {}).get(which, {})) for which in ("adapter", "conversion")]
         lines.append(
             f"| `{name}/` | {facts['rank']} | {facts['energy']:.2%} | {facts['lowest_energy']:.2%} | "
             f"{facts['relative_error']:.2e} | {' | '.join(cells)} |"
@@ -405,9 +394,12 @@ def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], base: str, repo:
     )
 
 
-def _main_figures(scores: dict[str, float]) -> str:
-    """The task's first figure and the loss."""
-    names = [*[name for name in scores if name not in LOSSES][:1], *[name for name in scores if name == "loss"]]
+def _main_metrics(scores: dict[str, float]) -> str:
+    """The task's first metric and the loss."""
+    names = [
+        *[name for name in scores if not metrics.find(name).likelihood][:1],
+        *[name for name in scores if name == "loss"],
+    ]
     return ", ".join(f"{name} {scores[name]:.4g}" for name in names) or "not measured"
 
 
@@ -449,15 +441,16 @@ def _by_layer(names: Sequence[str]) -> str:
     return ", ".join(name if count == 1 else f"{name} ({count})" for name, count in sorted(found.items()))
 
 
-def _figures(scores: list[dict[str, Any]]) -> str:
+def _scores(scores: list[dict[str, Any]]) -> str:
     if not scores:
-        return "## Figures\n\nNone were recorded with the adapter."
-    lines = ["## Figures", "", "| figure | value | 95 % interval | rows | split |", "|---|---|---|---|---|"]
+        return "## Metrics\n\nNone were recorded with the adapter."
+    lines = ["## Metrics", "", "| metric | value | 95 % interval | rows | split |", "|---|---|---|---|---|"]
     for score in scores:
         for name, value in score["metrics"].items():
             low_high = score["intervals"].get(name)
             shown_interval = f"{low_high[0]:.4g} to {low_high[1]:.4g}" if low_high else ""
-            lines.append(f"| {name} | {float(value):.4g} | {shown_interval} | {score['n']} | {score['split']} |")
+            unit = " (percent)" if metrics.find(name).unit == "percent" else ""
+            lines.append(f"| {name}{unit} | {float(value):.4g} | {shown_interval} | {score['n']} | {score['split']} |")
     intervals = any(score["intervals"] for score in scores)
     how = f"percentile bootstrap over the rows, {RESAMPLES:,} resamples; " if intervals else ""
     return "\n".join(

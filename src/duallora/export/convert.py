@@ -122,14 +122,14 @@ def convert(
         if (source / "tokenizer_config.json").is_file():
             tokenizer.save_pretrained(str(folder))
         before = merge.probe(model, tokenizer)
-        figures = {"adapter": dict(scores(model, tokenizer))} if scores else {}
+        measured = {"adapter": dict(scores(model, tokenizer))} if scores else {}
         base = model.unload()
         if scores and kind == "generate" and lora.bias == "none":  # else the base is left with a new head or biases
-            figures["base"] = dict(scores(base, tokenizer))
+            measured["base"] = dict(scores(base, tokenizer))
         plain = _load(base, folder, tensors, rank)
         after = merge.probe(plain, tokenizer)
         if scores:
-            figures["conversion"] = dict(scores(plain, tokenizer))
+            measured["conversion"] = dict(scores(plain, tokenizer))
         difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(after, before, strict=True))
         conversion = {
             "rank": rank,
@@ -139,7 +139,7 @@ def convert(
             "relative_error": total["relative_error"],
             "dtype": str(next(iter(done[0].tensors.values())).dtype).removeprefix("torch."),
             "max_logit_difference": difference,
-            "scores": figures,
+            "scores": measured,
             "layers": [layer.facts() for layer in done],
         }
         trained = _seal(folder, source, kind, conversion)
@@ -151,8 +151,8 @@ def convert(
         f"[bold]{total['energy']:.4%}[/] of |dW|² in all, {total['lowest']:.4%} in the worst layer; relative error "
         f"{total['relative_error']:.2e}; largest logit difference {difference:.3g}",
     )
-    if figures:
-        _show_scores(console, figures)
+    if measured:
+        _show_scores(console, measured)
     say(console, "written", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
     return {"output": str(output), "kind": kind, "trained": trained, **conversion}
 
@@ -411,10 +411,10 @@ def _show(console: Console, done: list[Converted], rank: int) -> None:
     console.print(table)
 
 
-def _show_scores(console: Console, figures: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table("figure", box=SIMPLE)
-    for source in figures:
+def _show_scores(console: Console, measured: Mapping[str, Mapping[str, float]]) -> None:
+    table = Table("metric", box=SIMPLE)
+    for source in measured:
         table.add_column(source, justify="right")
-    for name in figures["adapter"]:
-        table.add_row(name, *(f"{values[name]:,.4g}" for values in figures.values()))
+    for name in measured["adapter"]:
+        table.add_row(name, *(f"{values[name]:,.4g}" for values in measured.values()))
     console.print(table)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from duallora.errors import ConfigError, is_number
+from duallora.tasks import metrics
 from duallora.train.recipe import (
     SECTIONS,
     Placed,
@@ -32,7 +33,6 @@ from duallora.train.recipe import (
 )  # fmt: skip
 
 EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
-LOWER_IS_BETTER = ("loss", "perplexity", "parse_failure_rate", "rmse")
 RESERVED = ("after", "search")  # names beside the settings of a task or variant
 SHORT = {"train.learning_rate": "lr"}  # in the names of cells
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
@@ -66,7 +66,7 @@ class Outcome:
     """What a cell's folder says of it: ``status`` is running, done, failed or interrupted, as run.json has it.
 
     ``kind`` is how it ended, as run.json has it: done, diverged, out of memory, lost, stopped or failed.
-    ``metrics`` are figures on validation rows, ``test`` on test rows; ``seconds`` and ``cpu_seconds`` the training's.
+    ``metrics`` are those on validation rows, ``test`` on test rows; ``seconds`` and ``cpu_seconds`` the training's.
     ``recipe`` is the resolved recipe it ran under, by section; ``same_rows`` whether its validation rows are its test rows.
     """
 
@@ -120,7 +120,7 @@ class Study:
         seeds: of all cells in the end; the first ``search_seeds`` of them run at every search value.
         extend: whether a grid of numbers grows, by its own factor, while its best value lies at its edge (at most
             three times).
-        metric: validation figure that decides; None is each task's main one.
+        metric: validation metric that decides; None is each task's main one.
         reference: variant that the others are compared with.
 
     Raises:
@@ -203,7 +203,7 @@ class Study:
         return self._grid(outcomes, task, variant)[0]
 
     def best(self, outcomes: Outcomes, task: str, variant: str) -> Point | None:
-        """The point with the best mean figure on validation rows, or None while that is open or if none came through.
+        """The point with the best mean metric on validation rows, or None while that is open or if none came through.
 
         A diverged cell counts as the worst; ties go to the middle of the grid, then to the smaller value.
         """
@@ -216,17 +216,17 @@ class Study:
         return self._grid(outcomes, task, variant)[1]
 
     def score(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> float | None:
-        """The mean figure of a point on validation rows, greater is better; None while its first seeds are not settled.
+        """The mean metric of a point on validation rows, greater is better; None while its first seeds are not settled.
 
         Raises:
-            ConfigError: a finished cell lacks the figure that decides.
+            ConfigError: a finished cell lacks the metric that decides, or nobody has made that metric known.
         """
         scores = []
         for seed in self.seeds[: self.search_seeds]:
             outcome = outcomes.get(self.cell_name(task, variant, point, seed))
             if outcome is None or not outcome.settled:
                 return None
-            scores.append(-math.inf if outcome.diverged else self._figure(outcome))
+            scores.append(-math.inf if outcome.diverged else self._value(outcome))
         return sum(scores) / len(scores)
 
     def cells_at(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> list[Cell]:
@@ -295,18 +295,18 @@ class Study:
             key: values["choices"][0] if "choices" in values else values["low"] for key, values in self.space.items()
         }
 
-    def _figure(self, outcome: Outcome) -> float:
+    def _value(self, outcome: Outcome) -> float:
         metric = self.metric or outcome.main_metric
         if metric is None or metric not in outcome.metrics:
             have = ", ".join(name for name, value in outcome.metrics.items() if is_number(value)) or "none"
             raise ConfigError(
-                f"{outcome.name}: no validation figure {metric or ''} to choose by; it has {have}. Set the study's metric to "
+                f"{outcome.name}: no validation metric {metric or ''} to choose by; it has {have}. Set the study's metric to "
                 "one of them, or eval.metrics to true"
             )
         value = outcome.metrics[metric]
         if not is_number(value):  # a correlation with a constant has no value
             return -math.inf
-        return -value if metric in LOWER_IS_BETTER else value
+        return value if metrics.get(metric, outcome.recipe.get("data", {}).get("task")).higher_is_better else -value
 
     # -- cells ---------------------------------------------------------------------------------------------------------
 
@@ -380,7 +380,7 @@ class Study:
         if type(self.extend) is not bool:
             refuse("extend", f"extend: {self.extend!r} is not accepted; expected true or false")
         if self.metric is not None and not isinstance(self.metric, str):
-            refuse("metric", f"metric: {self.metric!r} is not accepted; expected the name of a figure")
+            refuse("metric", f"metric: {self.metric!r} is not accepted; expected the name of a metric")
         if self.reference is not None and self.reference not in self.variants:
             refuse("reference", f"reference: no variant {self.reference!r}; it has {', '.join(self.variants)}")
 
@@ -566,18 +566,18 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     except (KeyError, TypeError) as error:
         raise _damaged(cell / "run.json", error) from None
     result = _json(cell / "metrics.json") if run.get("status") == "done" else None
-    figures = dict((result or {}).get("metrics") or {})
-    test = figures.pop("test", None) or {}
+    values = dict((result or {}).get("metrics") or {})
+    test = values.pop("test", None) or {}
     data = (result or {}).get("data") or {}
     return Outcome(
         name,
         str(run.get("status")),
         kind=run.get("kind", ""),
-        metrics=figures,
+        metrics=values,
         test=test,
         parameters=run.get("parameters") or {},
-        seconds=_sum(figures, "start_seconds", "train_seconds"),
-        cpu_seconds=_sum(figures, "start_cpu_seconds", "train_cpu_seconds"),
+        seconds=_sum(values, "start_seconds", "train_seconds"),
+        cpu_seconds=_sum(values, "start_cpu_seconds", "train_cpu_seconds"),
         error=run.get("error"),
         main_metric=(result or {}).get("main_metric"),
         recipe=recipe,
@@ -585,9 +585,9 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     )
 
 
-def _sum(figures: Mapping[str, Any], *names: str) -> float | None:
+def _sum(values: Mapping[str, Any], *names: str) -> float | None:
     """What a start from data took is part of what the method costs."""
-    found = [figures[name] for name in names if is_number(figures.get(name))]
+    found = [values[name] for name in names if is_number(values.get(name))]
     return sum(found) if found else None
 
 

@@ -35,7 +35,7 @@ def _starts(r: int, rows: int) -> dict[str, Variant]:
         "lora": plain,
         "lora-pissa": lora("pissa"),
         "lora-eva": lora("eva", calibration=rows, eva_config={"rho": 1.0}),  # 1: every layer keeps its rank
-        "lora-corda": lora("corda", calibration=rows, corda_method="ipm"),  # its paper's choice for a task's figures
+        "lora-corda": lora("corda", calibration=rows, corda_method="ipm"),  # its paper's choice for a task's metrics
         "lora-ga": lora("lora_ga", calibration=rows, lora_ga_config={"scale": "paper"}),
         "duallora": {"adapter.r": r, **PLAIN_START},
         "gradient": {"adapter.r": r, "adapter.init": "gradient", **PLAIN_START},

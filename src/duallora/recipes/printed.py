@@ -78,7 +78,7 @@ _INHERITED = "the count is inherited from the LoRA paper; no set of modules give
 
 @dataclass(frozen=True)
 class Row:
-    """One printed line. ``trainable`` is in percent (Tables 1, 3, 5) or millions (2, 4); figures are by column."""
+    """One printed line. ``trainable`` is in percent (Tables 1, 3, 5) or millions (2, 4); values are by column."""
 
     table: int
     model: str
@@ -86,7 +86,7 @@ class Row:
     rank: int | None
     variant: str
     trainable: float | None
-    figures: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
     copied: str = ""
     note: str = ""
 
@@ -120,7 +120,7 @@ def _row(table: int, line: dict[str, str]) -> Row:
         rank=int(rank) if rank else None,
         variant=ABLATIONS[method] if method in ABLATIONS else variant(method, int(rank) if rank else None),
         trainable=float(trainable) if trainable else None,
-        figures={column: float(value) for column, value in line.items() if value},
+        values={column: float(value) for column, value in line.items() if value},
         copied=SOURCES.get(key) or SOURCES.get(any_rank, ""),
         note=note,
     )

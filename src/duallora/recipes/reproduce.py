@@ -1,4 +1,4 @@
-"""A table of the paper from its plan to the figures beside the printed ones; the verb `duallora reproduce`."""
+"""A table of the paper from its plan to our values beside the printed ones; the verb `duallora reproduce`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from duallora.recipes import printed, studies
 from duallora.train import progress
 from duallora.train.recipe import yaml_value
 
-# The columns of Tables 1, 3, 5 and 6 as the task "commonsense" calls its figures.
+# The columns of Tables 1, 3, 5 and 6 as the task "commonsense" calls its metrics.
 _COMMONSENSE = {"siqa": "social_i_qa"}
 
 
@@ -237,6 +237,6 @@ def printed_lines(study: str) -> list[dict[str, Any]]:
     """`printed_rows` as plain data for `duallora.analysis.report`, the columns by the names of our tasks."""
     lines = [asdict(row) for row in printed_rows(study)]
     return [
-        {**line, "figures": {_COMMONSENSE.get(name, name): value for name, value in line["figures"].items()}}
+        {**line, "values": {_COMMONSENSE.get(name, name): value for name, value in line["values"].items()}}
         for line in lines
     ]

@@ -1,7 +1,7 @@
 """Table 1: commonsense reasoning with LLaMA, under HiRA's settings ("all other hyper-parameters as in HiRA").
 
-HiRA's and DoRA's protocols differ in what the loss is on, and the paper's LoRA and DoRA rows are DoRA's own figures: here
-every row has HiRA's loss, on the answer alone. One run trains on the mixture of the eight training sets; its figures are
+HiRA's and DoRA's protocols differ in what the loss is on, and the paper's LoRA and DoRA rows are DoRA's own numbers: here
+every row has HiRA's loss, on the answer alone. One run trains on the mixture of the eight training sets; its values are
 the accuracy on each test and their plain mean.
 
 Differences from HiRA, on purpose: the learning rate is tuned for every method alike; the last step is scored, not the

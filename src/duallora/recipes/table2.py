@@ -1,7 +1,7 @@
 """Table 2: GLUE with RoBERTa and DeBERTa, after LoRA's scripts (microsoft/LoRA, examples/NLU), which the paper names.
 
 Differences from those scripts, on purpose: the learning rate is tuned for every method alike, around the script's, on
-rows held out of the training set (GLUE's test labels are withheld, so the table's figures are the development set's, and
+rows held out of the training set (GLUE's test labels are withheld, so the table's values are the development set's, and
 nothing may be picked on them); the last step is scored, not the best epoch; rows are padded to the batch, not to 512.
 The scripts start eight processes (RoBERTa-base's CoLA: two) with the batch of the table on each; here it is the whole
 batch. DeBERTa's head has the model's own dropout (`--cls_dropout` there: 0 to 0.2).

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from duallora.errors import ConfigError
-from duallora.tasks import commonsense, e2e, glue
+from duallora.tasks import commonsense, docstrings, e2e, glue, metrics  # noqa: F401 (each registers its metrics)
 from duallora.tasks.encode import IGNORE, Collator, Counts, Encoded, encode, encode_prompt, encode_split, encode_texts
 from duallora.tasks.example import Example
 from duallora.tasks.files import load_data
@@ -31,6 +31,7 @@ __all__ = [
     "hold_out",
     "load_data",
     "load_task",
+    "metrics",
     "names",
 ]
 

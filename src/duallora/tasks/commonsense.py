@@ -9,7 +9,7 @@ Differences from HiRA, on purpose: the end-of-text token is trained (HiRA's answ
 tokens), the beginning-of-text token is set in training as in generation, and 120 training rows of each task, drawn
 with seed 42, are its validation split (LLM-Adapters' number, taken there from the mixture of all eight).
 
-`MIXTURE` is Table 1's protocol: one run on the training rows of all eight, then a figure for each test and their plain
+`MIXTURE` is Table 1's protocol: one run on the training rows of all eight, then a value for each test and their plain
 mean. It is the union of the training sets that stand in the folder, or of the hub's eight (LLM-Adapters' file of
 170,420 rows holds more of WinoGrande than any set of the hub). The rows come from each task in turn, so that
 ``data.limit`` and ``data.eval_limit`` take evenly from all; ``data.eval_limit=120`` is LLM-Adapters' validation size.
@@ -34,6 +34,7 @@ from duallora.tasks import metrics
 from duallora.tasks.example import Example
 from duallora.tasks.files import Faults, load_hub, read_rows
 from duallora.tasks.local import find_file, seek_file
+from duallora.tasks.metrics import Metrics
 from duallora.tasks.task import SPLITS, LazySplits, Task
 
 # Two spaces before the blank line, as in HiRA's training and evaluation alike.
@@ -140,6 +141,9 @@ PROTOCOLS: dict[str, Protocol] = {
 }  # fmt: skip
 
 
+UNREAD = metrics.register(
+    metrics.share("parse_failure_rate", lambda answer, row: not answer, higher_is_better=False)
+).name
 MIXTURE = "commonsense"  # the name of all eight at once
 NAMES = (*PROTOCOLS, MIXTURE)
 
@@ -165,7 +169,7 @@ def _single(name: str, folder: Path | None) -> Task:
         kind="generate",
         splits=splits,
         format="commonsense (HiRA prompt, first-match answer)",
-        metrics=choice_metrics,
+        metrics=Metrics("accuracy", UNREAD),
         main_metric="accuracy",
         generation=GENERATION,
         extract=extract,
@@ -205,7 +209,7 @@ def _mixture(folder: Path | None) -> Task:
         kind="generate",
         splits=LazySplits({split: functools.partial(read, split) for split in SPLITS}),
         format="commonsense mixture (HiRA prompt, first-match answer)",
-        metrics=mixture_metrics,
+        metrics=Metrics("average", UNREAD, by_group=["accuracy", UNREAD]),
         main_metric="average",
         generation=GENERATION,
         extract=extract,
@@ -234,31 +238,6 @@ def first_match(text: str, answers: Sequence[str]) -> str:
     """The first of ``answers`` in the text, case-sensitive; '' where none occurs."""
     found = re.search("|".join(answers), text)
     return found.group() if found else ""
-
-
-def choice_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy and the share of predictions without any answer word; whole texts and extracted answers both do."""
-    answers = [extract(text, example) for text, example in zip(predictions, examples, strict=True)]
-    return {
-        "accuracy": metrics.accuracy(answers, [example.references[0] for example in examples]),
-        "parse_failure_rate": metrics.percent([not answer for answer in answers]),
-    }
-
-
-def mixture_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """`choice_metrics` of each task by its name, the plain mean of the accuracies, and all parse failures."""
-    figures: dict[str, float] = {}
-    for name in PROTOCOLS:
-        own = [index for index, example in enumerate(examples) if example.group == name]
-        if own:
-            found = choice_metrics([predictions[i] for i in own], [examples[i] for i in own])
-            figures |= {f"{figure}_{name}": value for figure, value in found.items()}
-    accuracies = [value for figure, value in figures.items() if figure.startswith("accuracy_")]
-    return {
-        "average": sum(accuracies) / max(1, len(accuracies)),
-        "parse_failure_rate": choice_metrics(predictions, examples)["parse_failure_rate"],
-        **figures,
-    }
 
 
 def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tuple[Example, ...]:

@@ -18,13 +18,14 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import metrics
 from duallora.tasks.example import Example
+from duallora.tasks.files import METRICS
 from duallora.tasks.task import LazySplits, Task
 
 NAMES = ("builtin:docstrings", "builtin:packages")
@@ -67,7 +68,7 @@ def load(name: str) -> Task:
                 {split: functools.partial(_docstrings, split) for split in ("train", "validation", "test")}
             ),
             format="prompt-completion",
-            metrics=docstring_metrics,
+            metrics=metrics.Metrics("bleu", "exact_match", "bleu_first_line", "one_line"),
             main_metric="bleu",
             generation={"max_new_tokens": 40, "num_beams": 1, "do_sample": False},
             source=source,
@@ -78,29 +79,19 @@ def load(name: str) -> Task:
         splits=LazySplits({split: functools.partial(_packages, split) for split in ("train", "validation", "test")}),
         format="classification",
         labels=PACKAGES,
-        metrics=metrics.classification,
+        metrics=METRICS["classify"],
         main_metric="accuracy",
         source=source,
     )
 
 
-def docstring_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """BLEU and exact match of the whole answers, the BLEU of their first lines, the share that is just one line.
-
-    The first lines' BLEU is the kinder figure for a model that answers and then does not stop.
-    """
-    lines = [first_line(text) for text in predictions]
-    one_line = [bool(line) and text.strip() == line for text, line in zip(predictions, lines, strict=True)]
-    return {
-        **metrics.generation([text.strip() for text in predictions], examples),
-        "bleu_first_line": metrics.generation(lines, examples)["bleu"],
-        "one_line": metrics.percent(one_line),
-    }
-
-
 def first_line(text: str) -> str:
     """The answer up to its first line break or closing quotes."""
     return text.strip().split("\n", 1)[0].split('"""', 1)[0].strip()
+
+
+metrics.register(metrics.bleu("bleu_first_line", first_line))  # kinder to a model that answers and then does not stop
+metrics.register(metrics.share("one_line", lambda text, row: bool(text.strip()) and text.strip() == first_line(text)))
 
 
 @functools.lru_cache(maxsize=1)

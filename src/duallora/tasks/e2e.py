@@ -7,12 +7,12 @@ the end-of-text token, as LoRA's does. The n-gram block of 4 covers generated to
 block that saw the prompt would forbid 61 % of the test references.
 
 Validation and test hold one example for each meaning with all its references (547 and 630 meanings); training holds
-one for each sentence. Figures: BLEU (sacrebleu, 13a, lower case: equal to the official one), NIST, ROUGE-L and CIDEr;
+one for each sentence. Metrics: BLEU (sacrebleu, 13a, lower case: equal to the official one), NIST, ROUGE-L and CIDEr;
 with Java and the official scorer's programs (`official`) METEOR too, and ROUGE-L and CIDEr on its tokens.
 
 Local files: ``e2e_nlg/{train,valid,test}.txt`` as microsoft/LoRA ships them, lines ``name : X | area : Y||sentence``,
 which are tokenised ("city centre ."). Without a data folder: tuetschek/e2e_nlg on the hub, whose sentences are not;
-figures of the two differ.
+values of the two differ.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from duallora.tasks.local import find_file
 from duallora.tasks.task import LazySplits, Task
 
 SEPARATOR = "\n"
+# ``nist`` is the scorer's with ``-p``, as LoRA's scripts call it, and ``nist_perl`` what it prints without.
+METRICS = metrics.Metrics("bleu", "nist", "nist_perl", "rouge_l", "cider", task="e2e")
+metrics.register(metrics.bleu(lowercase=True), task="e2e")
 
 _HUB = ("tuetschek/e2e_nlg", None, "refs/convert/parquet")
 _FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
@@ -48,7 +51,7 @@ def load(name: str, folder: Path | None) -> Task:
         kind="generate",
         splits=LazySplits({split: functools.partial(_read, folder, split) for split in _FILES}),
         format="E2E (meaning representation, line break, sentence)",
-        metrics=e2e_metrics,
+        metrics=METRICS,
         main_metric="bleu",
         # LoRA's README, step 2 (its text length 64, beam 10, length penalty 0.8).
         generation={
@@ -64,21 +67,6 @@ def load(name: str, folder: Path | None) -> Task:
     )
 
 
-def e2e_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """BLEU and ROUGE-L in percent, NIST and CIDEr on their own scales, over all references of each meaning.
-
-    ``nist`` is the scorer's with ``-p``, as LoRA's scripts call it, and ``nist_perl`` what it prints without.
-    """
-    references = [example.references for example in examples]
-    return {
-        "bleu": metrics.bleu(predictions, references, lowercase=True),
-        "nist": nlg.nist(predictions, references),
-        "nist_perl": nlg.nist(predictions, references, perl=True),
-        "rouge_l": nlg.rouge_l(predictions, references),
-        "cider": nlg.cider(predictions, references),
-    }
-
-
 def official_metrics(predictions: Sequence[str], examples: Sequence[Example]) -> tuple[dict[str, float], str]:
     """METEOR in percent, ROUGE-L and CIDEr on the official tokens; nothing, and why, where the programs are not here."""
     if reason := official.missing():
@@ -89,14 +77,14 @@ def official_metrics(predictions: Sequence[str], examples: Sequence[Example]) ->
     references = [example.references for example in examples]
     texts = list(dict.fromkeys([*predictions, *(text for own in references for text in own)]))
     found = dict(zip(texts, official.tokens(texts), strict=True))
-    figures = {
+    values = {
         "meteor": official.meteor(
             [found[text] for text in predictions], [[found[text] for text in own] for own in references]
         ),
         "rouge_l": nlg.rouge_l(predictions, references, tokenize=found.__getitem__),
         "cider": nlg.cider(predictions, references, tokenize=found.__getitem__),
     }
-    return figures, "METEOR, and the tokens of ROUGE-L and CIDEr, by the official Java programs"
+    return values, "METEOR, and the tokens of ROUGE-L and CIDEr, by the official Java programs"
 
 
 def first_line(text: str) -> str:

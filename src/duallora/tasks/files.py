@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import chats, metrics
+from duallora.tasks import chats
 from duallora.tasks.chats import absent, excerpt, shown
 from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import reachable
 from duallora.tasks.labels import LabelKind, Labels, Name, is_missing, read_labels, trained_labels
-from duallora.tasks.task import Kind, LazySplits, Metrics, Task
+from duallora.tasks.metrics import Metrics
+from duallora.tasks.task import Kind, LazySplits, Task
 
 BadRows = Literal["error", "skip"]
 
@@ -65,10 +66,11 @@ _ALPACA_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-_SCORES: dict[Kind, tuple[Metrics, str]] = {
-    "generate": (metrics.generation, "bleu"),
-    "classify": (metrics.classification, "accuracy"),
-    "regress": (metrics.regression, "pearson"),
+# The first of each ranks models.
+METRICS: dict[Kind, Metrics] = {
+    "generate": Metrics("bleu", "exact_match"),
+    "classify": Metrics("accuracy", "macro_f1"),
+    "regress": Metrics("pearson", "spearman", "rmse"),
 }
 
 Row = tuple[str, Mapping[str, Any], str]  # where ("file:line"), fields, the row as it stands in the file
@@ -183,15 +185,15 @@ def load_data(
         notes.insert(0, found.note)
     if unused := [column for column in columns if column not in _used(chosen, columns)]:
         notes.append(f"columns not used: {', '.join(unused)}")
-    score, main_metric = _SCORES[kind]
+    metrics = METRICS[kind]
     return Task(
         name=Path(data).stem if _is_path(data) else data,
         kind=kind,
         splits=LazySplits({split: _constant(rows) for split, rows in examples.items()}),
         format=chosen,
         labels=() if found is None else found.classes,
-        metrics=score,
-        main_metric=main_metric,
+        metrics=metrics,
+        main_metric=metrics.names[0],
         generation={"max_new_tokens": 128, "num_beams": 1, "do_sample": False} if kind == "generate" else {},
         source=data if eval_data in (None, data) else f"{data} (validation: {eval_data})",
         notes=tuple(dict.fromkeys(notes)),

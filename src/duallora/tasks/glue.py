@@ -1,4 +1,4 @@
-"""The eight GLUE tasks of the paper's Table 2, each with its own figure.
+"""The eight GLUE tasks of the paper's Table 2, each with its own metric.
 
 GLUE's test labels are withheld, so "test" is the development set too, as in the paper and in LoRA's code: pick nothing
 on it that "validation" did not pick already. MNLI's "validation" is the matched development set; its "test" holds the
@@ -18,40 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from duallora.errors import DataError
-from duallora.tasks import metrics
 from duallora.tasks.example import Example
-from duallora.tasks.files import Faults, load_hub
+from duallora.tasks.files import METRICS, Faults, load_hub
 from duallora.tasks.local import find_file
-from duallora.tasks.task import LazySplits, Metrics, Task
+from duallora.tasks.metrics import Metrics
+from duallora.tasks.task import LazySplits, Task
 
 logger = logging.getLogger(__name__)
-
-
-def _accuracy(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
-    return {"accuracy": metrics.accuracy(predictions, [example.label for example in examples])}
-
-
-def _accuracy_f1(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
-    return {
-        **_accuracy(predictions, examples),
-        "f1": metrics.f1(predictions, [example.label for example in examples]),
-    }
-
-
-def _matthews(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
-    gold = [int(example.label or 0) for example in examples]
-    return {"matthews": metrics.matthews(predictions, gold), **_accuracy(predictions, examples)}
-
-
-def _mnli(predictions: Sequence, examples: Sequence[Example]) -> dict[str, float]:
-    figures = _accuracy(predictions, examples)
-    for group in ("matched", "mismatched"):
-        own = [index for index, example in enumerate(examples) if example.group == group]
-        if own and len(own) < len(examples):
-            figures[f"accuracy_{group}"] = metrics.accuracy(
-                [predictions[i] for i in own], [examples[i].label for i in own]
-            )
-    return figures
 
 
 @dataclass(frozen=True)
@@ -76,28 +49,28 @@ _PAIR = ("sentence1", "sentence2")
 
 PROTOCOLS: dict[str, Protocol] = {
     "cola": Protocol(
-        "CoLA", ("sentence",), "label", ("0", "1"), ("unacceptable", "acceptable"), _matthews, "matthews",
-        ("sentence",), header=("source", "label", "note", "sentence"),
+        "CoLA", ("sentence",), "label", ("0", "1"), ("unacceptable", "acceptable"),
+        Metrics("matthews", "accuracy"), "matthews", ("sentence",), header=("source", "label", "note", "sentence"),
     ),
     "sst2": Protocol(
-        "SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), _accuracy, "accuracy", ("sentence",)
+        "SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), Metrics("accuracy"), "accuracy", ("sentence",)
     ),
-    "rte": Protocol("RTE", _PAIR, "label", _ENTAILMENT, _ENTAILMENT, _accuracy, "accuracy", _PAIR),
-    "stsb": Protocol("STS-B", _PAIR, "score", (), (), metrics.regression, "pearson", _PAIR),
+    "rte": Protocol("RTE", _PAIR, "label", _ENTAILMENT, _ENTAILMENT, Metrics("accuracy"), "accuracy", _PAIR),
+    "stsb": Protocol("STS-B", _PAIR, "score", (), (), METRICS["regress"], "pearson", _PAIR),
     "qnli": Protocol(
-        "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ENTAILMENT, _accuracy, "accuracy",
+        "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ENTAILMENT, Metrics("accuracy"), "accuracy",
         ("question", "sentence"),
     ),
     "mrpc": Protocol(
-        "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("not_equivalent", "equivalent"), _accuracy_f1,
+        "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("not_equivalent", "equivalent"), Metrics("accuracy", "f1"),
         "accuracy", _PAIR,
     ),
     "qqp": Protocol(
-        "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("not_duplicate", "duplicate"), _accuracy_f1,
+        "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("not_duplicate", "duplicate"), Metrics("accuracy", "f1"),
         "accuracy", ("question1", "question2"),
     ),
     "mnli": Protocol(
-        "MNLI", _PAIR, "gold_label", _MNLI, _MNLI, _mnli, "accuracy", ("premise", "hypothesis"),
+        "MNLI", _PAIR, "gold_label", _MNLI, _MNLI, Metrics("accuracy", by_group=["accuracy"]), "accuracy", ("premise", "hypothesis"),
         dev=("dev_matched.tsv", "dev_mismatched.tsv"),
     ),
 }  # fmt: skip

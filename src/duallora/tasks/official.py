@@ -78,7 +78,7 @@ def meteor(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[S
                 _ask(program, ["SCORE", *(_plain(other) for other in others), _plain(text)])
                 for text, others in zip(predictions, references, strict=True)
             ]
-            _ask(program, ["EVAL", *counts])  # the first row's own figure
+            _ask(program, ["EVAL", *counts])  # the first row's own value
             for _ in counts[1:]:
                 _answer(program)
             return 100.0 * float(_answer(program))  # the last is the whole's

@@ -57,12 +57,12 @@ class Task:
     labels: tuple[str, ...] = ()
     """Class names by id (classify)."""
     metrics: Metrics
-    """(predictions, examples) -> figures; predictions are texts, class ids or floats according to ``kind``."""
+    """(predictions, examples) -> values by name; predictions are texts, class ids or floats according to ``kind``."""
     programs: Callable[[Sequence, Sequence[Example]], tuple[dict[str, float], str]] | None = None
-    """As ``metrics``, by programs outside of Python that may be absent: figures that join or replace those, and a note on
+    """As ``metrics``, by programs outside of Python that may be absent: values that join or replace those, and a note on
     what was computed how; too slow to be asked again for each resample of a bootstrap."""
     main_metric: str
-    """The key of ``metrics`` that ranks models; greater is better."""
+    """The key of ``metrics`` that ranks models; its `Metric` says which of two values is better."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for transformers' ``generate``: max_new_tokens, num_beams, ... (generate)."""
     extract: Callable[[str, Example], str] | None = None

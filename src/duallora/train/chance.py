@@ -1,4 +1,4 @@
-"""Whether a model knows more than one that ignores its input, told by its figures on scored rows.
+"""Whether a model knows more than one that ignores its input, told by its metrics on scored rows.
 
 The rival is the best constant answer: the most frequent class, whose loss is the entropy of the class frequencies; the
 mean target, whose loss is the variance; for a generator, the model before it was trained. Too few rows to tell are no
@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from duallora.tasks import Example, Task
-from duallora.tasks.metrics import correlation
+from duallora.tasks import Example, Task, metrics
 from duallora.train.evaluate import EvalResult
 
 ABOUT = 0.95  # a loss of this share of the constant answer's, or more, is about that loss
 UNMOVED = 0.999  # a generator's loss after training, over the one before, from which it has not moved down
-ENOUGH = 20  # rows from which figures near the constant answer's count
+ENOUGH = 20  # rows from which values near the constant answer's count
 MISSED = 7  # rows of another answer, all of them answered alike: one chance in a hundred at even odds
 LEARNED = 2.0  # standard errors above the constant answer from which something was learned
 NOTHING = 1.0  # and below which nothing was, if the loss agrees; between the two it cannot be told
@@ -67,10 +66,10 @@ def of_result(task: Task, rows: str, result: EvalResult, *, before: float | None
     loss = result.metrics["loss"]
     if task.kind == "generate":
         return _generated(rows, result.predictions, result.examples, loss, before)
-    targets = [float(example.label or 0) for example in result.examples]
     if task.kind == "classify":
+        targets = [float(example.label or 0) for example in result.examples]
         return _classified(task.labels, rows, result.predictions, targets, loss)
-    return _regressed(rows, result.predictions, targets, loss)
+    return _regressed(rows, result.predictions, result.examples, loss)
 
 
 def of_losses(rows: str, loss: float, before: float | None) -> Finding:
@@ -110,11 +109,11 @@ def _classified(
     return Finding(told or None, rows, loss, chance, words)
 
 
-def _regressed(rows: str, predictions: Sequence[float], targets: list[float], loss: float) -> Finding:
-    count, chance = len(targets), constant_loss("regress", targets)
+def _regressed(rows: str, predictions: Sequence[float], examples: Sequence[Example], loss: float) -> Finding:
+    count, chance = len(examples), constant_loss("regress", [float(example.label or 0) for example in examples])
     if not chance:
         return Finding(None, rows, loss, chance)
-    found = correlation(np.asarray(predictions, dtype=float), np.asarray(targets))
+    found = metrics.get("pearson").value(predictions, examples)
     above = found / 100 * math.sqrt(count - 1)
     if above >= LEARNED:
         return Finding(False, rows, loss, chance)

@@ -44,7 +44,7 @@ class Plan:
     data: str
     settings: tuple[str, ...]
     held_out: int  # test rows that are scored before and after
-    figures: dict[str, tuple[str, str, str]]  # metric -> (what to call it, its format, its unit)
+    metrics: dict[str, tuple[str, str, str]]  # metric -> (what to call it, its format, its unit)
 
 
 FULL = Plan(
@@ -70,7 +70,7 @@ FULL = Plan(
         "eval.metrics=false",
     ),
     held_out=96,
-    figures={
+    metrics={
         "loss": ("answer loss", ".3f", ""),
         "bleu": ("BLEU", ".1f", ""),
         "bleu_first_line": ("BLEU of the first line", ".1f", ""),
@@ -97,7 +97,7 @@ QUICK = Plan(
         "eval.metrics=false",
     ),
     held_out=145,
-    figures={"loss": ("loss", ".3f", ""), "accuracy": ("accuracy (guessing: 10 %)", ".1f", " %")},
+    metrics={"loss": ("loss", ".3f", ""), "accuracy": ("accuracy (guessing: 10 %)", ".1f", " %")},
 )
 
 
@@ -142,8 +142,8 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
         "demo",
         facts["recipe"] | {"output": None},
         {
-            "before": {name: before.metrics[name] for name in plan.figures},
-            "after": {name: after.metrics[name] for name in plan.figures},
+            "before": {name: before.metrics[name] for name in plan.metrics},
+            "after": {name: after.metrics[name] for name in plan.metrics},
             "max_logit_difference": merged["max_logit_difference"],
             "train_seconds": trained["metrics"]["train_seconds"],
             "tokens_per_second": trained["metrics"]["tokens_per_second"],
@@ -155,7 +155,7 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
         held_out_rows=len(before.examples),
         trainable_parameters=trained["trainable_parameters"],
     )
-    record.write_json(output / "demo.json", summary)  # figures only: the library's own texts are not ours to pass on
+    record.write_json(output / "demo.json", summary)  # metrics only: the library's own texts are not ours to pass on
     examples = [_example(task, before, after, index) for index in _spread(len(before.examples), SHOWN)]
     record.write_json(output / "examples.json", examples)
     return {
@@ -202,7 +202,7 @@ def _score(model: Any, tokenizer: Any, recipe: Recipe, task: Task, console: Cons
 
 def _say_scores(plan: Plan, result: EvalResult, console: Console) -> None:
     scores = ", ".join(
-        f"{label} [bold]{result.metrics[name]:{form}}{unit}[/]" for name, (label, form, unit) in plan.figures.items()
+        f"{label} [bold]{result.metrics[name]:{form}}{unit}[/]" for name, (label, form, unit) in plan.metrics.items()
     )
     say(console, "scores", f"{scores} ({len(result.examples)} held-out functions)")
 
@@ -238,7 +238,7 @@ def _summary(plan: Plan, before: EvalResult, after: EvalResult) -> Table:
     table.add_column(f"{len(before.examples)} held-out functions")
     for heading, style in (("before", "yellow"), ("after", "bold green"), ("change", "")):
         table.add_column(heading, justify="right", style=style)
-    for name, (label, form, unit) in plan.figures.items():
+    for name, (label, form, unit) in plan.metrics.items():
         first, second = before.metrics[name], after.metrics[name]
         table.add_row(label, f"{first:{form}}{unit}", f"{second:{form}}{unit}", f"{second - first:+{form}}")
     return table
@@ -252,7 +252,7 @@ def _next_steps(plan: Plan, output: Path, trained: dict[str, Any], merged: dict[
         (f"{folder}/adapter", "the adapter, for PeftModel.from_pretrained"),
         (f"{folder}/log.jsonl", f"the course of the training; {escape(logdir)}"),
         (shown(Path(merged["output"])), "a plain transformers model: no duallora needed to use it"),
-        (f"{shown(output)}/demo.json", "these figures, with versions, seeds and hashes"),
+        (f"{shown(output)}/demo.json", "these metrics, with versions, seeds and hashes"),
     ):
         where.add_row(f"[bold]{path}[/]", what)
     commands: Sequence[str] = (

@@ -1,4 +1,4 @@
-"""How good a model is on a task: the loss on its answers, and the task's own figures on what it generates or predicts.
+"""How good a model is on a task: the loss on its answers, and the task's own metrics on what it generates or predicts.
 
 Also the one place that loads an adapter for use, and refuses one that is damaged or belongs to another base model.
 """
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, No
 
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
 from duallora.methods.rule import reads_labels
-from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split
+from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split, metrics
 from duallora.tasks.chats import calls_tools
 from duallora.tasks.encode import with_written_answer
 from duallora.tasks.task import Kind
@@ -72,9 +72,9 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class EvalResult:
-    """``metrics`` holds the task's figures and ``loss`` (``perplexity`` too where the task generates); predictions
+    """``metrics`` holds the task's metrics and ``loss`` (``perplexity`` too where the task generates); predictions
     (texts, class ids or floats), examples and, where the task generates, ``answers`` are in the order of the split.
-    ``truncated`` rows were cut to the length asked for; ``note`` says what a figure's name does not."""
+    ``truncated`` rows were cut to the length asked for; ``note`` says what a metric's name does not."""
 
     metrics: dict[str, float]
     predictions: list[Any]
@@ -101,14 +101,14 @@ def evaluate(
     """Scores ``model`` on the first ``limit`` examples of a split; several ``processes`` share the batches out.
 
     ``generation`` overrides the task's own arguments for transformers' ``generate``. ``scoring="likelihood"`` generates
-    nothing: each row's prediction is the likeliest of its `Task.options`, and figures that end in ``_norm`` are those of
+    nothing: each row's prediction is the likeliest of its `Task.options`, and metrics that end in ``_norm`` are those of
     the option with the greatest log-likelihood per byte (lm-eval's acc_bytes). The loss is the mean over trained tokens
     (nats per token) for tasks that generate, over rows otherwise.
 
     Raises:
         ConfigError: the task has no such split, or no options to compare, or the model has too few positions.
         DataError: the split is empty, or a row has no answer or label to score against.
-        NonFiniteError: the loss is NaN or infinite, so every other figure would mean nothing.
+        NonFiniteError: the loss is NaN or infinite, so every other metric would mean nothing.
     """
     check_scoring(task, scoring)
     examples = select(task, split, limit)
@@ -122,11 +122,11 @@ def evaluate(
     predictions: list[Any]
     with inference(model):
         if scoring == "likelihood":
-            predictions, figures, answers = choose(
+            predictions, values, answers = choose(
                 model, tokenizer, task, examples, rows, max_length=max_length, **shared
             )
-            metrics = {**figures, **_losses(answers, split)}
-            return EvalResult(metrics, predictions, examples, _joined(notes), answers, counts.truncated)
+            values |= _losses(answers, split)
+            return EvalResult(values, predictions, examples, _joined(notes), answers, counts.truncated)
         answers = []
         if task.kind == "generate":
             answers = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
@@ -144,8 +144,8 @@ def evaluate(
         programs = task.programs
         more, note = processes.from_main(lambda: programs(predictions, examples))
         notes.append(note)
-    metrics = {**task.metrics(predictions, examples), **more, **losses}
-    return EvalResult(metrics, predictions, examples, _joined(notes), answers, counts.truncated)
+    values = {**task.metrics(predictions, examples), **more, **losses}
+    return EvalResult(values, predictions, examples, _joined(notes), answers, counts.truncated)
 
 
 def check_lengths(
@@ -195,8 +195,9 @@ def check_scoring(task: Task, scoring: Scoring) -> None:
 
 
 def _losses(answers: Sequence[Answer], split: str) -> dict[str, float]:
-    loss = _per_token(answers)
-    return {"loss": _finite(loss, split), "perplexity": math.exp(min(loss, 700.0))}
+    values = {name: metrics.get(name).value(answers, ()) for name in ("loss", "perplexity")}
+    _finite(values["loss"], split)
+    return values
 
 
 def _finite(loss: float, split: str) -> float:
@@ -250,7 +251,7 @@ def answer_loss(
 ) -> float:
     """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
-    return _per_token(_answers(log_likelihoods(model, tokenizer, rows, **shared), rows))
+    return metrics.get("loss").value(_answers(log_likelihoods(model, tokenizer, rows, **shared), rows), ())
 
 
 def _answers(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -265,10 +266,6 @@ def _by_example(answers: Sequence[Answer], examples: Sequence[int]) -> list[Answ
         before = whole.get(example, Answer(0.0, 0))
         whole[example] = Answer(before.log_likelihood + own.log_likelihood, before.tokens + own.tokens)
     return list(whole.values())
-
-
-def _per_token(answers: Sequence[Answer]) -> float:
-    return -math.fsum(one.log_likelihood for one in answers) / sum(one.tokens for one in answers)
 
 
 def log_likelihoods(
@@ -351,10 +348,10 @@ def choose(
     max_length: int = 512,
     **shared: Any,
 ) -> tuple[list[str], dict[str, float], list[Answer]]:
-    """The likeliest option of each example, the task's figures, and the right answers (``rows``).
+    """The likeliest option of each example, the task's metrics, and the right answers (``rows``).
 
     An option's log-likelihood is the sum over its tokens, without the end of text; of equals the first is taken.
-    Figures that end in ``_norm`` take the likeliest per byte.
+    Metrics that end in ``_norm`` take the likeliest per byte.
     """
     assert task.options is not None
     options = [list(task.options(example)) for example in examples]
@@ -370,9 +367,9 @@ def choose(
         likeliest.append(_answer(task, max(score, key=lambda option: score[option]), example))
         per_byte.append(_answer(task, max(score, key=lambda option: score[option] / len(option.encode())), example))
     normed = {f"{name}_norm": value for name, value in task.metrics(per_byte, examples).items()}
-    figures = {**task.metrics(likeliest, examples), **normed}
+    values = {**task.metrics(likeliest, examples), **normed}
     # Every option is an answer, so a parse failure cannot be.
-    kept = {name: value for name, value in figures.items() if not name.startswith("parse_failure")}
+    kept = {name: value for name, value in values.items() if not name.startswith("parse_failure")}
     return likeliest, kept, _answers(right, rows)
 
 

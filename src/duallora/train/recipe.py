@@ -596,7 +596,7 @@ def assemble(layers: Iterable[Mapping[str, Placed]], problems: Sequence[str] = (
         incomplete = any("data." in problem for problem in problems)
         problems += _explain(error, settings, sources, incomplete=incomplete)
     if problems:
-        raise ConfigError(listing(problems))
+        raise ConfigError(*problems)
     return recipe
 
 
@@ -627,15 +627,6 @@ def overlay(layers: Iterable[Mapping[str, Placed]]) -> dict[str, Placed]:
             else:
                 settings[key] = (value, where)
     return settings
-
-
-def listing(problems: Sequence[str]) -> str:
-    """One problem as it is; several as a list under their number."""
-    if len(problems) == 1:
-        return problems[0]
-    shown = "\n".join(f"  {problem}" for problem in problems[:20])
-    rest = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-    return f"{len(problems)} problems in the configuration:\n{shown}{rest}"
 
 
 def _explain(
@@ -787,7 +778,7 @@ def read_yaml(path: Path | str, depth: int) -> dict[str, Placed]:
         raise ConfigError(f"{path}:{_line(root)}: expected a mapping of names to values")
     values = {} if root is None else placed(root, depth)
     if problems:
-        raise ConfigError(listing(problems))
+        raise ConfigError(*problems)
     return values
 
 
@@ -795,7 +786,7 @@ def read_settings(path: Path | str) -> dict[str, Placed]:
     """The settings of a recipe file by dotted key, each with its place; what is missing may be set elsewhere."""
     layer = _read_file(Path(path))
     if layer.problems:
-        raise ConfigError(listing(layer.problems))
+        raise ConfigError(*layer.problems)
     return layer.values
 
 

@@ -82,7 +82,7 @@ def result(
     base: str | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """One committed result: every figure together with what is needed to get it again.
+    """One committed result: every value together with what is needed to get it again.
 
     ``recipe`` is the resolved recipe, ``data`` the fingerprint of each split, ``base`` that of the base weights and
     ``started`` the ``time.time()`` at which the work began. ``more`` holds what only this kind of result has.

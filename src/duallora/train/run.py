@@ -1,7 +1,7 @@
 """One training run: transformers' Trainer around a Dual LoRA adapter, in a folder that tells the whole story.
 
 recipe.yaml  the resolved recipe; run.json  versions, code, fingerprints, status; log.jsonl, tb/  the curves
-checkpoints/  sealed checkpoints (`checkpoint`); metrics.json  the figures
+checkpoints/  sealed checkpoints (`checkpoint`); metrics.json  the metrics
 adapter/  the result; model/  where the method trains the whole model
 """
 
@@ -41,7 +41,7 @@ from duallora.errors import (
     is_disk_failure,
     is_out_of_memory,
 )
-from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task
+from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task, metrics
 from duallora.tasks.task import Kind
 from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
 from duallora.train.adapter import gate, load_weights, other, parameter_counts, put
@@ -115,7 +115,7 @@ class _Run:
         self.checkpoints = folder / "checkpoints"
         self.began = False  # whether a training step may have been taken
         self.facts: dict[str, Any] = {}
-        self.notes: dict[str, str] = {}  # on the figures, by split
+        self.notes: dict[str, str] = {}  # on the metrics, by split
         self.findings: list[chance.Finding] = []  # whether they are above chance
 
     def go(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class _Run:
             self._start(method, rows, tokenizer, task.kind)
         trained = self._fit(method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints)
         adapter = self._save(method, tokenizer, task, steps, dtype)
-        metrics = {**trained, **self.facts["start"], **self._figures(adapted, tokenizer, task, held_out)}
+        metrics = {**trained, **self.facts["start"], **self._metrics(adapted, tokenizer, task, held_out)}
         metrics |= self._test(adapted, tokenizer, task)
         at_chance = self._at_chance(task, rows)
         result = {
@@ -397,7 +397,7 @@ class _Run:
                 method.save(self.checkpoints / START)
 
     def _fit(self, method, tokenizer, rows, held_out, task, steps, lr_warmup, start, fingerprints) -> dict[str, Any]:
-        """Trains to ``steps`` from ``start`` (a checkpoint or None); the figures of the training itself."""
+        """Trains to ``steps`` from ``start`` (a checkpoint or None); the numbers of the training itself."""
         recipe, model = self.recipe, method.model
         processes = self.processes
         log = JsonLines(self.folder / "log.jsonl")
@@ -450,14 +450,14 @@ class _Run:
         if number is not None:
             raise Interrupted(number, f"stopped after step {trainer.state.global_step} of {steps}")
         checkpoint.require_finite(model, f"step {steps}")
-        figures = processes.from_main(log.summary)
+        found = processes.from_main(log.summary)
         say(
             self.console,
             "trained",
-            f"{steps:,} steps in {clock(figures.get('train_seconds', 0))}, "
-            f"last loss {figures.get('train_loss', math.nan):.3f}, gate {gate(model):.2f}",
+            f"{steps:,} steps in {clock(found.get('train_seconds', 0))}, "
+            f"last loss {found.get('train_loss', math.nan):.3f}, gate {gate(model):.2f}",
         )
-        return figures
+        return found
 
     def _save(self, method: methods.Adapted, tokenizer, task: Task, steps: int, dtype: str) -> Path:
         model = method.model
@@ -496,8 +496,8 @@ class _Run:
         say(self.console, "saved", f"[bold]{shown(target)}[/] ({size(weights)})")
         return target
 
-    def _figures(self, model, tokenizer, task: Task, held_out) -> dict[str, Any]:
-        """The held-out figures after training, with the loss before beside the loss after."""
+    def _metrics(self, model, tokenizer, task: Task, held_out) -> dict[str, Any]:
+        """The held-out metrics after training, with the loss before beside the loss after."""
         if not held_out:
             say(self.console, "after", "no validation rows: nothing to compare with")
             return {}
@@ -553,14 +553,15 @@ class _Run:
         return said
 
     def _say_scores(self, result: evaluate.EvalResult, split: str) -> None:
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if name not in LOSSES)
-        say(self.console, "scores", f"{figures} ({len(result.examples):,} {split} rows)")
+        told = {name: value for name, value in result.metrics.items() if not metrics.find(name).likelihood}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in told.items())
+        say(self.console, "scores", f"{values} ({len(result.examples):,} {split} rows)")
         if result.note:
             say(self.console, "note", escape(result.note))
             self.notes[split] = result.note
 
     def _test(self, model, tokenizer, task: Task) -> dict[str, Any]:
-        """The figures on the test rows, and every prediction beside what it should have been in predictions.jsonl."""
+        """The metrics on the test rows, and every prediction beside what it should have been in predictions.jsonl."""
         if not self.recipe.eval.test:
             return {}
         result = self._score(model, tokenizer, task, "test")
@@ -671,7 +672,6 @@ class _Run:
 
 # -- what the run is made of ------------------------------------------------------------------------------------------
 
-LOSSES = ("loss", "perplexity")
 LAST_STEPS = 10  # whose training loss tells whether anything was learned
 
 
