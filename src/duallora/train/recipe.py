@@ -141,10 +141,7 @@ class AdapterSection(Section):
     )
     use_dora: bool = setting(False, "Train the length of every output row apart from its direction (DoRA).")
     gradient_tokens: Annotated[float, Field(gt=0, le=1)] = setting(
-        1.0, "Share of the tokens that form the factors' gradient, unbiased; 1 is exact, less is faster and noisier."
-    )
-    gradient_tokens_by: Literal["uniform", "spectrum"] = setting(
-        "uniform", "The same share in every layer, or one budget spent where it lowers the sampling error most."
+        1.0, "Experimental, for CPUs: share of the tokens that form the factors' gradient, unbiased; 1 is exact."
     )
     bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
 

@@ -26,7 +26,6 @@ _CHOICES = {
     "ste_clip": STE_CLIPS,
     "forward": ("auto", "merged", "added"),
     "backend": BACKENDS,
-    "gradient_tokens_by": ("uniform", "spectrum"),
 }
 
 
@@ -146,15 +145,9 @@ class DualLoraConfig(PeftConfig):
     gradient_tokens: float = field(
         default=1.0,
         metadata=_help(
-            "Share of the tokens, in (0, 1], that form the factors' gradient: the heaviest and an unbiased sample of the "
-            "others. 1: exact. Less is faster and noisier. Linear layers only; the others are exact."
-        ),
-    )
-    gradient_tokens_by: Literal["uniform", "spectrum"] = field(
-        default="uniform",
-        metadata=_help(
-            "'uniform': the same share in every layer; 'spectrum': one budget over all layers, spent where it lowers the "
-            "sampling error most."
+            "Experimental, for CPUs: share of the tokens, in (0, 1], that form the factors' gradient, the heaviest and an "
+            "unbiased sample of the others. 1: exact. Less is noisier, and faster on a CPU alone. Linear layers only; the "
+            "others are exact."
         ),
     )
 
@@ -204,6 +197,13 @@ class DualLoraConfig(PeftConfig):
             )
         if self.warmup == "residual" and self.direction == "fixed":
             raise ConfigError("warmup='residual' is not defined for direction='fixed': use warmup='ramp'.")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What adapter_config.json holds, without a field of earlier versions that said nothing; PEFT names others."""
+        if kwargs.get("gradient_tokens_by") == "uniform":
+            del kwargs["gradient_tokens_by"]
+        return super().check_kwargs(**kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet.

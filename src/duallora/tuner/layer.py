@@ -36,12 +36,9 @@ from duallora.ops.backends import pick
 from duallora.ops.fold import Foldable
 from duallora.ops.read import read_weight
 from duallora.ops.reference import apply_weight
-from duallora.ops.tokens import FRACTIONS
 from duallora.tuner import quantized
-from duallora.tuner.budget import account
 from duallora.tuner.config import DualLoraConfig
 
-_WHOLE = 1 << 20  # duallora_tokens counts in parts of this many: integers survive every cast
 DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
 
 
@@ -108,8 +105,6 @@ def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
     layer.duallora_step.uncast({})
     for adapter in layer.duallora_seed.keys():  # noqa: SIM118 (BufferDict is no dict)
         layer.rebuild_from_seed(adapter)
-    for adapter in layer.token_probes:
-        layer.set_token_share(adapter, float(layer.duallora_tokens[adapter]) / _WHOLE)
 
 
 def _ramp_steps(config: DualLoraConfig) -> int:
@@ -136,10 +131,8 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
     adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
     other_param_names = (
         "duallora_config", "r1", "r2", "alpha", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
-        "duallora_initial", "fixed_signs", "duallora_tokens", "token_shares", "token_probes",
+        "duallora_initial", "fixed_signs",
     )  # fmt: skip
-
-    samples_tokens = False  # whether ``gradient_tokens`` applies
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -155,10 +148,6 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         self.duallora_seed = Seeds()
         self.duallora_initial = nn.ModuleDict({})
         self.fixed_signs: dict[str, Tensor] = {}  # no buffers: an average of integers is no sign
-        # gradient_tokens_by="spectrum": the present share, saved with the adapter, and its two working forms.
-        self.duallora_tokens = BufferDict({}, persistent=True)
-        self.token_shares: dict[str, Tensor] = {}
-        self.token_probes: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantised base
@@ -195,8 +184,6 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         track_copy(self)
-        if self.token_probes:
-            account(self)
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -223,11 +210,6 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
         start = 0 if config.init_weights else config.warmup_steps
         self.duallora_step[adapter_name] = new_counter(start)
-        if self.samples_tokens and config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
-            self.duallora_tokens[adapter_name] = torch.zeros((), dtype=torch.int64)
-            self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), device="cpu", requires_grad=True)
-            self.set_token_share(adapter_name, config.gradient_tokens)
-            account(self)
         seed = layer_seed(config.init_seed, module_name)
         factors = self._draw(adapter_name, seed)
         for name, factor in zip(self.adapter_layer_names, factors, strict=False):
@@ -247,15 +229,6 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.rebuild_from_seed(adapter_name)
         self.set_adapter(self.active_adapters)
-
-    @torch.no_grad()
-    def set_token_share(self, adapter_name: str, share: float) -> None:
-        """The share of the tokens that this layer's backward uses from now on."""
-        if self.duallora_tokens[adapter_name].device.type != "meta":
-            self.duallora_tokens[adapter_name].fill_(round(share * _WHOLE))
-        self.token_shares[adapter_name] = torch.tensor(
-            share, dtype=torch.float64, device="cpu"
-        )  # stays on the CPU, where the backward reads it
 
     @torch.no_grad()
     def _base_lengths(self, adapter_name: str) -> Tensor:
@@ -309,11 +282,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT before 0.21 casts integers to the base weight's float dtype too: a seed would change, a bf16 counter stick.
-        counters = [
-            (d, d[adapter_name])
-            for d in (self.duallora_step, self.duallora_seed, self.duallora_tokens)
-            if adapter_name in d
-        ]
+        counters = [(d, d[adapter_name]) for d in (self.duallora_step, self.duallora_seed) if adapter_name in d]
         lengths = self.duallora_m[adapter_name].data if adapter_name in self.duallora_m else None
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if lengths is not None:  # rounded to the base weight's type, m would not start at |W0|
@@ -650,8 +619,6 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 class Linear(DualLoraLayer, nn.Module):
     """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
 
-    samples_tokens = True
-
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         DualLoraLayer.__init__(self, base_layer)
@@ -669,19 +636,10 @@ class Linear(DualLoraLayer, nn.Module):
         if config.use_dora:
             options["m"] = self.duallora_m[adapter]
         if config.gradient_tokens < 1 and self.training:
-            options["gradient_tokens"] = self.token_shares.get(adapter, config.gradient_tokens)
+            options["gradient_tokens"] = config.gradient_tokens
             # Drawn under no_grad too: checkpointing repeats the forward from the same state of the generator.
             options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            if adapter in self.token_probes:
-                options["probe"] = self._probe(adapter)
         return options
-
-    def _probe(self, adapter: str) -> Tensor:
-        """Receives the layer's sampling errors as its gradient."""
-        device = self.duallora_A[adapter].device
-        if self.token_probes[adapter].device != device:
-            self.token_probes[adapter] = torch.zeros(len(FRACTIONS), device=device, requires_grad=True)
-        return self.token_probes[adapter]
 
     def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
         """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x) where it is known."""
