@@ -28,9 +28,7 @@ SETTINGS = {
     "bf16-merged": (BF16, "adapter.forward=merged"),
     "bf16-added": (BF16, "adapter.forward=added"),
     "tokens-0.25": ("adapter.gradient_tokens=0.25",),
-    "tokens-0.25-spectrum": ("adapter.gradient_tokens=0.25", "adapter.gradient_tokens_by=spectrum"),
     "tokens-0.125": ("adapter.gradient_tokens=0.125",),
-    "tokens-0.125-spectrum": ("adapter.gradient_tokens=0.125", "adapter.gradient_tokens_by=spectrum"),
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from duallora.core.gate import advance_gate, gate
     from duallora.nn import DualLoraLinear
     from duallora.ops import dual_linear
-    from duallora.ops.cache import set_eval_cache
+    from duallora.ops.fold import folded
     from duallora.tuner import DualLoraConfig, DualLoraModel, param_groups
     from duallora.tuner.fast_dora import fast_dora
     from duallora.tuner.gradient_start import init_from_gradient
@@ -34,10 +34,10 @@ _HOME = {
     "dual_delta": "duallora.core.equation",
     "dual_linear": "duallora.ops",
     "fast_dora": "duallora.tuner.fast_dora",
+    "folded": "duallora.ops.fold",
     "gate": "duallora.core.gate",
     "init_from_gradient": "duallora.tuner.gradient_start",
     "param_groups": "duallora.tuner",
-    "set_eval_cache": "duallora.ops.cache",
 }
 
 __all__ = [
@@ -49,10 +49,10 @@ __all__ = [
     "dual_delta",
     "dual_linear",
     "fast_dora",
+    "folded",
     "gate",
     "init_from_gradient",
     "param_groups",
-    "set_eval_cache",
 ]
 
 

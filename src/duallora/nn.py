@@ -8,10 +8,9 @@ merge(model)                                                # plain nn.Linear ag
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from duallora.core.init import draw_factors, layer_seed
 from duallora.core.settings import Settings, check
 from duallora.errors import ConfigError, IntegrityError
 from duallora.ops import build_weight, check_backend, dual_linear, dual_weight
-from duallora.ops.cache import EvalCache, Watch
+from duallora.ops.fold import Foldable
 from duallora.ops.read import read_weight
 from duallora.ops.reference import apply_weight
 
@@ -63,7 +62,7 @@ def _check_base(base: nn.Linear, name: str = "the layer") -> None:
         )
 
 
-class DualLoraLinear(Gated, nn.Module):
+class DualLoraLinear(Gated, Foldable, nn.Module):
     """y = x (W0 + dW)^T + b around an ``nn.Linear``: W0 [out, in] and b [out] frozen, the factors of dW trained.
 
     The weight and bias are shared with ``base`` and keep its names, so a checkpoint of the base model still loads.
@@ -128,7 +127,7 @@ class DualLoraLinear(Gated, nn.Module):
         self.r1, self.r2, self.scaling, self.warmup_steps = r1, r2, dual_scaling(alpha, r1, r2), warmup_steps
         self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
         self.backend, self.gradient_tokens = backend, gradient_tokens
-        self._eval_cache = EvalCache()
+        self._folded: Tensor | None = None  # W0 + dW, inside duallora.folded
         limit = min(base.in_features, base.out_features)
         if max(r1, r2) > limit:
             warnings.warn(
@@ -153,7 +152,7 @@ class DualLoraLinear(Gated, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._eval_cache = EvalCache()  # copy.copy would share it
+        self._folded = None  # the original's to unfold
         track_copy(self)
 
     def _apply(self, *args: Any, **kwargs: Any) -> DualLoraLinear:
@@ -190,6 +189,8 @@ class DualLoraLinear(Gated, nn.Module):
     @property
     def weight(self) -> Tensor:
         """W0 + dW, for a parent that reads it instead of calling the layer; W0 is the parameter of this name."""
+        if self._folded is not None:
+            return self._folded
         W = self._base_weight()
         update = Update(*self._arguments(), **self.options)
         return read_weight(W, lambda: dual_weight(W, update, dtype=W.dtype, backend=self.backend))
@@ -213,51 +214,24 @@ class DualLoraLinear(Gated, nn.Module):
         linear.bias = self.bias
         return linear
 
+    def fold(self, shared: Container[int]) -> None:
+        """Keep W0 + dW beside W0 and compute with it."""
+        self._folded = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
+
+    def unfold(self) -> None:
+        """Compute with W0 and dW again."""
+        self._folded = None
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] for x [..., in]."""
-        if self._may_keep(x):
-            kept = self._eval_cache.find(x)
-            if kept is None:
-                watch = self._watch()
-                with torch.inference_mode(False):
-                    kept = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
-                if watch is not None:
-                    self._eval_cache.keep(kept, watch, whole=True)
-            return apply_weight(x, kept, self.bias, False)
+        if self._folded is not None:
+            return apply_weight(x, self._folded, self.bias, False)
         sampled = self.gradient_tokens < 1 and self.training
         seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if sampled else None
         return dual_linear(
             x, self._base_weight(), self.bias, *self._arguments(), **self.options,
             gradient_tokens=self.gradient_tokens, seed=seed, backend=self.backend,
         )  # fmt: skip
-
-    def _may_keep(self, x: Tensor) -> bool:
-        """Whether this is an evaluation whose W' can be kept (see :mod:`duallora.ops.cache`)."""
-        return not (
-            self.training
-            or torch.is_grad_enabled()
-            or x.device.type != "cpu"
-            or x.dtype != self._base_weight().dtype
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-        )
-
-    def _watch(self) -> Watch | None:
-        own, parameters, buffers = vars(self), self._parameters, self._buffers
-        attributes = [(name, copy.copy(own[name])) for name in ("scaling", "warmup_steps", "options", "backend")]
-        names = [name for name in parameters if name.startswith("duallora_")]
-        objects = [(parameters, name, parameters[name]) for name in names]
-        tensors: list[tuple[dict, Any]] = [(parameters, name) for name in names]
-        tensors.append((buffers, "duallora_step"))
-        if not all(d[k].device.type == "cpu" and d[k].is_contiguous() for d, k in [*tensors, (parameters, "weight")]):
-            return None
-        return Watch(self, attributes, [], objects, tensors, [(parameters, "weight")])
-
-    def train(self, mode: bool = True) -> DualLoraLinear:
-        """Training mode; going to training gives the memory of the evaluation cache back."""
-        if mode:
-            self._eval_cache.drop()
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r1={self.r1}, r2={self.r2}"

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from duallora.ops import autograd, dual_linear
-from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample, token_weights
+from duallora.ops.tokens import nonzero_rows, sample, token_weights
 
 N, IN, OUT = 97, 23, 13
 
@@ -45,26 +45,15 @@ def test_the_variance_is_within_the_bound_and_below_plain_sampling(m):
     x, dY = tokens()
     G, p = dY.double().T @ x.double(), token_weights(x, dY)
     seen = torch.stack([(estimate(x, dY, m, seed) - G).square().sum() for seed in range(2000)]).mean()
-    bound = error_bounds(p, N)
-    at_m = error_bounds_of(p, m)
-    assert seen <= at_m * 1.05
+    assert seen <= error_bound(p, m) * 1.05
     plain = (p.double().sum() ** 2 - G.square().sum()) / m
     assert seen < plain
-    assert bool((bound.diff() <= 0).all())
-    assert bound[-1] == 0
 
 
-def error_bounds_of(p: torch.Tensor, m: int) -> float:
+def error_bound(p: torch.Tensor, m: int) -> float:
     """min over c of R_c^2 / (m - c), by a loop."""
     weights = sorted(p.double().tolist(), reverse=True)
     return min(sum(weights[c:]) ** 2 / (m - c) for c in range(m))
-
-
-def test_error_bounds_agree_with_a_loop():
-    p = token_weights(*tokens())
-    for bound, fraction in zip(error_bounds(p, N).tolist(), FRACTIONS, strict=True):
-        m = -int(-fraction * N // 1)
-        assert bound == pytest.approx(0 if m >= N else error_bounds_of(p, m), rel=1e-4)
 
 
 def test_heavy_tokens_are_kept_as_they_are():
@@ -180,23 +169,8 @@ def test_leaving_zero_rows_out_changes_no_gradient(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_probe_and_sample_survive_a_gradient_of_nothing(n):
+def test_the_sample_survives_a_gradient_of_nothing(n):
     """No token, or none that carries a gradient."""
     (A, B, C, D), W = factors()
-    probe = torch.zeros(len(FRACTIONS), requires_grad=True)
-    y = dual_linear(
-        torch.randn(n, IN), W, None, A, B, C, D, 0.3, probe=probe, seed=torch.tensor(1), gradient_tokens=0.25
-    )
-    got = torch.autograd.grad(y, [A, probe], torch.zeros_like(y))
-    assert all(bool((g == 0).all()) for g in got)
-
-
-def test_the_probe_receives_the_errors_of_this_layer():
-    """Its gradient is error_bounds / |G|^2, whether or not this backward sampled."""
-    x, dY = tokens(zero=10)
-    (A, B, C, D), W = factors()
-    want = error_bounds(token_weights(x, dY), N) / (dY.T @ x).square().sum()
-    probe = torch.zeros(len(FRACTIONS), requires_grad=True)
-    options = {"probe": probe, "seed": torch.tensor(1), "gradient_tokens": torch.tensor(1.0)}
-    (got,) = torch.autograd.grad(dual_linear(x, W, None, A, B, C, D, 0.3, **options), [probe], dY)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    y = dual_linear(torch.randn(n, IN), W, None, A, B, C, D, 0.3, seed=torch.tensor(1), gradient_tokens=0.25)
+    assert bool((torch.autograd.grad(y, [A], torch.zeros_like(y))[0] == 0).all())

@@ -16,6 +16,7 @@ from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteErr
 from duallora.tasks import Example, Task, encode, encode_prompt, load_data
 from duallora.train import checkpoint, evaluate, record, run
 from duallora.train.models import load_model
+from duallora.tuner import Linear
 
 SHORT = {"max_new_tokens": 1}
 
@@ -79,18 +80,15 @@ def test_batched_generation_equals_one_by_one_and_keeps_the_order(trained, task)
     assert len(set(alone)) > 1
 
 
-def test_generation_folds_the_update_in_and_leaves_no_trace(trained, task):
+def test_evaluation_builds_each_weight_once_and_leaves_no_trace(trained, task, monkeypatch):
+    """Not in every forward, of which a generation has one for each token; and without a word on a gate that moves."""
     model, tokenizer = evaluate.load_adapter(trained(), "generate")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    examples = list(task.splits["validation"])[:4]
-    with evaluate.folded(model):
-        inside = model.state_dict()
-        changed = [name for name in before if not torch.equal(before[name], inside[name])]
-        assert changed
-        assert all(name.endswith("base_layer.weight") for name in changed)
-        folded_logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
-    assert torch.equal(folded_logits, model(input_ids=torch.tensor([[5, 6, 7]])).logits)
-    evaluate.generate(model, tokenizer, examples, max_new_tokens=3)
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    built, build = [], Linear._merged_weight
+    monkeypatch.setattr(Linear, "_merged_weight", lambda self, *given: built.append(self) or build(self, *given))
+    evaluate.evaluate(model, tokenizer, task, split="validation", limit=4, max_length=64, generation=SHORT)
+    assert built == layers
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -99,15 +97,6 @@ def test_evaluation_gives_back_the_training_mode(trained, task):
     model.train()
     evaluate.evaluate(model, tokenizer, task, split="validation", limit=2, max_length=64)
     assert model.training
-
-
-def test_a_plain_lora_is_evaluated_unfolded(tiny_causal_folder):
-    """Unfolding a LoRA subtracts, which does not give the base weight back bit for bit."""
-    model, _ = load_model(str(tiny_causal_folder), "generate")
-    model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with evaluate.folded(model):
-        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_answer_compared_is_the_extracted_one(trained, task):

@@ -1,10 +1,10 @@
-"""Merging and unmerging a whole model beside one copy of its weights, and generation that has not been merged."""
+"""Merging and unmerging a whole model beside one copy of its weights."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ from rich.console import Console
 from torch import Tensor
 
 from duallora.bench import methods
-from duallora.bench.scene import share
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, figures, interleave
 from duallora.train.models import load_model
 from duallora.train.progress import clock, quiet_libraries, say
 
-COPY, MERGED = "copy of the weights", "merged"
-BATCHES = (1, 4)
+COPY = "copy of the weights"
 VERBS = ("merge", "unmerge", "merge_and_unload")
 
 
@@ -30,41 +28,30 @@ def bench(
     model: str = "builtin:smollm2-135m",
     rank: int = 8,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
-    tokens: int = 64,
     rounds: int = 9,
     seconds: float = 90.0,
     device: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measures what ``output`` lacks: merging, and generating ``tokens`` tokens after as many, in batches of 1 and 4."""
+    """Measures what ``output`` lacks: merging in each of ``dtypes``."""
     console = console or Console()
     where = default_device(device)
     store = Store(output, "merge", where)
-    place = {"model": model, "rank": rank}
-    keys: list[dict[str, Any]] = [{**place, "what": "merge", "dtype": dtype} for dtype in dtypes]
-    keys += [
-        {**place, "what": "generate", "dtype": dtype, "batch": batch, "tokens": tokens}
-        for dtype in dtypes
-        for batch in BATCHES
-    ]
+    keys: list[dict[str, Any]] = [{"model": model, "rank": rank, "what": "merge", "dtype": dtype} for dtype in dtypes]
     todo = [key for key in keys if store.find(key) is None]
     say(console, "cells", f"{len(todo)} of {len(keys)} to measure{store.replaces()}")
     for number, key in enumerate(todo, 1):
         begin = time.monotonic()
-        measure = merging if key["what"] == "merge" else generating
         with quiet_libraries():
-            cell = store.add(key, measure(key, where, rounds=rounds, seconds=seconds))
+            cell = store.add(key, merging(key, where, rounds=rounds, seconds=seconds))
         say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
     return {"output": str(output), "measured": len(todo), "skipped": len(keys) - len(todo), "dropped": store.dropped}
 
 
 def summary(cell: dict[str, Any]) -> str:
     key, found = cell["cell"], cell["methods"]
-    if key["what"] == "merge":
-        ratios = [f"{verb} {found[f'{methods.EXACT}: {verb}']['ratio_to_copy']['median']:.2f}" for verb in VERBS]
-        return f"{key['dtype']}: {', '.join(ratios)} x one copy"
-    ratio = found[methods.EXACT]["ratio_to_merged"]["median"]
-    return f"{key['dtype']}, batch {key['batch']}: generation unmerged {ratio:.3f} x merged"
+    ratios = [f"{verb} {found[f'{methods.EXACT}: {verb}']['ratio_to_copy']['median']:.2f}" for verb in VERBS]
+    return f"{key['dtype']}: {', '.join(ratios)} x one copy"
 
 
 def _base(key: dict[str, Any], device: torch.device) -> Any:
@@ -125,40 +112,3 @@ def _verbs(model: Any) -> dict[str, Subject]:
         "unmerge": Subject(lambda: model.unmerge_adapter(), before=merged),
         "merge_and_unload": Subject(lambda: spent.pop().merge_and_unload(), before=fresh),
     }
-
-
-def generating(key: dict[str, Any], device: torch.device, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Greedy generation of exactly ``tokens`` tokens after a prompt of as many, unmerged and merged.
-
-    ``logit_difference`` is the largest one between the two, asked for after the timing: a cache that went stale would
-    be quick and wrong.
-    """
-    base = _base(key, device)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(base.config.vocab_size, (key["batch"], key["tokens"]), generator=generator).to(device)
-    adapters = _adapters(key)
-    models = {name: methods.adapt(share(base), method).eval() for name, method in adapters.items()}
-    folded = methods.adapt(copy.deepcopy(base), adapters[methods.EXACT]).merge_and_unload().eval()
-    runs = {name: _generation(model, ids) for name, model in {MERGED: folded, **models}.items()}
-    times = interleave({name: Subject(run) for name, run in runs.items()}, device, rounds=rounds, seconds=seconds)
-    with torch.inference_mode():
-        difference = folded(ids).logits.double() - models[methods.EXACT](ids).logits.double()
-    return {"logit_difference": float(difference.abs().max()), "methods": figures(times, {"merged": MERGED})}
-
-
-def _generation(model: Any, ids: Tensor) -> Callable[[], Tensor]:
-    count = ids.shape[1]
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            return model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
-            )
-
-    return run

@@ -239,21 +239,13 @@ def kernels(results: Results) -> str | None:
 
 
 def merging(results: Results) -> str | None:
-    every = list(cells(results, "merge"))
-    merged = [(where, cell) for where, cell in every if cell["cell"]["what"] == "merge"]
-    written = [(where, cell) for where, cell in every if cell["cell"]["what"] == "generate"]
-    parts = []
-    if merged:
-        names = [name for name in merged[0][1]["methods"] if name != merge.COPY]
-        rows = [[n, *(f"{cell['methods'][n]['ratio_to_copy']['median']:.2f}" for _, cell in merged)] for n in names]
-        rows.append(["*one copy, ms*", *(f"{cell['methods'][merge.COPY]['median_s'] * 1e3:.0f}" for _, cell in merged)])
-        parts.append(_table(["time / one copy of the weights", *(where for where, _ in merged)], rows))
-    if written:
-        names = [name for name in written[0][1]["methods"] if name != merge.MERGED]
-        rows = [[n, *(f"{cell['methods'][n]['ratio_to_merged']['median']:.3f}" for _, cell in written)] for n in names]
-        rows.append(["*largest logit difference to merged*", *(f"{cell['logit_difference']:g}" for _, cell in written)])
-        parts.append(_table(["unmerged generation / merged", *(where for where, _ in written)], rows))
-    return "\n\n".join(parts) or None
+    merged = [(where, cell) for where, cell in cells(results, "merge") if cell["cell"]["what"] == "merge"]
+    if not merged:
+        return None
+    names = [name for name in merged[0][1]["methods"] if name != merge.COPY]
+    rows = [[n, *(f"{cell['methods'][n]['ratio_to_copy']['median']:.2f}" for _, cell in merged)] for n in names]
+    rows.append(["*one copy, ms*", *(f"{cell['methods'][merge.COPY]['median_s'] * 1e3:.0f}" for _, cell in merged)])
+    return _table(["time / one copy of the weights", *(where for where, _ in merged)], rows)
 
 
 def gpu(results: Results) -> str | None:

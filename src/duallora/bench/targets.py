@@ -102,14 +102,6 @@ def _merge(results: Results) -> Values:
     }
 
 
-def _generation(results: Results) -> Values:
-    return {
-        where: cell["methods"][methods.EXACT]["ratio_to_merged"]["median"]
-        for where, cell in cells(results, "merge")
-        if cell["cell"]["what"] == "generate"
-    }
-
-
 def _against(rival: str) -> Callable[[Results], Values]:
     return _both(
         ("layer", _over("layer", methods.EXACT, rival)),
@@ -132,5 +124,4 @@ TARGETS: list[tuple[str, float, bool, Callable[[Results], Values]]] = [
     ("`fast_dora`: SmolLM2 step / PEFT DoRA step", 0.75, True, _over("step", methods.FAST_DORA, methods.DORA)),
     ("`fast_dora`: SmolLM2 step / PEFT LoRA step", 1.15, True, _over("step", methods.FAST_DORA, methods.LORA)),
     ("merge all layers / copy the same weights once", 3, True, _merge),
-    ("unmerged generation with cache / merged generation", 1.05, True, _generation),
 ]

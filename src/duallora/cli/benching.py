@@ -189,9 +189,6 @@ def bench_merge(
     ] = "builtin:smollm2-135m",
     rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
     dtype: Dtypes = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=1, metavar="N", help="Length of the prompt and of what is generated.")
-    ] = 64,
     rounds: Rounds = 9,
     seconds: Seconds = 90.0,
     device: Device = None,
@@ -199,7 +196,7 @@ def bench_merge(
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Merge and unmerge all of SmolLM2 beside a copy of its weights; generation unmerged beside merged; ten minutes.
+    """Merge and unmerge all of SmolLM2 beside a copy of its weights; five minutes.
 
     [dim]Example:[/]  duallora bench merge --dtype float32
     """
@@ -212,7 +209,6 @@ def bench_merge(
         model=model,
         rank=rank,
         dtypes=[name.value for name in dtype or BenchDtype],
-        tokens=tokens,
         rounds=rounds,
         seconds=seconds,
         device=device,

@@ -123,9 +123,6 @@ class Settings:
         "Share of the tokens that form the factors' gradient, unbiased; 1 is exact, less is faster on CPUs and noisier "
         "(experimental; linear layers).",
     )
-    gradient_tokens_by: Literal["uniform", "spectrum"] = setting(
-        "uniform", "The same share in every layer, or one budget spent where it lowers the sampling error most."
-    )
     bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
 
 

@@ -73,7 +73,6 @@ def dual_linear(
     form: str = "merged",
     gradient_tokens: float | Tensor = 1.0,
     seed: Tensor | None = None,
-    probe: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = x (W + dW)^T + b, with dW as :func:`duallora.dual_delta` defines it. Differentiable in x, b, m and the factors.
@@ -91,7 +90,6 @@ def dual_linear(
             weighted sample of the others (arXiv 2305.15265), which leaves the gradient unbiased. 1: exact. A tensor ([], on the CPU) may move without
             recompiling.
         seed: [] int64 on the CPU, seed of that sample; without it the gradient is exact.
-        probe: a tensor that receives, as its gradient, the relative sampling errors of this layer.
         backend: "auto" (the fastest here), "cpu", "triton", "recompute" or "reference".
 
     Returns:
@@ -111,7 +109,7 @@ def dual_linear(
         form = "delta"
     if backend == "reference" or transformed():
         return reference.dual_linear(x, W, b, update, m, form, fan_in_fan_out)
-    return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, probe, backend)
+    return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, backend)
 
 
 def dual_weight(

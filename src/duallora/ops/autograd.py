@@ -24,7 +24,7 @@ from duallora.core.equation import Update
 from duallora.ops import reference
 from duallora.ops.backends import pick
 from duallora.ops.reference import apply_weight
-from duallora.ops.tokens import FRACTIONS, error_bounds, nonzero_rows, sample, token_weights
+from duallora.ops.tokens import nonzero_rows, sample, token_weights
 
 
 def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
@@ -102,7 +102,6 @@ def _forward(
     C: Tensor | None,
     D: Tensor | None,
     m: Tensor | None,
-    probe: Tensor | None,
     scaling: Tensor,
     fixed_sign: Tensor | None,
     initial: Sequence[Tensor],
@@ -115,7 +114,7 @@ def _forward(
     form: str,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, norm); norm [out] with m, else None. ``probe`` is there to receive a gradient: see :mod:`duallora.ops.tokens`."""
+    """(y, norm); norm [out] with m, else None."""
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     with _no_autocast(x.device.type):  # eager mode runs this body under the caller's autocast
         build = pick(backend, update, _weight_dtype(x, W)).build_weight
@@ -167,10 +166,9 @@ def _backward(
     need_dx: bool,
     need_dW: bool,
     need_factors: bool,
-    need_probe: bool,
 ) -> list[Tensor | None]:
-    """[dx, dW, dA, dB, dC, dD, dm, the probe's]; what is not needed, or does not exist, is None."""
-    result: list[Tensor | None] = [None] * 8
+    """[dx, dW, dA, dB, dC, dD, dm]; what is not needed, or does not exist, is None."""
+    result: list[Tensor | None] = [None] * 7
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     with _no_autocast(x.device.type):
         kernel = pick(backend, update, _weight_dtype(x, W))
@@ -183,9 +181,7 @@ def _backward(
         options = {"fan_in_fan_out": fan_in_fan_out, "dtype": x.dtype, "m": m, "minus_base": form == "delta"}
         weight = None
         if need_dW or need_factors:
-            G, bounds = _weight_gradient(dY2, x2, fan_in_fan_out, tokens, seed, gradient_tokens, need_probe)
-            if need_probe:
-                result[7] = bounds
+            G = _weight_gradient(dY2, x2, fan_in_fan_out, tokens, seed, gradient_tokens)
             if need_dW and W is not None:
                 result[1] = _base_gradient(G, m, norm, W, form, fan_in_fan_out)
             if need_factors:
@@ -215,26 +211,16 @@ def _weight_gradient(
     tokens: int,
     seed: Tensor | None,
     gradient_tokens: Tensor | None,
-    probe: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dL/dW' in the layout of W from ``gradient_tokens`` of the ``tokens``, what the probe asks for).
+) -> Tensor:
+    """dL/dW' in the layout of W from ``gradient_tokens`` of the ``tokens``.
 
     Some of the tokens may be gone as zeros; the share counts from all of them.
     """
     wanted = tokens if gradient_tokens is None else max(1, math.ceil(float(gradient_tokens) * tokens))
-    sampled = seed is not None and wanted < len(dY)
-    bounds = x.new_zeros(0, dtype=torch.float32)
-    if sampled or probe:
-        p = token_weights(x, dY)
-        bounds = error_bounds(p, tokens) if probe else bounds
-        if sampled and seed is not None:
-            chosen, weight = sample(p, wanted, int(seed))
-            dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
-    G = x.T @ dY if fan_in_fan_out else dY.T @ x
-    if probe:
-        size = torch.linalg.vector_norm(G, dtype=torch.float32) ** 2
-        bounds = bounds / size.clamp(min=torch.finfo(torch.float32).tiny)
-    return G, bounds
+    if seed is not None and wanted < len(dY):
+        chosen, weight = sample(token_weights(x, dY), wanted, int(seed))
+        dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
+    return x.T @ dY if fan_in_fan_out else dY.T @ x
 
 
 def _base_gradient(
@@ -256,22 +242,21 @@ _backward_op = _operator("dual_linear_backward", _backward, list[Tensor])
 
 @_backward_op.register_fake
 def _(dY, x, W, A, B, C, D, m, *options):
-    need_dx, need_dW, need_factors, need_probe = options[-4:]
+    need_dx, need_dW, need_factors = options[-3:]
     return [
         x.new_empty(x.shape) if need_dx else x.new_empty(0),  # contiguous, whatever the strides of x
         W.new_empty(W.shape) if need_dW and W is not None else x.new_empty(0),
         *(x.new_empty(0) if f is None or not need_factors else f.new_empty(f.shape) for f in (A, B, C, D, m)),
-        x.new_empty(len(FRACTIONS), dtype=torch.float32) if need_probe else x.new_empty(0),
     ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, W, _b, *factors, m, _probe, scaling, fixed_sign, initial, seed, gradient_tokens = inputs[:14]
+    x, W, _b, *factors, m, scaling, fixed_sign, initial, seed, gradient_tokens = inputs[:13]
     ctx.save_for_backward(x, W, *factors, m, output[1], scaling, fixed_sign, seed, gradient_tokens, *initial)
     if output[1] is not None:
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.options = inputs[14:]
+    ctx.options = inputs[13:]
 
 
 def _autograd(ctx, dY: Tensor | None, _dnorm):
@@ -279,27 +264,27 @@ def _autograd(ctx, dY: Tensor | None, _dnorm):
     if dY is None:
         return nothing
     x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
-    need_x, need_W, need_b, *need_factors, need_probe = ctx.needs_input_grad[:9]
+    need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:8]
     if _to_be_differentiated(dY):
         if seed is not None:
             raise NotImplementedError("gradient_tokens < 1 samples its gradient, which has no derivative: set it to 1.")
         magnitude, direction, ste_clip, fan_in_fan_out, form, _ = ctx.options
         update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-        dx, dW, *factors, probed = *_differentiable_gradients(
+        dx, dW, *factors = _differentiable_gradients(
             lambda: reference.dual_linear(x, W, None, update, m, form, fan_in_fan_out),
             (x, W, A, B, C, D, m), (need_x, need_W, *need_factors), dY,
-        ), None  # fmt: skip
+        )  # fmt: skip
     else:
         backward: Callable = _backward_op if _traced(dY) else _backward
-        dx, dW, *factors, probed = backward(
+        dx, dW, *factors = backward(
             dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
-            need_x, need_W, any(need_factors), need_probe,
+            need_x, need_W, any(need_factors),
         )  # fmt: skip
     db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b else None
     gradients = [g if needed else None for g, needed in zip(factors, need_factors, strict=True)]
     # scaling, fixed_sign | initial | seed, gradient_tokens | options
     rest = [None, None, [None] * len(initial), None, None, *[None] * len(ctx.options)]
-    return dx if need_x else None, dW if need_W else None, db, *gradients, probed if need_probe else None, *rest
+    return dx if need_x else None, dW if need_W else None, db, *gradients, *rest
 
 
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
@@ -316,7 +301,6 @@ def dual_linear(
     fan_in_fan_out: bool,
     gradient_tokens: float | Tensor,
     seed: Tensor | None,
-    probe: Tensor | None,
     backend: str,
 ) -> Tensor:
     """:func:`duallora.dual_linear`, by the kernel backends."""
@@ -332,7 +316,7 @@ def dual_linear(
     if seed is not None:
         tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
     y, _norm = (_forward_op if _traced(x) else _forward_eager)(
-        x, W, b, *update[:4], m, probe, scaling, update.fixed_sign, list(update.initial), seed, tokens,
+        x, W, b, *update[:4], m, scaling, update.fixed_sign, list(update.initial), seed, tokens,
         update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, form, backend,
     )  # fmt: skip
     return y

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,9 +137,6 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise CompilerError(f"the kernel could not be compiled or loaded: {error}") from error
     loaded.duallora_run.argtypes, loaded.duallora_run.restype = [ctypes.POINTER(_Job)], None
-    ranges: list[Any] = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
-    loaded.duallora_fingerprint.argtypes, loaded.duallora_fingerprint.restype = ranges, None
-    loaded.duallora_unchanged.argtypes, loaded.duallora_unchanged.restype = [*ranges, ctypes.c_int32], ctypes.c_int32
     return loaded
 
 

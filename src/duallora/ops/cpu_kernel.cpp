@@ -426,37 +426,6 @@ void run_rows(Plan& plan, int thread, long first_block, long last_block) {
     }
 }
 
-inline uint64_t mix(uint64_t hash, uint64_t x) {
-    hash = (hash ^ x) * 0xd6e8feb86659fd93ull;
-    return hash ^ (hash >> 32);
-}
-
-// Position counts: every step multiplies what came before. Eight independent chains hide the multiplier's latency.
-uint64_t hash_range(const char* p, int64_t left) {
-    typedef uint64_t v __attribute__((vector_size(64)));
-    typedef uint64_t v_u __attribute__((vector_size(64), aligned(1), may_alias));
-    const v odd = v{} + 0x9fb21c651e98df25ull;
-    uint64_t hash = mix(0x9e3779b97f4a7c15ull, (uint64_t)left);
-    if (left >= 512) {
-        v chain[8];
-        for (int c = 0; c < 8; ++c) chain[c] = v{1, 2, 3, 4, 5, 6, 7, 8} * (uint64_t)(2 * c + 1);
-        for (; left >= 512; left -= 512, p += 512)
-            for (int c = 0; c < 8; ++c) {
-                chain[c] = (chain[c] ^ *(const v_u*)(p + 64 * c)) * odd;
-                chain[c] ^= chain[c] >> 29;
-            }
-        for (int c = 0; c < 8; ++c)
-            for (int i = 0; i < 8; ++i) hash = mix(hash, chain[c][i]);
-    }
-    for (; left >= 8; left -= 8, p += 8) {
-        uint64_t x;
-        std::memcpy(&x, p, 8);
-        hash = mix(hash, x);
-    }
-    for (; left > 0; --left, ++p) hash = mix(hash, (unsigned char)*p);
-    return hash;
-}
-
 // to [r][cols] = the threads' partial sums [thread][panel][r4][PANEL], in thread order
 void gather_right(float* to, const std::vector<float>& parts, int r, int r4, long cols, long panels, int threads) {
     for (int l = 0; l < r; ++l)
@@ -520,22 +489,6 @@ void duallora_run(const Job* job) {
     }
     if (job->col_dot) gather_columns(job->col_dot, plan.col_dot, job->cols, plan.panels, plan.threads);
     if (job->col_square) gather_columns(job->col_square, plan.col_square, job->cols, plan.panels, plan.threads);
-}
-
-// A 64-bit fingerprint of each memory range: the eval cache's question "is this still the same content?"
-void duallora_fingerprint(const void* const* ranges, const int64_t* bytes, int32_t count, uint64_t* hashes) {
-    for (int32_t k = 0; k < count; ++k) hashes[k] = hash_range((const char*)ranges[k], bytes[k]);
-}
-
-int32_t duallora_unchanged(
-    const void* const* ranges, const int64_t* bytes, int32_t count, const uint64_t* hashes, int32_t threads) {
-    int32_t changed = 0;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16) reduction(|| : changed) if (threads > 1)
-#endif
-    for (int32_t k = 0; k < count; ++k)
-        changed = changed || hash_range((const char*)ranges[k], bytes[k]) != hashes[k];
-    return !changed;
 }
 
 }

@@ -12,8 +12,6 @@ from torch import Tensor
 
 # Leave zero rows out from this share on: below it, gathering the others costs what the products save (LOG.md).
 WORTH_DROPPING = 1 / 16
-# Shares of the tokens at which a layer's sampling error is recorded.
-FRACTIONS = (1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 
 
 def nonzero_rows(dY: Tensor) -> Tensor | None:
@@ -61,18 +59,3 @@ def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
     chosen = torch.where(position < c, position, drawn)
     weight = torch.where(position < c, 1.0, rest / (k * p[chosen]).clamp(min=torch.finfo(p.dtype).tiny))
     return order[chosen], weight.to(torch.float32)
-
-
-def error_bounds(p: Tensor, tokens: int) -> Tensor:
-    """R_c^2 / k (see :func:`sample`), a bound on E|estimate - G|^2, if m were each of FRACTIONS of ``tokens``.
-
-    p [n <= tokens]; [len(FRACTIONS)] float32, 0 where m would hold every token of p.
-    """
-    if len(p) == 0:
-        return p.new_zeros(len(FRACTIONS))
-    p = p.sort(descending=True).values
-    rest = (p.sum() - torch.cat([p.new_zeros(1), p.cumsum(0)[:-1]])).clamp(min=0)
-    m = (torch.tensor(FRACTIONS, device=p.device) * tokens).ceil()[:, None]
-    k = m - torch.arange(len(p), device=p.device)
-    bounds = torch.where(k > 0, rest**2 / k.clamp(min=1), torch.inf).amin(dim=1)
-    return bounds.where(m[:, 0] < len(p), 0.0)

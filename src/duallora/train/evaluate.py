@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, No
 
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
 from duallora.methods.rule import reads_labels
+from duallora.ops.fold import folded
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split, metrics
 from duallora.tasks.chats import calls_tools
 from duallora.tasks.encode import with_written_answer
@@ -35,7 +36,6 @@ from duallora.train.models import load_config, load_model, weights_fingerprint
 from duallora.train.positions import check_room, positions
 from duallora.train.progress import command, progress_bar, quiet_libraries
 from duallora.train.record import read_json
-from duallora.tuner.layer import Linear
 
 Scoring = Literal["generation", "likelihood"]
 T = TypeVar("T")
@@ -120,7 +120,7 @@ def evaluate(
         notes.append(f"{counts.truncated:,} of {counts.rows:,} rows cut to {max_length:,} tokens")
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
     predictions: list[Any]
-    with inference(model):
+    with inference(model), _folded_on_cpu(model):
         if scoring == "likelihood":
             predictions, values, answers = choose(
                 model, tokenizer, task, examples, rows, max_length=max_length, **shared
@@ -224,7 +224,7 @@ def loss_on(
     The same to the bit in one process and in several, which share the batches out.
     """
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
-    with inference(model):
+    with inference(model), _folded_on_cpu(model):
         if kind == "generate":
             return answer_loss(model, tokenizer, rows, **shared)
         return _row_loss(classify(model, tokenizer, rows, **shared), rows, kind)
@@ -489,20 +489,9 @@ def inference(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-@contextmanager
-def folded(model: Any) -> Iterator[None]:
-    """Inside, W' = W0 + dW stands in the weights where that changes no bit of the output; unfolded bit for bit after.
-
-    Only Dual LoRA layers whose forward is the merged one qualify; everything else is left as it is.
-    """
-    if not isinstance(model, PeftModel) or not _folds_exactly(model):
-        yield
-        return
-    model.merge_adapter()
-    try:
-        yield
-    finally:
-        model.unmerge_adapter()
+def _folded_on_cpu(model: Any) -> AbstractContextManager:
+    """On other devices a batch of whole rows costs less than merging, which moves W0 to the host and back."""
+    return folded(model) if next(model.parameters()).device.type == "cpu" else nullcontext()
 
 
 def load_adapter(
@@ -815,14 +804,6 @@ def _from_hub(repository: str) -> Path | None:
 def _listed_files(folder: Path) -> list[str]:
     """What the sidecar lists, as patterns that match these very names."""
     return [escape(name) for name in map(str, read_sidecar(folder).get("files", ())) if Path(name).name == name]
-
-
-def _folds_exactly(model: PeftModel) -> bool:
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    return bool(layers) and all(
-        layer._form([name for name in layer.active_adapters if name in layer.duallora_config]) == "merged"
-        for layer in layers
-    )
 
 
 def _row_loss(logits: torch.Tensor, rows: Sequence[Mapping[str, Any]], kind: Kind) -> float:

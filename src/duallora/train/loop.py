@@ -206,16 +206,6 @@ class FiniteGradients(TrainerCallback):
         trainer.require_finite("loss", trainer.step_loss)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         trainer.require_finite("grad_norm", float(torch.nn.utils.get_total_norm(gradients)))
-        share_token_errors(model, trainer.processes)
-
-
-def share_token_errors(model: torch.nn.Module, processes: Processes) -> None:
-    """Gives every process the same sampling errors, so that the token budget is spent alike (gradient_tokens_by)."""
-    probes = [probe for module in model.modules() for probe in getattr(module, "token_probes", {}).values()]
-    probes = [probe for probe in probes if probe.grad is not None]
-    if probes and processes.world_size > 1:
-        for probe, error in zip(probes, processes.mean(torch.stack([p.grad for p in probes])), strict=True):
-            probe.grad = error
 
 
 class LossDuringTraining(TrainerCallback):

@@ -52,6 +52,13 @@ class DualLoraConfig(PeftConfig, Settings):
         if self.alpha is None:
             self.alpha = 2 * self.r
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """What adapter_config.json holds, without a field of earlier versions that said nothing; PEFT names others."""
+        if kwargs.get("gradient_tokens_by") == "uniform":
+            del kwargs["gradient_tokens_by"]
+        return super().check_kwargs(**kwargs)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet.
 

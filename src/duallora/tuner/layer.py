@@ -7,9 +7,8 @@ apart         y = base_layer(x) + dropout(x) dW^T     any base layer
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -34,18 +33,12 @@ from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError, is_number
 from duallora.ops import check_backend, dual_linear, dual_weight
 from duallora.ops.backends import pick
-from duallora.ops.cache import EvalCache, Watch
+from duallora.ops.fold import Foldable
 from duallora.ops.read import read_weight
 from duallora.ops.reference import apply_weight
-from duallora.ops.tokens import FRACTIONS
 from duallora.tuner import quantized
-from duallora.tuner.budget import account
 from duallora.tuner.config import DualLoraConfig
 
-# What the weight of an evaluation depends on besides tensors: attributes of the layer and of an adapter's config.
-_OWN_STATE = ("training", "_disable_adapters", "_active_adapter", "merged_adapters")
-_CONFIG_STATE = ("magnitude", "direction", "warmup", "warmup_steps", "forward", "backend", "use_dora", "init_weights")
-_WHOLE = 1 << 20  # duallora_tokens counts in parts of this many: integers survive every cast
 DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
 
 
@@ -112,8 +105,6 @@ def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
     layer.duallora_step.uncast({})
     for adapter in layer.duallora_seed.keys():  # noqa: SIM118 (BufferDict is no dict)
         layer.rebuild_from_seed(adapter)
-    for adapter in layer.token_probes:
-        layer.set_token_share(adapter, float(layer.duallora_tokens[adapter]) / _WHOLE)
 
 
 def _ramp_steps(config: DualLoraConfig) -> int:
@@ -128,7 +119,7 @@ def _put(weight: Tensor, value: Tensor) -> None:
         weight.data.copy_(value)
 
 
-class DualLoraLayer(Gated, BaseTunerLayer):
+class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
     """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
 
     ``duallora_A`` [r1, in], ``duallora_B`` [out, r1], ``duallora_C`` [r2, in], ``duallora_D`` [out, r2] are trained
@@ -140,10 +131,8 @@ class DualLoraLayer(Gated, BaseTunerLayer):
     adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
     other_param_names = (
         "duallora_config", "r1", "r2", "alpha", "scaling", "duallora_dropout", "duallora_step", "duallora_seed",
-        "duallora_initial", "fixed_signs", "duallora_tokens", "token_shares", "token_probes",
+        "duallora_initial", "fixed_signs",
     )  # fmt: skip
-
-    samples_tokens = False  # whether ``gradient_tokens`` applies
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -159,10 +148,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
         self.duallora_seed = Seeds()
         self.duallora_initial = nn.ModuleDict({})
         self.fixed_signs: dict[str, Tensor] = {}  # no buffers: an average of integers is no sign
-        # gradient_tokens_by="spectrum": the present share, saved with the adapter, and its two working forms.
-        self.duallora_tokens = BufferDict({}, persistent=True)
-        self.token_shares: dict[str, Tensor] = {}
-        self.token_probes: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantised base
@@ -170,6 +155,7 @@ class DualLoraLayer(Gated, BaseTunerLayer):
         self.shares_weight = False  # with another module: found out by the model
         self.module_name = ""  # in the base model
         self.mixed_batch = False  # in a forward whose rows have adapters of their own
+        self._folded = False
         self._tied_weight: list[nn.Parameter] = []  # a list, or it would be registered as a parameter of this layer
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         base = self.get_base_layer()
@@ -179,7 +165,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
             self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
         else:
             self.in_features, self.out_features = quantized.features(base)
-        self._eval_cache = EvalCache()
         self.register_load_state_dict_post_hook(_rebuild_after_load)
         track(self)
 
@@ -198,10 +183,7 @@ class DualLoraLayer(Gated, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._eval_cache = EvalCache()  # copy.copy would share it
         track_copy(self)
-        if self.token_probes:
-            account(self)
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -228,11 +210,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
         # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
         start = 0 if config.init_weights else config.warmup_steps
         self.duallora_step[adapter_name] = new_counter(start)
-        if self.samples_tokens and config.gradient_tokens_by == "spectrum" and config.gradient_tokens < 1:
-            self.duallora_tokens[adapter_name] = torch.zeros((), dtype=torch.int64)
-            self.token_probes[adapter_name] = torch.zeros(len(FRACTIONS), device="cpu", requires_grad=True)
-            self.set_token_share(adapter_name, config.gradient_tokens)
-            account(self)
         seed = layer_seed(config.init_seed, module_name)
         factors = self._draw(adapter_name, seed)
         for name, factor in zip(self.adapter_layer_names, factors, strict=False):
@@ -252,15 +229,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.rebuild_from_seed(adapter_name)
         self.set_adapter(self.active_adapters)
-
-    @torch.no_grad()
-    def set_token_share(self, adapter_name: str, share: float) -> None:
-        """The share of the tokens that this layer's backward uses from now on."""
-        if self.duallora_tokens[adapter_name].device.type != "meta":
-            self.duallora_tokens[adapter_name].fill_(round(share * _WHOLE))
-        self.token_shares[adapter_name] = torch.tensor(
-            share, dtype=torch.float64, device="cpu"
-        )  # stays on the CPU, where the backward reads it
 
     @torch.no_grad()
     def _base_lengths(self, adapter_name: str) -> Tensor:
@@ -314,11 +282,7 @@ class DualLoraLayer(Gated, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT before 0.21 casts integers to the base weight's float dtype too: a seed would change, a bf16 counter stick.
-        counters = [
-            (d, d[adapter_name])
-            for d in (self.duallora_step, self.duallora_seed, self.duallora_tokens)
-            if adapter_name in d
-        ]
+        counters = [(d, d[adapter_name]) for d in (self.duallora_step, self.duallora_seed) if adapter_name in d]
         lengths = self.duallora_m[adapter_name].data if adapter_name in self.duallora_m else None
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if lengths is not None:  # rounded to the base weight's type, m would not start at |W0|
@@ -335,30 +299,12 @@ class DualLoraLayer(Gated, BaseTunerLayer):
                 raise
             return getattr(self.get_base_layer(), name)
 
-    def train(self, mode: bool = True) -> DualLoraLayer:
-        """Training mode; going to training gives the memory of the evaluation cache back."""
-        if mode:
-            self._eval_cache.drop()
-        return super().train(mode)
-
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DualLoraLayer:
-        self._eval_cache.drop()
         self.fixed_signs = {adapter: fn(signs) for adapter, signs in self.fixed_signs.items()}
         return super()._apply(fn, *args, **kwargs)
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters of this layer on or off."""
-        self._eval_cache.distrust()
-        super().enable_adapters(enabled)
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Make these adapters the active ones."""
-        self._eval_cache.distrust()
-        super().set_adapter(*args, **kwargs)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged one leaves the base weight first, the other merged ones stay."""
-        self._eval_cache.drop()
         others = [name for name in self.merged_adapters if name != adapter_name]
         was_merged = adapter_name in self.merged_adapters
         if was_merged:
@@ -506,7 +452,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
 
     def _scale(self, adapter: str, scaling: float) -> None:
         self.check_scale(adapter, scaling)
-        self._eval_cache.distrust()
         self.scaling[adapter] = scaling
 
     # -- merging -------------------------------------------------------------------------------------------------
@@ -539,6 +484,9 @@ class DualLoraLayer(Gated, BaseTunerLayer):
             message = closed_gate_message(int(self.duallora_step[adapter]), self._warmup_steps(adapter))
             if message:
                 warnings.warn(f"Merging a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
+        self._merge(names, safe_merge)
+
+    def _merge(self, names: list[str], safe_merge: bool = False) -> None:
         W = self._base_weight()
         merged = self._merged_weight(self._matrix(W), [*self.merged_adapters, *names]).view(W.shape)
         if safe_merge:
@@ -547,7 +495,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
                 tensors = [merged, *(f for f in self._factors(adapter) if f is not None)]
                 if not all(torch.isfinite(t).all() for t in tensors):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        self._eval_cache.drop()
         base, before, loss = self.get_base_layer(), self._base_weight_before_merge, None
         if quantized.storage(base) is not None:
             before = before or quantized.hold(base)
@@ -570,7 +517,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
             return
         before = self._base_weight_before_merge
         assert before is not None
-        self._eval_cache.drop()
         if isinstance(before, dict):
             quantized.put_back(self.get_base_layer(), before)
         elif self._tied_weight:
@@ -581,6 +527,22 @@ class DualLoraLayer(Gated, BaseTunerLayer):
             _put(self.get_base_layer().weight, before)
         self._base_weight_before_merge = None
         self.merged_adapters = []
+
+    def fold(self, shared: Container[int]) -> None:
+        """Merge the active adapters where the forward computes with W0 + dW anyway."""
+        names, base = self._acting(), self.base_layer
+        if self.disable_adapters or self.merged or not names or not self._is_plain() or self._form(names) != "merged":
+            return
+        if base.weight.numel() == self.out_features * self.in_features:  # else a shard of it is here (FSDP)
+            self.shares_weight = self.shares_weight or id(base.weight) in shared
+            self._merge(names)
+            self._folded = True
+
+    def unfold(self) -> None:
+        """Take out what :meth:`fold` merged."""
+        if self._folded and self.merged:  # not if the adapter was switched off or deleted since
+            self.unmerge()
+        self._folded = False
 
     def _computes(self, base: nn.Module) -> bool:
         """Whether this layer can stand in for the forward of ``base``."""
@@ -657,8 +619,6 @@ class DualLoraLayer(Gated, BaseTunerLayer):
 class Linear(DualLoraLayer, nn.Module):
     """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
 
-    samples_tokens = True
-
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
         DualLoraLayer.__init__(self, base_layer)
@@ -676,19 +636,10 @@ class Linear(DualLoraLayer, nn.Module):
         if config.use_dora:
             options["m"] = self.duallora_m[adapter]
         if config.gradient_tokens < 1 and self.training:
-            options["gradient_tokens"] = self.token_shares.get(adapter, config.gradient_tokens)
+            options["gradient_tokens"] = config.gradient_tokens
             # Drawn under no_grad too: checkpointing repeats the forward from the same state of the generator.
             options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            if adapter in self.token_probes:
-                options["probe"] = self._probe(adapter)
         return options
-
-    def _probe(self, adapter: str) -> Tensor:
-        """Receives the layer's sampling errors as its gradient."""
-        device = self.duallora_A[adapter].device
-        if self.token_probes[adapter].device != device:
-            self.token_probes[adapter] = torch.zeros(len(FRACTIONS), device=device, requires_grad=True)
-        return self.token_probes[adapter]
 
     def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
         """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x) where it is known."""
@@ -722,69 +673,8 @@ class Linear(DualLoraLayer, nn.Module):
         product = y0 if bias is None else y0 - bias
         return ((c - 1) * product + c * delta).to(x.dtype)
 
-    def _watch(self, adapters: list[str]) -> Watch | None:
-        """All that W' of these adapters depends on; None if some of it cannot be watched."""
-        base = self.base_layer
-        if "weight" not in base._parameters:
-            return None
-        attributes = [(name, copy.copy(vars(self).get(name))) for name in _OWN_STATE]
-        values: list[tuple[Any, Any, Any]] = [
-            (vars(base), name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")
-        ]
-        objects: list[tuple[Any, Any, Any]] = [
-            (self._modules, "base_layer", base),
-            (vars(self), "scaling", self.scaling),
-        ]
-        objects += [(vars(base), name, None) for name in ("forward", "_hf_hook")]
-        tensors: list[tuple[Any, Any]] = []
-        for adapter in adapters:
-            config = self.duallora_config[adapter]
-            objects.append((self.duallora_config, adapter, config))
-            values.append((self.scaling, adapter, self.scaling[adapter]))
-            values += [(vars(config), name, getattr(config, name)) for name in _CONFIG_STATE]
-            for name in self.adapter_layer_names:
-                parameters = self._modules[name]._parameters
-                objects.append((parameters, adapter, parameters.get(adapter)))
-                if parameters.get(adapter) is not None:
-                    tensors.append((parameters, adapter))
-            tensors.append((self.duallora_step._buffers, adapter))
-            objects.append((self.duallora_initial._modules, adapter, self.duallora_initial._modules.get(adapter)))
-            objects.append((self.fixed_signs, adapter, self.fixed_signs.get(adapter)))
-            if adapter in self.duallora_initial:
-                initial = self.duallora_initial[adapter]._buffers
-                tensors += [(initial, name) for name in initial]
-        bases = [(base._parameters, "weight")]
-        watched = [d[k] for d, k in [*tensors, *bases]]
-        if not all(t.device.type == "cpu" and t.is_contiguous() for t in watched):
-            return None
-        return Watch(self, attributes, values, objects, tensors, bases)
-
-    def _evaluate(self, x: Tensor, adapters: list[str], form: str) -> Tensor:
-        """The forward without gradients for the factors: W' (dW in the added form) is kept from call to call."""
-        base = self.base_layer
-        kept = self._eval_cache.find(x)
-        if kept is None:
-            watch = self._watch(adapters)  # before the weight is built, in case something changes meanwhile
-            # Not as inference tensors: a later forward may want a gradient for x through it.
-            with torch.inference_mode(False), torch.no_grad():
-                if form == "merged":
-                    kept = self._merged_weight(base.weight, adapters)
-                else:
-                    kept = sum(self._delta(adapter, base.weight) for adapter in adapters).to(x.dtype).contiguous()
-            if watch is not None:
-                self._eval_cache.keep(kept, watch, whole=form == "merged")
-        if form == "merged":
-            return apply_weight(x, kept, base.bias, self.fan_in_fan_out)
-        y = apply_weight(x, base.weight, base.bias, self.fan_in_fan_out)
-        return y + apply_weight(x, kept, None, self.fan_in_fan_out)
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
-        cache = self._eval_cache
-        if cache.session.valid and not (args or kwargs or adapter_names or self._forward_pre_hooks):
-            kept = cache.decode(x)
-            if kept is not None:  # the model was found unchanged as this forward began
-                return apply_weight(x, kept, self._modules["base_layer"]._parameters["bias"], self.fan_in_fan_out)
         if self.disable_adapters or adapter_names is not None:
             if self.merged:
                 self.unmerge()
@@ -796,8 +686,6 @@ class Linear(DualLoraLayer, nn.Module):
         form = "apart" if args or kwargs else self._form(adapters)
         if form != "apart":
             base = self.base_layer
-            if self._may_keep(x, adapters):
-                return self._evaluate(x, adapters, form)
             if len(adapters) == 1:
                 (adapter,) = adapters
                 return dual_linear(
@@ -810,14 +698,3 @@ class Linear(DualLoraLayer, nn.Module):
         for adapter in adapters:
             y = y + self._added(x, adapter, y0)
         return y.to(y0.dtype)
-
-    def _may_keep(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether this forward is an evaluation whose W' can be kept: no gradient for the factors, no tracing."""
-        if self.training or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        if torch.is_autocast_enabled("cpu") or x.dtype != self.base_layer.weight.dtype:
-            return False
-        if not torch.is_grad_enabled():
-            return True
-        trained = [getattr(self, name).get(a) for name in self.adapter_layer_names for a in adapters]
-        return not any(p is not None and p.requires_grad for p in (*trained, self.base_layer.weight))

@@ -25,7 +25,6 @@ from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.conv import TORCH, Conv, convolves_as_torch
 from duallora.tuner.embedding import Embedding
 from duallora.tuner.layer import DualLoraLayer, Linear
-from duallora.tuner.session import watch_forwards
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -43,10 +42,6 @@ class DualLoraModel(BaseTuner):
     prefix: str = "duallora_"
     tuner_layer_cls = DualLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model, *args, **kwargs)
-        self._forward_hooks_of_base = watch_forwards(self.model)
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
@@ -150,8 +145,6 @@ class DualLoraModel(BaseTuner):
         if untying:
             untying.apply(unloaded, stacklevel=3)
         quantized.warn_of(losses, stacklevel=4)
-        for handle in self._forward_hooks_of_base:
-            handle.remove()
         return unloaded
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
