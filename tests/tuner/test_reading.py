@@ -168,3 +168,105 @@ def test_models_that_read_or_overwrite(name):
         with model.disable_adapter():
             assert not torch.equal(model(x).last_hidden_state, y)
         assert torch.equal(model.merge_and_unload()(x).last_hidden_state, y)
+
+
+class Router(nn.Linear):
+    """As a mixture's: scores and logits."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class ByHand(nn.Linear):
+    """As Falcon's: rounded otherwise than torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 2) @ self.weight.T + self.bias
+
+
+class Positions(nn.Embedding):
+    """As ProphetNet's: its parent calls a method of it as well."""
+
+    def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids + 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.looked_up(ids) * 3
+
+
+class Listed(nn.Module):
+    """As MaskFormer's: calls its layers from a list that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = [nn.Linear(6, 6), nn.Tanh(), Router(6, 5), ByHand(5, 6)]
+        for number, layer in enumerate(self.held):
+            self.add_module(str(number), layer)
+        self.places = Positions(9, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        first, tanh, router, last = self.held
+        x = self.places(ids) + self.places.looked_up(ids)
+        scores, logits = router(tanh(first(x)))
+        return last(scores + logits)
+
+
+def by_plain_autograd(ids: torch.Tensor, dW: dict[str, torch.Tensor], net: Listed) -> torch.Tensor:
+    W = {n: net.get_submodule(n).weight + dW[n] for n in ("0", "2", "3", "places")}
+    x = 3 * W["places"][ids + 1] + W["places"][ids + 1]
+    logits = torch.tanh(x @ W["0"].T + net.held[0].bias) @ W["2"].T + net.held[2].bias
+    return 2 * (logits.softmax(-1) + logits) @ W["3"].T + net.held[3].bias
+
+
+def test_layers_with_a_forward_a_method_or_a_place_of_their_own_are_adapted():
+    torch.manual_seed(0)
+    net = Listed().requires_grad_(False)
+    base = copy.deepcopy(net)
+    ids = torch.arange(7)
+    targets = r"0|2|3|places"
+    model = peft.get_peft_model(net, DualLoraConfig(r1=3, r2=2, warmup="none", init_std=0.5, target_modules=targets))
+    layers = {n: model.base_model.model.get_submodule(n) for n in ("0", "2", "3", "places")}
+    dW = {n: layer.get_delta_weight("default").detach().requires_grad_() for n, layer in layers.items()}
+    want = by_plain_autograd(ids, dW, base)
+    got = model(ids)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for name, layer in layers.items():
+        # dW is linear in B where ReLU is on: its gradient is that of dW, through the layer's own formula.
+        A, B = layer.duallora_A["default"].detach(), layer.duallora_B["default"].detach().requires_grad_()
+        C, D = layer.duallora_C["default"].detach(), layer.duallora_D["default"].detach()
+        scaling = layer.scaling["default"] if hasattr(layer, "scaling") else 1.0
+        oracle = scaling * torch.relu(B @ A) * torch.where(D @ C > 0, 1.0, -1.0)
+        oracle.backward(dW[name].grad)
+        torch.testing.assert_close(layer.duallora_B["default"].grad, B.grad)
+    clone = copy.deepcopy(model)
+    got = got.detach()
+    with torch.no_grad():
+        merged = model.merge_and_unload()
+        assert torch.equal(merged(ids), got)
+        assert [type(layer) for layer in merged.held] == [nn.Linear, nn.Tanh, Router, ByHand]
+        assert torch.equal(clone(ids), got)
+        assert torch.equal(clone.unload()(ids), base(ids))
+
+
+def test_without_peft_a_list_is_followed_too():
+    torch.manual_seed(0)
+    net = Listed().requires_grad_(False)
+    x = torch.arange(7)
+    before = net(x)
+    adapt(net, ["0"], r=3, warmup_steps=0, init_std=0.5)
+    want = net(x)
+    assert not torch.equal(want, before)
+    assert torch.equal(merge(net)(x), want)
+    assert type(net.held[0]) is nn.Linear
+
+
+def test_an_output_of_several_tensors_cannot_be_added_to():
+    torch.manual_seed(0)
+    config = DualLoraConfig(r=2, warmup="none", target_modules=["2"], duallora_dropout=0.5)
+    model = peft.get_peft_model(Listed().requires_grad_(False), config).train()
+    with pytest.raises(ConfigError, match="Router, whose output is a tuple: Dual LoRA can only run it on W0"):
+        model(torch.arange(7))
+    assert model.eval()(torch.arange(7)).shape == (7, 6)

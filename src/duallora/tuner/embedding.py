@@ -8,7 +8,9 @@ straight-through clip sees the gradient of a weight summed over all its occurren
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,15 +90,43 @@ class Embedding(DualLoraLayer, nn.Module):
             if adapter_names is None:
                 return self.base_layer(x, *args, **kwargs)
         adapters = self._acting()
-        added = any(
-            self.duallora_config[a].forward == "added" or (self.merged and a in self.duallora_m) for a in adapters
-        )
+        added = self._adds(adapters)
         if adapter_names is None:
             if not adapters:
                 return self.base_layer(x, *args, **kwargs)
             if not (added or args or kwargs) and self._is_plain():
                 return self._looked_up(x, self.base_layer.weight, adapters)
 
+        y, seen = self._around(partial(self.base_layer, x, *args, **kwargs), adapters, added, adapter_names)
+        if not seen:
+            raise ConfigError(
+                f"{type(self.get_base_layer()).__name__} does not look its weight up through F.embedding, so Dual LoRA "
+                "cannot adapt it: name it in exclude_modules."
+            )
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of the base layer (ProphetNet calls one) looks W0 + dW up as its forward does."""
+        found = super().__getattr__(name)
+        if inspect.ismethod(found) and found.__self__ is self.get_base_layer():
+            return partial(self._call, found)
+        return found
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        adapters = [] if self.disable_adapters else self._acting()
+        if not adapters:
+            return method(*args, **kwargs)
+        return self._around(partial(method, *args, **kwargs), adapters, self._adds(adapters))[0]
+
+    def _adds(self, adapters: list[str]) -> bool:
+        return any(
+            self.duallora_config[a].forward == "added" or (self.merged and a in self.duallora_m) for a in adapters
+        )
+
+    def _around(
+        self, call: Callable[[], Any], adapters: list[str], added: bool, adapter_names: list[str] | None = None
+    ) -> tuple[Any, bool]:
+        """What ``call`` gives with each lookup in the base weight made in W0 + dW, or dW added to it; whether one was."""
         seen = False
 
         def look_up(ids: Tensor, W: Tensor, found: Callable[[], Tensor]) -> Tensor:
@@ -113,13 +143,8 @@ class Embedding(DualLoraLayer, nn.Module):
             return y + sum(self._added(ids, adapter) for adapter in adapters).to(y.dtype)
 
         with _Lookup(self.get_base_layer(), look_up):
-            y = self.base_layer(x, *args, **kwargs)
-        if not seen:
-            raise ConfigError(
-                f"{type(self.get_base_layer()).__name__} does not look its weight up through F.embedding, so Dual LoRA "
-                "cannot adapt it: name it in exclude_modules."
-            )
-        return y
+            y = call()
+        return y, seen
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion writes factors of linear layers only."""

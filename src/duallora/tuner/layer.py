@@ -548,19 +548,30 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         """Whether this layer can stand in for the forward of ``base``."""
         return False
 
+    def _is_resident(self) -> bool:
+        """Whether the weight of the base layer is plain, and here."""
+        base = self.base_layer
+        return (
+            type(base.weight) in (nn.Parameter, Tensor)
+            and base.weight.is_floating_point()
+            and base.weight.device.type != "meta"
+            and not hasattr(base.weight, "ds_id")  # a DeepSpeed ZeRO-3 shard
+            and not hasattr(base, "_hf_hook")  # accelerate's offloading
+        )
+
     def _is_plain(self) -> bool:
         """Whether the base layer is one whose forward this layer can compute from a weight that is plain and resident."""
         base = self.base_layer
         return (
             self._computes(base)
-            and type(base.weight) in (nn.Parameter, Tensor)
-            and base.weight.is_floating_point()
-            and base.weight.device.type != "meta"
-            and not hasattr(base.weight, "ds_id")  # a DeepSpeed ZeRO-3 shard
-            and not hasattr(base, "_hf_hook")  # accelerate's offloading
+            and self._is_resident()
             and "forward" not in vars(base)  # patched on the instance
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
+
+    def _runs_base(self) -> bool:
+        """Whether the base layer's own forward is to be run on W0 + dW."""
+        return False
 
     def _acting(self) -> list[str]:
         """The active adapters whose update the base weight does not hold yet."""
@@ -577,7 +588,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         form = "merged"
         for adapter in adapters:
             wanted = self.duallora_config[adapter].forward
-            if wanted == "merged" and not plain:
+            if wanted == "merged" and not (plain or self._runs_base()):
                 raise ConfigError(
                     f"forward='merged' needs a plain resident weight, but the base layer is {type(base).__name__} "
                     f"with a {type(getattr(base, 'weight', None)).__name__}: set forward to 'auto' or 'added'."
@@ -626,7 +637,30 @@ class Linear(DualLoraLayer, nn.Module):
         self.update_layer(adapter_name, **kwargs)
 
     def _computes(self, base: nn.Module) -> bool:
-        return type(base) in (nn.Linear, Conv1D)
+        return type(base).forward in (nn.Linear.forward, Conv1D.forward)
+
+    def _runs_base(self) -> bool:
+        """Falcon's linear layer, or a router that gives two tensors: a subclass with a forward of its own."""
+        return isinstance(self.base_layer, nn.Linear) and not self._computes(self.base_layer) and self._is_resident()
+
+    def _run_base(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with W0 + dW."""
+        weight = self._merged_weight(self.base_layer.weight, adapters)
+        return torch.func.functional_call(self.base_layer, {"weight": weight}, args, kwargs)
+
+    def _all_in_weight(self, adapters: list[str]) -> bool:
+        """Whether these adapters are W0 + dW, and have no input of their own."""
+        return not any(
+            self.duallora_config[a].forward == "added"
+            or (self.merged and a in self.duallora_m)
+            or (self.training and isinstance(self.duallora_dropout[a], nn.Dropout))
+            for a in adapters
+        )
+
+    def _with_update(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
+        if self._runs_base() and self._all_in_weight([adapter]):
+            return self._run_base([adapter], x)
+        return super()._with_update(x, y, adapter)
 
     def _linear_options(self, adapter: str, form: str) -> dict[str, Any]:
         """The keyword arguments of :func:`dual_linear` for this adapter."""
@@ -694,7 +728,14 @@ class Linear(DualLoraLayer, nn.Module):
                 )  # fmt: skip
             if form == "merged":
                 return apply_weight(x, self._merged_weight(base.weight, adapters), base.bias, self.fan_in_fan_out)
+        elif self._runs_base() and self._all_in_weight(adapters):
+            return self._run_base(adapters, x, *args, **kwargs)
         y = y0 = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise ConfigError(
+                f"{self.module_name} is a {type(self.base_layer).__name__}, whose output is a {type(y).__name__}: Dual LoRA can "
+                "only run it on W0 + dW, without dropout and forward='added'. Set these so, or name it in exclude_modules."
+            )
         for adapter in adapters:
             y = y + self._added(x, adapter, y0)
         return y.to(y0.dtype)
