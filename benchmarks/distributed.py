@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import duallora
 from duallora import DualLoraConfig
-from duallora.train import record
+from duallora.store import record
 from duallora.tuner.layer import DualLoraLayer
 
 STEPS, ROWS, LENGTH, VOCABULARY, RATE, WARMUP = 20, 4, 12, 100, 2e-3, 6

@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from duallora.store import record
 from duallora.tasks import Example, e2e, official
-from duallora.train import record
 
 
 def by_coco(predictions: list[str], references: list[list[str]]) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from duallora.methods.counts import count, rows
 from duallora.plan.architectures import config_of
-from duallora.train import record
-from duallora.train.progress import quiet_libraries
+from duallora.store import record
+from duallora.terminal import quiet_libraries
 
 START, END = "<!-- counts: written by benchmarks/method_counts.py -->", "<!-- end of counts -->"
 

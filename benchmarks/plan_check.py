@@ -25,8 +25,8 @@ from transformers import AutoConfig
 from duallora.bench.memory import ALLOCATOR, REPEATS, peak_above
 from duallora.plan.architectures import config_of
 from duallora.plan.trace import METHODS, Setting, Traced, adapt, build
-from duallora.train import record
-from duallora.train.progress import quiet_libraries
+from duallora.store import record
+from duallora.terminal import quiet_libraries
 
 # Random models small enough for a CPU, of shapes that share no factor by accident.
 SMALL: dict[str, dict[str, Any]] = {

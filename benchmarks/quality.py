@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from duallora.train.record import write_json
+from duallora.store.record import write_json
 
 COMMON = (
     "adapter.r=4", "adapter.target_modules=[q_proj,v_proj]", "learning_rate=1.2e-2", "max_steps=120",

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 import duallora
+from duallora.store import models, record
 from duallora.tasks import Collator, encode_split, load_data
-from duallora.train import evaluate, models, record
-from duallora.train.progress import quiet_libraries
+from duallora.terminal import quiet_libraries
+from duallora.train import evaluate
 from duallora.tuner import quantized
 
 MODEL, DATA = "builtin:smollm2-135m", "builtin:docstrings"

@@ -24,9 +24,9 @@ from typing import Any
 
 from rich.console import Console
 
+from duallora.config.recipe import Recipe, load_recipe
+from duallora.store.record import read_json, write_json, write_text
 from duallora.train import run
-from duallora.train.recipe import Recipe, load_recipe
-from duallora.train.record import read_json, write_json, write_text
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("duallora", "lora")

@@ -24,7 +24,7 @@ from duallora.bench.kernel import problem
 from duallora.bench.store import environment
 from duallora.ops import recompute
 from duallora.ops import triton as kernels
-from duallora.train import record
+from duallora.store import record
 
 WIDTH = 4096
 SHAPES = [(torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 16), (torch.float16, 16)]

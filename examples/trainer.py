@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from duallora import DualLoraConfig, gate
-from duallora.train.models import load_model
+from duallora.store.models import load_model
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "builtin:smollm2-135m"
 OUT = sys.argv[2] if len(sys.argv) > 2 else "trainer-out"

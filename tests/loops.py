@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 import duallora
 import duallora.nn
-from duallora.train import record
+from duallora.store import record
 
 STEPS = 40
 RAMP = (

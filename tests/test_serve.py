@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from duallora import DualLoraConfig, cli
 from duallora.errors import ConfigError, IntegrityError
+from duallora.export.merge import merge
 from duallora.serve import api, engine, server
-from duallora.train import checkpoint, evaluate, record
-from duallora.train.merge import merge
+from duallora.store import adapters, checkpoint, record
 
 SAYS = {"a": "I am <b>A</b>, é €.", "b": "No: <i>B</i> & me."}
 WHO = [{"role": "user", "content": "Who?"}]
@@ -639,7 +639,7 @@ def test_adapters_lora_and_merged_models_stand_side_by_side(folders, tmp_path, b
 
 def test_an_adapter_that_came_second_has_the_bits_it_has_alone(folders):
     """PEFT gives a second adapter float32 factors, whatever the type that was asked for."""
-    alone, _ = evaluate.load_adapter(folders / "b", "generate", dtype="bfloat16")
+    alone, _ = adapters.load_adapter(folders / "b", "generate", dtype="bfloat16")
     served = engine.load({name: str(folders / name) for name in SAYS}, dtype="bfloat16")
     running, second, ids = engine.Engine(served), served[1], torch.arange(5)[None]
     running._become(second)
@@ -694,7 +694,7 @@ def test_an_adapter_that_changed_its_base_shares_it_with_no_other(tmp_path, base
     running, ids = engine.Engine(served), torch.arange(5)[None]
     with torch.no_grad():
         for entry in served:
-            alone, _ = evaluate.load_adapter(tmp_path / entry.id, "generate")
+            alone, _ = adapters.load_adapter(tmp_path / entry.id, "generate")
             running._become(entry)
             assert torch.equal(entry.model(input_ids=ids).logits, alone(input_ids=ids).logits)
     running.close()
@@ -704,16 +704,16 @@ def test_bad_sources_are_refused_before_anything_is_served(folders, tmp_path, ti
     second = tmp_path / "second"
     shutil.copytree(folders / "b", second)
     files = {path.name: checkpoint.file_record(path) for path in second.iterdir()}
-    record.write_json(second / evaluate.SIDECAR, {"kind": "generate", "files": files})
+    record.write_json(second / adapters.SIDECAR, {"kind": "generate", "files": files})
     good = {"a": str(folders / "a"), "second": str(second)}
     assert [entry.id for entry in engine.load(good)] == ["a", "second", "tiny-llama"]
-    weights = second / evaluate.WEIGHTS
+    weights = second / adapters.WEIGHTS
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
     with pytest.raises(IntegrityError, match="sha256"):
         engine.load(good)
-    (second / evaluate.SIDECAR).unlink()
+    (second / adapters.SIDECAR).unlink()
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(weights)
@@ -724,7 +724,7 @@ def test_bad_sources_are_refused_before_anything_is_served(folders, tmp_path, ti
     save_file(tensors | {missing: tensors[missing][:, :5].contiguous()}, weights)
     with pytest.raises(IntegrityError, match="does not fit"):
         engine.load(good)
-    record.write_json(second / evaluate.SIDECAR, {"kind": "classify"})
+    record.write_json(second / adapters.SIDECAR, {"kind": "classify"})
     with pytest.raises(ConfigError, match="duallora eval"):
         engine.load(good)
     with pytest.raises(ConfigError, match="encoder"):

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
 from duallora import DualLoraConfig, advance_gate, gate
-from duallora.train.models import load_model
+from duallora.store.models import load_model
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "builtin:smollm2-135m"
 OUT = sys.argv[2] if len(sys.argv) > 2 else "distributed-out"

@@ -14,7 +14,7 @@ from duallora.errors import ConfigError, DualLoraError
 
 def arguments(given: list[str]) -> list[str]:
     """lm-eval's arguments, with built-in models by their folder."""
-    from duallora.train.models import resolve
+    from duallora.store.models import resolve
 
     return [re.sub(r"(?<=pretrained=)builtin:[\w.-]+", lambda name: str(resolve(name.group())), text) for text in given]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duallora.errors import ConfigError
-from duallora.train import record
+from duallora.store import record
 
 # Okabe and Ito's palette: told apart with any colour vision.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")

@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from duallora.train import record
+from duallora.store import record
 
 SECONDS = 300  # of processor time for one class
 WAIT = 1800  # seconds on a clock, after which a class hangs

@@ -18,7 +18,8 @@ from duallora import cli
 from duallora.errors import ConfigError
 from duallora.export import check as checking
 from duallora.export import convert
-from duallora.train import evaluate, untrusted
+from duallora.store import adapters, untrusted
+from duallora.train import evaluate
 
 
 def findings(report: dict) -> dict[str, tuple[str, int]]:
@@ -61,7 +62,7 @@ def test_a_sound_adapter_passes_and_its_effect_is_measured(run_folder, console):
     assert report["exit_code"] == 0
     names = ["files", "config", "values", "gate", "serving", "base", "layers", "effect"]
     assert [finding["name"] for finding in report["findings"]] == names
-    adapted, tokenizer = evaluate.load_adapter(run_folder, "generate")
+    adapted, tokenizer = adapters.load_adapter(run_folder, "generate")
     base = AutoModelForCausalLM.from_pretrained(report["base"]).eval()
     with torch.no_grad():
         ids = [
@@ -248,7 +249,7 @@ def test_convert_is_as_wary_as_check(mine, tmp_path):
 
 def test_every_verb_that_loads_an_adapter_has_the_same_guard(mine):
     with pytest.raises(ConfigError, match="r=1000000000"):
-        evaluate.load_adapter(change_config(mine, r=10**9), "generate")
+        adapters.load_adapter(change_config(mine, r=10**9), "generate")
 
 
 def test_a_native_adapter_is_sent_to_convert_or_merge(native):

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from duallora import DualLoraConfig, cli
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
-from duallora.export import convert
-from duallora.train import evaluate, merge
+from duallora.export import convert, merge
+from duallora.store import adapters
 
 
 def oracle_deltas(folder: Path, gate: float) -> dict[str, torch.Tensor]:
@@ -74,7 +74,7 @@ def test_at_full_rank_the_conversion_is_the_adapter(native, deltas, full):
         assert float((found[name] - dW).norm() / dW.norm()) < 1e-5, name
     assert result["energy"] == pytest.approx(1, abs=1e-10)
     assert result["relative_error"] < 1e-5
-    adapted, tokenizer = evaluate.load_adapter(native, "generate")
+    adapted, tokenizer = adapters.load_adapter(native, "generate")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(native)), str(output)).eval()
     assert isinstance(plain.peft_config["default"], LoraConfig)
     for a, b in zip(merge.probe(adapted, tokenizer), merge.probe(plain, tokenizer), strict=True):
@@ -147,7 +147,7 @@ def test_vllm_sglang_and_llama_cpp_read_the_same_update(native, deltas, full, tm
 def test_plain_peft_without_duallora_reproduces_the_promised_error(native, deltas, tmp_path):
     """A fresh interpreter in which duallora cannot be imported, no network, only files."""
     result = convert.convert(native, tmp_path / "lora", rank=5)
-    adapted, tokenizer = evaluate.load_adapter(native, "generate")
+    adapted, tokenizer = adapters.load_adapter(native, "generate")
     ids = [tokenizer(text)["input_ids"] for text in merge.PROBES]
     with torch.no_grad():
         save_file({str(i): adapted(torch.tensor([row])).logits for i, row in enumerate(ids)}, tmp_path / "wanted")
@@ -186,12 +186,12 @@ def test_the_sidecar_makes_it_an_adapter_like_any_other(run_folder, tmp_path, co
     """Of a real run: eval, merge and the checks of load_adapter work on the conversion, base fingerprint included."""
     result = convert.convert(run_folder, tmp_path / "lora", rank=32, console=console)
     assert re.search(r"kept +\S*100\.0000%", console.file.getvalue())
-    model, tokenizer = evaluate.load_adapter(tmp_path / "lora", "generate")
-    native, _ = evaluate.load_adapter(run_folder, "generate")
+    model, tokenizer = adapters.load_adapter(tmp_path / "lora", "generate")
+    native, _ = adapters.load_adapter(run_folder, "generate")
     for a, b in zip(merge.probe(model, tokenizer), merge.probe(native, tokenizer), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    sidecar = evaluate.read_sidecar(tmp_path / "lora")
-    assert sidecar["base"] == evaluate.read_sidecar(run_folder / "adapter")["base"]
+    sidecar = adapters.read_sidecar(tmp_path / "lora")
+    assert sidecar["base"] == adapters.read_sidecar(run_folder / "adapter")["base"]
     assert sidecar["conversion"]["rank"] == result["rank"] == 32
     assert sidecar["converted_from"]["gate"] == 1.0
     weights = tmp_path / "lora" / "adapter_model.safetensors"
@@ -199,18 +199,18 @@ def test_the_sidecar_makes_it_an_adapter_like_any_other(run_folder, tmp_path, co
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(IntegrityError, match="damaged"):
-        evaluate.load_adapter(tmp_path / "lora", "generate")
+        adapters.load_adapter(tmp_path / "lora", "generate")
 
 
 def test_a_conversion_inside_the_adapters_folder_does_not_damage_it(run_folder, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(run_folder / "adapter", folder)
     convert.convert(folder, folder / "lora-r2", rank=2)
-    evaluate.load_adapter(folder, "generate")
+    adapters.load_adapter(folder, "generate")
     (folder / "lora-r2" / "deep").mkdir()
     shutil.copy(folder / "adapter_model.safetensors", folder / "lora-r2" / "deep")
     with pytest.raises(IntegrityError, match="was added"):
-        evaluate.load_adapter(folder, "generate")
+        adapters.load_adapter(folder, "generate")
 
 
 def test_target_modules_name_the_same_modules_again(make_adapter, tmp_path):
@@ -244,7 +244,7 @@ def test_heads_and_biases_are_carried_over(make_adapter, tmp_path):
     result = convert.convert(folder, tmp_path / "lora", rank=32, scores=scores)
     assert result["max_logit_difference"] < 1e-5
     for a, b in zip(
-        *(merge.probe(*evaluate.load_adapter(f, "classify")) for f in (folder, tmp_path / "lora")), strict=True
+        *(merge.probe(*adapters.load_adapter(f, "classify")) for f in (folder, tmp_path / "lora")), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # both on a base that never held the trained biases
     assert list(result["scores"]) == ["adapter", "conversion"]  # the base has no trained head to score

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from duallora import cli
 from duallora.errors import ConfigError, IntegrityError
 from duallora.export import card, convert, push
-from duallora.train import evaluate
+from duallora.store import adapters
 
 BASE = "org/tiny-llama"
 
@@ -89,9 +89,9 @@ def test_what_arrives_is_what_was_shown_whole_and_without_a_trace_of_this_machin
     arrived = {str(path.relative_to(hub.keep)): path.stat().st_size for path in hub.keep.rglob("*") if path.is_file()}
     assert arrived == result["files"] == shown
     for folder in (hub.keep, hub.keep / "lora-r2"):
-        assert evaluate.check_files(folder, evaluate.read_sidecar(folder))  # hashes made anew for the changed files
+        assert adapters.check_files(folder, adapters.read_sidecar(folder))  # hashes made anew for the changed files
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
-        assert evaluate.read_sidecar(folder)["base"]["name"] == BASE
+        assert adapters.read_sidecar(folder)["base"]["name"] == BASE
     local = json.loads((ready / "run.json").read_text())["recipe"]["model"]["name"]
     for path in hub.keep.rglob("*"):
         if path.suffix in (".json", ".md", ".jinja"):

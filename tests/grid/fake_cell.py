@@ -14,11 +14,11 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from duallora.config.recipe import fingerprint, load_recipe
 from duallora.errors import LockedError
+from duallora.store.lock import locked
+from duallora.store.record import write_json, write_text
 from duallora.train.launch import end_with_parent
-from duallora.train.lock import locked
-from duallora.train.recipe import fingerprint, load_recipe
-from duallora.train.record import write_json, write_text
 
 folder = Path(sys.argv[sys.argv.index("-o") + 1])
 recipe = load_recipe(sys.argv[sys.argv.index("-c") + 1])

@@ -21,7 +21,7 @@ from duallora.errors import ConfigError, GridError, Interrupted, LockedError
 from duallora.grid import live
 from duallora.grid import run as engine
 from duallora.grid.study import Outcome, Study, outcomes
-from duallora.train import lock, record
+from duallora.store import lock, record
 
 
 def when(condition, then, *, within: float = 30.0) -> threading.Thread:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from duallora.errors import ConfigError
 from duallora.grid.study import CELLS, Outcome, Study, outcomes
-from duallora.train import record
+from duallora.store import record
 
 LR = "train.learning_rate"
 BASE = {"model.name": "m", "train.max_steps": 7}

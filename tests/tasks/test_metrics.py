@@ -12,8 +12,7 @@ from scipy import stats
 
 from duallora.errors import ConfigError
 from duallora.tasks import Example, metrics
-from duallora.tasks.files import METRICS
-from duallora.tasks.metrics import Metric, Metrics
+from duallora.tasks.metrics import OF_KIND, Metric, Metrics
 
 REFERENCES = [
     ("the cat sat on the mat .", "a cat was on the mat ."),
@@ -56,18 +55,18 @@ def test_f1_counts_the_positive_class():
 
 
 def test_the_metrics_of_each_kind_of_data():
-    found = METRICS["classify"]([0, 2, 2, 1], labelled([0, 2, 1, 1]))
+    found = OF_KIND["classify"]([0, 2, 2, 1], labelled([0, 2, 1, 1]))
     assert found == {"accuracy": 75.0, "macro_f1": pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)}
-    found = METRICS["regress"]([1.0, 2.0, 9.0], labelled([1.0, 2.0, 3.0]))
+    found = OF_KIND["regress"]([1.0, 2.0, 9.0], labelled([1.0, 2.0, 3.0]))
     assert found == {
         "pearson": pytest.approx(100 * 8 / math.sqrt(38 * 2)),  # about the means: (-3, -2, 5), (-1, 0, 1)
         "spearman": pytest.approx(100),
         "rmse": pytest.approx(math.sqrt(12)),
     }
-    assert METRICS["regress"]([1.0, 1.0, 1.0], labelled([1.0, 2.0, 3.0]))["pearson"] == 0.0
+    assert OF_KIND["regress"]([1.0, 1.0, 1.0], labelled([1.0, 2.0, 3.0]))["pearson"] == 0.0
     rows = [Example(answer="a b", references=("a b ", "c")), Example(answer="d", references=("d",))]
-    assert METRICS["generate"]([" c\n", "e"], rows)["exact_match"] == 50.0
-    assert set(METRICS["generate"]([], []).values()) == {0.0}
+    assert OF_KIND["generate"]([" c\n", "e"], rows)["exact_match"] == 50.0
+    assert set(OF_KIND["generate"]([], []).values()) == {0.0}
 
 
 def test_bleu_takes_rows_with_different_numbers_of_references():

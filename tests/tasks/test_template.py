@@ -411,7 +411,7 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
 
 @pytest.mark.pretrained
 def test_smollm2s_own_template_and_tokens(pretrained_packages):
-    from duallora.train.models import load_tokenizer
+    from duallora.store.models import load_tokenizer
 
     tokenizer = load_tokenizer("builtin:smollm2-135m")
     turns = [

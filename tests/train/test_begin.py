@@ -10,9 +10,10 @@ from test_checkpoint import bit_flip
 from test_method_runs import settings
 
 import duallora
+from duallora.config.recipe import load_recipe
 from duallora.errors import ConfigError, IntegrityError
-from duallora.train import evaluate, run
-from duallora.train.recipe import load_recipe
+from duallora.store import adapters
+from duallora.train import run
 
 MORE = {
     "lora+": ["adapter.options={lr_ratio: 4}"],
@@ -57,7 +58,7 @@ def test_dual_lora_begins_with_its_gate_open_and_what_is_rebuilt_from_a_seed(mor
     assert again["metrics"]["loss_before"] == pytest.approx(first["metrics"]["loss"], abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "again" / "log.jsonl").read_text().splitlines()]
     assert {line["gate"] for line in lines} == {1.0}
-    model, _ = evaluate.load_adapter(tmp_path / "again", "generate")
+    model, _ = adapters.load_adapter(tmp_path / "again", "generate")
     assert duallora.gate(model) == 1.0
 
 
@@ -95,7 +96,7 @@ def test_the_trunk_is_the_other_runs_and_the_head_is_new_whatever_its_size(
     own = of("full") if method == "full" else ["adapter.warmup_steps=auto"]
     with pytest.raises(KeyboardInterrupt):
         run.train(make_recipe(*own, f"adapter.start={source}", kind="classify", data=data), console=console)
-    before, tokenizer = evaluate.load_adapter(source, "classify")
+    before, tokenizer = adapters.load_adapter(source, "classify")
     body = before.get_base_model() if method == "duallora" else before
     with torch.no_grad():
         expected = body.base_model(**tokenizer(["fine a b", "poor"], padding=True, return_tensors="pt"))[0]

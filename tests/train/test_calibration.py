@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from duallora.errors import ConfigError
+from duallora.store import models
+from duallora.store.models import load_model
 from duallora.tasks import Collator
-from duallora.train import calibration, evaluate, models, run
-from duallora.train.models import load_model
+from duallora.train import calibration, evaluate, run
 
 GRADIENT = ("adapter.init=gradient", "adapter.init_batches=2", "train.save_total_limit=null")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
-from duallora.train import checkpoint, record
+from duallora.store import checkpoint, record
 
 FILES = ("adapter_config.json", checkpoint.WEIGHTS[0], *checkpoint.REQUIRED, *checkpoint.rng_files(1))
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from duallora.paper import demo
+from duallora.paper.demo import FULL, QUICK, Plan, show
+from duallora.store import adapters, record
 from duallora.tasks import Example, Task, load_data
-from duallora.train import demo, evaluate, record, run
-from duallora.train.demo import FULL, QUICK, Plan, show
+from duallora.train import evaluate, run
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def test_the_figures_are_those_of_the_model_on_the_disk(tiny, console, tmp_path)
     summary = record.read_json(tmp_path / "demo" / "demo.json")
     task = demo._held_out(run.load(None, None), 7)
     for source, figures in ((result["run"], summary["metrics"]["after"]), (tiny.model, summary["metrics"]["before"])):
-        scored = evaluate.evaluate(*evaluate.load_adapter(source, "generate"), task, batch_size=32, max_length=64)
+        scored = evaluate.evaluate(*adapters.load_adapter(source, "generate"), task, batch_size=32, max_length=64)
         assert figures["loss"] == scored.metrics["loss"]
         assert figures["bleu"] == scored.metrics["bleu"]
     assert set(summary["data"]) == {"train", "validation", "test"}
@@ -81,7 +83,7 @@ def test_the_quick_demo_runs_on_the_real_model(pretrained_packages, console, tmp
 
 def test_the_plans_resolve():
     """A renamed setting would otherwise show only when somebody runs the demo."""
-    from duallora.train.recipe import load_recipe
+    from duallora.config.recipe import load_recipe
 
     for plan in (FULL, QUICK):
         recipe = load_recipe(None, plan.settings, model=plan.model, data=plan.data)

@@ -23,7 +23,8 @@ from duallora import cli
 from duallora.cli import training
 from duallora.console import exit_code_for
 from duallora.errors import ConfigError, Interrupted, LostProcessError
-from duallora.train import checkpoint, evaluate, launch, loop, record, run
+from duallora.store import adapters, checkpoint, record
+from duallora.train import launch, loop, run
 
 slow = pytest.mark.skipif("DUALLORA_SLOW" not in os.environ, reason="slow: `make distributed` runs it")
 FORK = multiprocessing.get_context("fork")
@@ -140,7 +141,7 @@ def test_two_processes_train_score_and_write_what_one_does(make_recipe, console,
     assert set(names[0]) - set(names[1]) == {"checkpoints/checkpoint-20/rng_state.pth"}
     assert len(list((tmp_path / "two" / "tb").glob("events*"))) == 1
     assert record.read_json(tmp_path / "two" / "run.json")["processes"] == 2
-    model, _ = evaluate.load_adapter(tmp_path / "two", "generate")  # one process opens what two have written
+    model, _ = adapters.load_adapter(tmp_path / "two", "generate")  # one process opens what two have written
     assert math.isfinite(sum(float(p.sum()) for p in model.parameters()))
 
 

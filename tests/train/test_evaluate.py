@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import bit_flip, half
 
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
+from duallora.store import adapters, checkpoint, record
+from duallora.store.models import load_model
 from duallora.tasks import Example, Task, encode, encode_prompt, load_data
-from duallora.train import checkpoint, evaluate, record, run
-from duallora.train.models import load_model
+from duallora.train import evaluate, run
 from duallora.tuner import Linear
 
 SHORT = {"max_new_tokens": 1}
@@ -44,7 +45,7 @@ def loss_by_hand(model, tokenizer, examples):
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, task, batch_size):
     """Trainer's own figure is a mean of batch means, in which a token of a short answer weighs more."""
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     result = evaluate.evaluate(
         model, tokenizer, task, split="validation", batch_size=batch_size, max_length=64, generation=SHORT
     )
@@ -57,7 +58,7 @@ def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, ta
 
 
 def test_the_loss_is_that_of_transformers_weighted_by_tokens(trained, task):
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     total, count = 0.0, 0
     for example in task.splits["validation"]:
         (row,) = encode(example, tokenizer, max_length=64)
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_transformers_weighted_by_tokens(trained, task):
 
 def test_batched_generation_equals_one_by_one_and_keeps_the_order(trained, task):
     """Sorting by length and padding on the left must not show."""
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     examples = list(task.splits["validation"])
     assert len({len(example.prompt) for example in examples}) > 2
     together = evaluate.generate(model, tokenizer, examples, batch_size=5, max_new_tokens=7)
@@ -82,7 +83,7 @@ def test_batched_generation_equals_one_by_one_and_keeps_the_order(trained, task)
 
 def test_evaluation_builds_each_weight_once_and_leaves_no_trace(trained, task, monkeypatch):
     """Not in every forward, of which a generation has one for each token; and without a word on a gate that moves."""
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     built, build = [], Linear._merged_weight
@@ -93,14 +94,14 @@ def test_evaluation_builds_each_weight_once_and_leaves_no_trace(trained, task, m
 
 
 def test_evaluation_gives_back_the_training_mode(trained, task):
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     model.train()
     evaluate.evaluate(model, tokenizer, task, split="validation", limit=2, max_length=64)
     assert model.training
 
 
 def test_the_answer_compared_is_the_extracted_one(trained, task):
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     seen = {}
 
     def metrics(predictions, examples):
@@ -121,7 +122,7 @@ def test_the_answer_compared_is_the_extracted_one(trained, task):
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_classes_come_back_in_order_with_the_mean_loss_over_rows(trained, moods, batch_size):
-    model, tokenizer = evaluate.load_adapter(trained("classify"), "classify")
+    model, tokenizer = adapters.load_adapter(trained("classify"), "classify")
     task = load_data(str(moods), eval_fraction=0.5)
     result = evaluate.evaluate(model, tokenizer, task, split="validation", batch_size=batch_size)
     losses, classes = [], []
@@ -175,7 +176,7 @@ def test_a_loaded_adapter_gives_the_logits_it_was_saved_with(make_recipe, consol
     recipe = make_recipe("train.max_steps=4", kind=kind)
     run.train(recipe, console=console)
     for source in (recipe.output, Path(recipe.output) / "adapter"):
-        model, _ = evaluate.load_adapter(source, kind)
+        model, _ = adapters.load_adapter(source, kind)
         with torch.no_grad():
             torch.testing.assert_close(model(**held["inputs"]).logits, held["logits"], rtol=0, atol=1e-6)
     assert not model.training
@@ -198,10 +199,10 @@ def test_another_base_is_refused_with_both_fingerprints(adapter, tiny_causal_fol
     without_record(adapter, "adapter_config.json")
     recorded = record.read_json(adapter / "duallora.json")["base"]["fingerprint"]
     with pytest.raises(IntegrityError) as caught:
-        evaluate.load_adapter(adapter, "generate")
+        adapters.load_adapter(adapter, "generate")
     assert recorded[:16] in str(caught.value)
     assert str(other) in str(caught.value)
-    evaluate.load_adapter(adapter, "generate", strict=False)
+    adapters.load_adapter(adapter, "generate", strict=False)
 
 
 def without_record(adapter, name):
@@ -219,19 +220,19 @@ def test_damaged_weights_are_refused_with_the_files_name(adapter, damage, record
     if not recorded:
         (adapter / "duallora.json").unlink()
         if damage is bit_flip:
-            evaluate.load_adapter(adapter, "generate")
+            adapters.load_adapter(adapter, "generate")
             return
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
-        evaluate.load_adapter(adapter, "generate")
+        adapters.load_adapter(adapter, "generate")
 
 
 def test_a_pickle_is_refused_unread(adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(IntegrityError, match="pickle"):
-        evaluate.load_adapter(adapter, "generate")
+        adapters.load_adapter(adapter, "generate")
     (adapter / "adapter_model.bin").unlink()
     with pytest.raises(IntegrityError, match="missing"):
-        evaluate.load_adapter(adapter, "generate")
+        adapters.load_adapter(adapter, "generate")
 
 
 def drop_one(tensors):
@@ -258,7 +259,7 @@ def test_missing_added_and_misshapen_tensors_are_errors_not_warnings(adapter, ed
     save_file(tensors, weights, metadata={"format": "pt"})
     (adapter / "duallora.json").unlink()
     with pytest.raises(IntegrityError, match=reason):
-        evaluate.load_adapter(adapter, "generate", strict=False)
+        adapters.load_adapter(adapter, "generate", strict=False)
 
 
 @pytest.mark.parametrize(
@@ -268,24 +269,24 @@ def test_a_config_that_cannot_be_used_is_named(adapter, content):
     (adapter / "adapter_config.json").write_text(content)
     without_record(adapter, "adapter_config.json")
     with pytest.raises((IntegrityError, ConfigError), match=r"adapter_config\.json|r=-1"):
-        evaluate.load_adapter(adapter, "generate")
+        adapters.load_adapter(adapter, "generate")
 
 
 def test_the_wrong_kind_of_task_is_said(adapter):
     with pytest.raises(ConfigError, match="trained for CAUSAL_LM"):
-        evaluate.load_adapter(adapter, "classify")
+        adapters.load_adapter(adapter, "classify")
 
 
 def test_what_is_not_there_is_said(tmp_path, trained):
     with pytest.raises(ConfigError, match="no such folder"):
-        evaluate.load_adapter(tmp_path / "absent", "generate")
+        adapters.load_adapter(tmp_path / "absent", "generate")
     with pytest.raises(ConfigError, match=r"neither adapter_config\.json nor config\.json"):
-        evaluate.load_adapter(tmp_path, "generate")
+        adapters.load_adapter(tmp_path, "generate")
     unfinished = tmp_path / "run"
     shutil.copytree(trained(), unfinished)
     shutil.rmtree(unfinished / "adapter")
     with pytest.raises(ConfigError, match=r"without a finished adapter .*--resume auto"):
-        evaluate.load_adapter(unfinished, "generate")
+        adapters.load_adapter(unfinished, "generate")
 
 
 def test_an_adapter_of_plain_peft_loads_without_a_sidecar(tiny_causal_folder, tmp_path):
@@ -294,14 +295,14 @@ def test_an_adapter_of_plain_peft_loads_without_a_sidecar(tiny_causal_folder, tm
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
     model.peft_config["default"].base_model_name_or_path = str(tiny_causal_folder)
     model.save_pretrained(tmp_path / "lora")
-    loaded, _ = evaluate.load_adapter(tmp_path / "lora", "generate")
+    loaded, _ = adapters.load_adapter(tmp_path / "lora", "generate")
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def test_dtype_is_that_of_training_unless_asked(trained):
-    assert evaluate.load_adapter(trained(), "generate")[0].dtype == torch.float32
-    assert evaluate.load_adapter(trained(), "generate", dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert adapters.load_adapter(trained(), "generate")[0].dtype == torch.float32
+    assert adapters.load_adapter(trained(), "generate", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_the_sidecar_lists_every_file(trained):
@@ -315,7 +316,7 @@ def test_the_sidecar_lists_every_file(trained):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_no_repeat_ngrams_sees_generated_tokens_alone(trained, beams, monkeypatch):
     """An answer that repeats its prompt must be sayable; one that repeats itself must not."""
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     prompt = torch.tensor([[5, 6, 7, 8]])
     own = evaluate._OwnNGrams(2, start=4)
     scores = torch.zeros(1, model.config.vocab_size)
@@ -334,7 +335,7 @@ def test_no_repeat_ngrams_sees_generated_tokens_alone(trained, beams, monkeypatc
 
 
 def test_the_models_own_generation_settings_do_not_change_the_score(trained):
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     examples = [Example(prompt=f"{i} plus {i} is", answer=str(2 * i)) for i in range(4)]
     want = evaluate.generate(model, tokenizer, examples, max_new_tokens=12)
     for config in {id(c): c for c in (model.generation_config, model.get_base_model().generation_config)}.values():
@@ -343,7 +344,7 @@ def test_the_models_own_generation_settings_do_not_change_the_score(trained):
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_not_a_score(trained, task):
-    model, tokenizer = evaluate.load_adapter(trained(), "generate")
+    model, tokenizer = adapters.load_adapter(trained(), "generate")
     with torch.no_grad():
         model.get_base_model().model.norm.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="the loss on the validation rows is nan"):
@@ -405,9 +406,9 @@ def test_an_adapter_in_the_hubs_cache_is_loaded_by_its_name_or_its_folder(adapte
     assert (snapshot / "adapter_config.json").is_symlink() is links
     (tmp_path / "short").symlink_to(snapshot)
     ids = torch.tensor([[1, 2, 3]])
-    expected = evaluate.load_adapter(adapter, "generate")[0](input_ids=ids).logits
+    expected = adapters.load_adapter(adapter, "generate")[0](input_ids=ids).logits
     for source in ("org/mine", snapshot, tmp_path / "short"):
-        assert torch.equal(evaluate.load_adapter(source, "generate")[0](input_ids=ids).logits, expected)
+        assert torch.equal(adapters.load_adapter(source, "generate")[0](input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +431,7 @@ def test_a_link_that_leaves_its_repository_is_not_followed(adapter, lay_in_cache
     stray.symlink_to(target)
     assert stray.read_bytes() == (adapter / stray.name).read_bytes()
     with pytest.raises(IntegrityError, match=r"'tokenizer\.json' is not a plain file of this folder"):
-        evaluate.load_adapter("org/mine", "generate")
+        adapters.load_adapter("org/mine", "generate")
 
 
 def test_a_cache_whose_blobs_lie_elsewhere_is_not_trusted(adapter, lay_in_cache, tmp_path):
@@ -438,7 +439,7 @@ def test_a_cache_whose_blobs_lie_elsewhere_is_not_trusted(adapter, lay_in_cache,
     (repository / "blobs").rename(tmp_path / "elsewhere")
     (repository / "blobs").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(IntegrityError, match="is not a plain file of this folder"):
-        evaluate.load_adapter("org/mine", "generate")
+        adapters.load_adapter("org/mine", "generate")
 
 
 def test_a_cache_that_lacks_a_listed_file_says_which(adapter, lay_in_cache):
@@ -446,7 +447,7 @@ def test_a_cache_that_lacks_a_listed_file_says_which(adapter, lay_in_cache):
     lay_in_cache("org/mine", adapter, files=there)
     missing = next(name for name in record.read_json(adapter / "duallora.json")["files"] if name not in there)
     with pytest.raises(IntegrityError, match=f"{missing} is missing"):
-        evaluate.load_adapter("org/mine", "generate")
+        adapters.load_adapter("org/mine", "generate")
 
 
 def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter, lay_in_cache, monkeypatch):
@@ -477,11 +478,11 @@ def test_what_the_sidecar_lists_is_fetched_from_the_hub_and_nothing_else(adapter
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    found = evaluate.find("org/mine")
+    found = adapters.find("org/mine")
     assert found is not None
     assert {path.name for path in found.iterdir()} == there - {"optimizer.pt", "odd1.bin", "notes.md"}
 
 
 def test_a_full_model_on_the_hub_is_no_adapter(lay_in_cache, tiny_causal_folder):
     lay_in_cache("org/model", tiny_causal_folder)
-    assert evaluate.find("org/model") is None
+    assert adapters.find("org/model") is None

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from duallora.config.recipe import DataSection
 from duallora.errors import ConfigError
+from duallora.store import adapters
+from duallora.store.models import load_model
 from duallora.tasks import Example, Task, encode, encode_split, load_task
 from duallora.train import evaluate, run
-from duallora.train.models import load_model
-from duallora.train.recipe import DataSection
 
 # One option begins with another, two differ in their last letter, one is long, one is not ASCII.
 OPTIONS = ["yes", "yes please", "yet", "a much longer answer that costs many tokens", "né"]
@@ -143,7 +144,7 @@ def test_a_method_that_must_know_where_the_prompt_ends_is_told(make_recipe, task
         "adapter.duallora_dropout=0", "adapter.alpha=null", "train.max_steps=2",
     )  # fmt: skip
     run.train(recipe, console=None)
-    network, tokenizer = evaluate.load_adapter(recipe.output, "generate")
+    network, tokenizer = adapters.load_adapter(recipe.output, "generate")
     example = task.splits["test"][0]
     rows, _ = encode_split([example, Example(prompt="Is it", answer=" so? yes")], tokenizer, "generate", max_length=64)
     together = evaluate.log_likelihoods(network, tokenizer, rows)

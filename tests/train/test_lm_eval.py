@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from duallora import lm_eval
-from duallora.train import models
+from duallora.store import models
 
 PROGRAM = """
 import sys

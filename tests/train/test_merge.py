@@ -18,7 +18,9 @@ from transformers import (
 
 from duallora import DualLoraConfig
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
-from duallora.train import evaluate, merge, record
+from duallora.export import merge
+from duallora.store import adapters, record
+from duallora.train import evaluate
 from duallora.tuner import DualLoraModel
 
 
@@ -38,8 +40,8 @@ def test_plain_transformers_gives_the_adapters_logits_bit_for_bit(trained, conso
     plain = factory.from_pretrained(output).eval()
     assert not any("duallora" in name for name, _ in plain.named_modules())
     tokenizer = AutoTokenizer.from_pretrained(output)
-    adapted, _ = evaluate.load_adapter(trained(kind), kind)
-    base, _ = evaluate.load_adapter(adapted.peft_config["default"].base_model_name_or_path, kind)
+    adapted, _ = adapters.load_adapter(trained(kind), kind)
+    base, _ = adapters.load_adapter(adapted.peft_config["default"].base_model_name_or_path, kind)
     inputs = tokenizer("12 plus 30 is poor", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         torch.testing.assert_close(plain(**inputs).logits, adapted(**inputs).logits, rtol=0, atol=1e-6)
@@ -55,7 +57,7 @@ def test_a_merged_folder_is_loaded_and_scored_like_any_model(trained, console, t
     merge.merge(trained("classify"), tmp_path / "merged", console=console)
     task = load_data(str(moods), eval_fraction=0.5)
     scores = [
-        evaluate.evaluate(*evaluate.load_adapter(source, "classify"), task, split="validation").metrics["loss"]
+        evaluate.evaluate(*adapters.load_adapter(source, "classify"), task, split="validation").metrics["loss"]
         for source in (tmp_path / "merged", trained("classify"))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-7)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from duallora.config.recipe import load_recipe, recipe_yaml
 from duallora.errors import ConfigError
-from duallora.train import evaluate, merge, run
-from duallora.train.recipe import load_recipe, recipe_yaml
+from duallora.export import merge
+from duallora.store import adapters
+from duallora.train import evaluate, run
 
 # What make_recipe sets beyond the settings every method has, put back.
 PLAIN = ("adapter.r1=null", "adapter.warmup_steps=auto")
@@ -45,8 +47,8 @@ def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_reci
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
 
-    model, tokenizer = evaluate.load_adapter(folder, "generate")
-    assert json.loads((folder / "adapter" / evaluate.SIDECAR).read_text())["method"] == name.upper()
+    model, tokenizer = adapters.load_adapter(folder, "generate")
+    assert json.loads((folder / "adapter" / adapters.SIDECAR).read_text())["method"] == name.upper()
     task = run.load(make_recipe(*settings(name)), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=1e-6)
@@ -70,7 +72,7 @@ def test_prefix_tuning_resumes_from_its_mlp(kind, make_recipe, console, tmp_path
     mid = load_file(stopped / "checkpoints" / "checkpoint-2" / "trained.safetensors")
     end = load_file(stopped / "checkpoints" / "checkpoint-4" / "trained.safetensors")
     assert any("transform" in key and not torch.equal(mid[key], end[key]) for key in mid)
-    assert evaluate.load_adapter(tmp_path / "run", kind)
+    assert adapters.load_adapter(tmp_path / "run", kind)
 
 
 @pytest.mark.parametrize("name", ["vera", "adapter-l"])
@@ -82,7 +84,7 @@ def test_a_classifier_with_another_method_trains_its_head(name, make_recipe, con
     result = run.train(recipe, console=console)
     tensors = load_file(f"{result['adapter']}/adapter_model.safetensors")
     assert any("classifier" in key for key in tensors)
-    model, _ = evaluate.load_adapter(result["folder"], "classify")
+    model, _ = adapters.load_adapter(result["folder"], "classify")
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -143,7 +145,7 @@ def test_settings_of_two_methods_are_not_mixed(make_recipe, changes, message):
 def test_what_the_verb_cannot_train_is_said_before_it_loads_a_model(
     make_recipe, console, monkeypatch, name, more, message
 ):
-    monkeypatch.setattr("duallora.train.models.load", None, raising=False)
+    monkeypatch.setattr(run, "load_model", None)
     with pytest.raises(ConfigError, match=message):
         run.train(make_recipe(*settings(name), *more), console=console)
 

@@ -13,7 +13,7 @@ import torch
 
 from duallora.errors import ConfigError, IntegrityError
 from duallora.folders import cache_folder
-from duallora.train import models
+from duallora.store import models
 
 
 def test_local_causal_model_loads_quietly_in_float32(tiny_causal_folder, capfd):

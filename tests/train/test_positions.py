@@ -10,10 +10,12 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from duallora.config.recipe import load_recipe
 from duallora.errors import ConfigError
+from duallora.export import merge
+from duallora.store import adapters, positions
 from duallora.tasks import load_data
-from duallora.train import evaluate, merge, positions, run
-from duallora.train.recipe import load_recipe
+from duallora.train import evaluate, run
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 300,
@@ -222,7 +224,7 @@ def test_answers_beyond_the_table_are_refused_before_training(texts, recipe_for,
     with pytest.raises(ConfigError, match=r"eval\.max_new_tokens .* is 20, but .* has 48 positions"):
         run.train(recipe, console=console)
     assert not (tmp_path / "run").exists()
-    model, tokenizer = evaluate.load_adapter(recipe.model.name, "generate")
+    model, tokenizer = adapters.load_adapter(recipe.model.name, "generate")
     quiet = recipe_for("gpt2", 48, "eval.max_new_tokens=20", data=texts)  # where nothing is generated
     task = load_data(str(texts))
     assert run.check_lengths(quiet, model, tokenizer, task, [{"input_ids": [1] * 47}]) == []
@@ -244,7 +246,7 @@ def test_a_model_that_goes_on_is_trained_and_the_length_is_said(texts, recipe_fo
 
 def test_scoring_refuses_before_it_begins_counts_what_it_cuts_and_probes_fit(folder, texts):
     task = load_data(str(texts))
-    model, tokenizer = evaluate.load_adapter(folder("gpt2", 40), "generate")
+    model, tokenizer = adapters.load_adapter(folder("gpt2", 40), "generate")
     with pytest.raises(ConfigError, match="has 40 positions"):
         evaluate.evaluate(model, tokenizer, task, split="train", generation={"max_new_tokens": 1})
     with pytest.raises(ConfigError, match=r"eval\.max_new_tokens .* is 128"):
@@ -253,14 +255,14 @@ def test_scoring_refuses_before_it_begins_counts_what_it_cuts_and_probes_fit(fol
     cut = sum(len(example.prompt) + 2 > 32 for example in task.splits["train"])
     assert result.truncated == cut > 0
     assert result.note == f"{cut} of {len(result.examples)} rows cut to 32 tokens"
-    small, tokenizer = evaluate.load_adapter(folder("gpt2", 16), "generate")
+    small, tokenizer = adapters.load_adapter(folder("gpt2", 16), "generate")
     assert {logits.shape[0] for logits in merge.probe(small, tokenizer)} == {16}
 
 
 @pytest.mark.parametrize("what", ["log_likelihoods", "classify", "generate"])
 def test_each_way_into_the_model_refuses(what, folder, texts):
     kind = "classify" if what == "classify" else "generate"
-    model, tokenizer = evaluate.load_adapter(folder("bert" if what == "classify" else "gpt2", 16), kind)
+    model, tokenizer = adapters.load_adapter(folder("bert" if what == "classify" else "gpt2", 16), kind)
     rows: list = [{"input_ids": [5] * 17, "labels": [5] * 17 if kind == "generate" else 0}]
     if what == "generate":
         rows = list(load_data(str(texts)).splits["train"][:1])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from duallora.train import progress
-from duallora.train.progress import command
+from duallora import terminal as progress
+from duallora.terminal import command
 
 SOURCE = Path(__file__).parents[2] / "src" / "duallora"
 COMMAND = re.compile(r"(?<!<!-- )\b(duallora|tensorboard) (--)?[a-z][^`;,:(]*$")  # and nothing that ends it

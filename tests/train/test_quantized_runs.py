@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from duallora.config.recipe import load_recipe
 from duallora.errors import ConfigError, IntegrityError
+from duallora.export import merge
+from duallora.store import adapters, models, record
 from duallora.tasks import load_data
-from duallora.train import evaluate, merge, models, record, run
-from duallora.train.recipe import load_recipe
+from duallora.train import evaluate, run
 from duallora.tuner import quantized
 
 NAMES = list(models.QUANTIZATIONS)
@@ -49,7 +51,7 @@ def test_the_run_says_what_it_was_trained_on_and_loads_the_same(quantized_run, s
     folder, result = quantized_run(name)
     assert result["metrics"]["loss"] < result["metrics"]["loss_before"]
     assert record.read_json(folder / "adapter" / "duallora.json")["base"]["quantization"] == name
-    model, tokenizer = evaluate.load_adapter(folder, "generate")
+    model, tokenizer = adapters.load_adapter(folder, "generate")
     stored = [module for module in model.modules() if quantized.storage(module)]
     assert len(stored) == 14
     task = load_data(str(sums), eval_fraction=0.2)
@@ -87,7 +89,7 @@ def test_merging_goes_into_plain_weights_and_says_how_far_they_are(quantized_run
     result = merge.merge(folder, tmp_path / "merged", into=into, console=console)
     assert result["max_logit_difference"] == 0.0
     assert result["weights"] == {"auto": "original"}.get(into, into)
-    adapted, tokenizer = evaluate.load_adapter(folder, "generate")
+    adapted, tokenizer = adapters.load_adapter(folder, "generate")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not any(quantized.storage(module) for module in plain.modules())
     far = max(
@@ -165,7 +167,7 @@ def test_another_base_is_refused(quantized_run, tmp_path):
     sidecar["base"]["quantization"] = "bnb-8bit"
     record.write_json(path, sidecar)
     with pytest.raises(IntegrityError, match="was trained on a base model with the weights"):
-        evaluate.load_adapter(tmp_path / "adapter", "generate")
+        adapters.load_adapter(tmp_path / "adapter", "generate")
 
 
 def test_what_cannot_be_quantised_here_is_said_before_anything_is_read(tiny_causal_folder, monkeypatch):

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from duallora.train import record
+from duallora.store import record
 
 
 def git(folder, *arguments):

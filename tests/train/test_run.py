@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_checkpoint import bit_flip, empty, half, missing
 
 import duallora
+from duallora.config.recipe import LATER, load_recipe
 from duallora.errors import (
     ConfigError,
     DataError,
@@ -22,8 +23,8 @@ from duallora.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
-from duallora.train import checkpoint, lock, loop, record, run
-from duallora.train.recipe import LATER, load_recipe
+from duallora.store import checkpoint, lock, record
+from duallora.train import loop, run
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from duallora import methods
 from duallora.errors import ConfigError
+from duallora.export import merge
 from duallora.methods import MethodSpec
-from duallora.train import evaluate, merge, models, run
+from duallora.store import adapters, models
+from duallora.train import evaluate, run
 from duallora.train.adapter import put
 
 STARTS = {
@@ -57,12 +59,12 @@ def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
     seen = None if start in ("pissa", "olora") else {"eva": 8, "lora-ga": 5, "lora-ga-paper": 5}.get(start, 6)
     assert whole["metrics"].get("start_rows") == again["metrics"].get("start_rows") == seen
 
-    model, tokenizer = evaluate.load_adapter(folder, "generate")
+    model, tokenizer = adapters.load_adapter(folder, "generate")
     task = run.load(make_recipe(*settings(start)), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
     # A checkpoint is an adapter of the untouched base too.
-    mid, _ = evaluate.load_adapter(stopped / "checkpoints" / "checkpoint-4", "generate")
+    mid, _ = adapters.load_adapter(stopped / "checkpoints" / "checkpoint-4", "generate")
     assert evaluate.loss_on(mid, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
     assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
 
@@ -74,11 +76,11 @@ def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, cons
     recipe = make_recipe(*settings(start, f"adapter.start={tmp_path / 'first'}", "seed=3"), output=tmp_path / "again")
     again = run.train(recipe, console=console)
     assert again["metrics"].get("start_rows") is None
-    model, tokenizer = evaluate.load_adapter(tmp_path / "again", "generate")
+    model, tokenizer = adapters.load_adapter(tmp_path / "again", "generate")
     task = run.load(recipe, console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(again["metrics"]["loss"], abs=2e-6)
-    begun, _ = evaluate.load_adapter(tmp_path / "first", "generate")
+    begun, _ = adapters.load_adapter(tmp_path / "first", "generate")
     before = evaluate.loss_on(begun, tokenizer, held_out, "generate")
     assert again["metrics"]["loss_before"] == pytest.approx(before, abs=2e-6)
     assert before != pytest.approx(first["metrics"]["loss_before"], abs=1e-4)
@@ -150,7 +152,7 @@ def test_a_classifiers_head_survives_a_start_that_moves_the_base(make_recipe, co
     tensors = load_file(f"{result['adapter']}/adapter_model.safetensors")
     assert any("classifier" in key for key in tensors)
     assert json.loads(Path(result["adapter"], "adapter_config.json").read_text())["r"] == 6
-    model, tokenizer = evaluate.load_adapter(result["folder"], "classify")
+    model, tokenizer = adapters.load_adapter(result["folder"], "classify")
     task = run.load(recipe, console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "classify", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "classify") == pytest.approx(
@@ -163,7 +165,7 @@ def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
     own = "{init_lora_weights: pissa, use_rslora: true, rank_pattern: {q_proj: 2}, alpha_pattern: {v_proj: 5}}"
     recipe = make_recipe(*settings("pissa"), f"adapter.options={own}")
     result = run.train(recipe, console=console)
-    model, tokenizer = evaluate.load_adapter(result["folder"], "generate")
+    model, tokenizer = adapters.load_adapter(result["folder"], "generate")
     task = run.load(recipe, console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from duallora.errors import ConfigError, IntegrityError
-from duallora.train import checkpoint, evaluate, merge, run
+from duallora.export import merge
+from duallora.store import adapters, checkpoint
+from duallora.train import evaluate, run
 
 
 def settings(name: str, *more: str) -> list[str]:
@@ -77,7 +79,7 @@ def test_a_whole_model_is_trained_resumed_to_the_bit_and_read_back(
     total = sum(tensor.numel() for tensor in before.values())
     assert json.loads((folder / "metrics.json").read_text())["parameters"] == {"trainable": total, "total": total}
 
-    model, tokenizer = evaluate.load_adapter(folder, "generate")
+    model, tokenizer = adapters.load_adapter(folder, "generate")
     assert str(model.dtype) == f"torch.{dtype}"
     task = run.load(make_tied(*more), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
@@ -94,7 +96,7 @@ def test_the_first_step_of_full_fine_tuning_is_adamws_on_every_weight(make_tied,
     recipe = make_tied(*settings("full", *steps))
     run.train(recipe, console=console)
     model = AutoModelForCausalLM.from_pretrained(tied_folder)
-    _, tokenizer = evaluate.load_adapter(tied_folder, "generate")
+    _, tokenizer = adapters.load_adapter(tied_folder, "generate")
     task = run.load(recipe, console)
     rows, _ = run.encode_split(evaluate.select(task, "train"), tokenizer, "generate", max_length=64)
     batch = run.Collator(tokenizer)(rows)
@@ -134,7 +136,7 @@ def test_a_classifier_is_read_back_with_its_head_and_its_classes(kind, make_reci
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = make_recipe(*settings("full"), kind="classify", data=data)
     result = run.train(recipe, console=console)
-    model, tokenizer = evaluate.load_adapter(result["folder"], kind)
+    model, tokenizer = adapters.load_adapter(result["folder"], kind)
     task = run.load(recipe, console)
     assert task.kind == kind
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, kind, max_length=64)
@@ -144,7 +146,7 @@ def test_a_classifier_is_read_back_with_its_head_and_its_classes(kind, make_reci
     if kind == "classify":
         assert plain.config.id2label == dict(enumerate(task.labels))
     with pytest.raises(ConfigError, match=f"was trained to {kind}, this task needs a model to generate"):
-        evaluate.load_adapter(result["folder"], "generate")
+        adapters.load_adapter(result["folder"], "generate")
 
 
 def test_damage_to_a_model_or_its_checkpoints_is_found(make_recipe, console, tmp_path, interrupted):
@@ -156,7 +158,7 @@ def test_damage_to_a_model_or_its_checkpoints_is_found(make_recipe, console, tmp
     content[-7] ^= 1
     weights.write_bytes(content)
     with pytest.raises(IntegrityError, match=r"damaged .* take a fresh copy of the model"):
-        evaluate.load_adapter(folder, "generate")
+        adapters.load_adapter(folder, "generate")
 
     stopped = interrupted(folder, tmp_path / "stopped", at=4)
     newest = stopped / "checkpoints" / "checkpoint-4"

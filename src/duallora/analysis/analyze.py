@@ -19,8 +19,8 @@ from rich.markup import escape
 from duallora.analysis import adapter_plots, flips, rank
 from duallora.analysis.states import Adapter, states
 from duallora.errors import ConfigError
-from duallora.train import record
-from duallora.train.progress import say, shown
+from duallora.store import record
+from duallora.terminal import say, shown
 
 PARTS = ("flips", "rank", "dynamics")
 Row = dict[str, Any]

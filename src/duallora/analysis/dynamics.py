@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.analysis.states import MODEL, State, module, short
 from duallora.errors import ConfigError
-from duallora.train import evaluate, merge
-from duallora.train.models import load_model
-from duallora.train.progress import quiet_libraries
+from duallora.store import adapters
+from duallora.store.models import load_model
+from duallora.terminal import quiet_libraries
 from duallora.tuner import quantized
 from duallora.tuner.layer import DualLoraLayer
 
@@ -85,11 +85,11 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
 
     Raises:
         ConfigError: the base model or the method does not allow it; a checkpoint has other tensors than the result.
-        IntegrityError: see `duallora.train.evaluate.load_adapter`.
+        IntegrityError: see `duallora.train.adapters.load_adapter`.
     """
     if states[-1].whole:
         return list(_of_whole(states, axis))
-    model, _ = evaluate.load_adapter(source, merge.adapter_kind(source))
+    model, _ = adapters.load_adapter(source, adapters.adapter_kind(source))
     rows: list[Row] = []
     for state in (state for state in states if state.step > 0 or len(states) == 1):
         with quiet_libraries():
@@ -108,7 +108,7 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
 
 def _of_whole(states: Sequence[State], axis: Axis) -> Iterator[Row]:
     """The linear layers of a model that was trained as a whole, all but its head's, beside those of its base."""
-    sidecar = evaluate.read_sidecar(states[-1].folder)
+    sidecar = adapters.read_sidecar(states[-1].folder)
     base, kind = sidecar.get("base", {}), sidecar.get("kind")
     if "name" not in base or kind is None:
         raise ConfigError(
@@ -117,7 +117,7 @@ def _of_whole(states: Sequence[State], axis: Axis) -> Iterator[Row]:
     labels = 1 if kind == "regress" else len(sidecar.get("labels", ())) or None
     with quiet_libraries():
         model, _ = load_model(base["name"], kind, num_labels=labels, revision=base.get("revision"))
-    heads = tuple(f"{name}." for name in evaluate.head_modules(model))
+    heads = tuple(f"{name}." for name in adapters.head_modules(model))
     for state in states:
         with safe_open(state.folder / MODEL, "pt") as file:
             saved = set(file.keys())

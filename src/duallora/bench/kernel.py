@@ -24,7 +24,7 @@ from duallora.core.equation import Update
 from duallora.errors import IntegrityError
 from duallora.ops import recompute
 from duallora.ops.backends import kernel
-from duallora.train.progress import say
+from duallora.terminal import say
 
 WIDTHS, RANKS, DTYPES = (576, 1024, 2048, 4096), (16,), ("float32", "bfloat16")
 # |found - exact| / |exact| over all elements: a few roundings of float32 sums; rounding W' to bfloat16 alone gives 1e-3.

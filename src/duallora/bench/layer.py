@@ -22,7 +22,7 @@ from duallora.bench import methods
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, back_to_back, captured, figures, interleave
 from duallora.ops import dual_linear
-from duallora.train.progress import clock, quiet_libraries, say
+from duallora.terminal import clock, quiet_libraries, say
 
 DEFAULT = {"widths": (576, 1024, 2048), "tokens": (512, 2048), "ranks": (16,)}  # about ten minutes on two cores
 FULL = {"widths": (576, 1024, 2048, 4096), "tokens": (512, 2048, 8192), "ranks": (8, 16, 32)}

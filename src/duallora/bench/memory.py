@@ -86,7 +86,7 @@ def measured(scene: dict[str, Any], method: str) -> dict[str, Any]:
 
 def main(scene_json: str, method: str) -> None:
     from duallora.bench.scene import Scene, Stage
-    from duallora.train.progress import quiet_libraries
+    from duallora.terminal import quiet_libraries
 
     with quiet_libraries():
         stage = Stage(Scene(**json.loads(scene_json)))

@@ -15,8 +15,8 @@ from torch import Tensor
 from duallora.bench import methods
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, figures, interleave
-from duallora.train.models import load_model
-from duallora.train.progress import clock, quiet_libraries, say
+from duallora.store.models import load_model
+from duallora.terminal import clock, quiet_libraries, say
 
 COPY = "copy of the weights"
 VERBS = ("merge", "unmerge", "merge_and_unload")

@@ -16,8 +16,8 @@ from duallora.bench import kernel, layer, merge, methods
 from duallora.bench.store import read
 from duallora.bench.targets import Results, Verdict, cells, ratio, verdicts, words
 from duallora.errors import ConfigError, IntegrityError
-from duallora.train import record
-from duallora.train.progress import say, shown
+from duallora.store import record
+from duallora.terminal import say, shown
 
 NAMES = ("layer", "step", "kernel", "merge")
 QUALITY = "quality"  # written by benchmarks/quality.py: runs, not cells

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from duallora.bench import methods
 from duallora.bench.store import default_device
 from duallora.errors import ConfigError, NonFiniteError
+from duallora.store.models import load_model
 from duallora.tasks import encode_split, load_data
 from duallora.tasks.encode import IGNORE, Collator
-from duallora.train.models import load_model
 
 LEARNING_RATE = 1e-5  # small: the hundreds of steps of a benchmark must not lead anywhere
 

@@ -16,7 +16,7 @@ from duallora.bench import memory, methods
 from duallora.bench.scene import Scene, Stage
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, figures, interleave
-from duallora.train.progress import clock, quiet_libraries, say
+from duallora.terminal import clock, quiet_libraries, say
 
 DTYPES = ("float32", "bfloat16")
 

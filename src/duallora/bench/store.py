@@ -14,7 +14,7 @@ import torch
 from duallora.core.equation import Update
 from duallora.errors import ConfigError, IntegrityError
 from duallora.ops.backends import pick
-from duallora.train import record
+from duallora.store import record
 
 PACKAGE = Path(__file__).parents[1]
 # What must agree before a cell measured earlier stands beside a new one. Not the commit: one that leaves the package
@@ -34,7 +34,7 @@ def default_device(name: str | None) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """`duallora.train.record.environment`, the device used, what "auto" is there, a digest of the package's source."""
+    """`duallora.store.record.environment`, the device used, what "auto" is there, a digest of the package's source."""
     factor = torch.zeros(1, 1, device=device)
     backend = pick("auto", Update(factor, factor, factor, factor, 1.0), torch.float32)
     name = backend.__name__.rpartition(".")[2]

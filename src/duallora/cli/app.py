@@ -10,7 +10,7 @@ import typer
 
 import duallora
 from duallora import console
-from duallora.train.dtype import Dtype as Dtype
+from duallora.store.dtype import Dtype as Dtype
 
 OUTPUT = "Output"
 Json = Annotated[

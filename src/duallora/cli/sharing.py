@@ -114,7 +114,7 @@ def convert(
     if result is not None:
         refuse_unwritable(result)
     from duallora.export import convert as conversion
-    from duallora.train import record
+    from duallora.store import record
 
     started = time.time()
     scores = None
@@ -268,8 +268,8 @@ def _scores(
     num_beams: int | None,
 ) -> tuple[Any, dict[str, Any]]:
     """(a function of model and tokenizer that gives the task's metrics, what it scores on)."""
+    from duallora.config.recipe import EvalSection
     from duallora.train import evaluate as evaluation
-    from duallora.train.recipe import EvalSection
 
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
     split = split or held_out(chosen)

@@ -131,8 +131,8 @@ def reproduce(
       duallora reproduce table1 --scale paper --dry-run --gpu h100
     """
     from duallora.errors import ConfigError
-    from duallora.recipes import reproduce as table
-    from duallora.train.progress import command
+    from duallora.paper import reproduce as table
+    from duallora.terminal import command
 
     chosen = table.parts(name, scale, only or (), output)
     if result is not None and len(chosen) > 1:
@@ -149,8 +149,8 @@ def reproduce(
     if scale == "paper" and not yes and not typer.confirm("\nStart these runs?", err=True):
         raise ConfigError("nothing was started; --dry-run shows the plan alone, --yes starts without asking")
 
-    from duallora.analysis import report as page
-    from duallora.analysis import studies
+    from duallora.grid import report as page
+    from duallora.grid import summary as studies
     from duallora.grid.run import require_all, run
 
     summaries, outcomes = {}, []
@@ -231,9 +231,9 @@ def report(
       duallora report results/studies -o report.html
       duallora report runs/grid -o report.html --markdown report.md
     """
-    from duallora.analysis import report as page
-    from duallora.analysis import studies
-    from duallora.recipes import reproduce as table
+    from duallora.grid import report as page
+    from duallora.grid import summary as studies
+    from duallora.paper import reproduce as table
 
     summaries = [summary for path in results for summary in studies.load(path)]
     printed = {summary["name"]: table.printed_lines(summary["name"]) for summary in summaries}
@@ -248,7 +248,7 @@ def report(
 
 
 def _show(tables: Sequence[Any]) -> None:
-    """Tables of `duallora.analysis.report` in the terminal, small print in brackets."""
+    """Tables of `duallora.grid.report` in the terminal, small print in brackets."""
     from rich.box import SIMPLE
     from rich.table import Table
 

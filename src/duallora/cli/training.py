@@ -26,12 +26,14 @@ from duallora.cli.app import (
     refuse_misspelt,
     refuse_unwritable,
 )
+from duallora.store import adapters
 
 if TYPE_CHECKING:
+    from duallora.config.recipe import Recipe
+    from duallora.store.adapters import Trained
     from duallora.tasks import Example, Task
     from duallora.tasks.task import Kind
-    from duallora.train.evaluate import EvalResult, Trained
-    from duallora.train.recipe import Recipe
+    from duallora.train.evaluate import EvalResult
 
 TrainOn = Literal["answer", "all"]
 Into = Literal["auto", "original", "dequantized"]
@@ -59,7 +61,7 @@ def demo(
 
     [dim]Example:[/]  duallora demo --quick
     """
-    from duallora.train.demo import demo as run_demo
+    from duallora.paper.demo import demo as run_demo
 
     return run_demo(quick=quick, output=output, console=console.results)
 
@@ -114,7 +116,7 @@ def train(
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
     """
-    from duallora.train.recipe import load_recipe
+    from duallora.config.recipe import load_recipe
 
     if config is None and data is None and task is None and resume not in ("auto", "never"):
         config = _recipe_file(Path(resume))
@@ -136,8 +138,8 @@ def train(
         from duallora.train.launch import launch as start
 
         start(launch, _without_option("--launch", context.find_root().obj))
+    from duallora.terminal import command
     from duallora.train import run
-    from duallora.train.progress import command
 
     if dry_run:
         return _plan(recipe)
@@ -202,9 +204,10 @@ def evaluate(
     refuse_misspelt(source)
     if output is not None:
         refuse_unwritable(output)
-    from duallora.train import chance, record
+    from duallora.config.recipe import EvalSection
+    from duallora.store import record
+    from duallora.train import chance
     from duallora.train import evaluate as evaluation
-    from duallora.train.recipe import EvalSection
 
     started = time.time()
     chosen, recipe, own = what_to_score(task, data, data_dir, source)
@@ -222,7 +225,7 @@ def evaluate(
     scoring = scoring or (scored.scoring if own else "generation")
     evaluation.check_scoring(chosen, scoring)
     examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
-    model, tokenizer = evaluation.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
+    model, tokenizer = adapters.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
     chosen = with_labels_of(model, chosen, split, examples)
     result = evaluation.evaluate(
         model,
@@ -294,7 +297,7 @@ def merge(
     [dim]Example:[/]  duallora merge runs/mine -o merged/mine
     """
     refuse_misspelt(adapter)
-    from duallora.train.merge import merge as run_merge
+    from duallora.export.merge import merge as run_merge
 
     return run_merge(adapter, output, dtype=dtype, into=into, console=console.results)
 
@@ -319,8 +322,8 @@ def data_preview(
     [dim]Example:[/]  duallora data preview mine.jsonl --model builtin:smollm2-135m
     """
     from duallora.errors import ConfigError
+    from duallora.store.models import load_tokenizer
     from duallora.tasks.preview import preview
-    from duallora.train.models import load_tokenizer
 
     task, recipe = _named(name, data_dir, overrides)
     if split not in task.splits:
@@ -358,8 +361,8 @@ def data_check(
     from rich.box import SIMPLE
     from rich.table import Column, Table
 
+    from duallora.store.models import load_tokenizer
     from duallora.tasks import encode_split
-    from duallora.train.models import load_tokenizer
 
     task, recipe = _named(name, data_dir, overrides)
     max_length = max_length or recipe.data.max_length
@@ -401,7 +404,7 @@ def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     """
     from json import dumps
 
-    from duallora.train.recipe import recipe_schema
+    from duallora.config.recipe import recipe_schema
 
     schema = recipe_schema()
     console.print_text(dumps(schema, indent=2))
@@ -422,7 +425,7 @@ def config_show(
 
     [dim]Example:[/]  duallora config show --data mine.jsonl --set r=8 > recipe.yaml
     """
-    from duallora.train.recipe import fingerprint, load_recipe, recipe_yaml
+    from duallora.config.recipe import fingerprint, load_recipe, recipe_yaml
 
     sources = {"data.path", "data.task", "path", "task"}
     named = data is not None or task is not None or any(item.split("=")[0] in sources for item in overrides or ())
@@ -436,8 +439,8 @@ def config_show(
 
 def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tuple[Task, Recipe]:
     """The task of that name, else the data at that path or hub id, as a run with these settings reads it."""
+    from duallora.config.recipe import load_recipe
     from duallora.tasks import names
-    from duallora.train.recipe import load_recipe
     from duallora.train.run import read
 
     what = {"task": name, "data_dir": data_dir} if name in names() else {"data": name}
@@ -469,7 +472,7 @@ def what_to_score(
     file = _recipe_file(Path(source))
     if file is None and task is None and data is None:
         raise ConfigError(f"nothing to evaluate {source} on: name a task (--task e2e) or data (--data mine.jsonl)")
-    from duallora.train.recipe import load_recipe
+    from duallora.config.recipe import load_recipe
 
     own = file is not None and task is None and data is None
     recipe = None if file is None else load_recipe(file, data_dir=data_dir if own else None)
@@ -477,7 +480,7 @@ def what_to_score(
         from duallora.train import plugins
 
         plugins.require(recipe.plugins, source)
-    from duallora.train.evaluate import trained_for
+    from duallora.store.adapters import trained_for
 
     trained = trained_for(source)
     if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
@@ -560,8 +563,8 @@ def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Exampl
     from dataclasses import replace
 
     from duallora.errors import ConfigError
-    from duallora.train.evaluate import are_stand_ins
-    from duallora.train.progress import command
+    from duallora.store.adapters import are_stand_ins
+    from duallora.terminal import command
 
     if task.kind != "generate" and not hasattr(model, "peft_config"):
         trained = [name for name in model.config.architectures or () if name.endswith("ForSequenceClassification")]
@@ -621,12 +624,12 @@ def _on_a_line(value: Any) -> str:
 
 def _plan(recipe: Recipe) -> dict[str, Any]:
     """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
+    from duallora.config.recipe import default_output
+    from duallora.store.models import load_model
     from duallora.tasks import encode_split
+    from duallora.terminal import quiet_libraries, say
     from duallora.train import adapter, plugins, run
     from duallora.train.evaluate import select
-    from duallora.train.models import load_model
-    from duallora.train.progress import quiet_libraries, say
-    from duallora.train.recipe import default_output
 
     plugins.load(recipe.plugins)
     run.check_settings(recipe)

@@ -21,9 +21,9 @@ from rich.markup import escape
 from yaml import YAMLError  # what huggingface_hub reads front matter with
 
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
+from duallora.store import adapters, checkpoint, record, untrusted
 from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, metrics
-from duallora.train import checkpoint, evaluate, record, untrusted
-from duallora.train.progress import say, shown
+from duallora.terminal import say, shown
 
 # The hub's names of what the built-in models were made from, and their licence there.
 HUB_NAMES = {
@@ -103,7 +103,7 @@ def build(
 ) -> tuple[str, dict[str, Any], list[str]]:
     """(the card's text, its front matter, what a person should still see to) for the adapter in ``folder``."""
     settings = untrusted.read(folder)
-    sidecar, run = evaluate.read_sidecar(folder), _run(folder)
+    sidecar, run = adapters.read_sidecar(folder), _run(folder)
     local = settings.get("base_model_name_or_path") or sidecar.get("base", {}).get("name")
     base = hub_id(base_model or local)
     if base is None:
@@ -143,7 +143,7 @@ def build(
 
 def adapter_folder(adapter: str | Path) -> Path:
     """The folder of a native Dual LoRA adapter; ConfigError for anything else."""
-    folder = evaluate.find(adapter)
+    folder = adapters.find(adapter)
     if folder is None or not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} is a model, not an adapter: a card is written for an adapter")
     if untrusted.read(folder).get("peft_type") != "DUALLORA":
@@ -173,15 +173,15 @@ def conversions(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
     """
     places = [folder, folder.parent] if (folder.parent / "run.json").is_file() else [folder]
     ours = (
-        checkpoint.file_record(folder / evaluate.WEIGHTS)["sha256"] if (folder / evaluate.WEIGHTS).is_file() else None
+        checkpoint.file_record(folder / adapters.WEIGHTS)["sha256"] if (folder / adapters.WEIGHTS).is_file() else None
     )
     found = {}
     for place in places:
         for path in place.iterdir():
             if not CONVERSION.fullmatch(path.name) or not (path / "adapter_config.json").is_file():
                 continue
-            sidecar = evaluate.read_sidecar(path)
-            if "conversion" in sidecar and sidecar.get("converted_from", {}).get(evaluate.WEIGHTS) == ours:
+            sidecar = adapters.read_sidecar(path)
+            if "conversion" in sidecar and sidecar.get("converted_from", {}).get(adapters.WEIGHTS) == ours:
                 found[path.name] = (path, sidecar["conversion"])
     return dict(sorted(found.items(), key=lambda item: int(item[0].removeprefix("lora-r"))))
 
@@ -264,7 +264,7 @@ def _results(folder: Path, files: Sequence[str | Path], task: str, data_dir: str
             if named:
                 raise ConfigError(f"{path} is no result of duallora eval -o; expected its kind to be 'eval'")
             continue
-        source = evaluate.find(result["source"]) if Path(str(result.get("source"))).is_dir() else None
+        source = adapters.find(result["source"]) if Path(str(result.get("source"))).is_dir() else None
         if not named and (source is None or source.resolve() != folder.resolve()):
             continue
         examples = _examples(result, data_dir)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from duallora.core.gate import closed_gate_message
 from duallora.errors import ConfigError, DualLoraError, IntegrityError, NonFiniteError
-from duallora.train import evaluate, merge, untrusted
-from duallora.train.progress import quiet_libraries, shown
+from duallora.export import merge
+from duallora.store import adapters, untrusted
+from duallora.terminal import quiet_libraries, shown
 
 Target = Literal["vllm", "sglang", "llamacpp"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -72,7 +73,7 @@ def check(
     Raises ConfigError only where ``adapter`` is no adapter at all.
     """
     console = console or Console()
-    folder = evaluate.find(adapter)
+    folder = adapters.find(adapter)
     if folder is None or not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to check")
     report = _Report(console)
@@ -131,10 +132,10 @@ def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[s
     """What can be told from the files alone: hashes, settings, values, the gate."""
     config = shapes = None
     with report.step("files") as say:
-        sidecar = evaluate.read_sidecar(folder)
-        shapes = evaluate.check_files(folder, sidecar)
+        sidecar = adapters.read_sidecar(folder)
+        shapes = adapters.check_files(folder, sidecar)
         known = len(sidecar.get("files", ()))
-        say(f"{known} files with the recorded hashes" if known else f"no {evaluate.SIDECAR}, so no recorded hashes")
+        say(f"{known} files with the recorded hashes" if known else f"no {adapters.SIDECAR}, so no recorded hashes")
     if shapes is None:
         return None, None
     with report.step("config") as say:
@@ -142,12 +143,12 @@ def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[s
         config = untrusted.read(folder)
         untrusted.check(config, shapes, where)
         untrusted.check_patterns(config, {_module(name) for name in shapes}, where)
-        settings = evaluate.read_config(folder)
+        settings = adapters.read_config(folder)
         say(escape(f"{config.get('peft_type')} on {settings.base_model_name_or_path}, {len(shapes)} tensors"))
     if report.broken:
         return None, None
     with report.step("values") as say:
-        dtypes, gates = _values(folder / evaluate.WEIGHTS)
+        dtypes, gates = _values(folder / adapters.WEIGHTS)
         say(f"finite, {', '.join(sorted(dtypes))}")
         if gates and config is not None:
             warmup = config.get("warmup_steps", 0) if config.get("warmup") == "ramp" else 0
@@ -190,9 +191,9 @@ def _model(report: _Report, adapter: str | Path, base: str | None, config: Mappi
     """What needs the base model: whether the adapter fits it, and what it changes."""
     model: Any = None
     with report.step("base") as say:
-        kind = merge.adapter_kind(adapter)
-        model, tokenizer = evaluate.load_adapter(adapter, kind, base=base)
-        recorded = evaluate.read_sidecar(evaluate.find(adapter) or Path()).get("base", {}).get("fingerprint")
+        kind = adapters.adapter_kind(adapter)
+        model, tokenizer = adapters.load_adapter(adapter, kind, base=base)
+        recorded = adapters.read_sidecar(adapters.find(adapter) or Path()).get("base", {}).get("fingerprint")
         weights = (
             f"the weights it was trained on ({recorded[:16]}...)" if recorded else "no recorded weights to compare"
         )

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
-from duallora.train import checkpoint, evaluate, merge, record
-from duallora.train.dtype import Dtype
-from duallora.train.progress import progress_bar, quiet_libraries, say, shown, size
+from duallora.export import merge
+from duallora.store import adapters, checkpoint, record
+from duallora.store.dtype import Dtype
+from duallora.terminal import progress_bar, quiet_libraries, say, shown, size
 from duallora.tuner.conv import TORCH as CONVOLUTIONS
 from duallora.tuner.layer import DualLoraLayer
 
@@ -95,15 +96,15 @@ def convert(
         raise ConfigError(f"rank={rank}: expected a whole number >= 1")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy={energy}: expected a share of |dW|^2 in (0, 1]")
-    source = evaluate.find(adapter)
+    source = adapters.find(adapter)
     if source is None or not (source / "adapter_config.json").is_file():
         raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to convert")
-    config = evaluate.read_config(source)
-    kind = merge.adapter_kind(source)
+    config = adapters.read_config(source)
+    kind = adapters.adapter_kind(source)
     if str(getattr(config.peft_type, "value", config.peft_type)) != "DUALLORA":
         raise ConfigError(f"{adapter} is a {config.peft_type} adapter; only Dual LoRA adapters are converted")
     with quiet_libraries(), merge.beside(output) as folder:
-        model, tokenizer = evaluate.load_adapter(adapter, kind, strict=strict)
+        model, tokenizer = adapters.load_adapter(adapter, kind, strict=strict)
         say(console, "adapter", f"{shown(Path(adapter))} on {escape(str(config.base_model_name_or_path))}")
         layers = dual_layers(model)
         rank = rank or smallest_rank(layers, float(energy or 0), console)
@@ -332,7 +333,7 @@ def _kept(square: float, lost: float) -> tuple[float, float]:
 def _write(folder: Path, lora: LoraConfig, tensors: Mapping[str, Tensor], output: Path) -> None:
     lora.save_pretrained(str(folder))
     try:
-        save_file(dict(tensors), folder / evaluate.WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(tensors), folder / adapters.WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise DiskError(f"{output} cannot be written: {error}; free some space or choose another disk") from error
 
@@ -362,7 +363,7 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
     """Writes the sidecar: where this came from, how near it is, the hash of every file; returns what the adapter's says."""
     (folder / "README.md").unlink(missing_ok=True)
     record.follow_umask(folder)
-    sidecar = evaluate.read_sidecar(source)
+    sidecar = adapters.read_sidecar(source)
     kept: dict[str, Any] = {
         key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar
     }
@@ -373,13 +374,13 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
         "converted_from": {
             "method": "DUALLORA",
             "gate": sidecar.get("gate"),
-            evaluate.WEIGHTS: checkpoint.file_record(source / evaluate.WEIGHTS)["sha256"],
+            adapters.WEIGHTS: checkpoint.file_record(source / adapters.WEIGHTS)["sha256"],
         },
         "conversion": conversion,
         **record.environment(),
         "files": {path.name: checkpoint.file_record(path) for path in sorted(folder.iterdir())},
     }
-    record.write_json(folder / evaluate.SIDECAR, facts)
+    record.write_json(folder / adapters.SIDECAR, facts)
     return kept
 
 
@@ -394,7 +395,7 @@ def _show(console: Console, done: list[Converted], rank: int) -> None:
     facts = sorted((layer.facts() for layer in done), key=lambda layer: layer["energy"])
     worst = facts[:SHOWN_LAYERS]
     if len(worst) < len(facts):
-        say(console, "layers", f"the worst {len(worst)} of {len(facts)}; all are in {evaluate.SIDECAR}")
+        say(console, "layers", f"the worst {len(worst)} of {len(facts)}; all are in {adapters.SIDECAR}")
     table = Table(box=SIMPLE)
     table.add_column("layer", overflow="fold")
     for column in ("out x in", "99 % at", f"kept at {rank}", "error"):

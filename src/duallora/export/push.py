@@ -20,11 +20,11 @@ from rich.table import Table
 from duallora.errors import ConfigError, IntegrityError
 from duallora.export import card
 from duallora.export.check import check
-from duallora.train import checkpoint, evaluate, record, untrusted
-from duallora.train.progress import command, say, size
+from duallora.store import adapters, checkpoint, record, untrusted
+from duallora.terminal import command, say, size
 
 # Nothing else of a folder is ever sent: no checkpoint, optimizer state, log or stray file.
-ADAPTER_FILES = ("adapter_config.json", evaluate.WEIGHTS, evaluate.SIDECAR)
+ADAPTER_FILES = ("adapter_config.json", adapters.WEIGHTS, adapters.SIDECAR)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -123,16 +123,16 @@ def _copy(source: Path, target: Path, base: str) -> None:
     if tokenizer.is_file():
         kept = {key: value for key, value in record.read_json(tokenizer).items() if not _is_local(value)}
         record.write_json(tokenizer, kept)
-    sidecar = evaluate.read_sidecar(target)
+    sidecar = adapters.read_sidecar(target)
     if sidecar:
         sidecar["base"] = {**sidecar.get("base", {}), "name": base}
         names = [
             path.name
             for path in sorted(target.iterdir())
-            if path.is_file() and path.name not in (evaluate.SIDECAR, "README.md")
+            if path.is_file() and path.name not in (adapters.SIDECAR, "README.md")
         ]
         sidecar["files"] = {name: checkpoint.file_record(target / name) for name in names}
-        record.write_json(target / evaluate.SIDECAR, sidecar)
+        record.write_json(target / adapters.SIDECAR, sidecar)
 
 
 def _refuse_local_paths(stage: Path) -> None:
@@ -142,7 +142,7 @@ def _refuse_local_paths(stage: Path) -> None:
         places.append(Path.home())
     homes = [str(path) for path in places if len(path.parts) > 1]
     for path in sorted(stage.rglob("*")):
-        if path.name in ("adapter_config.json", evaluate.SIDECAR, "tokenizer_config.json"):
+        if path.name in ("adapter_config.json", adapters.SIDECAR, "tokenizer_config.json"):
             local = [text for text in _strings(record.read_json(path)) if _is_local(text)]
         elif path.name == "README.md":
             local = [home for home in homes if home in path.read_text(encoding="utf-8")]

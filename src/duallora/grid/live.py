@@ -17,7 +17,7 @@ from rich.text import Text
 
 from duallora.errors import is_number
 from duallora.grid.study import CELLS, Cell, Outcome, Study
-from duallora.train.progress import LABEL_WIDTH, clock, say, shown
+from duallora.terminal import LABEL_WIDTH, clock, say, shown
 
 TABLE_EVERY = 0.5  # seconds between looks at the cells' logs
 LINE_EVERY = 60.0  # where there is no terminal to redraw

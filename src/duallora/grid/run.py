@@ -8,27 +8,25 @@ what it says, and CELL.json the line of its last start, which tells why it faile
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rich.console import Console
 
+from duallora.config.recipe import fingerprint, recipe_yaml
 from duallora.errors import ConfigError, GridError, Interrupted
 from duallora.grid.live import Show
+from duallora.grid.pools import POLL, Local, Pool
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
-from duallora.train.launch import PARENT, Stopping
-from duallora.train.lock import locked
-from duallora.train.recipe import fingerprint, recipe_yaml
-from duallora.train.record import read_json, write_text
+from duallora.store.lock import locked
+from duallora.store.record import read_json, write_text
+from duallora.train.launch import Stopping
 
 Keep = Literal["none", "best", "all"]
 PROGRAM = ("-m", "duallora.cli")
@@ -37,27 +35,7 @@ LOCKED = 6
 LOST = (8, 9, 130, 137, 143)  # out of memory, a process gone, ended from outside: another try may do
 LOCK_EVERY = 5.0  # seconds between tries of a cell whose folder a process of an earlier grid still holds
 LOCK_TRIES = 120
-POLL = 0.2
 RESULTS = ("adapter", "model")  # of a run folder: what `keep` is about
-
-
-class Pool(Protocol):
-    """Where cells run."""
-
-    def free(self) -> bool:
-        """Whether another cell may be started now."""
-
-    def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
-        """Starts Python with ``arguments``: stderr at the end of ``log``, stdout in a fresh .json file beside it."""
-
-    def ended(self) -> list[tuple[str, int]]:
-        """(name, exit code) of the cells that have ended since; -N if signal N did it."""
-
-    def stop(self) -> None:
-        """Asks all cells to save a checkpoint and end."""
-
-    def close(self) -> None:
-        """Ends what still runs, at once."""
 
 
 def run(
@@ -106,9 +84,9 @@ def run(
         (folder / CELLS).mkdir(exist_ok=True)
         pool: Pool
         if ray is None:
-            pool = Here(workers)
+            pool = Local(workers)
         else:
-            from duallora.grid.cluster import Cluster
+            from duallora.grid.pools import Cluster
 
             pool = Cluster(ray, workers)
         held.callback(pool.close)
@@ -372,75 +350,3 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterato
                 yield f"{name}.{key}", values[0], values[1]
         elif old != new:
             yield name, old, new
-
-
-# -- processes --------------------------------------------------------------------------------------------------------
-
-
-class Here:
-    """Cells as processes of this machine, in sessions of their own: Ctrl-C reaches the grid alone, which passes it on."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self.processes: dict[str, subprocess.Popen] = {}
-        self.slots: dict[str, int] = {}
-        self.gpus = gpus()
-        self.threads = str(max(1, cores() // workers))
-
-    def free(self) -> bool:
-        return len(self.processes) < self.workers
-
-    def start(self, name: str, arguments: Sequence[str], log: Path) -> None:
-        slot = next(number for number in range(self.workers) if number not in self.slots.values())
-        environment = {"OMP_NUM_THREADS": self.threads, **os.environ}
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        self.processes[name] = process(arguments, log, environment)
-        self.slots[name] = slot
-
-    def ended(self) -> list[tuple[str, int]]:
-        codes = [(name, code) for name, held in self.processes.items() if (code := held.poll()) is not None]
-        for name, _ in codes:
-            del self.processes[name], self.slots[name]
-        return codes
-
-    def stop(self) -> None:
-        for held in self.processes.values():
-            held.terminate()
-
-    def close(self) -> None:
-        for held in self.processes.values():
-            held.kill()
-        for held in self.processes.values():
-            held.wait()
-
-
-def process(arguments: Sequence[str], log: Path, environment: Mapping[str, str], cwd: str | None = None) -> Any:
-    """Python with ``arguments``, started as `Pool.start` says; a run in it stops by itself, as after SIGTERM, when this process is gone."""
-    with log.open("ab") as said, log.with_suffix(".json").open("wb") as told:
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**environment, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=told,
-            stderr=said,
-            start_new_session=os.name == "posix",
-        )
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def gpus() -> list[str]:
-    """Names of the CUDA devices this process may use, as CUDA_VISIBLE_DEVICES takes them."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name and name != "-1"]
-    try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(number) for number in range(sum(line.startswith("GPU ") for line in told.splitlines()))]

@@ -17,9 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from duallora.errors import ConfigError, is_number
-from duallora.tasks import metrics
-from duallora.train.recipe import (
+from duallora.config.recipe import (
     SECTIONS,
     Placed,
     Recipe,
@@ -31,6 +29,8 @@ from duallora.train.recipe import (
     resolve,
     yaml_value,
 )  # fmt: skip
+from duallora.errors import ConfigError, is_number
+from duallora.tasks import metrics
 
 EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
 RESERVED = ("after", "search")  # names beside the settings of a task or variant

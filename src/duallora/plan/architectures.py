@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from duallora.errors import ConfigError
-from duallora.train.models import BUILTIN, load_config
+from duallora.store.models import BUILTIN, load_config
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from duallora.errors import ConfigError
 from duallora.plan.architectures import config_of, is_encoder
 from duallora.plan.trace import METHODS, Counts, Setting, Targets, Traced, depths_of
-from duallora.train.progress import amount, say
+from duallora.terminal import amount, say
 
 STRATEGIES = ("single", "ddp", "zero2", "fsdp", "zero3", "offload")
 SHARDED = ("fsdp", "zero3", "offload")

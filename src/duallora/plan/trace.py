@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from duallora import DualLoraConfig
 from duallora.errors import ConfigError
 from duallora.plan.architectures import is_encoder
-from duallora.train.progress import quiet_libraries
+from duallora.terminal import quiet_libraries
 
 METHODS = ("lora", "dora", "duallora")
 DEPTHS = (2, 4)  # even: some models alternate two kinds of layers

@@ -21,13 +21,14 @@ from peft import PeftModel
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from duallora.errors import ConfigError
+from duallora.store import adapters, untrusted
+from duallora.store.adapters import adapter_kind
+from duallora.store.dtype import Dtype
+from duallora.store.models import load_tokenizer
+from duallora.store.positions import UNLIMITED, positions
 from duallora.tasks import Example, encode_prompt
-from duallora.train import evaluate, untrusted
-from duallora.train.dtype import Dtype
-from duallora.train.merge import adapter_kind
-from duallora.train.models import load_tokenizer
-from duallora.train.positions import UNLIMITED, positions
-from duallora.train.progress import command, quiet_libraries
+from duallora.terminal import command, quiet_libraries
+from duallora.train import evaluate
 
 LOOK_AFTER = 0.5  # seconds between looks whether the client is still there
 COLDEST = 1e-4  # temperatures below are greedy: logits divided by them would overflow
@@ -88,31 +89,31 @@ def load(sources: Mapping[str, str], *, dtype: Dtype = "auto", strict: bool = Tr
     bases: dict[str, Served] = {}
     parents: dict[str, str] = {}  # id of a base -> where it comes from
     for name, source in sources.items():
-        folder = evaluate.find(source)
+        folder = adapters.find(source)
         if folder is None or not (folder / "adapter_config.json").is_file():
-            kind = evaluate.read_sidecar(folder).get("kind", "generate") if folder else "generate"
+            kind = adapters.read_sidecar(folder).get("kind", "generate") if folder else "generate"
             _refuse_kind(source, kind)
-            model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype)
+            model, tokenizer = adapters.load_adapter(source, "generate", dtype=dtype)
             served.append(Served(name, model, tokenizer, None, "model", None, positions(model, tokenizer).length))
             continue
-        config, recorded = untrusted.read(folder), evaluate.read_sidecar(folder).get("base", {})
+        config, recorded = untrusted.read(folder), adapters.read_sidecar(folder).get("base", {})
         _refuse_kind(source, adapter_kind(source))
         base = str(config.get("base_model_name_or_path") or recorded.get("name"))
         fingerprint = recorded.get("fingerprint") if strict else None
         weights = (base, config.get("revision"), recorded.get("dtype"), str(recorded.get("quantization")), fingerprint)
-        shapes = evaluate.check_adapter(folder)
+        shapes = adapters.check_adapter(folder)
         leaves_base = _leaves_base(config, shapes)
         key = (*weights, config.get("peft_type"), None if leaves_base else name)
         if key in shared:
             model, plain = shared[key]
             adapter = f"adapter_{len(model.peft_config)}"  # an id may hold dots, a module's name may not
             with quiet_libraries():
-                evaluate.attach(model, folder, shapes, adapter).eval()
+                adapters.attach(model, folder, shapes, adapter).eval()
             if dtype != "auto":  # PEFT gives new factors float32
                 model.to(getattr(torch, dtype))
-            tokenizer = evaluate.own_tokenizer(folder) or plain
+            tokenizer = adapters.own_tokenizer(folder) or plain
         else:
-            model, tokenizer = evaluate.load_adapter(source, "generate", dtype=dtype, strict=strict)
+            model, tokenizer = adapters.load_adapter(source, "generate", dtype=dtype, strict=strict)
             plain = load_tokenizer(base, revision=config.get("revision"))  # not the first adapter's own
             shared[key], adapter = (model, plain), "default"
         context = positions(model, tokenizer).length
@@ -141,7 +142,7 @@ def _leaves_base(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
     """
     start = config.get("init_lora_weights", True)
     subtracts = isinstance(start, str) and start != "gaussian"
-    holds_base = any(evaluate.BASE_LAYER in name for name in tensors)
+    holds_base = any(adapters.BASE_LAYER in name for name in tensors)
     return config.get("bias", "none") == "none" and not (subtracts or holds_base or config.get("layer_replication"))
 
 

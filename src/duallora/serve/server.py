@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from duallora.errors import ConfigError
-from duallora.train.progress import quiet_libraries, say
+from duallora.terminal import quiet_libraries, say
 
 if TYPE_CHECKING:
-    from duallora.train.dtype import Dtype
+    from duallora.store.dtype import Dtype
 
 GRACE = 5  # seconds that open connections get once the server is to stop
 

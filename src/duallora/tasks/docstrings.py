@@ -25,7 +25,6 @@ from pathlib import Path
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import metrics
 from duallora.tasks.example import Example
-from duallora.tasks.files import METRICS
 from duallora.tasks.task import LazySplits, Task
 
 NAMES = ("builtin:docstrings", "builtin:packages")
@@ -79,7 +78,7 @@ def load(name: str) -> Task:
         splits=LazySplits({split: functools.partial(_packages, split) for split in ("train", "validation", "test")}),
         format="classification",
         labels=PACKAGES,
-        metrics=METRICS["classify"],
+        metrics=metrics.OF_KIND["classify"],
         main_metric="accuracy",
         source=source,
     )

@@ -24,7 +24,6 @@ from duallora.tasks.chats import absent, excerpt, shown
 from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import reachable
 from duallora.tasks.labels import LabelKind, Labels, Name, is_missing, read_labels, trained_labels
-from duallora.tasks.metrics import Metrics
 from duallora.tasks.task import Kind, LazySplits, Task
 
 BadRows = Literal["error", "skip"]
@@ -65,13 +64,6 @@ _ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-
-# The first of each ranks models.
-METRICS: dict[Kind, Metrics] = {
-    "generate": Metrics("bleu", "exact_match"),
-    "classify": Metrics("accuracy", "macro_f1"),
-    "regress": Metrics("pearson", "spearman", "rmse"),
-}
 
 Row = tuple[str, Mapping[str, Any], str]  # where ("file:line"), fields, the row as it stands in the file
 
@@ -185,7 +177,7 @@ def load_data(
         notes.insert(0, found.note)
     if unused := [column for column in columns if column not in _used(chosen, columns)]:
         notes.append(f"columns not used: {', '.join(unused)}")
-    metrics = METRICS[kind]
+    metrics = OF_KIND[kind]
     return Task(
         name=Path(data).stem if _is_path(data) else data,
         kind=kind,

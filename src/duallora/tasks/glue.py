@@ -19,9 +19,9 @@ from typing import Any
 
 from duallora.errors import DataError
 from duallora.tasks.example import Example
-from duallora.tasks.files import METRICS, Faults, load_hub
+from duallora.tasks.files import Faults, load_hub
 from duallora.tasks.local import find_file
-from duallora.tasks.metrics import Metrics
+from duallora.tasks.metrics import OF_KIND, Metrics
 from duallora.tasks.task import LazySplits, Task
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ PROTOCOLS: dict[str, Protocol] = {
         "SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), Metrics("accuracy"), "accuracy", ("sentence",)
     ),
     "rte": Protocol("RTE", _PAIR, "label", _ENTAILMENT, _ENTAILMENT, Metrics("accuracy"), "accuracy", _PAIR),
-    "stsb": Protocol("STS-B", _PAIR, "score", (), (), METRICS["regress"], "pearson", _PAIR),
+    "stsb": Protocol("STS-B", _PAIR, "score", (), (), OF_KIND["regress"], "pearson", _PAIR),
     "qnli": Protocol(
         "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ENTAILMENT, Metrics("accuracy"), "accuracy",
         ("question", "sentence"),

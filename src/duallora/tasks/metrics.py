@@ -328,3 +328,11 @@ register(_loss)
 register(
     replace(_loss, name="perplexity", unit="", digits=2, of_sums=lambda sums: np.exp(np.minimum(_mean(sums), 700.0)))
 )
+
+
+# Of data without metrics of its own, by its kind; the first of each ranks models.
+OF_KIND = {
+    "generate": Metrics("bleu", "exact_match"),
+    "classify": Metrics("accuracy", "macro_f1"),
+    "regress": Metrics("pearson", "spearman", "rmse"),
+}

@@ -13,11 +13,11 @@ from safetensors.torch import load_model as load_model_weights
 
 import duallora
 from duallora import methods
+from duallora.config.recipe import RANK, RUNS_OWN, Recipe
 from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
+from duallora.store import adapters
 from duallora.tasks.task import Kind
-from duallora.train import evaluate
-from duallora.train.recipe import RANK, RUNS_OWN, Recipe
 
 WHOLE_MODEL = "model.safetensors"  # of a checkpoint, where the method trains the model's own weights
 
@@ -50,7 +50,7 @@ def put(
     if fields.get("warmup_steps") == "auto":
         fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
     if kind != "generate" and not method.whole:
-        heads = evaluate.head_modules(model)
+        heads = adapters.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
         own = {*(fields["modules_to_save"] or ()), *heads} - {"classifier", "score"}
         fields["modules_to_save"] = sorted(own) or None

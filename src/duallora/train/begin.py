@@ -12,9 +12,9 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from duallora import methods
 from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
+from duallora.store import adapters, checkpoint
+from duallora.store.models import weights_fingerprint
 from duallora.tasks.task import Kind
-from duallora.train import checkpoint, evaluate
-from duallora.train.models import weights_fingerprint
 
 # Fields of an adapter's configuration that change how it is trained or named, and not what its tensors compute; where it
 # sits and with which ranks the tensors' names and shapes say.
@@ -36,13 +36,13 @@ def from_run(method: methods.Adapted, source: str, kind: Kind, base: str) -> str
         ConfigError: another method, another setting that its tensors depend on, other ranks or other modules.
         IntegrityError: a damaged file, or one trained on other base weights.
     """
-    folder = evaluate.find(source)
+    folder = adapters.find(source)
     if folder is None:
         raise ConfigError(
             f"adapter.start={source}: expected the folder of a run or an adapter, and no such folder is here (nor is it an "
             "adapter of the hub)"
         )
-    trained_on = evaluate.read_sidecar(folder).get("base", {}).get("fingerprint")
+    trained_on = adapters.read_sidecar(folder).get("base", {}).get("fingerprint")
     if trained_on and trained_on != base:
         raise IntegrityError(
             f"adapter.start={source} was trained on a base model with the weights {trained_on[:16]}..., but this run's "
@@ -56,7 +56,7 @@ def from_run(method: methods.Adapted, source: str, kind: Kind, base: str) -> str
         raise ConfigError(
             f"adapter.start={source}: {method.method.title} cannot go on from its file: {method.method.no_resume}"
         )
-    stored = evaluate.check_adapter(folder)
+    stored = adapters.check_adapter(folder)
     model: PeftModel = method.model
     moved = "first" in method.state  # its base is not the one that the adapter's file is for
     own: Mapping[str, torch.Tensor]
@@ -65,22 +65,22 @@ def from_run(method: methods.Adapted, source: str, kind: Kind, base: str) -> str
         config, own = starts.for_the_base(method)
     else:
         config, own = model.peft_config["default"], get_peft_model_state_dict(model, save_embedding_layers=False)
-    _compare(evaluate.read_config(folder), config, source)
-    heads = [] if kind == "generate" else evaluate.head_modules(model.get_base_model())
+    _compare(adapters.read_config(folder), config, source)
+    heads = [] if kind == "generate" else adapters.head_modules(model.get_base_model())
     wanted = _without(_shapes(own), heads)
     _same_tensors(_without(stored, heads), wanted, source)
     tensors = load_peft_weights(str(folder), device="cpu")
     found = {**own, **{name: tensors[name] for name in wanted}}
     set_peft_model_state_dict(model, starts.split(found)[0] if moved else found)
-    return checkpoint.file_record(folder / evaluate.WEIGHTS)["sha256"]
+    return checkpoint.file_record(folder / adapters.WEIGHTS)["sha256"]
 
 
 def _from_model(method: methods.Adapted, source: str, kind: Kind) -> str:
     model = method.model
-    started, _ = evaluate.load_adapter(source, kind)
+    started, _ = adapters.load_adapter(source, kind)
     if isinstance(started, PeftModel):
         raise ConfigError(f"adapter.start={source} is an adapter, and {method.method.title} trains the whole model")
-    heads = [] if kind == "generate" else evaluate.head_modules(model)
+    heads = [] if kind == "generate" else adapters.head_modules(model)
     found = _without(started.state_dict(), heads)
     wanted = _without(model.state_dict(), heads)
     _same_tensors(_shapes(found), _shapes(wanted), source)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import duallora
+from duallora.config.recipe import Recipe
 from duallora.tasks import IGNORE, Collator
-from duallora.train.recipe import Recipe
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 

@@ -146,7 +146,7 @@ def _disk() -> Iterator[Check]:
 
 def _models() -> Iterator[Check]:
     from duallora.errors import ConfigError
-    from duallora.train import models
+    from duallora.store import models
 
     for name in models.BUILTIN:
         try:

@@ -13,15 +13,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from duallora.errors import ConfigError, DualLoraError, Interrupted, LostProcessError
-from duallora.train.progress import command
+from duallora.errors import ConfigError, Interrupted, LostProcessError
+from duallora.store.processes import ALONE, MAX_PROCESSES, Processes
+from duallora.terminal import command
 
-T = TypeVar("T")
 S = TypeVar("S", bound="Stopping")
 
 PARENT = "DUALLORA_PARENT"  # process id of the grid that started this run; if it dies, the run stops
@@ -36,82 +36,6 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
 }
-MAX_PROCESSES = 1024
-
-
-class Processes:
-    """The ``rank`` of this process among the ``world_size`` of a run. Alone (1) everything here does nothing.
-
-    The methods are collective: every process calls them, in the same order.
-    """
-
-    def __init__(self, rank: int = 0, world_size: int = 1):
-        self.rank, self.world_size = rank, world_size
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Waits until all processes have come here."""
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
-
-    def all_gather_object(self, value: T) -> list[T]:
-        """``value`` of every process, by rank; anything that pickles."""
-        if self.world_size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
-        """`all_gather_object` for a few numbers, cheap enough for every step."""
-        if self.world_size == 1:
-            return [list(values)]
-        import torch
-        import torch.distributed as dist
-
-        nccl = dist.get_backend() == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        mine = torch.tensor(values, dtype=torch.float64, device=device)
-        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(gathered, mine)
-        return torch.stack(gathered).tolist()
-
-    def mean(self, tensor: Any) -> Any:
-        """The mean of a tensor over the processes."""
-        if self.world_size == 1:
-            return tensor
-        import torch.distributed as dist
-
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
-        return total / self.world_size
-
-    def from_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in process 0, which alone runs it; what it raises there, every process raises."""
-        if self.world_size == 1:
-            return work()
-        import torch.distributed as dist
-
-        told: list[Any] = [None, None]
-        if self.main:
-            try:
-                told[0] = work()
-            except DualLoraError as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
-
-
-ALONE = Processes()
 
 
 @contextlib.contextmanager

@@ -21,12 +21,13 @@ from transformers import Trainer, TrainerCallback
 
 from duallora import methods
 from duallora.errors import NonFiniteError
+from duallora.store import record
+from duallora.store.processes import ALONE, Processes
 from duallora.tasks import IGNORE
 from duallora.tasks.task import Kind
-from duallora.train import record
+from duallora.terminal import progress_bar
 from duallora.train.adapter import WHOLE_MODEL, gate, load_weights
-from duallora.train.launch import ALONE, Processes, Stopping
-from duallora.train.progress import progress_bar
+from duallora.train.launch import Stopping
 
 
 class RunTrainer(Trainer):

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import duallora
 from duallora import methods
+from duallora.config.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, recorded
 from duallora.errors import (
     ConfigError,
     DataError,
@@ -41,12 +42,17 @@ from duallora.errors import (
     is_disk_failure,
     is_out_of_memory,
 )
+from duallora.store import adapters, checkpoint, record
+from duallora.store.lock import locked
+from duallora.store.models import load_model, weights_fingerprint
+from duallora.store.positions import check_room, positions
+from duallora.store.processes import ALONE, Processes
 from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, load_task, metrics
 from duallora.tasks.task import Kind
-from duallora.train import begin, calibration, chance, checkpoint, evaluate, plugins, record
+from duallora.terminal import amount, clock, command, quiet_libraries, say, shown, size
+from duallora.train import begin, calibration, chance, evaluate, plugins
 from duallora.train.adapter import gate, load_weights, other, parameter_counts, put
-from duallora.train.launch import ALONE, Processes, end_with_parent, ignore_quantized, process_group, shares
-from duallora.train.lock import locked
+from duallora.train.launch import end_with_parent, ignore_quantized, process_group, shares
 from duallora.train.loop import (
     FiniteGradients,
     JsonLines,
@@ -57,10 +63,6 @@ from duallora.train.loop import (
     nothing_to_learn,
     row_loss,
 )
-from duallora.train.models import load_model, weights_fingerprint
-from duallora.train.positions import check_room, positions
-from duallora.train.progress import amount, clock, command, quiet_libraries, say, shown, size
-from duallora.train.recipe import DataSection, Recipe, default_output, fingerprint, recipe_yaml, recorded
 
 MATTERS = (
     "run.json", "recipe.yaml", "log.jsonl", "metrics.json", "predictions.jsonl", "adapter", "model", "checkpoints",
@@ -197,7 +199,7 @@ class _Run:
             record.write_text(self.folder / "recipe.yaml", recipe_yaml(recipe))
         self._write_facts()
 
-        adapted.to(evaluate.default_device())
+        adapted.to(adapters.default_device())
         if held_out and recipe.eval.before and self.facts["loss_before"] is None:
             self.facts["loss_before"] = self._loss(adapted, tokenizer, held_out, task, "before")
             self._write_facts()
@@ -255,9 +257,9 @@ class _Run:
             quantization=recipe.model.quantization,
         )  # fmt: skip
         if task.labels:
-            evaluate.set_labels(model, task.labels)
+            adapters.set_labels(model, task.labels)
         count = model.num_parameters()  # also of packed codes
-        device, dtype = evaluate.default_device(), str(model.dtype).removeprefix("torch.")
+        device, dtype = adapters.default_device(), str(model.dtype).removeprefix("torch.")
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else record.device_name()
         if self.processes.world_size > 1:
             where += f", {self.processes.world_size} processes"
@@ -301,11 +303,11 @@ class _Run:
             nonlocal wanted
             drawn = calibration.draw_rows(rows, count, recipe.seed)
             wanted = len(drawn)
-            model.to(evaluate.default_device())
+            model.to(adapters.default_device())
             return list(calibration.batches(drawn, tokenizer, recipe.train.batch_size, model))
 
         if recipe.adapter.start is not None:  # what it begins from has had its look at data
-            earlier = evaluate.find(recipe.adapter.start) if start is None else start
+            earlier = adapters.find(recipe.adapter.start) if start is None else start
             known = earlier if earlier is not None and (earlier / "adapter_config.json").is_file() else None
             return put(model, recipe, kind, lr_warmup, checkpoint=known), {}
         began, cpu = time.monotonic(), time.process_time()
@@ -472,7 +474,7 @@ class _Run:
         record.follow_umask(beside)
         files = {path.name: checkpoint.file_record(path) for path in sorted(beside.iterdir())}
         record.write_json(
-            beside / evaluate.SIDECAR,
+            beside / adapters.SIDECAR,
             {
                 "method": self.recipe.adapter.method.upper(),
                 "kind": task.kind,
@@ -686,7 +688,7 @@ def reading(data: DataSection) -> dict[str, Any]:
     }
 
 
-def read(recipe: Recipe, trained: evaluate.Trained | None = None) -> Task:
+def read(recipe: Recipe, trained: adapters.Trained | None = None) -> Task:
     """The recipe's task or data; ``trained``: what a model was trained for that these rows are for."""
     data = recipe.data
     if data.task is not None:
@@ -701,7 +703,7 @@ def read(recipe: Recipe, trained: evaluate.Trained | None = None) -> Task:
     )
 
 
-def load(recipe: Recipe, console: Console, trained: evaluate.Trained | None = None) -> Task:
+def load(recipe: Recipe, console: Console, trained: adapters.Trained | None = None) -> Task:
     """`read`, announced on the console."""
     data = recipe.data
     task = read(recipe, trained)

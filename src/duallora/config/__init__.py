@@ -1,0 +1,1 @@
+"""The recipe of a run: its settings, where they come from, and its YAML."""

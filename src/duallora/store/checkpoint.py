@@ -1,0 +1,252 @@
+"""Checkpoints that are known to be whole.
+
+Trainer writes ``checkpoint-N`` file by file and resumes from the highest number, whole or not: a kill inside a save
+leaves a folder that cannot be resumed, and a flipped bit is resumed without a word. Here ``MANIFEST.json``, written
+last and atomically, lists every file with its size and sha256. A folder counts only if all of it matches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError
+from duallora.store.processes import ALONE, MAX_PROCESSES, Processes
+from duallora.store.record import flush, follow_umask, fsync_folder, read_json, write_json
+
+MANIFEST = "MANIFEST.json"
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")  # one of them: an adapter's, or a whole model's
+REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+# Trainer and PEFT pick up files of these kinds by name, so a stray one could be loaded in place of a listed one.
+LOADABLE = {".bin", ".pt", ".pth", ".safetensors", ".pkl"}
+# A pickle of Python objects that only old Trainer versions read back; nothing here ever opens it.
+NEVER_READ = "training_args.bin"
+
+# What a resumed run may change: none of it reaches a weight.
+FREE_KEYS = (
+    "output",
+    "eval.",
+    "data.eval_limit",
+    "data.data_dir",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.report_to",
+    "model.revision",
+)
+
+
+def commit(folder: Path, *, step: int, fingerprints: Mapping[str, Any]) -> None:
+    """Seals ``folder``: hashes and flushes every file, then writes the manifest that makes it a checkpoint."""
+    (folder / NEVER_READ).unlink(missing_ok=True)
+    follow_umask(folder)
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != MANIFEST:
+            flush(path)
+            files[path.name] = file_record(path)
+    fsync_folder(folder)
+    body = {"step": step, **fingerprints, "files": files}
+    write_json(folder / MANIFEST, {**body, "digest": _digest(body)})
+    fsync_folder(folder.parent)
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """``{"sha256": hex, "size": bytes}`` of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"sha256": digest.hexdigest(), "size": path.stat().st_size}
+
+
+def compare_files(folder: Path, files: Mapping[str, Any], ignore: Sequence[Path] = ()) -> str | None:
+    """The first difference between ``folder``, but for the folders ``ignore``, and the recorded ``files``, or None."""
+    for name, expected in files.items():
+        path = folder / name
+        if Path(name).name != name or not is_own(path):
+            return f"{name!r} is not a plain file of this folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes, {expected['size']:,} expected"
+        if file_record(path)["sha256"] != expected["sha256"]:
+            return f"{name} is damaged (its sha256 is not the recorded one)"
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in LOADABLE and str(path.relative_to(folder)) not in files and path.parent not in ignore:
+            return f"{path.relative_to(folder)} was added after the folder was written"
+    return None
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is no link, or one as the hub's cache lays them: inside of its own repository's folder.
+
+    There ``models--ORG--NAME/snapshots/REVISION/FILE`` is a link to ``models--ORG--NAME/blobs/HASH``. A link that leads
+    anywhere else could show a file of this machine as part of a stranger's adapter.
+    """
+    if not path.is_symlink():
+        return True
+    snapshot = path.parent.resolve()
+    repository = snapshot.parent.parent
+    in_cache = snapshot.parent.name == "snapshots" and repository.name.startswith("models--")
+    return in_cache and path.resolve().parent == repository / "blobs"
+
+
+def verify(folder: Path) -> str | None:
+    """Why ``folder`` cannot be resumed from, in one line, or None if it is whole."""
+    if not (folder / MANIFEST).is_file():
+        return f"{MANIFEST} is missing: the save did not finish"
+    try:
+        manifest = read_json(folder / MANIFEST)
+        digest = manifest.pop("digest")
+        files = manifest["files"]
+        whole = digest == _digest(manifest) and isinstance(files, dict) and isinstance(manifest["step"], int)
+        whole = whole and manifest.get("processes", 1) in range(1, MAX_PROCESSES + 1)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        return f"{MANIFEST} is damaged"
+    weights = next((name for name in WEIGHTS if name in files), WEIGHTS[0])
+    for name in (weights, *REQUIRED, *rng_files(manifest.get("processes", 1))):
+        if name not in files:
+            return f"{name} was not saved, so an exact resume is impossible"
+    return compare_files(folder, files)
+
+
+def rng_files(processes: int) -> list[str]:
+    """The files in which Trainer keeps the state of each process's generators."""
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """``(step, path)`` of each ``checkpoint-N`` folder, newest first, whole or not."""
+    found = []
+    if folder.is_dir():
+        for path in folder.iterdir():
+            number = path.name.removeprefix("checkpoint-")
+            if path.is_dir() and number != path.name and number.isdecimal():
+                found.append((int(number), path))
+    return sorted(found, reverse=True)
+
+
+def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint below ``folder`` and one line for each newer one that was passed over."""
+    reasons: list[str] = []
+    for _, path in checkpoints(folder):
+        reason = verify(path)
+        if reason is None:
+            return path, reasons
+        reasons.append(f"{path.name}: {reason}")
+    return None, reasons
+
+
+def require_resumable(folder: Path) -> tuple[Path | None, list[str]]:
+    """`newest_verified`, but raises IntegrityError where checkpoints exist and none is whole. Deletes nothing."""
+    path, reasons = newest_verified(folder)
+    if path is None and reasons:
+        raise IntegrityError(
+            f"none of the {len(reasons)} checkpoints in {folder} can be resumed:\n  "
+            + "\n  ".join(reasons)
+            + "\nnothing was deleted; restore one from a backup, or start again in another folder with -o"
+        )
+    return path, reasons
+
+
+def rotate(folder: Path, keep: int | None) -> None:
+    """Deletes what is older than the ``keep`` newest whole checkpoints; broken folders do not count as kept."""
+    if keep is None:
+        return
+    kept = 0
+    for _, path in checkpoints(folder):
+        if kept >= keep:
+            # The manifest goes first: a kill in between leaves a folder that is plainly not a checkpoint.
+            (path / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+        elif verify(path) is None:
+            kept += 1
+
+
+def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """``key: old -> new`` for each setting whose change would make a resumed run another run."""
+    old, new = _flatten(before), _flatten(after)
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS):
+            changed.append(f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}")
+    return changed
+
+
+def refuse_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raises ConfigError listing every change of `drift`."""
+    changed = drift(before, after)
+    if changed:
+        raise ConfigError(
+            "this run was started with other settings, so it cannot be resumed exactly:\n  "
+            + "\n  ".join(changed)
+            + "\nset them back, or start a new run in another folder with -o"
+        )
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint Trainer has just written and rotates the old ones (Trainer's own rotation must be off).
+
+    Of several processes each has written the state of its generators; the first one seals when all have.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any], processes: Processes = ALONE):
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.fingerprints = {**fingerprints, "processes": processes.world_size}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A folder of this number from an earlier, broken attempt may hold files this save will not overwrite.
+        if control.should_save:
+            stale = self.folder / f"checkpoint-{state.global_step}"
+            if self.processes.main and stale.exists():
+                shutil.rmtree(stale)
+            self.processes.barrier()
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        try:
+            require_finite(model, f"step {state.global_step}")
+        except NonFiniteError:
+            if self.processes.main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self.processes.barrier()
+        if self.processes.main:
+            commit(folder, step=state.global_step, fingerprints=self.fingerprints)
+            rotate(self.folder, self.keep)
+        self.processes.barrier()  # nobody leaves before it is sealed
+
+
+def require_finite(model: torch.nn.Module, when: str) -> None:
+    """Raises NonFiniteError naming the first trainable weight that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"{name} holds NaN or infinite values at {when}; nothing of it was saved. "
+                "Lower train.learning_rate or train.max_grad_norm and resume from the last checkpoint"
+            )
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,305 @@
+"""The page says what the summaries say: values beside the paper's, what is missing, and nothing that a browser would run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from study_cells import made_up, two_tasks, work_off
+
+from duallora import cli, plots
+from duallora.errors import ConfigError
+from duallora.grid import report
+from duallora.grid import summary as studies
+from duallora.paper import reproduce
+
+pytest.importorskip("matplotlib")
+
+PAPER = [
+    {"variant": "duallora", "method": "Dual LoRA", "model": "RoBERTa-base", "values": {"cola": 67.8, "stsb": 91.7, "average": 88.3}},
+    {"variant": "lora", "method": "LoRA", "model": "RoBERTa-base", "values": {"cola": 63.9, "stsb": 91.1}, "note": "a misprint"},
+    {"variant": "galore", "method": "GaLore", "model": "RoBERTa-base", "values": {"cola": 61.8}, "copied": "from another paper", "note": "a misprint"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def summary(finished):
+    return studies.summarise(finished, scale="mini", rounds=300)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Nothing tuned, one task: two plots at most, since drawing takes its time."""
+    study = two_tasks(
+        tasks={"cola": {"data.task": "cola"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={},
+        seeds=(0,),
+    )  # fmt: skip
+    return studies.summarise(work_off(tmp_path_factory.mktemp("small") / "grid", study, lambda cell: 0.7), rounds=200)
+
+
+@pytest.fixture(scope="module")
+def page(summary, tmp_path_factory):
+    """The written page with its Markdown, drawn once for all tests."""
+    folder = tmp_path_factory.mktemp("report")
+    report.report([summary], folder / "r.html", markdown=folder / "r.md", printed={"made-up": PAPER})
+    return folder
+
+
+def table(summary, part, printed=()):
+    (found,) = (one for one in report.tables(summary, printed) if one.part == part)
+    return found
+
+
+def cells(found, variant):
+    (row,) = (row for row in found.rows if row[0].text == variant)
+    return dict(zip(found.head, row, strict=True))
+
+
+def row_of(summary, task, variant):
+    return next(row for row in summary["rows"] if (row["task"], row["variant"]) == (task, variant))
+
+
+class Page(HTMLParser):
+    """Collects what the page links and loads, and checks that its elements close."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.outside, self.text, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open += [tag] if tag != "meta" else []
+        self.outside += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value[0] != "#"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_table_has_every_metric_its_spread_and_whether_it_can_be_told(summary):
+    found = table(summary, "figures")
+    assert found.head == ["variant", "trained", "time / LoRA's", "cola", "stsb", "average"]
+    row, line = row_of(summary, "cola", "lora"), cells(found, "lora")
+    assert line["cola"].text == f"{row['mean']:.1f} ± {row['sd']:.1f}"
+    assert line["cola"].small == f"{row['interval'][0]:.1f} to {row['interval'][1]:.1f}"
+    assert line["cola"].kind == "worse"  # than the reference, Dual LoRA
+    assert (line["trained"].text, line["time / LoRA's"].text) == ("1,600", "1.00")
+    assert cells(found, "duallora")["cola"].kind == "best"
+    assert cells(found, "duallora")["variant"].kind == "reference"
+    assert cells(found, "duallora")["time / LoRA's"].text == "0.78"
+
+
+def test_the_papers_numbers_stand_beside_ours_and_its_differences_beside_our_differences(summary):
+    beside = table(summary, "paper", PAPER)
+    assert cells(beside, "duallora")["cola"].small == "paper 67.8"
+    assert cells(beside, "galore")["cola"] == ("-", "paper 61.8", "")
+    assert cells(beside, "dora")["cola"].small == ""
+    # Its printed average is over eight tasks; over the two shown it is another one.
+    assert cells(beside, "duallora")["average"].small == "paper 79.8"
+    assert cells(beside, "galore")["average"].small == ""
+    assert "lora, galore: a misprint. galore: from another paper." in beside.caption
+    differences = table(summary, "differences", PAPER)
+    pair = next(pair for pair in summary["pairs"] if (pair["task"], pair["other"]) == ("cola", "lora"))
+    assert cells(differences, "lora")["cola"].text == f"{pair['mean']:+.1f}"
+    assert cells(differences, "lora")["cola"].small.endswith("; paper +3.9")
+    assert cells(differences, "lora")["cola"].kind == "better"
+    assert "paper" not in cells(differences, "dora")["cola"].small
+
+
+def test_a_paper_with_other_columns_is_shown_alone(summary):
+    printed = [{"variant": "lora", "values": {"boolq": 67.5, "average": 76.3}}]
+    found = table(summary, "paper", printed)
+    assert found.title == "What the paper prints"
+    assert cells(found, "lora")["boolq"].text == "67.5"
+
+
+def test_a_study_whose_first_task_alone_has_values_yet_has_the_papers_column_for_it(tmp_path):
+    """The grid was stopped when CoLA was done: its column is CoLA, not Matthews."""
+    summary = studies.summarise(work_off(tmp_path, two_tasks(search={}), lambda cell: 0.7, stop_after=9), rounds=200)
+    assert {row["task"] for row in summary["rows"]} == {"cola"}
+    beside = table(summary, "paper", PAPER)
+    assert (beside.title, cells(beside, "lora")["cola"].small) == ("Beside the paper", "paper 63.9")
+    assert "; paper +3.9" in cells(table(summary, "differences", PAPER), "lora")["cola"].small
+
+
+def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
+    study = two_tasks(
+        tasks={"commonsense": {"data.task": "commonsense"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}},
+        search={},
+    )  # fmt: skip
+    summary = studies.summarise(work_off(tmp_path, study, lambda cell: 0.7), rounds=200)
+    found = table(summary, "figures")
+    assert found.head[-3:] == ["average", "boolq", "piqa"]
+    printed = [
+        {"variant": "lora", "values": {"boolq": 60, "piqa": 70, "average": 80}},
+        {"variant": "duallora", "values": {"boolq": 65, "piqa": 71, "average": 90}},
+    ]
+    assert cells(table(summary, "paper", printed), "lora")["average"].small == "paper 65.0"
+    assert "paper +3.0" in cells(table(summary, "differences", printed), "lora")["commonsense"].small
+
+
+def test_of_losses_the_lowest_is_best(small):
+    """A task that has no other metric, such as a language model's."""
+    rows = [{**row, "metric": "loss", "mean": 2.0 - (row["variant"] == "lora")} for row in small["rows"]]
+    found = table({**small, "rows": rows, "pairs": []}, "figures")
+    assert ["best" in cells(found, variant)["matthews"].kind for variant in ("lora", "duallora")] == [True, False]
+
+
+def test_values_at_the_edge_of_the_search_are_marked(summary):
+    chosen = table(summary, "chosen")
+    assert cells(chosen, "duallora")["cola"].text == "0.01 ▸"
+    assert cells(chosen, "lora")["cola"].text == "0.003"
+
+
+def test_the_page_is_whole_and_needs_nothing_else(page, summary):
+    """No script, no file, no address; every sentence and every plot is on it."""
+    found = Page()
+    text = (page / "r.html").read_text()
+    found.feed(text)
+    assert found.open == []
+    assert "script" not in found.tags
+    assert found.outside == []
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text)
+    words = "".join(found.text)
+    for sentence in summary["statement"]:
+        assert sentence in words
+    for title in ("Differences", "Figure against trained parameters", "Figure against training time", "Training loss"):
+        assert title in words
+    assert found.tags.count("svg") == 6  # those and the sensitivity on two tasks
+
+
+def test_plots_on_the_page_take_their_ink_from_it_and_their_text_stays_text(page):
+    """Black lines would be lost on a dark page; colours of variants stay."""
+    text = (page / "r.html").read_text()
+    drawn = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for svg in drawn:
+        ElementTree.fromstring(svg)
+        assert "currentColor" in svg
+        assert not re.search(r"(fill|stroke): *(#000000|black|#010203)", svg)
+        assert "<text" in svg
+        identifiers = re.findall(r" id=\"([^\"]+)\"", svg)
+        assert len(identifiers) == len(set(identifiers))
+    assert plots.PALETTE[1].lower() in drawn[0]
+
+
+def test_diverged_runs_are_crosses_in_the_sensitivity_and_nowhere_else(page):
+    """DoRA diverged once on each task: one cross a plot."""
+    for task in ("cola", "stsb"):
+        drawn = (page / "img" / f"study-made-up-mini-sensitivity-{task}.svg").read_text()
+        assert drawn.lower().count("stroke: #c62828") in (1, 2)  # the mark, and its definition
+    assert "#c62828" not in (page / "img" / "study-made-up-mini-loss.svg").read_text().lower()
+
+
+def test_labels_cannot_leave_their_element(small):
+    """Names and notes come from files that others wrote."""
+    evil = json.loads(json.dumps(small).replace("made-up", "<script>alert(1)</script>"))
+    evil["statement"][0] = "<img src=x>"
+    text = report.html([evil], {evil["name"]: [{**PAPER[0], "note": "<b>note</b>"}]})
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "<b>" not in text
+
+
+def test_markdown_holds_every_part_between_marks_and_its_plots_lie_beside_it(page):
+    text = (page / "r.md").read_text()
+    for part in ("provenance", "statement", "figures", "differences", "paper", "chosen", "plots"):
+        assert f"<!-- study:made-up-mini:{part} -->\n" in text
+    for name in re.findall(r"\]\((img/[^)]+)\)", text):
+        assert (page / name).read_text().startswith("<?xml")
+
+
+def test_prose_around_marks_and_marks_of_other_studies_stay(small, tmp_path):
+    mine = tmp_path / "mine.md"
+    mine.write_text(
+        "# My words\n<!-- study:made-up:figures -->\nold\n<!-- /study:made-up:figures -->\nMore.\n"
+        "<!-- study:other-mini:figures -->\nkept\n<!-- /study:other-mini:figures -->\n"
+    )
+    report.report([small], tmp_path / "r.html", markdown=mine)
+    text = mine.read_text()
+    assert text.startswith("# My words\n")
+    assert "\nMore.\n" in text
+    assert "\nkept\n" in text
+    assert "\nold\n" not in text
+    assert "| duallora |" in text.replace("**", "")
+    assert not (tmp_path / "img").exists()  # no plot was asked for
+    report.report([small], tmp_path / "r.html", markdown=mine)
+    assert mine.read_text() == text
+
+
+def test_a_file_without_marks_is_left_alone_and_two_results_of_one_name_are_refused(small, tmp_path):
+    mine = tmp_path / "mine.md"
+    mine.write_text("# My words\n")
+    with pytest.raises(ConfigError, match="has no mark of these studies, such as <!-- study:made-up:figures -->"):
+        report.report([small], tmp_path / "r.html", markdown=mine)
+    assert mine.read_text() == "# My words\n"
+    assert not (tmp_path / "r.html").exists()
+    with pytest.raises(ConfigError, match="made-up: two results of one name"):
+        report.report([small, small], tmp_path / "r.html")
+    mine.write_text("<!-- study:made-up:figurs -->\n<!-- /study:made-up:figurs -->\n")
+    with pytest.raises(ConfigError, match="no part 'figurs': expected one of figures, "):
+        report.report([small], tmp_path / "r.html", markdown=mine)
+
+
+def test_pages_show_what_the_results_say(summary, tmp_path):
+    """`duallora report --markdown` was run after the last study, and nobody has touched its tables since."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "page.md").write_text("<!-- study:made-up-mini:chosen -->\nold\n<!-- /study:made-up-mini:chosen -->\n")
+    assert stale(tmp_path / "page.md", {"made-up-mini": summary}) == ["made-up-mini:chosen"]
+    folder = root / "results" / "studies"
+    known = {report.key_of(one): one for one in (studies.load(folder) if any(folder.glob("*.json")) else [])}
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        assert stale(page, known) == []
+
+
+def stale(page, known):
+    """The marks of a page whose text is not what its study gives; plots have to exist."""
+    text = page.read_text()
+    found = []
+    for match in report.MARK.finditer(text):
+        inside = match[0].removeprefix(match[1]).removesuffix(match[4]).strip()
+        if match["part"].startswith("plot"):
+            images = re.findall(r"\]\((img/[^)]+)\)", inside)
+            fresh = bool(images) and all((page.parent / image).is_file() for image in images)
+        else:
+            made = known[match["name"]]
+            fresh = inside == report.parts(made, reproduce.printed_lines(made["name"]), ())[match["part"]]
+        if not fresh:
+            found.append(f"{match['name']}:{match['part']}")
+    return found
+
+
+def test_the_command_reads_files_and_running_grids(tmp_path, capsys, monkeypatch):
+    """Half a grid is shown as half a grid."""
+    monkeypatch.chdir(tmp_path)
+    one = two_tasks(tasks={"cola": {"data.task": "cola"}})
+    folder = work_off(tmp_path / "grids" / "half", one, made_up, stop_after=4)
+    assert cli.run(["report", str(folder), "--json"]) == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["studies"] == [{"name": "made-up", "done": 4, "wanted": 11}]
+    text = (tmp_path / "report.html").read_text()
+    assert "4 of 11 cells" in text
+    assert "Not finished: 4 of the 11 cells" in text
+    assert "What the paper prints" not in text
+    assert cli.run(["report", str(tmp_path / "absent")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_page_of_the_papers_tables_says_what_the_committed_studies_say(tmp_path, capsys):
+    root = Path(__file__).resolve().parents[2]
+    page = tmp_path / "reproduction.md"
+    page.write_text((root / "docs" / "reproduction.md").read_text())
+    arguments = ["report", str(root / "results" / "studies"), "-o", str(tmp_path / "r.html"), "--markdown", str(page)]
+    assert cli.run(arguments) == 0, capsys.readouterr().err
+    assert page.read_text() == (root / "docs" / "reproduction.md").read_text()
+    for plot in (tmp_path / "img").iterdir():
+        assert (root / "docs" / "img" / plot.name).is_file(), plot.name

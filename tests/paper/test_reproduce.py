@@ -1,0 +1,169 @@
+"""The verb `reproduce`: the plan it prints, the commands it names, and a whole table run through it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from duallora import cli
+from duallora.config.recipe import load_recipe
+from duallora.errors import ConfigError, GridError
+from duallora.grid.study import Outcome, Study
+from duallora.paper import reproduce, table2
+from duallora.paper.variants import methods
+
+
+@pytest.fixture
+def cola(tmp_path, monkeypatch) -> Path:
+    """A data folder with a CoLA of 40 rows whose label is whether the sentence is short."""
+    folder = tmp_path / "data" / "glue" / "CoLA"
+    folder.mkdir(parents=True)
+    words = ["the cat sat", "the cat sat on the mat and then it slept"]
+    for name, count in (("train.tsv", 40), ("dev.tsv", 12)):
+        rows = [f"src\t{number % 2}\t\t{words[number % 2]} {number}" for number in range(count)]
+        (folder / name).write_text("\n".join(rows) + "\n")
+    monkeypatch.setenv("DUALLORA_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small_table(tiny_encoder_folder, monkeypatch) -> None:
+    """Table 2's mini scale with a random model of two layers and four steps."""
+
+    def mini() -> Study:
+        base = {
+            "model.name": str(tiny_encoder_folder), "data.max_length": 64, "train.max_steps": 4, "train.batch_size": 4,
+            "train.report_to": [], "eval.test": True,
+        }  # fmt: skip
+        tasks = {"cola": {"data.task": "cola", "data.holdout": 8}}
+        rows = methods([("duallora", 8)], ["query", "value"])
+        return Study(
+            "table2", base, tasks, rows, search={"train.learning_rate": [1e-3]}, seeds=(0,), reference="duallora-r8"
+        )
+
+    monkeypatch.setattr(table2, "_mini", mini)
+
+
+def run(capsys, *arguments: str) -> dict:
+    code = cli.run(["reproduce", *arguments, "--json"])
+    out = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == out["exit_code"]
+    return out
+
+
+def test_a_table_ends_with_its_figures_beside_the_paper_and_is_not_run_twice(cola, small_table, capsys):
+    """The second time nothing is left to do, and it ends with the same summary."""
+    command = ["table2", "--scale", "mini", "-o", "runs/t"]
+    first = run(capsys, *command)
+    assert first["status"] == "done", first
+    done = {path: path.stat().st_mtime_ns for path in Path("runs/t/cells").glob("*/metrics.json")}
+    assert [path.parent.name for path in done] == ["cola-duallora-r8-lr0.001-seed0"]
+    summary = json.loads(Path("results/studies/table2-mini.json").read_text())
+    assert (summary["name"], summary["scale"], summary["wanted"], summary["done"]) == ("table2", "mini", 1, 1)
+    assert cli.run(["reproduce", *command]) == 0
+    shown = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert json.loads(Path("results/studies/table2-mini.json").read_text())["rows"] == summary["rows"]
+    # The paper's CoLA of RoBERTa-base stands beside ours.
+    assert re.search(r"duallora-r8 \(Dual LoRA\) +-?\d+\.\d \(paper 67\.8\)", shown)
+
+
+def test_a_dry_run_writes_nothing_and_its_commands_are_the_cells(cola, small_table, capsys, tmp_path):
+    out = run(capsys, "table2", "--scale", "mini", "--dry-run", "-o", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "results").exists()
+    assert (out["runs"], len(out["commands"])) == (1, 1)
+    parts = [*reproduce.parts("table2", "mini"), *reproduce.parts("table5", "paper")]
+    cells = [cell for part in parts for cell in part.first_cells()]
+    lines = [*out["commands"], *reproduce.commands(parts[1:])]
+    assert len(cells) == 1 + 7 * 5
+    for line, cell in zip(lines, cells, strict=True):
+        words = shlex.split(line)
+        assert words[:2] == ["duallora", "train"]
+        overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        assert load_recipe(None, overrides) == cell.recipe()
+        assert Path(words[-1]).name == cell.name
+
+
+def test_the_plan_counts_what_the_study_expects():
+    """The runs by task and by variant add up to the grid's own number, and the hours to their sum."""
+    chosen = reproduce.parts("table2", "paper", ["study=table2-roberta-base", "variant=lora-r8", "variant=full"])
+    planned = reproduce.plan(chosen, "cpu")
+    assert planned["runs"] == chosen[0].study.expected({}) == 8 * 2 * (5 + 4)
+    lines = planned["studies"][0]["lines"]
+    assert planned["hours"] == pytest.approx(sum(line["runs"] * line["hours"] for line in lines))
+    assert {line["hours"] > 0 and line["memory"] is None for line in lines} == {True}
+
+
+def test_a_narrow_terminal_shows_every_figure_of_the_plan():
+    """The figures of Table 2's largest tasks, and the rates tried, in 80 columns."""
+    chosen = reproduce.parts("table2", "paper", ["study=table2-roberta-base", "task=mnli", "task=cola", "variant=full"])
+    planned = reproduce.plan(chosen, "a100-80gb")
+    console = Console(width=80, file=StringIO())
+    reproduce.show_plan(console, chosen, planned)
+    shown = console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert f"{planned['studies'][0]['lines'][0]['tokens']:,}" in shown
+    assert all(rate in "".join(shown.split()) for rate in ("0.000125", "0.0016"))
+
+
+def test_the_models_after_one_whose_runs_failed_are_run_too(cola, small_table, capsys, monkeypatch):
+    """The failed ones are told at the end, with an exit code of their own."""
+    ran = []
+
+    def run_study(study, folder, **options):
+        ran.append(study.name)
+        folder.mkdir(parents=True)
+        (folder / "study.yaml").write_text(study.yaml())
+        return {"lost": Outcome("lost", "failed", error="MemoryError: too large")} if len(ran) == 1 else {}
+
+    monkeypatch.setattr("duallora.grid.run.run", run_study)
+    two = ["table2", "--scale", "paper", "--yes", "--only", "task=cola", "--only", "variant=full", "-o", "runs/t"]
+    assert cli.run(["reproduce", *two]) == GridError("").exit_code
+    assert ran == ["table2-roberta-base", "table2-roberta-large", "table2-deberta-xxl"]
+    assert "lost: MemoryError: too large" in capsys.readouterr().err
+
+
+def test_the_paper_scale_asks_first(cola, capsys, monkeypatch):
+    monkeypatch.setattr("typer.confirm", lambda *args, **kwargs: False)
+    assert cli.run(["reproduce", "table3", "--scale", "paper", "-o", "runs/t3"]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert not Path("runs/t3").exists()
+
+
+def test_a_part_of_a_table_does_not_take_its_place(cola, small_table, capsys, monkeypatch):
+    """Its summary stays with the runs, so that a committed one is not overwritten by half of itself."""
+    monkeypatch.setattr("duallora.grid.run.run", lambda *args, **kwargs: {})
+    Path("runs/t").mkdir(parents=True)
+    part = reproduce.parts("table2", "mini", folder=Path("runs/t"))[0]
+    Path("runs/t/study.yaml").write_text(part.study.yaml())
+    out = run(capsys, "table2", "--scale", "mini", "--only", "task=cola", "-o", "runs/t")
+    assert out["summaries"] == {"table2": "runs/t/summary.json"}
+    assert not Path("results").exists()
+
+
+def test_commands_of_a_task_that_waits_say_for_what():
+    chosen = reproduce.parts(
+        "table2", "paper", ["study=table2-roberta-base", "task=mnli", "task=rte", "variant=lora-r8"]
+    )
+    lines = reproduce.commands(chosen)
+    assert len(lines) == 2 * 5
+    assert ["adapter.start=" in line and "BEST-OF-MNLI" in line for line in lines] == [False] * 5 + [True] * 5
+
+
+def test_only_that_leaves_nothing_names_what_there_is():
+    with pytest.raises(ConfigError, match=r"leaves nothing of table3.*variant: dorefa, ste, xnor"):
+        reproduce.parts("table3", "mini", ["variant=lora-r8"])
+    with pytest.raises(ConfigError, match="expected task=NAME"):
+        reproduce.parts("table3", "mini", ["cola"])
+    with pytest.raises(ConfigError, match="after: 'mnli'"):  # an adapter it would start from
+        reproduce.parts("table2", "paper", ["study=table2-roberta-base", "task=rte"])
+    with pytest.raises(ConfigError, match="nearest: table2"):
+        reproduce.parts("tabel2", "mini")
