@@ -24,6 +24,7 @@ from duallora.tasks.chats import absent, excerpt, shown
 from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import reachable
 from duallora.tasks.labels import LabelKind, Labels, Name, is_missing, read_labels, trained_labels
+from duallora.tasks.metrics import OF_KIND
 from duallora.tasks.task import Kind, LazySplits, Task
 
 BadRows = Literal["error", "skip"]
