@@ -117,8 +117,8 @@ def _checked(hint: Any) -> Any:
     return Text if hint is str else hint
 
 
-_METHOD = (Text, setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora."))
-_START = (
+_METHOD: Any = (Text, setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora."))
+_START: Any = (
     Text | None,
     setting(
         None, "Run or adapter folder to begin from, its gate open, under a new head (GLUE: MNLI's); null begins anew."
@@ -157,14 +157,14 @@ def _of_others() -> dict[str, Any]:
 
 
 # What only a run has: rows to start from.
-_INIT = (
+_INIT: Any = (
     Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"],
     setting(
         "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."
     ),
 )
-_INIT_BATCHES = Count, setting(4, "Training steps whose rows a start from the gradient looks at.")
-_OPTIONS = dict[Text, Any], setting({}, "Settings of the method beyond these, such as {lr_ratio: 16} of lora+.")
+_INIT_BATCHES: Any = Count, setting(4, "Training steps whose rows a start from the gradient looks at.")
+_OPTIONS: Any = dict[Text, Any], setting({}, "Settings of the method beyond these, such as {lr_ratio: 16} of lora+.")
 
 DualLoraSection: Any = create_model(
     "DualLoraSection",
