@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -54,7 +55,9 @@ def progress_bar(console: Console, label: str, total: int, *, done: int = 0) -> 
 
     def update(done: int, **metrics: str) -> None:
         nonlocal spoken
-        told = {"metrics": "  ".join(f"{name} {value}" for name, value in metrics.items())} if metrics else {}
+        told: dict[str, Any] = (
+            {"metrics": "  ".join(f"{name} {value}" for name, value in metrics.items())} if metrics else {}
+        )
         bar.update(task.id, completed=done, **told)
         if not here and time.monotonic() - spoken >= LINE_EVERY:
             spoken = time.monotonic()
