@@ -32,10 +32,10 @@ def test_the_figures_are_those_of_the_model_on_the_disk(tiny, console, tmp_path)
     assert result["after"]["loss"] < result["before"]["loss"]
     summary = record.read_json(tmp_path / "demo" / "demo.json")
     task = demo._held_out(run.load(None, None), 7)
-    for source, figures in ((result["run"], summary["metrics"]["after"]), (tiny.model, summary["metrics"]["before"])):
+    for source, values in ((result["run"], summary["metrics"]["after"]), (tiny.model, summary["metrics"]["before"])):
         scored = evaluate.evaluate(*adapters.load_adapter(source, "generate"), task, batch_size=32, max_length=64)
-        assert figures["loss"] == scored.metrics["loss"]
-        assert figures["bleu"] == scored.metrics["bleu"]
+        assert values["loss"] == scored.metrics["loss"]
+        assert values["bleu"] == scored.metrics["bleu"]
     assert set(summary["data"]) == {"train", "validation", "test"}
     assert {"commit", "versions", "threads", "device", "base", "recipe", "seconds"} <= set(summary)
     assert str(tmp_path) not in str(summary["recipe"]["output"])

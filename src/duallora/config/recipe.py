@@ -117,7 +117,10 @@ def _checked(hint: Any) -> Any:
     return Text if hint is str else hint
 
 
-_METHOD: Any = (Text, setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora."))
+_METHOD: Any = (
+    Text,
+    setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora."),
+)
 _START: Any = (
     Text | None,
     setting(
