@@ -1,4 +1,4 @@
-"""The demonstration keeps its promises at any size: honest examples, the verbs' own functions, figures that can be traced."""
+"""The demonstration keeps its promises at any size: honest examples, the verbs' own functions, metrics that can be traced."""
 
 import json
 from dataclasses import replace
@@ -22,11 +22,11 @@ def tiny(make_recipe, sums, monkeypatch):
     settings = ["train.max_steps=20", "train.learning_rate=1e-2", "data.max_length=64", "train.report_to=[]"]
     return Plan(
         title="a", story="b", model=recipe.model.name, data=str(sums), settings=(*settings, "eval.metrics=false"),
-        held_out=7, figures={"loss": ("loss", ".3f", ""), "bleu": ("BLEU", ".1f", " %")},
+        held_out=7, metrics={"loss": ("loss", ".3f", ""), "bleu": ("BLEU", ".1f", " %")},
     )  # fmt: skip
 
 
-def test_the_figures_are_those_of_the_model_on_the_disk(tiny, console, tmp_path):
+def test_the_metrics_are_those_of_the_model_on_the_disk(tiny, console, tmp_path):
     result = show(tiny, tmp_path / "demo", console)
     assert result["max_logit_difference"] == 0.0
     assert result["after"]["loss"] < result["before"]["loss"]
