@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from duallora.config.recipe import Dtype
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.export import merge
 from duallora.store import adapters, checkpoint, record
-from duallora.store.dtype import Dtype
 from duallora.terminal import progress_bar, quiet_libraries, say, shown, size
 from duallora.tuner.conv import TORCH as CONVOLUTIONS
 from duallora.tuner.layer import DualLoraLayer

@@ -484,8 +484,7 @@ class Study:
                 try:
                     assemble([self._placed(task, variant, point, self.seeds[0])])
                 except ConfigError as error:
-                    lines = str(error).splitlines()
-                    problems += [line.strip() for line in lines[1:]] if len(lines) > 1 else lines
+                    problems += error.problems
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,10 @@ import torch
 from peft import PeftModel
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from duallora.config.recipe import Dtype
 from duallora.errors import ConfigError
 from duallora.store import adapters, untrusted
 from duallora.store.adapters import adapter_kind
-from duallora.store.dtype import Dtype
 from duallora.store.models import load_tokenizer
 from duallora.store.positions import UNLIMITED, positions
 from duallora.tasks import Example, encode_prompt

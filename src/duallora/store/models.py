@@ -38,9 +38,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from duallora.config.recipe import Dtype
 from duallora.errors import ConfigError, DiskError, IntegrityError
 from duallora.folders import cache_folder
-from duallora.store.dtype import Dtype
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
 from duallora.tuner.quantized import keep_exact, stored_tensors

@@ -56,16 +56,6 @@ class Processes:
         dist.all_gather(gathered, mine)
         return torch.stack(gathered).tolist()
 
-    def mean(self, tensor: Any) -> Any:
-        """The mean of a tensor over the processes."""
-        if self.world_size == 1:
-            return tensor
-        import torch.distributed as dist
-
-        total = tensor.detach().clone()
-        dist.all_reduce(total)
-        return total / self.world_size
-
     def from_main(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in process 0, which alone runs it; what it raises there, every process raises."""
         if self.world_size == 1:
