@@ -420,7 +420,7 @@ def test_the_fingerprint_does_not_move_between_releases():
     assert fingerprint(Recipe(data={"task": "e2e"})) == FINGERPRINT_OF_THE_DEFAULTS
 
 
-FINGERPRINT_OF_THE_DEFAULTS = "965d597ed374297855069bddba203498a7d2ae65de267548a4e2e75f366d2627"
+FINGERPRINT_OF_THE_DEFAULTS = "0f5243e99a9d83e9869b5889554a6ad323405c9e23ebb3bb916d792d591d654a"
 
 
 def test_the_choices_are_those_that_are_implemented():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from study_cells import made_up, two_tasks, work_off
 
 from duallora.grid import run as engine
 from duallora.grid.study import Study
@@ -53,3 +54,8 @@ def fakes(tmp_path, monkeypatch) -> Fakes:
     monkeypatch.setattr(engine, "POLL", 0.02)
     monkeypatch.setenv("FAKE_CELLS", str(made.ends))
     return made
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    return work_off(tmp_path_factory.mktemp("grid") / "made-up", two_tasks(), made_up)

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from of_grids import running, when
 from rich.console import Console
 
 from duallora import cli
@@ -22,30 +22,6 @@ from duallora.grid import live
 from duallora.grid import run as engine
 from duallora.grid.study import Outcome, Study, outcomes
 from duallora.store import lock, record
-
-
-def when(condition, then, *, within: float = 30.0) -> threading.Thread:
-    """Calls ``then`` from another thread as soon as ``condition`` holds."""
-
-    def watch():
-        end = time.monotonic() + within
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.02)
-        then()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
-def running(fakes, *names):
-    def check():
-        try:
-            return all((fakes.folder / "cells" / name / "log.jsonl").exists() for name in names)
-        except OSError:
-            return False
-
-    return check
 
 
 def test_one_failure_neither_stops_the_others_nor_is_tried_again_until_the_next_grid(fakes, monkeypatch):

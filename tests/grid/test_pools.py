@@ -8,10 +8,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from test_grid import running, when
+from of_grids import running, when
 
 from duallora.errors import ConfigError, Interrupted
-from duallora.grid import cluster
+from duallora.grid import pools
 from duallora.grid import run as engine
 from duallora.grid.study import outcomes
 from duallora.store import record
@@ -62,7 +62,7 @@ def test_a_stopped_grid_lets_its_cells_on_the_cluster_save(on_ray):
 
 def test_a_folder_that_a_worker_does_not_have_is_said_plainly(on_ray, monkeypatch):
     _, go = on_ray
-    monkeypatch.setattr(cluster, "Path", SimpleNamespace(cwd=lambda: "/nowhere"))
+    monkeypatch.setattr(pools, "Path", SimpleNamespace(cwd=lambda: "/nowhere"))
     with pytest.raises(ConfigError, match=r"could not start its cell \(.*'/nowhere'\): .* at the same place on every"):
         go()
     assert not ray.is_initialized()
@@ -70,7 +70,7 @@ def test_a_folder_that_a_worker_does_not_have_is_said_plainly(on_ray, monkeypatc
 
 def test_cells_of_a_cluster_that_was_closed_are_lost(fakes, tmp_path):
     """As by a second Ctrl-C, while the loop still waits for them."""
-    pool = cluster.Cluster("local", 1)
+    pool = pools.Cluster("local", 1)
     pool.start("a", ["-c", "import time; time.sleep(3)"], tmp_path / "a.log")
     assert pool.ended() == []
     pool.close()

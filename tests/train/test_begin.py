@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from damage import bit_flip
+from of_runs import settings
 from safetensors.torch import load_file
-from test_checkpoint import bit_flip
-from test_method_runs import settings
 
 import duallora
 from duallora.config.recipe import load_recipe

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from damage import bit_flip, empty, half, missing
 
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.store import checkpoint, record
@@ -19,24 +20,6 @@ def make(folder, step, files=FILES):
     (path / checkpoint.NEVER_READ).write_bytes(b"pickle")
     checkpoint.commit(path, step=step, fingerprints={"recipe": "r", "data": {"train": "d"}, "base": "b"})
     return path
-
-
-def missing(path):
-    path.unlink()
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def bit_flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 DAMAGES = (missing, empty, half, bit_flip)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
+from of_runs import WEIGHTS, equal, kill_with, log, weights, without_model_dropout
 from rich.console import Console
 from safetensors.torch import load_file
-from test_run import WEIGHTS, _without_model_dropout, equal, kill_with, log, weights
 
 from duallora import cli
 from duallora.cli import training
@@ -183,7 +183,7 @@ def test_a_classifier_in_two_processes_is_the_one_of_one_process(make_recipe, co
         "train.gradient_accumulation_steps=4",
         "train.max_steps=12",
     )
-    recipe = _without_model_dropout(make_recipe(*settings, kind="classify", output=tmp_path / "one"), tmp_path, 0.0)
+    recipe = without_model_dropout(make_recipe(*settings, kind="classify", output=tmp_path / "one"), tmp_path, 0.0)
     run.train(recipe, console=console)
     first, second = pair(recipe.model_copy(update={"output": str(tmp_path / "two")}))
     assert first["code"] == second["code"] == 0, (first, second)

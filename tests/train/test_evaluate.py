@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from damage import bit_flip, half
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_checkpoint import bit_flip, half
 
 from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteError
 from duallora.store import adapters, checkpoint, record

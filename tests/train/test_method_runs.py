@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from of_runs import NO_RANK, settings
 from safetensors.torch import load_file
 
 from duallora.config.recipe import load_recipe, recipe_yaml
@@ -13,23 +14,6 @@ from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.store import adapters
 from duallora.train import evaluate, run
-
-# What make_recipe sets beyond the settings every method has, put back.
-PLAIN = ("adapter.r1=null", "adapter.warmup_steps=auto")
-NO_RANK = ("adapter.r=null", "adapter.alpha=null", "adapter.duallora_dropout=null")
-
-
-def settings(name: str, *more: str) -> list[str]:
-    """Overrides that make a recipe one of method ``name``; those without rank or scale get the section's defaults back."""
-    bare = {
-        "loreft": NO_RANK[1:],
-        "prompt": NO_RANK,
-        "prefix": NO_RANK,
-        "p-tuning-v2": NO_RANK,
-        "delta-lora": NO_RANK[2:],
-        "hira": NO_RANK[1:],
-    }
-    return [f"adapter.method={name}", *PLAIN, *bare.get(name, ()), *more]
 
 
 @pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])

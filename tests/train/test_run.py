@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import bit_flip, empty, half, missing
+from of_runs import WEIGHTS, equal, kill_with, log, weights, with_model, without_model_dropout
 from safetensors.torch import load_file
-from test_checkpoint import bit_flip, empty, half, missing
 
 import duallora
-from duallora.config.recipe import LATER, load_recipe
+from duallora.config.recipe import load_recipe
 from duallora.errors import (
     ConfigError,
     DataError,
@@ -25,21 +26,6 @@ from duallora.errors import (
 )
 from duallora.store import checkpoint, lock, record
 from duallora.train import loop, run
-
-WEIGHTS = "adapter_model.safetensors"
-
-
-def weights(folder):
-    return load_file(Path(folder) / "adapter" / WEIGHTS)
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def log(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("step", "loss", "grad_norm", "gate") if key in line} for line in lines]
 
 
 @pytest.fixture
@@ -60,10 +46,6 @@ def at(monkeypatch):
         monkeypatch.setattr(loop.RunTrainer, "training_step", training_step)
 
     return plant
-
-
-def kill_with(number):
-    return lambda trainer: os.kill(os.getpid(), number)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +320,7 @@ def test_resume_auto_without_a_run_starts_one(make_recipe, console):
 def test_a_failure_before_the_first_step_leaves_no_folder(make_recipe, console, tmp_path, settings, error):
     recipe = make_recipe(*settings)
     if error is IntegrityError:
-        recipe = _with_model(recipe, broken_copy(recipe.model.name, tmp_path))
+        recipe = with_model(recipe, broken_copy(recipe.model.name, tmp_path))
     with pytest.raises(error):
         run.train(recipe, console=console)
     assert not Path(recipe.output).exists()
@@ -374,23 +356,21 @@ def test_a_full_disk_and_too_little_memory_are_said_in_words(make_recipe, consol
         run.train(make_recipe(output=Path(recipe.output).with_name("other")), console=console)
 
 
-def test_a_run_from_before_a_setting_existed_is_still_that_run(trained, make_recipe, console, tmp_path):
-    """What it did is what the setting's default does, and its fingerprint is the same."""
+def test_a_run_of_another_version_or_with_other_settings_is_not_taken_up(trained, make_recipe, console, tmp_path):
+    """One line each: which settings that version had, and what changed."""
     folder = tmp_path / "old"
     shutil.copytree(trained(), folder)
     facts = record.read_json(folder / "run.json")
-    for section, later in LATER.items():
-        for name in later:
-            del (facts["recipe"][section] if section else facts["recipe"])[name]
-    record.write_json(folder / "run.json", facts)
-    moved = {**facts["result"], "folder": str(folder), "adapter": str(folder / "adapter")}
-    assert run.train(make_recipe("train.max_steps=8", output=folder), resume="auto", console=console) == moved
+    again = make_recipe("train.max_steps=8", output=folder)
+    other = ("adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto")
     with pytest.raises(ConfigError, match=r'adapter.method: "duallora" -> "lora"'):
-        run.train(
-            make_recipe("train.max_steps=8", "adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto", output=folder),
-            resume="auto",
-            console=console,
-        )  # fmt: skip
+        run.train(make_recipe("train.max_steps=8", *other, output=folder), resume="auto", console=console)
+    facts["recipe"]["adapter"]["gradient_tokens_by"] = "uniform"
+    record.write_json(folder / "run.json", facts)
+    with pytest.raises(
+        ConfigError, match=r"run.json: the run is of another version .*adapter.gradient_tokens_by: Extra"
+    ):
+        run.train(again, resume="auto", console=console)
 
 
 def test_a_lone_process_that_is_told_of_others_is_refused_before_anything_is_touched(make_recipe, console, monkeypatch):
@@ -411,7 +391,7 @@ def test_a_classifier_trains_its_head_and_accumulation_does_not_change_the_gradi
     # The encoder's own dropout would be drawn for other shapes.
     off = 0.0
     for recipe in (whole, parts):
-        run.train(_without_model_dropout(recipe, tmp_path, off), console=console)
+        run.train(without_model_dropout(recipe, tmp_path, off), console=console)
     first, second = weights(whole.output), weights(parts.output)
     assert any("classifier" in name for name in first)
     for name in first:
@@ -450,21 +430,6 @@ def test_test_rows_that_do_not_exist_are_missed_before_training(make_recipe, con
     with pytest.raises(ConfigError, match=r"eval.test=true: .* has no test rows; it has train, validation"):
         run.train(recipe, console=console)
     assert not Path(recipe.output).exists()
-
-
-def _without_model_dropout(recipe, tmp_path, rate):
-    folder = tmp_path / "encoder"
-    if not folder.exists():
-        shutil.copytree(recipe.model.name, folder)
-        config = record.read_json(folder / "config.json")
-        record.write_json(
-            folder / "config.json", {**config, "hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
-        )
-    return _with_model(recipe, folder)
-
-
-def _with_model(recipe, folder):
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(folder)})})
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(103, 4), (64, 8), (5, 2), (3, 8), (1, 1)])
