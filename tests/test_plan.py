@@ -139,12 +139,11 @@ def test_workspace_is_what_the_operators_allocate_inside(dtype):
     A, B, C, D = (torch.randn(size) for size in ((r, into), (out, r), (r, into), (out, r)))
     if pick("auto", Update(A, B, C, D, 1.0), dtype).__name__.endswith("recompute"):
         pytest.skip("no C++ compiler: torch operators, which hold more")
-    scaling, empty = torch.tensor(0.5), torch.empty(0)
-    end = ("relu", "ste", "chain", False, "merged", "auto")
-    forward = (x, W, None, A, B, C, D, None, None, scaling, None, [], None, None, *end)
-    backward = (dY, x, W, A, B, C, D, None, empty, scaling, None, [], None, None, *end, True, False, True, False)
+    fields = autograd.flat(Update(A, B, C, D, torch.tensor(0.5)), autograd.How())
+    forward = (x, W, None, None, *fields)
+    backward = (dY, x, W, None, torch.empty(0), *fields, True, False, True)
     operators = torch.ops.duallora.dual_linear.default, torch.ops.duallora.dual_linear_backward.default
-    bodies = (autograd._forward, forward), (autograd._backward, backward)
+    bodies = (autograd._product_body, forward), (autograd._backward_body, backward)
     for operator, (body, arguments) in zip(operators, bodies, strict=True):
         expected = trace.workspace(operator, arguments)
         ledger = trace._Ledger({})

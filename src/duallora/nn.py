@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from duallora import ties
-from duallora.core.equation import Update, dual_delta, dual_scaling
+from duallora.core.equation import Update, dual_scaling
 from duallora.core.gate import (
     Gate,
     Gated,
+    gated,
     named,
     never_trained,
     never_trained_message,
     new_counter,
-    ramp,
     track,
     track_copy,
     uncast,
@@ -35,7 +35,8 @@ from duallora.core.gate import (
 from duallora.core.init import draw_factors, layer_seed
 from duallora.core.settings import Settings, check
 from duallora.errors import ConfigError, IntegrityError
-from duallora.ops import build_weight, check_backend, dual_linear, dual_weight
+from duallora.ops import check_backend
+from duallora.ops.autograd import How, product, weight
 from duallora.ops.fold import Foldable
 from duallora.ops.read import read_weight
 from duallora.ops.reference import apply_weight
@@ -175,11 +176,12 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         options = {"scaling": self.scaling, "warmup_steps": self.warmup_steps, **self.options}
         return torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
 
-    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _update(self) -> Update:
+        """dW at the present gate."""
         if self.warmup_steps and not torch.compiler.is_compiling():
             watch_forward(self, "")
-        scaling = self.scaling * ramp(self.duallora_step, self.warmup_steps)  # type: ignore[arg-type]
-        return self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D, scaling
+        scaling = gated(self.scaling, self.duallora_step, self.warmup_steps)
+        return Update(self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D, scaling, **self.options)
 
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """The layer's one gate (see :mod:`duallora.core.gate`)."""
@@ -192,8 +194,8 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         if self._folded is not None:
             return self._folded
         W = self._base_weight()
-        update = Update(*self._arguments(), **self.options)
-        return read_weight(W, lambda: dual_weight(W, update, dtype=W.dtype, backend=self.backend))
+        update = self._update()
+        return read_weight(W, lambda: weight(W, None, update, How(backend=self.backend), W.dtype))
 
     def _base_weight(self) -> Tensor:
         W = self._parameters["weight"]
@@ -203,20 +205,24 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
     def get_delta_weight(self) -> Tensor:
         """dW [out, in] at the present gate, float32."""
         with torch.no_grad():
-            return dual_delta(*self._arguments(), **self.options)
+            return self._update().delta()
+
+    @torch.no_grad()
+    def _whole_weight(self) -> Tensor:
+        W = self._base_weight()
+        return weight(W, None, self._update(), How(backend=self.backend), W.dtype)
 
     def merged(self) -> nn.Linear:
         """A plain ``nn.Linear`` with W0 + dW, whose output has the very bits of this layer's."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        weight = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(self._whole_weight(), requires_grad=False)
         linear.bias = self.bias
         return linear
 
     def fold(self, shared: Container[int]) -> None:
         """Keep W0 + dW beside W0 and compute with it."""
-        self._folded = build_weight(self._base_weight(), *self._arguments(), **self.options, backend=self.backend)
+        self._folded = self._whole_weight()
 
     def unfold(self) -> None:
         """Compute with W0 and dW again."""
@@ -226,12 +232,12 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         """y [..., out] for x [..., in]."""
         if self._folded is not None:
             return apply_weight(x, self._folded, self.bias, False)
-        sampled = self.gradient_tokens < 1 and self.training
-        seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu") if sampled else None
-        return dual_linear(
-            x, self._base_weight(), self.bias, *self._arguments(), **self.options,
-            gradient_tokens=self.gradient_tokens, seed=seed, backend=self.backend,
-        )  # fmt: skip
+        seed = share = None
+        if self.gradient_tokens < 1 and self.training:
+            seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
+            share = torch.tensor(self.gradient_tokens, device="cpu")
+        how = How("merged", False, self.backend, seed, share)
+        return product(x, self._base_weight(), self.bias, None, self._update(), how)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r1={self.r1}, r2={self.r2}"

@@ -14,7 +14,7 @@ from torch import nn
 
 import duallora
 from duallora.core import gate as gate_module
-from duallora.core.gate import closed_gate_message, ramp
+from duallora.core.gate import closed_gate_message, gated, new_counter, ramp
 from duallora.nn import DualLoraLinear, adapt, merge
 
 
@@ -390,3 +390,12 @@ def test_closed_gate_message():
     assert "0.40 (step 4 of 10)" in str(closed_gate_message(4, 10))
     assert "no effect" in str(closed_gate_message(0, 10))
     assert closed_gate_message(0, 0) is None
+
+
+def test_an_open_gate_leaves_the_scaling_a_number_and_any_other_has_the_bits_of_the_ramp():
+    """Asked for in every forward: as a number it costs no tensor operation, and must not cost a bit."""
+    for steps, scaling in ((0, 0.3), (7, 2.0), (100, 1 / 3)):
+        for t in range(steps + 3):
+            found = gated(scaling, new_counter(t), steps)
+            assert isinstance(found, float) == (t >= steps)
+            assert torch.equal(torch.as_tensor(found, dtype=torch.float32), scaling * ramp(new_counter(t), steps))

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from duallora import ops
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update
-from duallora.ops import build_weight, dual_linear, dual_weight, recompute
-from duallora.ops.autograd import _operator
+from duallora.ops import FORMS, build_weight, dual_linear, dual_weight, recompute
+from duallora.ops.autograd import How, _operator, flat
 from duallora.ops.reference import apply_weight
 
 BACKENDS = ["reference", "recompute", "cpu"]  # triton has a file of its own
@@ -223,19 +223,15 @@ def test_kernel_backends_save_no_weight_sized_tensor():
 def test_registered_operator_passes_opcheck():
     x, W, b, factors, _ = make()
     m = (torch.rand(OUT) + 0.5).requires_grad_()
-    scaling, seed, share = torch.tensor(0.3), torch.tensor(7), torch.tensor(0.25)
-    options = ("relu", "ste", "chain", False)
-    tests = []
+    update, seed, share = Update(*factors, torch.tensor(0.3)), torch.tensor(7), torch.tensor(0.25)
     for backend in ("recompute", "cpu"):
-        for form in ("merged", "added", "delta"):
+        for how in (*(How(form, backend=backend) for form in FORMS), How("merged", False, backend, seed, share)):
             for dora in (None, m):
-                tests.append(((x, W, b, *factors, dora, scaling, None, [], None, None), (form, backend)))
-        tests.append(((x, W, b, *factors, m, scaling, None, [], seed, share), ("merged", backend)))
-    for arguments, (form, backend) in tests:
-        torch.library.opcheck(torch.ops.duallora.dual_linear.default, (*arguments, *options, form, backend))
-    detached = [t.detach() for t in (x, W, *factors, m)]
-    backward = (torch.randn(N, OUT), *detached, m.detach() + 0.1, scaling, None, [], seed, share, *options,
-                "merged", "cpu", True, False, True)  # fmt: skip
+                arguments = (x, W, b, dora, *flat(update, how))
+                torch.library.opcheck(torch.ops.duallora.dual_linear.default, arguments)
+    x, W, m, *factors = (t.detach() for t in (x, W, m, *factors))
+    fields = flat(Update(*factors, 0.3), How("merged", False, "cpu", seed, share))
+    backward = (torch.randn(N, OUT), x, W, m, m + 0.1, *fields, True, False, True)
     torch.library.opcheck(torch.ops.duallora.dual_linear_backward.default, backward)
     crosswise = torch.randn(2, IN, 5).transpose(1, 2)  # strides the result does not have
     torch.library.opcheck(
@@ -250,7 +246,7 @@ def test_no_output_of_an_operator_shares_memory_with_another_or_an_input():
         halves = torch.stack([x, -x])
         return halves[0], halves[1], x, None
 
-    operator = _operator("views_of_a_test", body, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor])
+    operator = _operator("views_of_a_test(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)", body)
     x = torch.arange(3.0)
     *found, nothing = operator(x)
     assert [t.tolist() for t in found] == [[0, 1, 2], [0, -1, -2], [0, 1, 2]]
@@ -411,13 +407,13 @@ def test_a_weight_of_another_shape_is_refused(backend):
 
 def test_float16_training_warns_once_that_the_clip_saturates():
     x, W, b, factors, _ = make(torch.float16)
-    ops._warn_of_float16.cache_clear()
+    ops.autograd._warn_of_float16.cache_clear()
     with pytest.warns(UserWarning, match="Use bfloat16, or ste_clip='none'"):
         dual_linear(x, W, b, *factors, 0.3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dual_linear(x, W, b, *factors, 0.3)
-        ops._warn_of_float16.cache_clear()
+        ops.autograd._warn_of_float16.cache_clear()
         dual_linear(x, W, b, *factors, 0.3, ste_clip="none")
         with torch.no_grad():
             dual_linear(x, W, b, *factors, 0.3)

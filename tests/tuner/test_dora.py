@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import duallora
-from duallora.tuner.layer import Linear
+from duallora.tuner.linear import Linear
 
 
 def layers(model) -> list[Linear]:

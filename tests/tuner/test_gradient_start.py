@@ -9,7 +9,7 @@ import torch
 
 import duallora
 from duallora.errors import ConfigError, NonFiniteError
-from duallora.tuner.layer import Linear
+from duallora.tuner.linear import Linear
 
 SMALL = {"hidden_size": 24, "intermediate_size": 27, "num_attention_heads": 4}
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import duallora
 from duallora import DualLoraConfig
+from duallora.nn import DualLoraLinear
 from duallora.tuner import Linear
 
 AWKWARD = {"r1": 4, "r2": 3, "alpha": 10, "target_modules": "all-linear", "warmup_steps": 4}
@@ -308,26 +309,27 @@ def test_dead_layer_and_excess_rank_are_named():
         peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), DualLoraConfig(r=5, target_modules=["0"]))
 
 
-def test_frames_from_layer_to_the_operator_stay_three(llama):
-    """Depth is a cost: layer.forward -> dual_linear -> backend."""
+@pytest.mark.parametrize("layer", ["duallora.tuner", "duallora.nn"])
+def test_three_frames_lead_from_a_layer_to_its_product(llama, layer):
+    """Depth is a cost: layer.forward -> product -> the autograd function, on the backend that a user gets."""
     import traceback
 
-    model = adapted(llama(), target_modules=["q_proj"], backend="reference")
-    layer = next(m for m in model.modules() if isinstance(m, Linear))
+    if layer == "duallora.nn":
+        layer = DualLoraLinear(nn.Linear(6, 5), r=2)
+    else:
+        layer = next(m for m in adapted(llama(), target_modules=["q_proj"]).modules() if isinstance(m, Linear))
     frames: list[str] = []
 
     class Spy(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func is torch.nn.functional.linear:
-                frames.extend(
-                    f.name for f in traceback.extract_stack() if "duallora" in f.filename and "/src/" in f.filename
-                )
+                inside = [f for f in traceback.extract_stack() if "duallora" in f.filename and "/src/" in f.filename]
+                frames.extend(f.name for f in inside)
             return func(*args, **(kwargs or {}))
 
     with Spy():
-        layer(torch.randn(2, layer.in_features))
-    assert len(frames) <= 4, frames
-    assert frames[:3] == ["forward", "dual_linear", "dual_linear"]
+        layer.train()(torch.randn(2, layer.in_features))
+    assert frames == ["forward", "product", "forward"]
 
 
 def test_deepcopy_is_independent(llama, ids):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import duallora
 from duallora.errors import ConfigError
 from duallora.tuner import quantized
-from duallora.tuner.layer import Linear
+from duallora.tuner.linear import Linear
 
 BITSANDBYTES = ["nf4", "fp4", "int8"]
 KINDS = [*BITSANDBYTES, "torchao-int8", "torchao-int4", "hqq"]

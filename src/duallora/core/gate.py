@@ -112,6 +112,16 @@ def ramp(step: Tensor, warmup_steps: int) -> Tensor:
     return (step / warmup_steps).clamp(max=1.0)
 
 
+def gated(scaling: float, step: Tensor, warmup_steps: int) -> float | Tensor:
+    """``scaling`` times :func:`ramp`; a number, as it is, where the gate is open and looking is free."""
+    if warmup_steps == 0:
+        return scaling
+    plain = type(step) is Tensor and step.is_cpu and torch._C._functorch.peek_interpreter_stack() is None
+    if plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and step.item() >= warmup_steps:
+        return scaling
+    return scaling * ramp(step, warmup_steps)
+
+
 def new_counter(step: int = 0, device: torch.device | None = None) -> Tensor:
     """t, [] float32."""
     return torch.full((), step, dtype=torch.float32, device=device)

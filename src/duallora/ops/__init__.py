@@ -7,15 +7,14 @@ merged layer computes the very bits of an unmerged one.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from duallora.core.equation import Update, check_arguments
-from duallora.ops import autograd, reference
+from duallora.ops import reference
+from duallora.ops.autograd import How, product, transformed, weight
 from duallora.ops.backends import BACKENDS, check_backend, check_backend_name, pick
 
 FORMS = ("merged", "added", "delta")
@@ -37,20 +36,6 @@ def _check(
         raise ValueError(f"m is {tuple(m.shape)}, but the layer has {update.shape[0]} output features: one each.")
     if not isinstance(gradient_tokens, Tensor) and not 0 < gradient_tokens <= 1:
         raise ValueError(f"gradient_tokens={gradient_tokens!r}: expected a share of the tokens in (0, 1].")
-
-
-@functools.cache
-def _warn_of_float16() -> None:
-    warnings.warn(
-        "Training in float16: under loss scaling the straight-through clip sees gradients thousands of times too large "
-        "and saturates, which distorts the direction group. Use bfloat16, or ste_clip='none'.",
-        stacklevel=4,
-    )
-
-
-def transformed() -> bool:
-    """Inside torch.func.grad, vmap and the like, which see through plain autograd alone."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def dual_linear(
@@ -102,14 +87,11 @@ def dual_linear(
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     check_backend_name(backend)
     _check(W, update, m, form, fan_in_fan_out, gradient_tokens)
-    clips = direction == "ste" and ste_clip != "none"
-    if x.dtype == torch.float16 and clips and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _warn_of_float16()
-    if W is None:
-        form = "delta"
-    if backend == "reference" or transformed():
-        return reference.dual_linear(x, W, b, update, m, form, fan_in_fan_out)
-    return autograd.dual_linear(x, W, b, update, m, form, fan_in_fan_out, gradient_tokens, seed, backend)
+    share = None
+    if seed is not None:
+        share = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
+    form = "delta" if W is None else form
+    return product(x, W, b, m, update, How(form, fan_in_fan_out, backend, seed, share))
 
 
 def dual_weight(
@@ -138,13 +120,7 @@ def dual_weight(
     """
     check_backend_name(backend)
     _check(W, update, m, "merged", fan_in_fan_out, 1.0)
-    if minus_base and m is None:
-        W = None
-    if backend == "reference" or transformed():
-        return reference.build_weight(
-            W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
-        )[0]  # fmt: skip
-    return autograd.dual_weight(W, update, m, fan_in_fan_out, minus_base, dtype, backend)
+    return weight(W, m, update, How("delta" if minus_base else "merged", fan_in_fan_out, backend), dtype)
 
 
 @torch.no_grad()

@@ -4,20 +4,22 @@
     backward   dx = dY W'                  db = sum_t dY_t
                G  = dY^T x   [out, in]     dA, dB, dC, dD (and dm) from G, by the backend
 
-Registered with torch.library as opaque operators, so ``torch.compile(fullgraph=True)`` takes them as they are. Eager
-mode runs the same functions as a ``torch.autograd.Function``: the machinery around an operator costs the host 0.3 ms a
-layer (LOG.md), as long as a GPU takes for its products. A gradient that is to be differentiated is the plain form's.
+Eager mode runs it as a ``torch.autograd.Function``, whose machinery costs the host the least; a compiler and tensors
+without values see one opaque operator of torch.library, so ``torch.compile(fullgraph=True)`` takes it as it is. A
+gradient that is to be differentiated is the plain form's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from duallora.core.equation import Update
@@ -26,14 +28,64 @@ from duallora.ops.backends import pick
 from duallora.ops.reference import apply_weight
 from duallora.ops.tokens import nonzero_rows, sample, token_weights
 
+# Operators know no structures: an Update and a How as their schemas spell them, field by field.
+_UPDATE = (
+    "Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor scaling, str magnitude, str direction, str ste_clip, "
+    "Tensor? fixed_sign, Tensor[] initial"
+)
+_HOW = "str form, bool fan_in_fan_out, str backend, Tensor? seed, Tensor? gradient_tokens"
+
+
+class How(NamedTuple):
+    """How an update is applied: the options of :func:`duallora.ops.dual_linear` that are no part of dW."""
+
+    form: str = "merged"
+    fan_in_fan_out: bool = False
+    backend: str = "auto"
+    seed: Tensor | None = None  # [] int64 on the CPU
+    gradient_tokens: Tensor | None = None  # [] on the CPU
+
+
+def flat(update: Update, how: How) -> tuple[Any, ...]:
+    """Both as an operator takes them. A number would be a constant of its graph, so that a moving gate recompiled."""
+    return *update[:4], _scaling_tensor(update), *update[5:9], list(update.initial), *how
+
+
+def of(fields: Sequence[Any]) -> tuple[Update, How]:
+    """What :func:`flat` was made of."""
+    return Update(*fields[:10]), How(*fields[10:15])
+
+
+def _as_operators(update: Update) -> Update:
+    """With the scaling of :func:`flat` where a number would be more exact: a float64 update must not depend on who runs it."""
+    return update._replace(scaling=_scaling_tensor(update)) if update.A.dtype == torch.float64 else update
+
+
+def _scaling_tensor(update: Update) -> Tensor:
+    scaling = update.scaling
+    if isinstance(scaling, Tensor):
+        return scaling
+    return torch.full((), scaling, dtype=torch.float32, device=update.A.device)  # filled there: no copy to wait for
+
+
+@functools.cache
+def _warn_of_float16(clips: bool) -> None:
+    if clips:
+        warnings.warn(
+            "Training in float16: under loss scaling the straight-through clip sees gradients thousands of times too "
+            "large and saturates, which distorts the direction group. Use bfloat16, or ste_clip='none'.",
+            stacklevel=4,
+        )
+
 
 def _weight_dtype(x: Tensor, W: Tensor | None) -> torch.dtype:
     """What decides which backend can serve: float64 anywhere needs the torch operators."""
-    return x.dtype if W is None else torch.promote_types(x.dtype, W.dtype)
+    return x.dtype if W is None or W.dtype == x.dtype else torch.promote_types(x.dtype, W.dtype)
 
 
-def _operator(name: str, body: Callable, returns: type) -> Any:
-    """The opaque operator of a function: empty where that returns None, memory of its own for each output."""
+def _operator(schema: str, body: Callable) -> Any:
+    """The opaque operator of a function: empty where that gives None, memory of its own for each output."""
+    name, _, signature = schema.partition("(")
 
     def run(*inputs: Any) -> Any:
         found = []
@@ -45,42 +97,46 @@ def _operator(name: str, body: Callable, returns: type) -> Any:
                 tensor = tensor.clone()
             taken.add(tensor.untyped_storage()._cdata)
             found.append(tensor)
-        return found if returns == list[Tensor] else tuple(found)
+        return found if schema.endswith("[]") else tuple(found)
 
-    run.__signature__ = inspect.signature(body).replace(return_annotation=returns)  # type: ignore[attr-defined]
-    return torch.library.custom_op(f"duallora::{name}", run, mutates_args=())
+    return torch.library.custom_op(f"duallora::{name}", run, mutates_args=(), schema=f"({signature}")
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
-def _eager(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
-    """``apply`` of a Function made of what an operator is registered with."""
-
-    def run(ctx: Any, *inputs: Any) -> Any:  # the form with ctx: the other one binds a signature at every call
-        y, norm = forward(*inputs)
-        if y._is_view():  # of what a product made inside, seen by nobody else: the model may write into y all the same
-            y = y.new_empty(0).set_(y)  # the same memory
-        setup_context(ctx, inputs, (y, norm))
-        return y, norm
-
-    def gradients(ctx: Any, *outputs: Any) -> Any:
-        # An operator's list of tensors has a list of gradients; to a Function it is one argument without any.
-        return tuple(None if isinstance(g, list) else g for g in backward(ctx, *outputs))
-
-    methods = {"forward": staticmethod(run), "backward": staticmethod(gradients)}
-    return type(name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
-
-
-def _traced(x: Tensor) -> bool:
+def traced(x: Tensor) -> bool:
     """Whether someone records what happens and should see one operator: a compiler, or a tensor without values."""
     return torch.compiler.is_compiling() or x.is_meta or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter)
 
 
-def _to_be_differentiated(dY: Tensor) -> bool:
+def transformed() -> bool:
+    """Inside torch.func.grad, vmap and the like, which see through plain autograd alone."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _keep(ctx: Any, x: Tensor | None, W: Tensor | None, m: Any, norm: Any, update: Update, how: How) -> None:
+    """Saves for the backward what :func:`_kept` gives back."""
+    scaling = update.scaling if isinstance(update.scaling, Tensor) else None
+    ctx.save_for_backward(
+        x, W, m, norm, how.seed, how.gradient_tokens, *update[:4], scaling, update.fixed_sign, *update.initial
+    )
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.how = (None if scaling is not None else update.scaling, *update[5:8]), how[:3]
+
+
+def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Update, How]:
+    """(x, W, m, norm, update, how)"""
+    x, W, m, norm, seed, tokens, A, B, C, D, scaling, fixed_sign, *initial = ctx.saved_tensors
+    number, *options = ctx.options
+    update = Update(A, B, C, D, number if scaling is None else scaling, *options, fixed_sign, initial)
+    return x, W, m, norm, update, How(*ctx.how, seed, tokens)
+
+
+def _differentiated(dY: Tensor) -> bool:
     """Whether a gradient is asked for that can itself be differentiated (create_graph), as for a gradient penalty."""
-    return torch.is_grad_enabled() and not _traced(dY)
+    return torch.is_grad_enabled() and not traced(dY)
 
 
 def _differentiable_gradients(
@@ -93,134 +149,9 @@ def _differentiable_gradients(
     return [next(found) if need else None for need in needed]
 
 
-def _forward(
-    x: Tensor,
-    W: Tensor | None,
-    b: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    m: Tensor | None,
-    scaling: Tensor,
-    fixed_sign: Tensor | None,
-    initial: Sequence[Tensor],
-    seed: Tensor | None,
-    gradient_tokens: Tensor | None,
-    magnitude: str,
-    direction: str,
-    ste_clip: str,
-    fan_in_fan_out: bool,
-    form: str,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """(y, norm); norm [out] with m, else None."""
-    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-    with _no_autocast(x.device.type):  # eager mode runs this body under the caller's autocast
-        build = pick(backend, update, _weight_dtype(x, W)).build_weight
-        b = None if b is None else b.to(x.dtype)
-        if form == "merged":
-            weight, norm = build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m)
-            y = apply_weight(x, weight, b, fan_in_fan_out)
-        else:
-            base = None if m is None else W
-            delta, norm = build(base, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m, minus_base=True)
-            if form == "added" and W is not None:
-                y = apply_weight(x, W.to(x.dtype), b, fan_in_fan_out)
-                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), delta if fan_in_fan_out else delta.T)
-            else:
-                y = apply_weight(x, delta, None, fan_in_fan_out)
-    return y, norm
-
-
-_forward_op = _operator("dual_linear", _forward, tuple[Tensor, Tensor])
-
-
-@_forward_op.register_fake
-def _(x, W, b, A, B, C, D, m, *_options):
-    norm = x.new_empty(0) if m is None else m.new_empty(m.shape, dtype=torch.promote_types(A.dtype, torch.float32))
-    return x.new_empty(*x.shape[:-1], B.shape[0]), norm
-
-
-def _backward(
-    dY: Tensor,
-    x: Tensor,
-    W: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    m: Tensor | None,
-    norm: Tensor | None,
-    scaling: Tensor,
-    fixed_sign: Tensor | None,
-    initial: Sequence[Tensor],
-    seed: Tensor | None,
-    gradient_tokens: Tensor | None,
-    magnitude: str,
-    direction: str,
-    ste_clip: str,
-    fan_in_fan_out: bool,
-    form: str,
-    backend: str,
-    need_dx: bool,
-    need_dW: bool,
-    need_factors: bool,
-) -> list[Tensor | None]:
-    """[dx, dW, dA, dB, dC, dD, dm]; what is not needed, or does not exist, is None."""
-    result: list[Tensor | None] = [None] * 7
-    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-    with _no_autocast(x.device.type):
-        kernel = pick(backend, update, _weight_dtype(x, W))
-        dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
-        tokens = len(dY2)
-        keep = nonzero_rows(dY2)
-        if keep is not None:
-            dY2, x2 = dY2[keep], x2[keep]
-        # The weight for dx: in the added form the rounded sum serves, as its error does not accumulate over steps.
-        options = {"fan_in_fan_out": fan_in_fan_out, "dtype": x.dtype, "m": m, "minus_base": form == "delta"}
-        weight = None
-        if need_dW or need_factors:
-            G = _weight_gradient(dY2, x2, fan_in_fan_out, tokens, seed, gradient_tokens)
-            if need_dW and W is not None:
-                result[1] = _base_gradient(G, m, norm, W, form, fan_in_fan_out)
-            if need_factors:
-                given = {} if m is None else {"norm": norm}
-                weight, *gradients = kernel.weight_and_gradients(G, W, update, **options, **given)
-                result[2:7] = _cast(gradients, (A, B, C, D, m))
-        if need_dx:
-            if weight is None:
-                weight, _ = kernel.build_weight(W, update, **options)
-            by_rows = weight.T if fan_in_fan_out else weight
-            if keep is None:
-                result[0] = (dY2 @ by_rows).view(x.shape)
-            else:
-                result[0] = x.new_zeros(tokens, x.shape[-1]).index_copy_(0, keep, dY2 @ by_rows).view(x.shape)
-    return result
-
-
 def _cast(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Contiguous, in the dtype of what they are gradients of."""
     return [None if f is None else g.to(f.dtype).contiguous() for g, f in zip(gradients, inputs, strict=True)]
-
-
-def _weight_gradient(
-    dY: Tensor,
-    x: Tensor,
-    fan_in_fan_out: bool,
-    tokens: int,
-    seed: Tensor | None,
-    gradient_tokens: Tensor | None,
-) -> Tensor:
-    """dL/dW' in the layout of W from ``gradient_tokens`` of the ``tokens``.
-
-    Some of the tokens may be gone as zeros; the share counts from all of them.
-    """
-    wanted = tokens if gradient_tokens is None else max(1, math.ceil(float(gradient_tokens) * tokens))
-    if seed is not None and wanted < len(dY):
-        chosen, weight = sample(token_weights(x, dY), wanted, int(seed))
-        dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
-    return x.T @ dY if fan_in_fan_out else dY.T @ x
 
 
 def _base_gradient(
@@ -237,219 +168,305 @@ def _base_gradient(
     return scaled.to(W.dtype).clone(memory_format=torch.contiguous_format)
 
 
-_backward_op = _operator("dual_linear_backward", _backward, list[Tensor])
+def _norm_like(m: Tensor | None, A: Tensor) -> Tensor:
+    return A.new_empty(0) if m is None else m.new_empty(m.shape, dtype=torch.promote_types(A.dtype, torch.float32))
+
+
+# -- y = x W'^T + b ----------------------------------------------------------------------------------------------------
+
+
+class _Product(torch.autograd.Function):
+    """The factors stand beside the update that holds them, because autograd looks at tensors alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, m: Tensor | None,
+        A: Tensor, B: Tensor, C: Tensor | None, D: Tensor | None, update: Update, how: How,
+    ) -> Any:  # fmt: skip
+        """y; without ``ctx`` (y, norm): norm [out] with m, else None."""
+        form, fan_in_fan_out = how.form, how.fan_in_fan_out
+        build = pick(how.backend, update, _weight_dtype(x, W)).build_weight
+        if b is not None and b.dtype != x.dtype:
+            b = b.to(x.dtype)
+        if form == "merged":
+            weight, norm = build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m)
+            # F.linear itself, not apply_weight: a frame less for nearly every layer there is.
+            y = apply_weight(x, weight, b, True) if fan_in_fan_out else F.linear(x, weight, b)
+        else:
+            base = None if m is None else W
+            delta, norm = build(base, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m, minus_base=True)
+            if form == "added" and W is not None:
+                y = apply_weight(x, W.to(x.dtype), b, fan_in_fan_out)
+                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), delta if fan_in_fan_out else delta.T)
+            else:
+                y = apply_weight(x, delta, None, fan_in_fan_out)
+        if ctx is None:
+            return y, norm
+        _keep(ctx, x, W, m, norm, update, how)
+        if y._is_view():  # of what a product made inside, seen by nobody else: the model may write into y all the same
+            y = y.new_empty(0).set_(y)  # the same memory
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor | None) -> Any:
+        return *_product_gradients(ctx, dY), None, None
+
+
+def _product_gradients(ctx: Any, dY: Tensor | None) -> list[Tensor | None]:
+    """Those of x, W, b, m, A, B, C, D."""
+    if dY is None:
+        return [None] * 8
+    x, W, m, norm, update, how = _kept(ctx)
+    need_x, need_W, need_b, *needed = ctx.needs_input_grad[:8]
+    if _differentiated(dY):
+        if how.seed is not None:
+            raise NotImplementedError("gradient_tokens < 1 samples its gradient, which has no derivative: set it to 1.")
+        dx, dW, *rest = _differentiable_gradients(
+            lambda: reference.dual_linear(x, W, None, update, m, how.form, how.fan_in_fan_out),
+            (x, W, m, *update[:4]), (need_x, need_W, *needed), dY,
+        )  # fmt: skip
+    elif traced(dY):
+        dx, dW, *rest = _backward_op(dY, x, W, m, norm, *flat(update, how), need_x, need_W, any(needed))
+    else:
+        dx, dW, *rest = _backward(dY, x, W, m, norm, update, how, need_x, need_W, any(needed))
+    db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b else None
+    rest = [g if need else None for g, need in zip(rest, needed, strict=True)]
+    return [dx if need_x else None, dW if need_W else None, db, *rest]
+
+
+def _backward(
+    dY: Tensor, x: Tensor, W: Tensor | None, m: Tensor | None, norm: Tensor | None, update: Update, how: How,
+    need_dx: bool, need_dW: bool, need_factors: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """[dx, dW, dm, dA, dB, dC, dD]; what is not needed, or does not exist, is None."""
+    result: list[Tensor | None] = [None] * 7
+    form, fan_in_fan_out = how.form, how.fan_in_fan_out
+    with _no_autocast(x.device.type):
+        kernel = pick(how.backend, update, _weight_dtype(x, W))
+        dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
+        tokens = len(dY2)
+        keep = nonzero_rows(dY2)
+        if keep is not None:
+            dY2, x2 = dY2[keep], x2[keep]
+        # The weight for dx: in the added form the rounded sum serves, as its error does not accumulate over steps.
+        options = {"fan_in_fan_out": fan_in_fan_out, "dtype": x.dtype, "m": m, "minus_base": form == "delta"}
+        weight = None
+        if need_dW or need_factors:
+            G = _weight_gradient(dY2, x2, tokens, how)
+            if need_dW and W is not None:
+                result[1] = _base_gradient(G, m, norm, W, form, fan_in_fan_out)
+            if need_factors:
+                given = {} if m is None else {"norm": norm}
+                weight, *factors, dm = kernel.weight_and_gradients(G, W, update, **options, **given)
+                result[2:7] = _cast([dm, *factors], [m, *update[:4]])
+        if need_dx:
+            if weight is None:
+                weight, _ = kernel.build_weight(W, update, **options)
+            by_rows = weight.T if fan_in_fan_out else weight
+            if keep is None:
+                result[0] = (dY2 @ by_rows).view(x.shape)
+            else:
+                result[0] = x.new_zeros(tokens, x.shape[-1]).index_copy_(0, keep, dY2 @ by_rows).view(x.shape)
+    return result
+
+
+def _weight_gradient(dY: Tensor, x: Tensor, tokens: int, how: How) -> Tensor:
+    """dL/dW' in the layout of W from ``how.gradient_tokens`` of the ``tokens``.
+
+    Some of the tokens may be gone as zeros; the share counts from all of them.
+    """
+    wanted = tokens if how.gradient_tokens is None else max(1, math.ceil(float(how.gradient_tokens) * tokens))
+    if how.seed is not None and wanted < len(dY):
+        chosen, weight = sample(token_weights(x, dY), wanted, int(how.seed))
+        dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
+    return x.T @ dY if how.fan_in_fan_out else dY.T @ x
+
+
+def _product_body(x, W, b, m, *fields):
+    update, how = of(fields)
+    with _no_autocast(x.device.type):
+        return _Product.forward(None, x, W, b, m, *update[:4], update, how)
+
+
+_product_op = _operator(
+    f"dual_linear(Tensor x, Tensor? W, Tensor? b, Tensor? m, {_UPDATE}, {_HOW}) -> (Tensor, Tensor)", _product_body
+)
+
+
+@_product_op.register_fake
+def _(x, W, b, m, A, B, *_fields):
+    return x.new_empty(*x.shape[:-1], B.shape[0]), _norm_like(m, A)
+
+
+def _backward_body(dY, x, W, m, norm, *fields):
+    return _backward(dY, x, W, m, norm, *of(fields), *fields[15:])
+
+
+_backward_op = _operator(
+    f"dual_linear_backward(Tensor dY, Tensor x, Tensor? W, Tensor? m, Tensor? norm, {_UPDATE}, {_HOW}, "
+    "bool need_dx, bool need_dW, bool need_factors) -> Tensor[]",
+    _backward_body,
+)
 
 
 @_backward_op.register_fake
-def _(dY, x, W, A, B, C, D, m, *options):
-    need_dx, need_dW, need_factors = options[-3:]
+def _(dY, x, W, m, norm, A, B, C, D, *fields):
+    need_dx, need_dW, need_factors = fields[-3:]
     return [
         x.new_empty(x.shape) if need_dx else x.new_empty(0),  # contiguous, whatever the strides of x
         W.new_empty(W.shape) if need_dW and W is not None else x.new_empty(0),
-        *(x.new_empty(0) if f is None or not need_factors else f.new_empty(f.shape) for f in (A, B, C, D, m)),
+        *(x.new_empty(0) if f is None or not need_factors else f.new_empty(f.shape) for f in (m, A, B, C, D)),
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, W, _b, *factors, m, scaling, fixed_sign, initial, seed, gradient_tokens = inputs[:13]
-    ctx.save_for_backward(x, W, *factors, m, output[1], scaling, fixed_sign, seed, gradient_tokens, *initial)
-    if output[1] is not None:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[13:]
+def _nothing(ctx: Any) -> list[Any]:
+    """For what follows the factors among the inputs of an operator: a list for a list of tensors, else None."""
+    return [[None] * len(n) if isinstance(n, (list, tuple)) else None for n in ctx.needs_input_grad]
 
 
-def _autograd(ctx, dY: Tensor | None, _dnorm):
-    nothing = (None,) * len(ctx.needs_input_grad)
-    if dY is None:
-        return nothing
-    x, W, A, B, C, D, m, norm, scaling, fixed_sign, seed, gradient_tokens, *initial = ctx.saved_tensors
-    need_x, need_W, need_b, *need_factors = ctx.needs_input_grad[:8]
-    if _to_be_differentiated(dY):
-        if seed is not None:
-            raise NotImplementedError("gradient_tokens < 1 samples its gradient, which has no derivative: set it to 1.")
-        magnitude, direction, ste_clip, fan_in_fan_out, form, _ = ctx.options
-        update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-        dx, dW, *factors = _differentiable_gradients(
-            lambda: reference.dual_linear(x, W, None, update, m, form, fan_in_fan_out),
-            (x, W, A, B, C, D, m), (need_x, need_W, *need_factors), dY,
-        )  # fmt: skip
-    else:
-        backward: Callable = _backward_op if _traced(dY) else _backward
-        dx, dW, *factors = backward(
-            dY, x, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, seed, gradient_tokens, *ctx.options,
-            need_x, need_W, any(need_factors),
-        )  # fmt: skip
-    db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b else None
-    gradients = [g if needed else None for g, needed in zip(factors, need_factors, strict=True)]
-    # scaling, fixed_sign | initial | seed, gradient_tokens | options
-    rest = [None, None, [None] * len(initial), None, None, *[None] * len(ctx.options)]
-    return dx if need_x else None, dW if need_W else None, db, *gradients, *rest
+def _keep_of_operator(ctx: Any, x: Tensor | None, W: Tensor | None, m: Any, norm: Tensor, fields: Sequence) -> None:
+    ctx.mark_non_differentiable(norm)
+    _keep(ctx, x, W, m, norm, *of(fields))
 
 
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
-_forward_eager = _eager("DualLinear", _forward, _setup_context, _autograd)
+def _product_context(ctx, inputs, output) -> None:
+    x, W, _b, m, *fields = inputs
+    _keep_of_operator(ctx, x, W, m, output[1], fields)
 
 
-def dual_linear(
-    x: Tensor,
-    W: Tensor | None,
-    b: Tensor | None,
-    update: Update,
-    m: Tensor | None,
-    form: str,
-    fan_in_fan_out: bool,
-    gradient_tokens: float | Tensor,
-    seed: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """:func:`duallora.dual_linear`, by the kernel backends."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
-        x = x.to(torch.get_autocast_dtype(device))
+_product_op.register_autograd(
+    lambda ctx, dY, _dnorm: (*_product_gradients(ctx, dY), *_nothing(ctx)[8:]), setup_context=_product_context
+)
+
+
+def product(x: Tensor, W: Tensor | None, b: Tensor | None, m: Tensor | None, update: Update, how: How) -> Tensor:
+    """:func:`duallora.ops.dual_linear` of arguments that are known to fit together, as a layer's are."""
+    if x.dtype == torch.float16 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _warn_of_float16(update.direction == "ste" and update.ste_clip != "none")
+    if how.backend == "reference" or transformed():
+        return reference.dual_linear(x, W, b, update, m, how.form, how.fan_in_fan_out)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype != torch.float64:  # autocast leaves float64 alone
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     elif W is not None and x.dtype != W.dtype:
         raise ValueError(f"x is {x.dtype} but the base weight is {W.dtype}: cast x, or run under torch.autocast.")
-    scaling = update.scaling
-    if not isinstance(scaling, Tensor):
-        scaling = torch.full((), scaling, dtype=torch.float32, device=x.device)  # filled there: no copy to wait for
-    tokens: Tensor | None = None
-    if seed is not None:
-        tokens = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
-    y, _norm = (_forward_op if _traced(x) else _forward_eager)(
-        x, W, b, *update[:4], m, scaling, update.fixed_sign, list(update.initial), seed, tokens,
-        update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, form, backend,
-    )  # fmt: skip
-    return y
+    if traced(x):
+        return _product_op(x, W, b, m, *flat(update, how))[0]
+    update = _as_operators(update)
+    if not autocast:
+        return _Product.apply(x, W, b, m, *update[:4], update, how)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Product.apply(x, W, b, m, *update[:4], update, how)
 
 
-def _weight(
-    W: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    m: Tensor | None,
-    scaling: Tensor,
-    fixed_sign: Tensor | None,
-    initial: Sequence[Tensor],
-    magnitude: str,
-    direction: str,
-    ste_clip: str,
-    fan_in_fan_out: bool,
-    minus_base: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    """(W' in the layout of W, norm); norm [out] with m, else None."""
-    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-    build = pick(backend, update, dtype if W is None else W.dtype).build_weight
-    return build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base)
+# -- W' itself -----------------------------------------------------------------------------------------------------------
 
 
-_weight_op = _operator("dual_weight", _weight, tuple[Tensor, Tensor])
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W: Tensor | None, m: Tensor | None, A: Tensor, B: Tensor, C: Tensor | None, D: Tensor | None,
+        update: Update, how: How, dtype: torch.dtype,
+    ) -> Any:  # fmt: skip
+        """W' in the layout of W (W' - W in the form "delta"); without ``ctx`` (W', norm)."""
+        build = pick(how.backend, update, dtype if W is None else W.dtype).build_weight
+        options = {"fan_in_fan_out": how.fan_in_fan_out, "dtype": dtype, "m": m, "minus_base": how.form == "delta"}
+        weight, norm = build(W, update, **options)
+        if ctx is None:
+            return weight, norm
+        _keep(ctx, None, W, m, norm, update, how)
+        ctx.dtype = dtype
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor | None) -> Any:
+        return *_weight_gradients(ctx, G), None, None, None
 
 
-@_weight_op.register_fake
-def _(
-    W, A, B, C, D, m, _scaling, _fixed_sign, _initial, _magnitude, _direction, _clip, fan_in_fan_out, _minus, dtype, _b
-):
-    norm = A.new_empty(0) if m is None else m.new_empty(m.shape, dtype=torch.promote_types(A.dtype, torch.float32))
-    shape = (A.shape[1], B.shape[0]) if fan_in_fan_out else (B.shape[0], A.shape[1])
-    return A.new_empty(shape, dtype=dtype), norm
+def _weight_gradients(ctx: Any, G: Tensor | None) -> list[Tensor | None]:
+    """Those of W, m, A, B, C, D."""
+    if G is None:
+        return [None] * 6
+    _, W, m, norm, update, how = _kept(ctx)
+    need_W, *needed = ctx.needs_input_grad[:6]
+    minus_base = how.form == "delta"
+    if _differentiated(G):
+        options = {"fan_in_fan_out": how.fan_in_fan_out, "dtype": ctx.dtype, "m": m, "minus_base": minus_base}
+        return _differentiable_gradients(
+            lambda: reference.build_weight(W, update, **options)[0], (W, m, *update[:4]), (need_W, *needed), G
+        )
+    gradients: list[Tensor | None] = [None] * 5
+    if any(needed):
+        if traced(G):
+            gradients = _weight_backward_op(G, W, m, norm, *flat(update, how), ctx.dtype)
+        else:
+            gradients = _weight_backward(G, W, m, norm, update, how, ctx.dtype)
+        gradients = [g if need else None for g, need in zip(gradients, needed, strict=True)]
+    dW = _base_gradient(G, m, norm, W, how.form, how.fan_in_fan_out) if need_W else None
+    return [dW, *gradients]
 
 
 def _weight_backward(
-    G: Tensor,
-    W: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    m: Tensor | None,
-    norm: Tensor | None,
-    scaling: Tensor,
-    fixed_sign: Tensor | None,
-    initial: Sequence[Tensor],
-    magnitude: str,
-    direction: str,
-    ste_clip: str,
-    fan_in_fan_out: bool,
-    minus_base: bool,
-    dtype: torch.dtype,
-    backend: str,
+    G: Tensor, W: Tensor | None, m: Tensor | None, norm: Tensor | None, update: Update, how: How, dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """[dA, dB, dC, dD, dm]; what does not exist is None."""
-    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-    kernel = pick(backend, update, dtype if W is None else W.dtype)
+    """[dm, dA, dB, dC, dD]; what does not exist is None."""
+    kernel = pick(how.backend, update, dtype if W is None else W.dtype)
     given = {} if m is None else {"norm": norm}
-    _, *gradients = kernel.weight_and_gradients(
-        G.contiguous(), W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base, **given
-    )
-    return _cast(gradients, (A, B, C, D, m))
+    options = {"fan_in_fan_out": how.fan_in_fan_out, "dtype": dtype, "m": m, "minus_base": how.form == "delta"}
+    _, *factors, dm = kernel.weight_and_gradients(G.contiguous(), W, update, **options, **given)
+    return _cast([dm, *factors], [m, *update[:4]])
 
 
-_weight_backward_op = _operator("dual_weight_backward", _weight_backward, list[Tensor])
+def _weight_body(W, m, *fields):
+    update, how = of(fields)
+    return _Weight.forward(None, W, m, *update[:4], update, how, fields[15])
+
+
+_weight_op = _operator(
+    f"dual_weight(Tensor? W, Tensor? m, {_UPDATE}, {_HOW}, ScalarType dtype) -> (Tensor, Tensor)", _weight_body
+)
+
+
+@_weight_op.register_fake
+def _(W, m, *fields):
+    update, how = of(fields)
+    shape = update.shape[::-1] if how.fan_in_fan_out else update.shape
+    return update.A.new_empty(shape, dtype=fields[15]), _norm_like(m, update.A)
+
+
+_weight_backward_op = _operator(
+    f"dual_weight_backward(Tensor G, Tensor? W, Tensor? m, Tensor? norm, {_UPDATE}, {_HOW}, ScalarType dtype) "
+    "-> Tensor[]",
+    lambda G, W, m, norm, *fields: _weight_backward(G, W, m, norm, *of(fields), fields[15]),
+)
 
 
 @_weight_backward_op.register_fake
-def _(G, W, A, B, C, D, m, *_options):
-    return [G.new_empty(0) if f is None else f.new_empty(f.shape) for f in (A, B, C, D, m)]
+def _(G, W, m, norm, A, B, C, D, *_fields):
+    return [G.new_empty(0) if f is None else f.new_empty(f.shape) for f in (m, A, B, C, D)]
 
 
 def _weight_context(ctx, inputs, output) -> None:
-    W, *factors, m, scaling, fixed_sign, initial = inputs[:9]
-    ctx.save_for_backward(W, *factors, m, output[1], scaling, fixed_sign, *initial)
-    if output[1] is not None:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[9:]
+    W, m, *fields = inputs
+    _keep_of_operator(ctx, None, W, m, output[1], fields)
+    ctx.dtype = fields[15]
 
 
-def _weight_autograd(ctx, G: Tensor | None, _dnorm):
-    if G is None:
-        return (None,) * len(ctx.needs_input_grad)
-    W, A, B, C, D, m, norm, scaling, fixed_sign, *initial = ctx.saved_tensors
-    need_W, *need_factors = ctx.needs_input_grad[:6]
-    if _to_be_differentiated(G):
-        magnitude, direction, ste_clip, fan_in_fan_out, minus_base, dtype, _ = ctx.options
-        update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
-        dW, *found = _differentiable_gradients(
-            lambda: reference.build_weight(
-                W, update, fan_in_fan_out=fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
-            )[0],
-            (W, A, B, C, D, m), (need_W, *need_factors), G,
-        )  # fmt: skip
-        return dW, *found, None, None, [None] * len(initial), *[None] * len(ctx.options)
-    gradients: list[Tensor | None] = [None] * 5
-    if any(need_factors):
-        gradients = (_weight_backward_op if _traced(G) else _weight_backward)(
-            G, W, A, B, C, D, m, norm, scaling, fixed_sign, initial, *ctx.options
-        )  # fmt: skip
-        gradients = [g if needed else None for g, needed in zip(gradients, need_factors, strict=True)]
-    fan_in_fan_out, minus_base = ctx.options[3:5]
-    dW = _base_gradient(G, m, norm, W, "delta" if minus_base else "merged", fan_in_fan_out) if need_W else None
-    return dW, *gradients, None, None, [None] * len(initial), *[None] * len(ctx.options)
+_weight_op.register_autograd(
+    lambda ctx, G, _dnorm: (*_weight_gradients(ctx, G), *_nothing(ctx)[6:]), setup_context=_weight_context
+)
 
 
-_weight_op.register_autograd(_weight_autograd, setup_context=_weight_context)
-_weight_eager = _eager("DualWeight", _weight, _weight_context, _weight_autograd)
-
-
-def dual_weight(
-    W: Tensor | None,
-    update: Update,
-    m: Tensor | None,
-    fan_in_fan_out: bool,
-    minus_base: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """:func:`duallora.ops.dual_weight`, by the kernel backends."""
-    scaling = update.scaling
-    if not isinstance(scaling, Tensor):
-        scaling = torch.full((), scaling, dtype=torch.float32, device=update.A.device)
-    weight, _norm = (_weight_op if _traced(update.A) else _weight_eager)(
-        W, *update[:4], m, scaling, update.fixed_sign, list(update.initial),
-        update.magnitude, update.direction, update.ste_clip, fan_in_fan_out, minus_base, dtype, backend,
-    )  # fmt: skip
-    return weight
+def weight(W: Tensor | None, m: Tensor | None, update: Update, how: How, dtype: torch.dtype) -> Tensor:
+    """:func:`duallora.ops.dual_weight` of arguments that are known to fit together."""
+    minus_base = how.form == "delta"
+    if minus_base and m is None:
+        W = None
+    if how.backend == "reference" or transformed():
+        return reference.build_weight(
+            W, update, fan_in_fan_out=how.fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
+        )[0]  # fmt: skip
+    if traced(update.A):
+        return _weight_op(W, m, *flat(update, how), dtype)[0]
+    update = _as_operators(update)
+    return _Weight.apply(W, m, *update[:4], update, how, dtype)

@@ -31,6 +31,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAGNITUDES = {"relu": 0, "abs": 1, "identity": 2}
 _DIRECTIONS = {"ste": 0, "identity": 1}
 _CLIPS = {"chain": 0, "update": 1, "none": 2}
+_FACTORS = ("L1", "R1", "L2", "R2", "L1_0", "R1_0", "L2_0", "R2_0")
 # Elements of [out, in] times ranks below which a second thread costs more than it brings.
 _WORK_PER_THREAD = 1 << 19
 
@@ -48,7 +49,7 @@ class _Job(ctypes.Structure):
         + [
             (name, ctypes.c_void_p)
             for name in (
-                "L1", "R1", "L2", "R2", "L1_0", "R1_0", "L2_0", "R2_0", "dL1", "dR1", "dL2", "dR2",
+                *_FACTORS, "dL1", "dR1", "dL2", "dR2",
                 "row_m", "row_norm", "row_scale", "col_scale", "row_dot", "col_dot", "col_square",
             )
         ]
@@ -156,32 +157,32 @@ def _oriented(factors: Sequence[Tensor | None], fan_in_fan_out: bool) -> list[Te
     """[L1, R1, L2, R2] float32 and contiguous, whose products have the layout of W."""
     A, B, C, D = (factor for factor in factors if factor is not None)
     pairs = (A.T, B.T, C.T, D.T) if fan_in_fan_out else (B, A, D, C)
-    return [factor.detach().to(torch.float32).contiguous() for factor in pairs]
+    return [
+        f if f.dtype == torch.float32 and f.is_contiguous() else f.detach().to(torch.float32).contiguous()
+        for f in pairs
+    ]
 
 
 def _run(
-    W: Tensor | None, update: Update, fan_in_fan_out: bool, out: Tensor | None, **tensors: Tensor | int | None
+    W: Tensor | None, update: Update, fan_in_fan_out: bool, out: Tensor | None, minus_base: bool, **tensors: Tensor
 ) -> None:
-    """One pass of the kernel. ``tensors`` are fields of the job by name: addresses of contiguous tensors, or numbers."""
-    one = _oriented(update[:4], fan_in_fan_out)
-    initial = _oriented(update.initial, fan_in_fan_out) if update.initial else []
-    held = dict(zip(("L1", "R1", "L2", "R2"), one, strict=True))
-    held |= dict(zip(("L1_0", "R1_0", "L2_0", "R2_0"), initial, strict=False))
-    if W is not None:
-        held["W"] = W.detach().contiguous()
-    if out is not None:
-        held["out"] = out
-    held |= tensors  # type: ignore[arg-type]
+    """One pass of the kernel. ``tensors`` are further fields of the job by name, contiguous."""
+    factors = _oriented(update[:4], fan_in_fan_out)
+    initial = _oriented(update.initial, fan_in_fan_out) if update.initial else ()
     job = _Job()
-    for name, value in held.items():
-        if value is not None:
-            setattr(job, name, value.data_ptr() if isinstance(value, Tensor) else value)
-    for name in ("W", "G", "out"):
-        if isinstance(tensor := held.get(name), Tensor):
-            setattr(job, f"{name}_dtype", _DTYPES[tensor.dtype])
-    job.rows, job.cols = one[0].shape[0], one[1].shape[1]
-    job.r1, job.r2 = one[1].shape[0], one[3].shape[0]
-    job.scale = float(update.scaling)
+    if W is not None:
+        W = W if W.is_contiguous() else W.detach().contiguous()
+        job.W, job.W_dtype = W.data_ptr(), _DTYPES[W.dtype]
+    if out is not None:
+        job.out, job.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
+    for name, tensor in zip(_FACTORS, (*factors, *initial), strict=False):
+        setattr(job, name, tensor.data_ptr())
+    for name, tensor in tensors.items():
+        setattr(job, name, tensor.data_ptr())
+    if "G" in tensors:
+        job.G_dtype = _DTYPES[tensors["G"].dtype]
+    (job.rows, job.r1), job.cols, job.r2 = factors[0].shape, factors[1].shape[1], factors[3].shape[0]
+    job.scale, job.minus_base = float(update.scaling), minus_base
     job.magnitude, job.direction = _MAGNITUDES[update.magnitude], _DIRECTIONS[update.direction]
     job.clip = _CLIPS[update.ste_clip]
     work = job.rows * job.cols * (job.r1 + job.r2)
@@ -206,17 +207,17 @@ def build_weight(
     """(W', norm): see :mod:`duallora.ops.recompute`, whose contract this follows."""
     weight = torch.empty(_shape(update, fan_in_fan_out), dtype=dtype, device="cpu")
     if m is None:
-        _run(W, update, fan_in_fan_out, weight, minus_base=minus_base)
+        _run(W, update, fan_in_fan_out, weight, minus_base)
         return weight, None
     m = m.detach().to(torch.float32).contiguous()
     norm = torch.empty_like(m)
     if not fan_in_fan_out:
-        _run(W, update, False, weight, row_m=m, row_norm=norm, minus_base=minus_base)
+        _run(W, update, False, weight, minus_base, row_m=m, row_norm=norm)
         return weight, norm
     # An output's weights lie along a column, whose norm is known only after all rows: two passes.
-    _run(W, update, True, None, col_square=norm)
+    _run(W, update, True, None, False, col_square=norm)
     norm = norm.sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
-    _run(W, update, True, weight, col_scale=m / norm, minus_base=minus_base)
+    _run(W, update, True, weight, minus_base, col_scale=m / norm)
     return weight, norm
 
 
@@ -244,10 +245,7 @@ def weight_and_gradients(
     G = G.detach().contiguous()
     if G.dtype not in _DTYPES:
         G = G.to(torch.float32)
-    _run(
-        W, update, fan_in_fan_out, weight,
-        G=G, dL1=dL1, dR1=dR1, dL2=dL2, dR2=dR2, minus_base=minus_base, **dora,
-    )  # fmt: skip
+    _run(W, update, fan_in_fan_out, weight, minus_base, G=G, dL1=dL1, dR1=dR1, dL2=dL2, dR2=dR2, **dora)
     dm = torch.empty(0, device="cpu") if norm is None else dora[f"{along}_dot"] / norm
     if fan_in_fan_out:
         return [weight, dL1.T, dR1.T, dL2.T, dR2.T, dm]

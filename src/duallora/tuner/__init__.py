@@ -5,7 +5,8 @@ import peft  # noqa: F401  (first: importing PEFT may register the method, which
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.conv import Conv
 from duallora.tuner.embedding import Embedding
-from duallora.tuner.layer import DualLoraLayer, Linear
+from duallora.tuner.layer import DualLoraLayer
+from duallora.tuner.linear import Linear
 from duallora.tuner.model import DualLoraModel, param_groups
 from duallora.tuner.register import register
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from duallora.core.init import layer_seed, positive_std
 from duallora.errors import ConfigError, NonFiniteError
-from duallora.tuner.layer import DualLoraLayer, Linear
+from duallora.tuner.layer import DualLoraLayer
+from duallora.tuner.linear import Linear
 
 OVERSAMPLING = 4  # columns of a sketch per wanted singular pair
 

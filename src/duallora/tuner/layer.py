@@ -1,9 +1,4 @@
-"""The adapter layer: a linear layer whose weight is W0 plus one update dW per active adapter.
-
-merged form   y = x (W0 + dW)^T + b           one product; the bits of the merged model
-added form    y = x W0^T + b + x dW^T         dW is not rounded to the grid of W0
-apart         y = base_layer(x) + dropout(x) dW^T     any base layer
-"""
+"""What every adapter layer is: a layer whose weight is W0 plus one update dW per active adapter."""
 
 from __future__ import annotations
 
@@ -22,83 +17,24 @@ from duallora.core.gate import (
     Gate,
     Gated,
     closed_gate_message,
+    gated,
     new_counter,
-    ramp,
     track,
     track_copy,
-    uncast,
     watch_forward,
 )
 from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError, is_number
-from duallora.ops import check_backend, dual_linear, dual_weight
+from duallora.ops import check_backend
+from duallora.ops.autograd import How, weight
 from duallora.ops.backends import pick
 from duallora.ops.fold import Foldable
 from duallora.ops.read import read_weight
-from duallora.ops.reference import apply_weight
 from duallora.tuner import quantized
+from duallora.tuner.buffers import Counters, Seeds
 from duallora.tuner.config import DualLoraConfig
 
 DEAD_CHECK_ELEMENTS = 4096  # above this size ReLU(B A) does not start all zero
-
-
-class Counters(BufferDict):
-    """The gate's counters: float32 whatever the model is cast to, and what version 0.1 saved as int64 too."""
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Counters:
-        before = dict(self._buffers)
-        super()._apply(*args, **kwargs)
-        self.uncast(before)
-        return self
-
-    def uncast(self, before: dict[str, Tensor | None]) -> None:
-        """Counters of another type become float32, from what they were ``before``."""
-        for name, after in self._buffers.items():
-            if after is not None:
-                self._buffers[name] = uncast(before.get(name, after), after)
-
-
-_ROUNDED = 0.01  # at most this far, as a fraction, is an average of equal seeds from them (bfloat16: 0.004)
-
-
-class Seeds(BufferDict):
-    """Seeds that survive a copy whose tensors are averaged: what is saved and rebuilt from are Python integers."""
-
-    def __init__(self) -> None:
-        super().__init__({}, persistent=True)
-        self.values_of: dict[str, int] = {}
-
-    def __setitem__(self, name: str, seed: Tensor) -> None:
-        if not seed.is_meta:
-            self.values_of[name] = int(seed)
-        super().__setitem__(name, seed)
-
-    def __delitem__(self, name: str) -> None:
-        self.values_of.pop(name, None)
-        super().__delitem__(name)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, buffer in self._buffers.items():
-            seed = self.values_of.get(name)
-            destination[prefix + name] = buffer if seed is None else torch.tensor(seed, device=buffer.device)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._buffers:
-            loaded = state_dict.get(prefix + name)
-            if loaded is None or loaded.is_meta:
-                continue
-            if not loaded.is_floating_point():
-                self.values_of[name] = int(loaded)
-                continue
-            ours = self.values_of[name]
-            if abs(float(loaded) - ours) > _ROUNDED * ours:
-                errors: list[str] = args[-1]  # of load_state_dict(), which raises them together
-                errors.append(
-                    f"{prefix}{name} is {float(loaded):.6g}, the seed here {ours}: not an average of equal seeds, and no "
-                    "seed either. Average only copies of one model."
-                )
-            state_dict[prefix + name] = torch.tensor(ours)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
@@ -292,10 +228,12 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
     def __getattr__(self, name: str) -> Any:
         """What models read off their layers (``stride``, ``num_embeddings``) is the base layer's."""
+        if name in (modules := self.__dict__.get("_modules", ())):
+            return modules[name]  # before torch's own look-up: a forward asks for several
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
-            if name.startswith("__") or "base_layer" not in self.__dict__.get("_modules", ()):
+            if name.startswith("__") or "base_layer" not in modules:
                 raise
             return getattr(self.get_base_layer(), name)
 
@@ -329,47 +267,39 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
     def _factors(self, adapter: str) -> list[nn.Parameter | None]:
         """[A, B, C, D]; C and D are None with fixed signs."""
-        return [getattr(self, name).get(adapter) for name in self.adapter_layer_names[:4]]
+        return [getattr(self._modules[name], adapter, None) for name in self.adapter_layer_names[:4]]
 
     def _warmup_steps(self, adapter: str) -> int:
         """Length of the ramp in optimizer steps; 0 without a ramp."""
         return _ramp_steps(self.duallora_config[adapter])
 
-    def _arguments(self, adapter: str) -> tuple[Any, ...]:
-        """(A, B, C, D, gate * scaling): the positional arguments of :func:`dual_delta`."""
+    def _update(self, adapter: str) -> Update:
+        """dW of ``adapter`` at its present gate."""
+        config = self.duallora_config[adapter]
         scaling: float | Tensor = self.scaling[adapter]
-        if steps := self._warmup_steps(adapter):
-            scaling = scaling * ramp(self.duallora_step[adapter], steps)
+        if steps := _ramp_steps(config):
+            scaling = gated(scaling, self.duallora_step[adapter], steps)
             if not torch.compiler.is_compiling():
                 watch_forward(self, adapter)
-        return *self._factors(adapter), scaling
-
-    def _options(self, adapter: str) -> dict[str, Any]:
-        """The keyword arguments of :func:`dual_delta` for this adapter."""
-        config = self.duallora_config[adapter]
-        options: dict[str, Any] = {
-            "magnitude": config.magnitude,
-            "direction": config.direction,
-            "ste_clip": config.ste_clip,
-        }
+        signs, initial = None, ()
         if config.direction == "fixed":
-            options["fixed_sign"] = self.fixed_signs[adapter]
+            signs = self.fixed_signs[adapter]
         elif config.warmup == "residual" and config.init_weights:
-            options["initial"] = [self.duallora_initial[adapter][name] for name in "ABCD"]
-        return options
+            initial = [self.duallora_initial[adapter][name] for name in "ABCD"]
+        return Update(
+            *self._factors(adapter), scaling, config.magnitude, config.direction, config.ste_clip, signs, initial
+        )
 
     def _build(
         self, adapter: str, W: Tensor | None, rows: Tensor | None, dtype: torch.dtype, minus_base: bool = False
     ) -> Tensor:
         """W' of one adapter (W' - W0 with ``minus_base``) in the layout of W, differentiable; of these rows alone."""
-        update, m = Update(*self._arguments(adapter), **self._options(adapter)), self.duallora_m.get(adapter)
+        update, m = self._update(adapter), self.duallora_m.get(adapter)
         backend = self.duallora_config[adapter].backend
         if rows is not None:
             update, m = update.rows(rows), None if m is None else m[rows]
             W = None if W is None else W[rows]
-        return dual_weight(
-            W, update, m=m, fan_in_fan_out=self.fan_in_fan_out, minus_base=minus_base, dtype=dtype, backend=backend
-        )
+        return weight(W, m, update, How("delta" if minus_base else "merged", self.fan_in_fan_out, backend), dtype)
 
     def _delta(self, adapter: str, W: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """What ``adapter`` adds to W, in its layout, differentiable; float32 at least."""
@@ -552,11 +482,11 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         """Whether the weight of the base layer is plain, and here."""
         base = self.base_layer
         return (
-            type(base.weight) in (nn.Parameter, Tensor)
-            and base.weight.is_floating_point()
-            and base.weight.device.type != "meta"
-            and not hasattr(base.weight, "ds_id")  # a DeepSpeed ZeRO-3 shard
-            and not hasattr(base, "_hf_hook")  # accelerate's offloading
+            type(W := base.weight) in (nn.Parameter, Tensor)
+            and W.is_floating_point()
+            and not W.is_meta
+            and not hasattr(W, "ds_id")  # a DeepSpeed ZeRO-3 shard
+            and "_hf_hook" not in vars(base)  # accelerate's offloading
         )
 
     def _is_plain(self) -> bool:
@@ -575,7 +505,8 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
     def _acting(self) -> list[str]:
         """The active adapters whose update the base weight does not hold yet."""
-        return [a for a in self.active_adapters if a in self.duallora_A and a not in self.merged_adapters]
+        merged, known = self.merged_adapters, self.duallora_config
+        return [adapter for adapter in self.active_adapters if adapter in known and adapter not in merged]
 
     def _form(self, adapters: list[str]) -> str:
         """How to compute the output: "merged" or "added" on the base weight itself, or "apart" through the base layer.
@@ -583,7 +514,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         The first two need a base weight that is plain and resident, and no dropout.
         """
         base, plain = self.base_layer, self._is_plain()
-        if self.merged and any(self.duallora_config[adapter].use_dora for adapter in adapters):
+        if self.merged_adapters and any(self.duallora_config[adapter].use_dora for adapter in adapters):
             return "apart"  # DoRA's lengths are those of W0 + dW, not of what is merged
         form = "merged"
         for adapter in adapters:
@@ -625,117 +556,3 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "duallora." + super().__repr__()
-
-
-class Linear(DualLoraLayer, nn.Module):
-    """Dual LoRA on ``nn.Linear`` (weight [out, in]) and transformers' ``Conv1D`` (weight [in, out])."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        nn.Module.__init__(self)
-        DualLoraLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **kwargs)
-
-    def _computes(self, base: nn.Module) -> bool:
-        return type(base).forward in (nn.Linear.forward, Conv1D.forward)
-
-    def _runs_base(self) -> bool:
-        """Falcon's linear layer, or a router that gives two tensors: a subclass with a forward of its own."""
-        return isinstance(self.base_layer, nn.Linear) and not self._computes(self.base_layer) and self._is_resident()
-
-    def _run_base(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-        """The base layer's forward with W0 + dW."""
-        weight = self._merged_weight(self.base_layer.weight, adapters)
-        return torch.func.functional_call(self.base_layer, {"weight": weight}, args, kwargs)
-
-    def _all_in_weight(self, adapters: list[str]) -> bool:
-        """Whether these adapters are W0 + dW, and have no input of their own."""
-        return not any(
-            self.duallora_config[a].forward == "added"
-            or (self.merged and a in self.duallora_m)
-            or (self.training and isinstance(self.duallora_dropout[a], nn.Dropout))
-            for a in adapters
-        )
-
-    def _with_update(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
-        if self._runs_base() and self._all_in_weight([adapter]):
-            return self._run_base([adapter], x)
-        return super()._with_update(x, y, adapter)
-
-    def _linear_options(self, adapter: str, form: str) -> dict[str, Any]:
-        """The keyword arguments of :func:`dual_linear` for this adapter."""
-        config = self.duallora_config[adapter]
-        options = self._options(adapter)
-        options["backend"], options["form"] = config.backend, form
-        if config.use_dora:
-            options["m"] = self.duallora_m[adapter]
-        if config.gradient_tokens < 1 and self.training:
-            options["gradient_tokens"] = config.gradient_tokens
-            # Drawn under no_grad too: checkpointing repeats the forward from the same state of the generator.
-            options["seed"] = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-        return options
-
-    def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
-        """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x) where it is known."""
-        dropout = self.duallora_dropout[adapter]
-        x = dropout(x)
-        use_dora = self.duallora_config[adapter].use_dora
-        if use_dora and not self.merged and quantized.storage(self.base_layer) is not None:
-            if y0 is None or (self.training and isinstance(dropout, nn.Dropout)):
-                y0 = self.base_layer(x)
-            return self._added_to_quantised(x, adapter, y0)
-        W = self._base_weight() if use_dora else None
-        return dual_linear(
-            x, W, None, *self._arguments(adapter), **self._linear_options(adapter, "delta"), fan_in_fan_out=self.fan_in_fan_out and W is not None,
-        )  # fmt: skip
-
-    def _added_to_quantised(self, x: Tensor, adapter: str, y0: Tensor) -> Tensor:
-        """x (W' - W0)^T of DoRA from y0 = x W0^T + b: with c = m / |W0 + dW|, W' - W0 = (c - 1) W0 + c dW.
-
-        So W0 is dequantised for its norms alone and nothing of it is kept for the backward.
-        """
-        update = Update(*self._arguments(adapter), **self._options(adapter))
-        with torch.no_grad():
-            W = self._base_weight()
-            ones = torch.ones(self.out_features, device=W.device)
-            norm = pick("auto", update, W.dtype).build_weight(W, update, fan_in_fan_out=False, dtype=W.dtype, m=ones)[1]
-            del W
-        c = self.duallora_m[adapter] / norm
-        options = {k: v for k, v in self._linear_options(adapter, "delta").items() if k != "m"}
-        delta = dual_linear(x, None, None, *self._arguments(adapter), **options)
-        bias = self.base_layer.bias
-        product = y0 if bias is None else y0 - bias
-        return ((c - 1) * product + c * delta).to(x.dtype)
-
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
-        if self.disable_adapters or adapter_names is not None:
-            if self.merged:
-                self.unmerge()
-            y = self.base_layer(x, *args, **kwargs)
-            return y if adapter_names is None else self._add_by_row(x, y, adapter_names)
-        adapters = self._acting()
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)
-        form = "apart" if args or kwargs else self._form(adapters)
-        if form != "apart":
-            base = self.base_layer
-            if len(adapters) == 1:
-                (adapter,) = adapters
-                return dual_linear(
-                    x, base.weight, base.bias, *self._arguments(adapter), **self._linear_options(adapter, form),
-                    fan_in_fan_out=self.fan_in_fan_out,
-                )  # fmt: skip
-            if form == "merged":
-                return apply_weight(x, self._merged_weight(base.weight, adapters), base.bias, self.fan_in_fan_out)
-        elif self._runs_base() and self._all_in_weight(adapters):
-            return self._run_base(adapters, x, *args, **kwargs)
-        y = y0 = self.base_layer(x, *args, **kwargs)
-        if not isinstance(y, Tensor):
-            raise ConfigError(
-                f"{self.module_name} is a {type(self.base_layer).__name__}, whose output is a {type(y).__name__}: Dual LoRA can "
-                "only run it on W0 + dW, without dropout and forward='added'. Set these so, or name it in exclude_modules."
-            )
-        for adapter in adapters:
-            y = y + self._added(x, adapter, y0)
-        return y.to(y0.dtype)

@@ -24,7 +24,8 @@ from duallora.tuner import quantized
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.conv import TORCH, Conv, convolves_as_torch
 from duallora.tuner.embedding import Embedding
-from duallora.tuner.layer import DualLoraLayer, Linear
+from duallora.tuner.layer import DualLoraLayer
+from duallora.tuner.linear import Linear
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
