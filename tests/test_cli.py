@@ -548,9 +548,9 @@ def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, t
 
 
 def test_data_of_another_kind_than_the_run_was_trained_for_are_refused(trained, capsys, monkeypatch):
-    from duallora.train import evaluate
+    from duallora.store import adapters
 
-    monkeypatch.setattr(evaluate, "load_adapter", None)  # refused before the model is loaded
+    monkeypatch.setattr(adapters, "load_adapter", None)  # refused before the model is loaded
     Path("two.csv").write_text("text,label\na,one\nb,two\n")
     assert cli.run(["eval", str(trained[0]), "--data", "two.csv", "--json"]) == 2
     error = json_line(capsys)["error"]
@@ -558,9 +558,9 @@ def test_data_of_another_kind_than_the_run_was_trained_for_are_refused(trained, 
 
 
 def test_eval_refuses_an_output_it_cannot_write_before_the_model_is_loaded(trained, capsys, monkeypatch):
-    from duallora.train import evaluate
+    from duallora.store import adapters
 
-    monkeypatch.setattr(evaluate, "load_adapter", None)
+    monkeypatch.setattr(adapters, "load_adapter", None)
     Path("out").mkdir()
     Path("file").write_text("x")
     command = ["eval", str(trained[0]), "--json", "-o"]
@@ -580,9 +580,9 @@ def test_eval_refuses_an_output_it_cannot_write_before_the_model_is_loaded(train
 )
 @pytest.mark.parametrize("line", ["eval {} --task e2e", "merge {} -o merged"])
 def test_a_misspelt_run_is_not_looked_up_on_the_hub(line, source, nearest, capsys, monkeypatch):
-    from duallora.train import evaluate
+    from duallora.store import adapters
 
-    monkeypatch.setattr(evaluate, "find", None)
+    monkeypatch.setattr(adapters, "find", None)
     for name in ("other", "mine"):
         Path("runs", name).mkdir(parents=True)
     assert cli.run([*line.format(source).split(), "--json"]) == 2

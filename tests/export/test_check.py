@@ -19,7 +19,6 @@ from duallora.errors import ConfigError
 from duallora.export import check as checking
 from duallora.export import convert
 from duallora.store import adapters, untrusted
-from duallora.train import evaluate
 
 
 def findings(report: dict) -> dict[str, tuple[str, int]]:
@@ -216,7 +215,7 @@ def test_a_hostile_configuration_is_refused_at_once(mine, case, monkeypatch, tmp
     values, words = HOSTILE[case]
     (tmp_path / "canary_module.py").write_text(CANARY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(evaluate, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(adapters, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     change_config(mine, **values)
     begin = time.monotonic()
     report = checking.check(mine)
