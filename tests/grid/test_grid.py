@@ -18,7 +18,7 @@ from rich.console import Console
 
 from duallora import cli
 from duallora.errors import ConfigError, GridError, Interrupted, LockedError
-from duallora.grid import live
+from duallora.grid import live, pools
 from duallora.grid import run as engine
 from duallora.grid.study import Outcome, Study, outcomes
 from duallora.store import lock, record
@@ -166,7 +166,7 @@ def test_a_second_signal_ends_the_cells_at_once(fakes, monkeypatch):
     name = "cola-lora-lr0.001-seed0"
     fakes.end({name: ["waits"]})
     monkeypatch.setattr(
-        engine.Here, "stop", lambda pool: when(lambda: True, lambda: os.kill(os.getpid(), signal.SIGINT))
+        pools.Local, "stop", lambda pool: when(lambda: True, lambda: os.kill(os.getpid(), signal.SIGINT))
     )
     when(running(fakes, name), lambda: os.kill(os.getpid(), signal.SIGINT))
     began = time.monotonic()
@@ -244,7 +244,7 @@ def test_an_adapter_that_other_cells_start_from_stays_until_they_are_done(fakes)
 def test_each_cell_has_its_share_of_the_cores_and_a_gpu_of_its_own(fakes, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(engine, "cores", lambda: 7)
+    monkeypatch.setattr(pools, "cores", lambda: 7)
     fakes.run(fakes.study(variants={"lora": {}}), workers=3)
     told = {file.read_text().strip() for file in fakes.folder.glob("cells/*.starts")}
     assert told <= {"2 3", "2 5"}
@@ -255,14 +255,14 @@ def test_each_cell_has_its_share_of_the_cores_and_a_gpu_of_its_own(fakes, monkey
 
 def test_no_gpu_is_found_where_the_driver_is_absent_or_none_may_be_seen(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert engine.gpus() == []
+    assert pools.gpus() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert engine.gpus() == []
+    assert pools.gpus() == []
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: x)'\necho 'GPU 1: H100 (UUID: y)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    assert engine.gpus() == ["0", "1"]
+    assert pools.gpus() == ["0", "1"]
 
 
 # -- what is seen -----------------------------------------------------------------------------------------------------

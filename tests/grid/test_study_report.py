@@ -151,7 +151,8 @@ def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
 def test_of_losses_the_lowest_is_best(small):
     """A task that has no other metric, such as a language model's."""
     rows = [{**row, "metric": "loss", "mean": 2.0 - (row["variant"] == "lora")} for row in small["rows"]]
-    found = table({**small, "rows": rows, "pairs": []}, "figures")
+    tasks = {task: {**facts, "metric": "loss"} for task, facts in small["tasks"].items()}
+    found = table({**small, "rows": rows, "tasks": tasks, "pairs": []}, "figures")
     assert ["best" in cells(found, variant)["matthews"].kind for variant in ("lora", "duallora")] == [True, False]
 
 
