@@ -263,7 +263,7 @@ def _sample(
     if metric.statistics or metric.compute:
         sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=number)
     for index, (_, _, outcome) in enumerate(flat):
-        recorded = outcome.test.get(metric.name)
+        recorded: Any = outcome.test.get(metric.name)
         if not is_number(recorded) or sample is None or not math.isclose(sample.values[index], recorded, **CLOSE):
             note = f"no intervals: nothing here computes {name} as {outcome.name} recorded it from its predictions"
             return {**facts, "note": note}, {}
