@@ -18,6 +18,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
+from ctypes import c_float
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -113,13 +114,18 @@ def ramp(step: Tensor, warmup_steps: int) -> Tensor:
 
 
 def gated(scaling: float, step: Tensor, warmup_steps: int) -> float | Tensor:
-    """``scaling`` times :func:`ramp`; a number, as it is, where the gate is open and looking is free."""
+    """``scaling`` times :func:`ramp`, bit for bit, as a number where looking at the counter is free."""
     if warmup_steps == 0:
         return scaling
     plain = type(step) is Tensor and step.is_cpu and torch._C._functorch.peek_interpreter_stack() is None
-    if plain and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and step.item() >= warmup_steps:
-        return scaling
-    return scaling * ramp(step, warmup_steps)
+    if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return scaling * ramp(step, warmup_steps)
+    # In float64, rounded after each operation: of float32 numbers that gives what float32 would.
+    return _float32(_float32(scaling) * _float32(min(step.item() / warmup_steps, 1.0)))
+
+
+def _float32(number: float) -> float:
+    return c_float(number).value
 
 
 def new_counter(step: int = 0, device: torch.device | None = None) -> Tensor:

@@ -71,7 +71,7 @@ def dual_linear(
             the backward (arXiv 2402.09353, section 4.3). Needs W.
         form: "merged": one product with the sum, rounded to the dtype of x; "added": x W^T + b + x dW^T, a product
             more and no rounding of the sum; "delta": x dW^T (with m: x (W' - W)^T) alone.
-        gradient_tokens: share of the tokens, in (0, 1], that form the factors' gradient: the heaviest, and a
+        gradient_tokens: experimental, for CPUs: share of the tokens, in (0, 1], that form the factors' gradient: the heaviest, and a
             weighted sample of the others (arXiv 2305.15265), which leaves the gradient unbiased. 1: exact. A tensor ([], on the CPU) may move without
             recompiling.
         seed: [] int64 on the CPU, seed of that sample; without it the gradient is exact.

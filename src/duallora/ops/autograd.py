@@ -129,9 +129,11 @@ def _keep(ctx: Any, x: Tensor | None, W: Tensor | None, m: Any, norm: Any, updat
 def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Update, How]:
     """(x, W, m, norm, update, how)"""
     x, W, m, norm, seed, tokens, A, B, C, D, scaling, fixed_sign, *initial = ctx.saved_tensors
-    number, *options = ctx.options
-    update = Update(A, B, C, D, number if scaling is None else scaling, *options, fixed_sign, initial)
-    return x, W, m, norm, update, How(*ctx.how, seed, tokens)
+    number, magnitude, direction, ste_clip = ctx.options
+    number = number if scaling is None else scaling
+    update = Update(A, B, C, D, number, magnitude, direction, ste_clip, fixed_sign, initial)
+    form, fan_in_fan_out, backend = ctx.how
+    return x, W, m, norm, update, How(form, fan_in_fan_out, backend, seed, tokens)
 
 
 def _differentiated(dY: Tensor) -> bool:
@@ -204,7 +206,7 @@ class _Product(torch.autograd.Function):
             return y, norm
         _keep(ctx, x, W, m, norm, update, how)
         if y._is_view():  # of what a product made inside, seen by nobody else: the model may write into y all the same
-            y = y.new_empty(0).set_(y)  # the same memory
+            y = y.new_empty(0).set_(y)  # type: ignore[call-overload]  # the same memory
         return y
 
     @staticmethod

@@ -369,6 +369,9 @@ LATER: dict[str, dict[str, Any]] = {
     "eval": {"before": True, "test": False, "scoring": "generation"},
 }
 
+# Settings of the adapter that recorded runs know and that are gone, with the value by which nothing changes.
+GONE = {"gradient_tokens_by": "uniform"}
+
 # Setting the first at a later layer (file < command line) drops the others set at an earlier one; together in one
 # layer they are a contradiction.
 EXCLUDES: dict[str, tuple[str, ...]] = {
@@ -956,6 +959,7 @@ def _escape(match: re.Match[str]) -> str:
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
+    values["adapter"] |= GONE
     for section, later in LATER.items():  # runs from before them keep their fingerprint
         held = values[section] if section else values
         for key, value in later.items():
@@ -965,8 +969,9 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def with_later(values: dict[str, Any]) -> dict[str, Any]:
-    """The recipe that a run recorded, with the settings that it is too old to know."""
+    """The recipe that a run recorded, with the settings that it is too old to know and without those that are gone."""
     known = {section: {**later, **values[section]} for section, later in LATER.items() if section}
+    known["adapter"] = {key: value for key, value in known["adapter"].items() if (key, value) not in GONE.items()}
     return {**LATER[""], **values, **known}
 
 
