@@ -150,17 +150,9 @@ def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
 
 def test_of_losses_the_lowest_is_best(small):
     """A task that has no other metric, such as a language model's."""
-<<<<<<< HEAD:tests/grid/test_study_report.py
-    means = [2.0 - (row["variant"] == "lora") for row in small["rows"]]
-    own = [{"metric": "loss", "mean": mean, "every": {"loss": {"mean": mean}}} for mean in means]
-    rows = [{**row, **values} for row, values in zip(small["rows"], own, strict=True)]
-    tasks = {task: {**facts, "metric": "loss"} for task, facts in small["tasks"].items()}
-    found = table({**small, "rows": rows, "tasks": tasks, "pairs": []}, "figures")
-=======
     rows = [{**row, "metric": "loss", "mean": 2.0 - (row["variant"] == "lora")} for row in small["rows"]]
     tasks = {"cola": {**small["tasks"]["cola"], "metric": "loss"}}
     found = table({**small, "tasks": tasks, "rows": rows, "pairs": []}, "figures")
->>>>>>> e19ea5a0ff8ad69026bb64d21e16c04f2606782f:tests/analysis/test_study_report.py
     assert ["best" in cells(found, variant)["loss"].kind for variant in ("lora", "duallora")] == [True, False]
 
 

@@ -103,7 +103,8 @@ def test_rows_of_the_batch_are_rows_of_the_whole_weight(options):
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     m = wide.pop() if config.use_dora else None
     A, B, C, D_ = wide if len(wide) == 4 else (*wide, None, None)
-    kwargs = {k: v for k, v in layer._options("default").items() if k != "initial"}
+    kwargs = {"magnitude": config.magnitude, "direction": config.direction, "ste_clip": config.ste_clip}
+    kwargs["fixed_sign"] = layer.fixed_signs.get("default")
     s = layer.scaling["default"] * (0.75 if config.warmup == "ramp" else 1)
     W = layer.get_base_layer().weight.detach().double()
     whole = W + dual_delta(A, B, C, D_, s, **kwargs)
