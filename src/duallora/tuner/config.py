@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import peft
@@ -36,9 +36,16 @@ class DualLoraConfig(PeftConfig, Settings):
         None, "Name of the layer list, if layers_to_transform is given and it is not a usual one."
     )
     init_weights: bool = setting(True, "True: dW = 0 at the start; False: the gate starts open (for tests).")
+    gradient_tokens_by: InitVar[str] = "uniform"  # in files of version 0.1
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, gradient_tokens_by: str) -> None:
         super().__post_init__()
+        if gradient_tokens_by != "uniform":
+            warnings.warn(
+                f"gradient_tokens_by={gradient_tokens_by!r} is gone: every layer takes the same share, gradient_tokens="
+                f"{self.gradient_tokens}.",
+                stacklevel=3,
+            )
         self.peft_type = PeftType("DUALLORA")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -51,13 +58,6 @@ class DualLoraConfig(PeftConfig, Settings):
         check(vars(self))
         if self.alpha is None:
             self.alpha = 2 * self.r
-
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """What adapter_config.json holds, without a field of earlier versions that said nothing; PEFT names others."""
-        if kwargs.get("gradient_tokens_by") == "uniform":
-            del kwargs["gradient_tokens_by"]
-        return super().check_kwargs(**kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json; warns if the adapter being saved has not opened its gate yet.
