@@ -26,7 +26,6 @@ from duallora.cli.app import (
     refuse_misspelt,
     refuse_unwritable,
 )
-from duallora.store import adapters
 
 if TYPE_CHECKING:
     from duallora.config.recipe import Recipe
@@ -205,7 +204,7 @@ def evaluate(
     if output is not None:
         refuse_unwritable(output)
     from duallora.config.recipe import EvalSection
-    from duallora.store import record
+    from duallora.store import adapters, record
     from duallora.train import chance
     from duallora.train import evaluate as evaluation
 
