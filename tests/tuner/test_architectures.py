@@ -14,6 +14,7 @@ CLASSES = [
     ("bloom", "BloomForCausalLM"),
     ("mixtral", "MixtralForCausalLM"),  # fused experts
     ("gemma3_text", "Gemma3ForCausalLM"),  # scaled embeddings, layers of two kinds
+    ("falcon", "FalconForCausalLM"),  # linear layers with a forward of their own
     ("mamba", "MambaForCausalLM"),  # reads the weights of dt_proj and conv1d
     ("bert", "BertForMaskedLM"),  # tied head with a bias of its own
     ("albert", "AlbertForMaskedLM"),  # one layer, used again and again

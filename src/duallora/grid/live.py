@@ -146,7 +146,7 @@ class Show:
 def show_best(console: Console, study: Study, found: Mapping[str, Outcome]) -> dict[str, Any]:
     """A line for each task and variant with its best search value; returns those, and the mean figures there."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("task", "variant", "best", "figure", "validation", "test", "seeds"):
+    for title in ("task", "variant", "best", "metric", "validation", "test", "seeds"):
         table.add_column(title, justify="right" if title in ("validation", "test", "seeds") else "left")
     chosen: dict[str, Any] = {}
     for task in study.tasks:

@@ -1,4 +1,4 @@
-"""Working off a study: cells as processes of this machine or tasks of a Ray cluster, until nothing is left to be run.
+"""Running a study: its cells as processes of this machine or tasks of a Ray cluster, until nothing is left to be run.
 
 What is done is read from the cells' folders, so a grid that was stopped or killed goes on with the same command. A cell
 is the program itself, `duallora train -c CELL/recipe.yaml --resume auto -o CELL --json`: beside its folder CELL.log holds
