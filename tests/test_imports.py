@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "__root__",
     },
     "export": {"export", "train", "store", "config", "tasks", "tuner", "core", "errors", "terminal"},
-    "serve": {"serve", "train", "store", "config", "tasks", "errors", "terminal", "console"},
+    "serve": {"serve", "train", "store", "config", "ops", "tasks", "errors", "terminal", "console"},
     "plots": {"store", "errors"},
     "grid": {"grid", "train", "store", "config", "tasks", "plots", "errors", "terminal"},
     "plan": {"plan", "store", "errors", "terminal", "__root__"},

@@ -275,7 +275,7 @@ def test_a_fold_that_fails_half_way_leaves_the_base_as_it_was(served, base_folde
     running, ids = engine.Engine(served), torch.arange(5)[None]
     running._become(base)
     with monkeypatch.context() as patched:
-        patched.setattr(layers[3], "merge", full)
+        patched.setattr(layers[3], "fold", full)
         with pytest.raises(MemoryError):
             running._become(a)
     assert not any(layer.merged_adapters for layer in layers)

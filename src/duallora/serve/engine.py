@@ -22,6 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from duallora.config.recipe import Dtype
 from duallora.errors import ConfigError
+from duallora.ops.fold import folded
 from duallora.store import adapters, untrusted
 from duallora.store.adapters import adapter_kind
 from duallora.store.models import load_tokenizer
@@ -272,15 +273,9 @@ class Engine:
                     stack.enter_context(entry.model.disable_adapter())
                 else:
                     entry.model.set_adapter(entry.adapter)
-                    stack.callback(_unfold, entry.model)  # also where folding stops half-way
-                    stack.enter_context(evaluate.folded(entry.model))
+                    stack.enter_context(folded(entry.model))
             self._folded = stack.pop_all()
         self._present = entry
-
-
-def _unfold(model: PeftModel) -> None:
-    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
-        model.unmerge_adapter()
 
 
 class _Answer(StoppingCriteria):

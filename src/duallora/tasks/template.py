@@ -120,9 +120,11 @@ def whole(example: Example, tokenizer: Any) -> list[Segment]:
 def prompt(example: Example, tokenizer: Any) -> str:
     """What the model continues in generation: everything before the last answer or, where no answer is known, all of it."""
     messages = example.messages
-    if len(messages) > 1 and messages[-1]["role"] == "assistant" and not any(messages[-1].get(key) for key in _SAID):
-        messages = messages[:-1]  # it stands for the answer to come
-    last = last_trained(messages) if example.references or messages[-1]["role"] == "assistant" else None
+    said = messages[-1]["role"] != "assistant" or any(messages[-1].get(key) for key in _SAID)
+    if not said and len(messages) > 1:  # it stands for the answer to come
+        messages, last = messages[:-1], None
+    else:
+        last = last_trained(messages) if example.references or messages[-1]["role"] == "assistant" else None
     chat = _Chat(replace(example, messages=messages), tokenizer, whole=last is None)
     return chat.text(len(messages) if last is None else last, generation=True)
 
