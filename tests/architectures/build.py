@@ -288,7 +288,7 @@ def small(model_type: str, name: str) -> Small:
         ValueError: it cannot be built, or does not run; the message says why.
     """
     errors = []
-    for widths in (True, False):
+    for widths in (True, False, True):  # sizes follow from modules that the first attempt imports
         stage = "class"
         try:
             cls = model_class(model_type, name)
@@ -338,7 +338,7 @@ def inputs(model: PreTrainedModel) -> dict[str, Any]:
             wanted |= {"grid_thw", "image_grid_thw"}
         wanted &= set(parameters)
         for _ in range(5):
-            given = {n: made for n in wanted if (made := make(model, n, layout)) is not None}
+            given = {n: made for n in sorted(wanted) if (made := make(model, n, layout)) is not None}
             if "use_cache" in parameters:
                 given["use_cache"] = False
             try:
