@@ -10,7 +10,7 @@ import typer
 
 import duallora
 from duallora import console
-from duallora.config.recipe import Dtype as Dtype
+from duallora.config import Dtype as Dtype
 
 OUTPUT = "Output"
 Json = Annotated[

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model, model_validator
 
+from duallora.config import Dtype
 from duallora.core.settings import MAX_INT, Settings, contradictions, hints
 from duallora.errors import ConfigError
 from duallora.terminal import command
@@ -32,7 +33,6 @@ RANK = Settings.r  # of every method that has one, where the recipe names none
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]  # no control characters: names and paths
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Positive = Annotated[float, Field(gt=0)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["bnb-4bit", "bnb-8bit", "torchao-int8"]
 
 

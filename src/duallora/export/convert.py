@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from duallora.config.recipe import Dtype
+from duallora.config import Dtype
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.export import merge
 from duallora.store import adapters, checkpoint, record

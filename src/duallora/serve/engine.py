@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from duallora.config.recipe import Dtype
+from duallora.config import Dtype
 from duallora.errors import ConfigError
 from duallora.ops.fold import folded
 from duallora.store import adapters, untrusted

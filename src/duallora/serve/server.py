@@ -18,7 +18,7 @@ from duallora.errors import ConfigError
 from duallora.terminal import quiet_libraries, say
 
 if TYPE_CHECKING:
-    from duallora.config.recipe import Dtype
+    from duallora.config import Dtype
 
 GRACE = 5  # seconds that open connections get once the server is to stop
 

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from duallora.config.recipe import Dtype
+from duallora.config import Dtype
 from duallora.errors import ConfigError, DiskError, IntegrityError
 from duallora.folders import cache_folder
 from duallora.tasks.hub import reachable

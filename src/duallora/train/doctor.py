@@ -65,7 +65,7 @@ def _packages() -> Iterator[Check]:
     yield Check("duallora", "ok", metadata.version("duallora"))
     for line in metadata.requires("duallora") or ():
         requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": "train"}):
             continue
         wanted = f"{requirement.name}{requirement.specifier}"
         try:
