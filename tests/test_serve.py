@@ -419,12 +419,14 @@ def test_an_abandoned_answer_is_not_generated_to_its_end(served):
             async for _ in answer:
                 pass
 
+    slow = base.model.register_forward_pre_hook(lambda *_: time.sleep(0.005))  # or a busy machine reads too late
     for way in (leave, gone, closing):
         running = engine.Engine(served)
         asyncio.run(way(running))
         running.close()
         assert running.answered == 0
         assert running.generated < 400, way.__name__
+    slow.remove()
 
 
 def test_a_generation_that_fails_is_an_error_and_the_next_one_works(client, served, monkeypatch):
