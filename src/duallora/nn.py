@@ -289,8 +289,8 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
         if ".duallora_" not in f".{name}":  # factors of an earlier call stay trainable
             parameter.requires_grad_(False)
     for name, linear_layer in found.items():
-        ties.put_in_lists(model.get_submodule(name.rpartition(".")[0]), linear_layer, adapted[linear_layer])
         model.set_submodule(name, adapted[linear_layer])
+    ties.put_in_containers(model, adapted)
     return model
 
 
@@ -353,8 +353,8 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(module, DualLoraLinear):
             if module not in merged:
                 merged[module] = module.merged()
-            ties.put_in_lists(model.get_submodule(name.rpartition(".")[0]), module, merged[module])
             model.set_submodule(name, merged[module])
+    ties.put_in_containers(model, merged)
     if untying:
         untying.apply(model, stacklevel=2)
     return model

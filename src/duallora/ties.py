@@ -37,11 +37,28 @@ def slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
                 yield held, key, tensor  # type: ignore[misc]
 
 
-def put_in_lists(parent: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old`` in the lists of ``parent`` that are no modules (MaskFormer's, which it calls from)."""
-    for held in vars(parent).values():
-        if isinstance(held, list):
-            held[:] = [new if item is old else item for item in held]
+def put_in_containers(model: nn.Module, news: Mapping[Any, nn.Module]) -> None:
+    """Put ``news[layer]`` in the place of each layer in the lists, tuples and dicts that modules of ``model`` hold.
+
+    They are no children, yet a parent may call its layers from them (MaskFormer does).
+    """
+    for module in list(model.modules()):
+        for name, held in list(vars(module).items()):
+            if not isinstance(held, (list, tuple, dict)) or name in _TORCHS_OWN:
+                continue
+            items = held.values() if isinstance(held, dict) else held
+            if not any(isinstance(item, nn.Module) and item in news for item in items):
+                continue
+            put = [news.get(item, item) if isinstance(item, nn.Module) else item for item in items]
+            if isinstance(held, list):
+                held[:] = put
+            elif isinstance(held, dict):
+                held.update(zip(held, put, strict=True))
+            else:
+                setattr(module, name, type(held)(*put) if hasattr(held, "_fields") else tuple(put))
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))  # its children, parameters and hooks among them
 
 
 def _named_slots(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:

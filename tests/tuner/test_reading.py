@@ -196,7 +196,7 @@ class Positions(nn.Embedding):
 
 
 class Listed(nn.Module):
-    """As MaskFormer's: calls its layers from a list that is no module."""
+    """As MaskFormer's: calls its layers from a list that is no module; two from a tuple and a dict of another parent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,9 +204,12 @@ class Listed(nn.Module):
         for number, layer in enumerate(self.held):
             self.add_module(str(number), layer)
         self.places = Positions(9, 6)
+        self.inner = nn.Identity()
+        self.inner.pair, self.inner.by_name = (self.held[2], 1), {"last": self.held[3]}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        first, tanh, router, last = self.held
+        first, tanh, _, _ = self.held
+        router, last = self.inner.pair[0], self.inner.by_name["last"]
         x = self.places(ids) + self.places.looked_up(ids)
         scores, logits = router(tanh(first(x)))
         return last(scores + logits)
@@ -247,6 +250,7 @@ def test_layers_with_a_forward_a_method_or_a_place_of_their_own_are_adapted():
         merged = model.merge_and_unload()
         assert torch.equal(merged(ids), got)
         assert [type(layer) for layer in merged.held] == [nn.Linear, nn.Tanh, Router, ByHand]
+        assert [type(merged.inner.pair[0]), type(merged.inner.by_name["last"])] == [Router, ByHand]
         assert torch.equal(clone(ids), got)
         assert torch.equal(clone.unload()(ids), base(ids))
 

@@ -59,12 +59,13 @@ class DualLoraModel(BaseTuner):
             layer.shares_weight = users[id(getattr(layer.get_base_layer(), "weight", None))] > 1
 
     def _adapt_everywhere(self) -> None:
-        """A module that stands in several places of the model is one layer in all of them."""
+        """A module that stands in several places of the model, be it in a list, is one layer in all of them."""
         layers = {layer.base_layer: layer for layer in self._layers()}
         for module in list(self.model.modules()):
             for name, child in module._modules.items():
                 if child in layers and module is not layers[child]:
                     module._modules[name] = layers[child]
+        ties.put_in_containers(self.model, layers)
 
     @property
     def get_input_embeddings(self) -> Callable[[], nn.Module | None]:
@@ -130,7 +131,8 @@ class DualLoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         names = kwargs.get("adapter_names")
-        merged = {layer for layer in self._layers() if layer.merged or (merge and _merges(layer, names))}
+        layers = self._layers()
+        merged = {layer for layer in layers if layer.merged or (merge and _merges(layer, names))}
         if merge:
             self._require_mergeable(names)
             self._name_never_trained(names)
@@ -143,6 +145,7 @@ class DualLoraModel(BaseTuner):
             for name, child in module._modules.items():
                 if isinstance(child, DualLoraLayer):
                     module._modules[name] = child.get_base_layer()
+        ties.put_in_containers(unloaded, {layer: layer.get_base_layer() for layer in layers})
         if untying:
             untying.apply(unloaded, stacklevel=3)
         quantized.warn_of(losses, stacklevel=4)
@@ -168,7 +171,6 @@ class DualLoraModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-        ties.put_in_lists(parent, child, new_module)
 
     def _create_and_replace(
         self,
