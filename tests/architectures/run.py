@@ -224,6 +224,8 @@ def main() -> None:
     facts = record.result(
         "architectures", {"heads": arguments.heads}, metrics, seeds=[0], started=started, classes=rows
     )
+    # The working file may hold runs of other commits: those behind each method's verdicts.
+    facts["commits"] = {m: sorted({line["commit"] for line in known.values() if line["method"] == m}) for m in METHODS}
     record.write_json(arguments.output, facts)
     if arguments.page:
         fill(arguments.page, table(metrics, rows))
