@@ -49,13 +49,14 @@ def put_in_containers(model: nn.Module, news: Mapping[Any, nn.Module]) -> None:
             items = held.values() if isinstance(held, dict) else held
             if not any(isinstance(item, nn.Module) and item in news for item in items):
                 continue
-            put = [news.get(item, item) if isinstance(item, nn.Module) else item for item in items]
+            put: list[Any] = [news.get(item, item) if isinstance(item, nn.Module) else item for item in items]
             if isinstance(held, list):
                 held[:] = put
             elif isinstance(held, dict):
                 held.update(zip(held, put, strict=True))
             else:
-                setattr(module, name, type(held)(*put) if hasattr(held, "_fields") else tuple(put))
+                make: Any = getattr(type(held), "_make", tuple)  # a named tuple's own
+                setattr(module, name, make(put))
 
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))  # its children, parameters and hooks among them
