@@ -1,6 +1,6 @@
-"""What merging costs on a quantised base: the loss with the adapter apart, on the grid, dequantised and on the original.
+"""What merging costs on a quantized base: the loss with the adapter apart, on the grid, dequantized and on the original.
 
-SmolLM2-135M is quantised, a Dual LoRA is trained on it for a few steps, and its held-out answer loss is taken in each form.
+SmolLM2-135M is quantized, a Dual LoRA is trained on it for a few steps, and its held-out answer loss is taken in each form.
 
     python benchmarks/quantized_merge.py -o results/quantized_merge.json [QUANTIZATION ...]
 """
@@ -52,7 +52,7 @@ def train(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(name: str, task: Any) -> tuple[dict[str, Any], str]:
-    """(the figures of one quantisation, fingerprint of its weights)."""
+    """(the figures of one quantization, fingerprint of its weights)."""
     torch.manual_seed(SETTINGS["seed"])
     original, tokenizer = models.load_model(MODEL, "generate", dtype="float32")
     limit = SETTINGS["steps"] * SETTINGS["batch_size"]
@@ -72,7 +72,7 @@ def measure(name: str, task: Any) -> tuple[dict[str, Any], str]:
     stored = quantized.stored_tensors(torch.nn.ModuleDict({n.replace(".", "_"): m for n, m in linear.items()}))
     figures["linear_bytes"] = sum(t.numel() * t.element_size() for t in stored.values())
     figures["linear_bytes_float32"] = sum(4 * m.in_features * m.out_features for m in linear.values())
-    figures["loss_of_the_quantised"] = loss(base)
+    figures["loss_of_the_quantized"] = loss(base)
     model = adapted(base)
     started = time.perf_counter()
     train(model, tokenizer, rows)
@@ -85,7 +85,7 @@ def measure(name: str, task: Any) -> tuple[dict[str, Any], str]:
     on_original = adapted(original)
     set_peft_model_state_dict(on_original, get_peft_model_state_dict(model))
     figures["loss_merged_into_the_original"] = loss(on_original.merge_and_unload())
-    figures["loss_merged_into_the_dequantised"] = loss(quantized.dequantize(model).merge_and_unload())
+    figures["loss_merged_into_the_dequantized"] = loss(quantized.dequantize(model).merge_and_unload())
     return figures, fingerprint
 
 

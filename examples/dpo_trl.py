@@ -1,4 +1,4 @@
-"""Preference optimisation with TRL's DPOTrainer: the reference model is the same model with its adapter disabled.
+"""Preference optimization with TRL's DPOTrainer: the reference model is the same model with its adapter disabled.
 
     python examples/dpo_trl.py                          the built-in SmolLM2-135M: offline, a CPU will do
     python examples/dpo_trl.py meta-llama/Llama-3.2-1B  any model of the hub, or a local folder

@@ -696,7 +696,7 @@ def two_models_with_an_optimizer_each(task: Task) -> Judgements:
 
 
 class Sam(torch.optim.Optimizer):
-    """Sharpness-aware minimisation (arXiv 2010.01412): a step up by rho, and a step of ``inner`` with the gradient there."""
+    """Sharpness-aware minimization (arXiv 2010.01412): a step up by rho, and a step of ``inner`` with the gradient there."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, rho: float = 0.05) -> None:
         super().__init__(parameters, {"rho": rho})

@@ -954,8 +954,8 @@ def test_the_page_streams_an_answer_beside_the_bases_and_runs_no_markup(process,
     url = process[0]
     browser.send("Page.navigate", url=url + "/")
     browser.until("document.querySelectorAll('#model option').length === 3")
-    unlabelled = "[...document.querySelectorAll('input,select,textarea')].filter(f => !f.labels.length).map(f => f.id)"
-    assert browser.run(unlabelled) == []
+    unlabeled = "[...document.querySelectorAll('input,select,textarea')].filter(f => !f.labels.length).map(f => f.id)"
+    assert browser.run(unlabeled) == []
     assert browser.run("[...document.getElementById('model').options].map(o => o.value)") == ["a", "b", "tiny-llama"]
     # Every state the answer goes through, to see that it comes in pieces.
     browser.run(

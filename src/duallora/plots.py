@@ -12,13 +12,13 @@ from typing import Any
 from duallora.errors import ConfigError
 from duallora.store import record
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette: told apart with any color vision.
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
     "svg.hashsalt": "duallora", "svg.fonttype": "none",
 }  # fmt: skip
-# Stand for colours of the page until `svg` names them in CSS; on white they are what they look like.
+# Stand for colors of the page until `svg` names them in CSS; on white they are what they look like.
 INK, FAINT, GROUND = "#010203", "#d0d1d2", "#fefdfc"
 _INLINE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 

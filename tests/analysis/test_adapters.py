@@ -247,7 +247,7 @@ def trained_run(tmp_path_factory, tiny_causal_folder):
     from duallora.config.recipe import load_recipe
     from duallora.train import run
 
-    folder = tmp_path_factory.mktemp("analysed") / "four-steps"
+    folder = tmp_path_factory.mktemp("analyzed") / "four-steps"
     data = folder.parent / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{n} and", "completion": f" {n + 1}"}) + "\n" for n in range(12)))
     settings = ["train.max_steps=4", "train.batch_size=2", "train.save_steps=2", "train.save_total_limit=null", "r=2"]

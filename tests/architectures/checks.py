@@ -121,7 +121,7 @@ def reloaded(model: PreTrainedModel, small: Small, expected: list[Tensor]) -> Ve
         same = equal(outputs(aligned(again), small), expected)
     missing = sorted(info["missing_keys"])
     if missing:
-        return f"newly initialised: {len(missing)} such as {missing[0]}; {'equal' if same is True else same}"
+        return f"newly initialized: {len(missing)} such as {missing[0]}; {'equal' if same is True else same}"
     return same
 
 

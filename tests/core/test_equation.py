@@ -183,7 +183,7 @@ def test_scaling_and_rounding_once():
     ],
 )
 def test_bad_arguments_name_what_does_not_fit(change, message):
-    """A misspelt option must not become another method in silence, nor a wrong shape uninitialised memory."""
+    """A misspelt option must not become another method in silence, nor a wrong shape uninitialized memory."""
     arguments = {"A": A, "B": B, "C": C, "D": D, **change}
     options = {k: arguments.pop(k) for k in ("direction", "ste_clip", "magnitude") if k in arguments}
     with pytest.raises(ValueError, match=message):

@@ -91,18 +91,18 @@ def test_cells_that_began_where_their_study_would_no_longer_begin_are_refused(fa
     tasks = {"mnli": {}, "rte": {"after": "mnli", "search": {}}}
     few = fakes.study(tasks=tasks, variants={"lora": {"method": "lora"}}, search={"learning_rate": [2e-3, 4e-3]})
     found = fakes.run(few)
-    assert found["rte-lora-seed0"].recipe["adapter"]["start"].endswith("mnli-lora-lr0.002-seed0")
+    assert found["rte-lora-seed0"].recipe["adapter"]["init_from"].endswith("mnli-lora-lr0.002-seed0")
     moved = fakes.folder.rename(fakes.folder.with_name("moved"))
     fakes.folder = moved
     assert fakes.run(few).keys() == found.keys()
     more = fakes.study(tasks=tasks, variants={"lora": {"method": "lora"}}, search={"learning_rate": [1e-3, 2e-3, 4e-3]})
-    changed = r'adapter.start: "mnli-lora-lr0.002-seed0" -> "mnli-lora-lr0.001-seed0"'
+    changed = r'adapter.init_from: "mnli-lora-lr0.002-seed0" -> "mnli-lora-lr0.001-seed0"'
     with pytest.raises(ConfigError, match=changed):
         fakes.run(more)
     own = {"tasks": {"own": {}}, "variants": {"lora": {"method": "lora"}}, "search": {}}
-    fakes.run(fakes.study(base={"task": "cola", "adapter.start": "runs/a"}, **own))
-    with pytest.raises(ConfigError, match=r'adapter.start: "runs/a" -> "runs/b"'):
-        fakes.run(fakes.study(base={"task": "cola", "adapter.start": "runs/b"}, **own))
+    fakes.run(fakes.study(base={"task": "cola", "adapter.init_from": "runs/a"}, **own))
+    with pytest.raises(ConfigError, match=r'adapter.init_from: "runs/a" -> "runs/b"'):
+        fakes.run(fakes.study(base={"task": "cola", "adapter.init_from": "runs/b"}, **own))
 
 
 def test_a_search_that_was_decided_on_test_rows_is_said_to_be(fakes):
@@ -235,7 +235,7 @@ def test_an_adapter_that_other_cells_start_from_stays_until_they_are_done(fakes)
     adapters = [path.parent.name for path in fakes.folder.glob("cells/*/adapter")]
     assert adapters == [first]
     recipe = (fakes.folder / "cells" / "rte-lora-seed0" / "recipe.yaml").read_text()
-    assert f'start: "{(fakes.folder / "cells" / first).resolve()}"' in recipe
+    assert f'init_from: "{(fakes.folder / "cells" / first).resolve()}"' in recipe
     fakes.end({})
     fakes.run(study, keep="none")
     assert not list(fakes.folder.glob("cells/*/adapter"))

@@ -232,7 +232,7 @@ def test_a_task_after_another_starts_each_cell_from_the_same_variant_and_seed_at
     cells = {cell.name: cell for cell in one.wanted(found)}
     assert cells["rte-duallora-lr0.01-seed4"].after == "mnli-duallora-lr0.001-seed4"
     assert cells["rte-lora-lr0.001-seed9"].after == "mnli-lora-lr0.001-seed9"
-    start = cells["rte-lora-lr0.001-seed9"].recipe("/shared/grid").adapter.start
+    start = cells["rte-lora-lr0.001-seed9"].recipe("/shared/grid").adapter.init_from
     assert start == "/shared/grid/cells/mnli-lora-lr0.001-seed9"
     with pytest.raises(ConfigError, match=r"after: 'qqp' is not accepted; it belongs to a task and names one .*: cola"):
         study(tasks={"cola": {"task": "cola"}, "rte": {"task": "rte", "after": "qqp"}})

@@ -28,7 +28,7 @@ PAPER = [
 
 @pytest.fixture(scope="module")
 def summary(finished):
-    return studies.summarise(finished, scale="mini", rounds=300)
+    return studies.summarize(finished, scale="mini", rounds=300)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def small(tmp_path_factory):
         tasks={"cola": {"data.task": "cola"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={},
         seeds=(0,),
     )  # fmt: skip
-    return studies.summarise(work_off(tmp_path_factory.mktemp("small") / "grid", study, lambda cell: 0.7), rounds=200)
+    return studies.summarize(work_off(tmp_path_factory.mktemp("small") / "grid", study, lambda cell: 0.7), rounds=200)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_paper_with_other_columns_is_shown_alone(summary):
 
 def test_a_study_whose_first_task_alone_has_values_yet_has_the_papers_column_for_it(tmp_path):
     """The grid was stopped when CoLA was done: its column is CoLA, not Matthews."""
-    summary = studies.summarise(work_off(tmp_path, two_tasks(search={}), lambda cell: 0.7, stop_after=9), rounds=200)
+    summary = studies.summarize(work_off(tmp_path, two_tasks(search={}), lambda cell: 0.7, stop_after=9), rounds=200)
     assert {row["task"] for row in summary["rows"]} == {"cola"}
     beside = table(summary, "paper", PAPER)
     assert (beside.title, cells(beside, "lora")["cola"].small) == ("Beside the paper", "paper 63.9")
@@ -137,7 +137,7 @@ def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
         tasks={"commonsense": {"data.task": "commonsense"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}},
         search={},
     )  # fmt: skip
-    summary = studies.summarise(work_off(tmp_path, study, lambda cell: 0.7), rounds=200)
+    summary = studies.summarize(work_off(tmp_path, study, lambda cell: 0.7), rounds=200)
     found = table(summary, "figures")
     assert found.head[-3:] == ["average", "boolq", "piqa"]
     printed = [
@@ -180,7 +180,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page, summary):
 
 
 def test_plots_on_the_page_take_their_ink_from_it_and_their_text_stays_text(page):
-    """Black lines would be lost on a dark page; colours of variants stay."""
+    """Black lines would be lost on a dark page; colors of variants stay."""
     text = (page / "r.html").read_text()
     drawn = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     for svg in drawn:

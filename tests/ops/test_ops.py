@@ -397,7 +397,7 @@ def test_bad_requests_name_the_remedy():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_weight_of_another_shape_is_refused(backend):
-    """Sized from W and filled from B, W' would keep uninitialised rows."""
+    """Sized from W and filled from B, W' would keep uninitialized rows."""
     x, W, b, factors, _ = make()
     with pytest.raises(ValueError, match=r"W is \(64, 100\), but A \(5, 100\) and B \(63, 5\) make \(63, 100\)"):
         dual_linear(x, torch.zeros(64, IN), b, *factors, 0.3, backend=backend)

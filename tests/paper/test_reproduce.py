@@ -155,7 +155,7 @@ def test_commands_of_a_task_that_waits_say_for_what():
     )
     lines = reproduce.commands(chosen)
     assert len(lines) == 2 * 5
-    assert ["adapter.start=" in line and "BEST-OF-MNLI" in line for line in lines] == [False] * 5 + [True] * 5
+    assert ["adapter.init_from=" in line and "BEST-OF-MNLI" in line for line in lines] == [False] * 5 + [True] * 5
 
 
 def test_only_that_leaves_nothing_names_what_there_is():

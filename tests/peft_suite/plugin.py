@@ -1,6 +1,6 @@
 """Pytest plugin that runs PEFT's own test-suite with DualLoraConfig in the place of HiraConfig and LoraConfig.
 
-Nothing in PEFT's files is edited. A test parametrised over configurations keeps its HiRA and LoRA rows, translated; a
+Nothing in PEFT's files is edited. A test parametrized over configurations keeps its HiRA and LoRA rows, translated; a
 test that builds a LoraConfig in its body runs if ``GENERIC`` names it, with ``LoraConfig`` bound to a translating
 constructor; every other test is deselected. ``EXCEPTIONS`` become strict expected failures.
 """
@@ -84,7 +84,7 @@ def translated(value: Any) -> Any:
 
 
 def translated_rows(rows: list[Any]) -> list[Any] | None:
-    """The rows of a parametrisation that are ours; None where its values are no configurations."""
+    """The rows of a parametrization that are ours; None where its values are no configurations."""
     cells = [list(row.values) if hasattr(row, "values") and hasattr(row, "marks") else row for row in rows]
     cells = [list(row) if isinstance(row, (tuple, list)) else [row] for row in cells]
     if not any(has_config(value) for row in cells for value in row):

@@ -172,7 +172,7 @@ MISTRAL = (
 @pytest.mark.parametrize("scheme", ["legacy", "always", "first"])
 @pytest.mark.parametrize(("template", "space"), [(ZEPHYR, ""), (MISTRAL, "\u2581")], ids=["zephyr", "mistral"])
 def test_a_tokenizer_that_sets_a_space_before_each_text_sets_none_before_an_answer(scheme, template, space):
-    """Turns tokenised on their own would begin with a space that neither the whole chat nor the prompt's answer has."""
+    """Turns tokenized on their own would begin with a space that neither the whole chat nor the prompt's answer has."""
     tokenizer = build_spaced(scheme)
     tokenizer.chat_template = template
     turns = [*CHAT[1:3], {"role": "user", "content": "\u00e9"}, {"role": "assistant", "content": "four"}]

@@ -236,8 +236,8 @@ def test_a_parquet_file_of_the_hub_keeps_its_class_names(tmp_path):
     task = load_data(str(tmp_path / "t.parquet"))
     assert (task.kind, task.labels) == ("classify", ("1.5", "9.5", "10.5"))
     assert [task.labels[row.label] for row in rows_of(task)] == ["1.5", "10.5", "9.5", "10.5"]
-    unlabelled = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
-    unlabelled.to_parquet(tmp_path / "u.parquet")
+    unlabeled = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
+    unlabeled.to_parquet(tmp_path / "u.parquet")
     with pytest.raises(DataError, match=r"1 bad row of 3(.|\n)*empty label"):
         load_data(str(tmp_path / "u.parquet"))
 

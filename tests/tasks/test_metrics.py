@@ -17,18 +17,18 @@ from duallora.tasks.metrics import OF_KIND, Metric, Metrics
 REFERENCES = [
     ("the cat sat on the mat .", "a cat was on the mat ."),
     ("there is a cheap pub near the river",),
-    ("Blue Spice is a family friendly coffee shop in the city centre .", "Blue Spice is in the centre", "A shop ."),
+    ("Blue Spice is a family friendly coffee shop in the city center .", "Blue Spice is in the center", "A shop ."),
     ("no match whatsoever here",),
 ]
 TEXTS = [
     "the Cat sat on a mat .",
     "there is a cheap pub by the river",
-    "Blue Spice is a coffee shop in the centre .",
+    "Blue Spice is a coffee shop in the center .",
     "zzz",
 ]
 
 
-def labelled(labels) -> list[Example]:
+def labeled(labels) -> list[Example]:
     return [Example(texts=("t",), label=label) for label in labels]
 
 
@@ -37,7 +37,7 @@ def texts(references) -> list[Example]:
 
 
 def value(name, predictions, labels) -> float:
-    return metrics.get(name).value(predictions, labelled(labels))
+    return metrics.get(name).value(predictions, labeled(labels))
 
 
 def test_matthews_is_the_confusion_matrix_formula():
@@ -55,15 +55,15 @@ def test_f1_counts_the_positive_class():
 
 
 def test_the_metrics_of_each_kind_of_data():
-    found = OF_KIND["classify"]([0, 2, 2, 1], labelled([0, 2, 1, 1]))
+    found = OF_KIND["classify"]([0, 2, 2, 1], labeled([0, 2, 1, 1]))
     assert found == {"accuracy": 75.0, "macro_f1": pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)}
-    found = OF_KIND["regress"]([1.0, 2.0, 9.0], labelled([1.0, 2.0, 3.0]))
+    found = OF_KIND["regress"]([1.0, 2.0, 9.0], labeled([1.0, 2.0, 3.0]))
     assert found == {
         "pearson": pytest.approx(100 * 8 / math.sqrt(38 * 2)),  # about the means: (-3, -2, 5), (-1, 0, 1)
         "spearman": pytest.approx(100),
         "rmse": pytest.approx(math.sqrt(12)),
     }
-    assert OF_KIND["regress"]([1.0, 1.0, 1.0], labelled([1.0, 2.0, 3.0]))["pearson"] == 0.0
+    assert OF_KIND["regress"]([1.0, 1.0, 1.0], labeled([1.0, 2.0, 3.0]))["pearson"] == 0.0
     rows = [Example(answer="a b", references=("a b ", "c")), Example(answer="d", references=("d",))]
     assert OF_KIND["generate"]([" c\n", "e"], rows)["exact_match"] == 50.0
     assert set(OF_KIND["generate"]([], []).values()) == {0.0}
@@ -121,11 +121,11 @@ def cases(name: str):
         yield TEXTS, texts(REFERENCES)
         return
     many = 4 if name == "macro_f1" else 2
-    yield random.integers(0, many, 7), labelled(random.integers(0, many, 7).tolist())  # one class alone is common
-    yield np.ones(50, dtype=int), labelled(random.integers(0, many, 50).tolist())
-    yield random.integers(0, many, 9), labelled([0] * 9)
+    yield random.integers(0, many, 7), labeled(random.integers(0, many, 7).tolist())  # one class alone is common
+    yield np.ones(50, dtype=int), labeled(random.integers(0, many, 50).tolist())
+    yield random.integers(0, many, 9), labeled([0] * 9)
     if name in ("pearson", "spearman", "rmse"):
-        yield random.random(40) * 1e-3 + 100, labelled((random.random(40) * 5).tolist())
+        yield random.random(40) * 1e-3 + 100, labeled((random.random(40) * 5).tolist())
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_an_average_over_groups_weighs_groups_and_not_rows():
 def test_a_group_has_its_own_value_by_the_name_it_is_recorded_under(name):
     """Whether the metric is of sums or computed anew: the rows of the others do not count."""
     random = np.random.default_rng(1)
-    rows = [replace(row, group="ab"[i % 2]) for i, row in enumerate(labelled(random.integers(0, 3, 20).tolist()))]
+    rows = [replace(row, group="ab"[i % 2]) for i, row in enumerate(labeled(random.integers(0, 3, 20).tolist()))]
     guess = random.integers(0, 3, 20).tolist()
     found = Metrics(name, by_group=[name])(guess, rows)
     assert list(found) == [name, f"{name}_a", f"{name}_b"]

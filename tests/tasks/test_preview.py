@@ -13,8 +13,8 @@ from duallora.tasks import IGNORE, encode_split, load_data
 from duallora.tasks.preview import preview
 
 
-def render(renderable, *, colour: bool = False) -> str:
-    console = Console(width=100, file=io.StringIO(), force_terminal=colour, color_system="standard" if colour else None)
+def render(renderable, *, color: bool = False) -> str:
+    console = Console(width=100, file=io.StringIO(), force_terminal=color, color_system="standard" if color else None)
     console.print(renderable)
     return console.file.getvalue()
 
@@ -38,7 +38,7 @@ def test_whitespace_and_special_tokens_are_visible(task, tiny_bos_tokenizer):
 
 
 def test_only_trained_tokens_are_green(task, tiny_bos_tokenizer):
-    text = render(preview(task, tiny_bos_tokenizer, rows=1, max_length=99), colour=True)
+    text = render(preview(task, tiny_bos_tokenizer, rows=1, max_length=99), color=True)
     first = text.split("trained")[0]
     green = [part.split("m", 1) for part in first.split("\x1b[") if "m" in part]
     trained = "".join(body for code, body in green if "32" in code.split(";"))
@@ -58,7 +58,7 @@ FORGETS = (
 
 
 def test_the_preview_of_a_chat_is_what_training_reads_and_learns(tmp_path, make_tokenizer):
-    """Token by token, in colour, over tools, reasoning, a turn without weight and a template that rewrites turns."""
+    """Token by token, in color, over tools, reasoning, a turn without weight and a template that rewrites turns."""
     turns = [
         {"role": "user", "content": "Where?"},
         {"role": "assistant", "content": "", "reasoning": "Look. ", "tool_calls": [{"function": {"name": "find", "arguments": "{}"}}]},

@@ -1,4 +1,4 @@
-"""A run with adapter.start begins with the function the other run ended with, under a head of its own."""
+"""A run with adapter.init_from begins with the function the other run ended with, under a head of its own."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_every_method_begins_where_it_ended(name, make_recipe, console, tmp_path
     first = run.train(make_recipe(*of(name), output=tmp_path / "first"), console=console)
     again = run.train(
         make_recipe(
-            *of(name, f"adapter.start={tmp_path / 'first'}", "adapter.init_seed=null"), output=tmp_path / "again"
+            *of(name, f"adapter.init_from={tmp_path / 'first'}", "adapter.init_seed=null"), output=tmp_path / "again"
         ),
         console=console,
     )
@@ -52,7 +52,7 @@ def test_dual_lora_begins_with_its_gate_open_and_what_is_rebuilt_from_a_seed(mor
     first = run.train(make_recipe("train.max_steps=8", *more, output=tmp_path / "first"), console=console)
     recipe = make_recipe(
         "adapter.warmup_steps=auto", "train.max_steps=4", "train.lr_warmup_steps=20", "adapter.init_seed=77", "train.logging_steps=1", *more,
-        f"adapter.start={tmp_path / 'first' / 'adapter'}", output=tmp_path / "again",
+        f"adapter.init_from={tmp_path / 'first' / 'adapter'}", output=tmp_path / "again",
     )  # fmt: skip
     again = run.train(recipe, console=console)
     assert again["metrics"]["loss_before"] == pytest.approx(first["metrics"]["loss"], abs=1e-6)
@@ -95,7 +95,7 @@ def test_the_trunk_is_the_other_runs_and_the_head_is_new_whatever_its_size(
     monkeypatch.setattr(run._Run, "_fit", look)
     own = of("full") if method == "full" else ["adapter.warmup_steps=auto"]
     with pytest.raises(KeyboardInterrupt):
-        run.train(make_recipe(*own, f"adapter.start={source}", kind="classify", data=data), console=console)
+        run.train(make_recipe(*own, f"adapter.init_from={source}", kind="classify", data=data), console=console)
     before, tokenizer = adapters.load_adapter(source, "classify")
     body = before.get_base_model() if method == "duallora" else before
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_a_head_of_the_same_size_is_drawn_anew(classified, make_recipe, console,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run._Run, "_fit", look)
-    for more in ([], [f"adapter.start={classified}"]):
+    for more in ([], [f"adapter.init_from={classified}"]):
         recipe = make_recipe("adapter.warmup_steps=auto", *more, kind="classify", output=tmp_path / f"r{len(more)}")
         with pytest.raises(KeyboardInterrupt):
             run.train(recipe, console=console)
@@ -130,7 +130,7 @@ def test_a_head_of_the_same_size_is_drawn_anew(classified, make_recipe, console,
 def test_a_method_whose_file_is_not_what_it_trains_says_so(make_recipe, console, tmp_path):
     run.train(make_recipe(*of("prefix"), output=tmp_path / "first"), console=console)
     with pytest.raises(ConfigError, match="Prefix tuning cannot go on from its file: PEFT saves what the MLP gives"):
-        run.train(make_recipe(*of("prefix", f"adapter.start={tmp_path / 'first'}")), console=console)
+        run.train(make_recipe(*of("prefix", f"adapter.init_from={tmp_path / 'first'}")), console=console)
 
 
 @pytest.mark.parametrize(
@@ -147,16 +147,16 @@ def test_a_method_whose_file_is_not_what_it_trains_says_so(make_recipe, console,
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(more, message, trained, make_recipe, console):
-    recipe = make_recipe("adapter.warmup_steps=auto", f"adapter.start={trained()}", *more)
-    with pytest.raises(ConfigError, match=r"(?s)adapter\.start=.*" + message):
+    recipe = make_recipe("adapter.warmup_steps=auto", f"adapter.init_from={trained()}", *more)
+    with pytest.raises(ConfigError, match=r"(?s)adapter\.init_from=.*" + message):
         run.train(recipe, console=console)
 
 
 @pytest.mark.parametrize("method", ["duallora", "lora+"])
 def test_a_folder_that_is_not_there_is_called_so(method, make_recipe, console):
     """runs/mnli could be the name of a model on the hub."""
-    with pytest.raises(ConfigError, match=r"adapter\.start=runs/mnli: .* no such folder is here"):
-        run.train(make_recipe(*of(method, "adapter.start=runs/mnli")), console=console)
+    with pytest.raises(ConfigError, match=r"adapter\.init_from=runs/mnli: .* no such folder is here"):
+        run.train(make_recipe(*of(method, "adapter.init_from=runs/mnli")), console=console)
 
 
 def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(
@@ -165,21 +165,21 @@ def test_an_adapter_of_another_base_or_a_damaged_one_is_refused(
     other = tmp_path / "other"
     shutil.copytree(tiny_causal_folder, other)
     bit_flip(other / "model.safetensors")
-    recipe = make_recipe("adapter.warmup_steps=auto", f"adapter.start={trained()}", f"model.name={other}")
+    recipe = make_recipe("adapter.warmup_steps=auto", f"adapter.init_from={trained()}", f"model.name={other}")
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(other)})})
-    with pytest.raises(IntegrityError, match=r"adapter\.start=.* was trained on a base model with the weights"):
+    with pytest.raises(IntegrityError, match=r"adapter\.init_from=.* was trained on a base model with the weights"):
         run.train(recipe, console=console)
     damaged = tmp_path / "damaged"
     shutil.copytree(trained(), damaged)
     bit_flip(damaged / "adapter" / "adapter_model.safetensors")
     with pytest.raises(IntegrityError, match="damaged"):
-        run.train(make_recipe("adapter.warmup_steps=auto", f"adapter.start={damaged}"), console=console)
+        run.train(make_recipe("adapter.warmup_steps=auto", f"adapter.init_from={damaged}"), console=console)
 
 
 def test_a_resumed_run_does_not_begin_again_and_ends_to_the_bit(trained, make_recipe, console, tmp_path, interrupted):
     first = tmp_path / "first"
     shutil.copytree(trained(), first)
-    own = ["adapter.warmup_steps=auto", f"adapter.start={first}", "train.max_steps=6"]
+    own = ["adapter.warmup_steps=auto", f"adapter.init_from={first}", "train.max_steps=6"]
     run.train(make_recipe(*own), console=console)
     stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=4)
     fingerprint = json.loads((tmp_path / "run" / "run.json").read_text())["fingerprints"]["start"]
@@ -195,19 +195,19 @@ def test_a_start_that_changed_before_the_first_checkpoint_is_refused(
 ):
     first, other = tmp_path / "first", tmp_path / "other"
     shutil.copytree(trained(), first)
-    own = ["adapter.warmup_steps=auto", f"adapter.start={first}", "train.max_steps=2"]
+    own = ["adapter.warmup_steps=auto", f"adapter.init_from={first}", "train.max_steps=2"]
     run.train(make_recipe(*own), console=console)
     run.train(make_recipe("train.max_steps=2", output=other), console=console)
     stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=0)
     shutil.rmtree(first)
     shutil.copytree(other, first)
-    with pytest.raises(ConfigError, match=r"(?s)started with other settings.*weights of adapter\.start"):
+    with pytest.raises(ConfigError, match=r"(?s)started with other settings.*weights of adapter\.init_from"):
         run.train(make_recipe(*own, output=stopped), resume="auto", console=console)
 
 
 @pytest.mark.parametrize(("key", "value"), [("init", "gradient"), ("warmup_steps", "6")])
 def test_settings_of_a_start_of_their_own_contradict_it(key, value):
     with pytest.raises(
-        ConfigError, match=rf"adapter\.{key} = .* has no part in a run that begins with .*adapter\.start"
+        ConfigError, match=rf"adapter\.{key} = .* has no part in a run that begins with .*adapter\.init_from"
     ):
-        load_recipe(None, [f"adapter.{key}={value}", "adapter.start=runs/mnli"], data="x.jsonl")
+        load_recipe(None, [f"adapter.{key}={value}", "adapter.init_from=runs/mnli"], data="x.jsonl")

@@ -124,7 +124,7 @@ def test_the_rows_are_drawn_by_the_seed_and_cut_to_the_same_start_anywhere(start
 
 
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "torchao-int8"])
-def test_on_a_quantised_base_the_gradient_is_that_of_what_it_computes(make_recipe, console, tmp_path, quantization):
+def test_on_a_quantized_base_the_gradient_is_that_of_what_it_computes(make_recipe, console, tmp_path, quantization):
     """Signs from rounded weights, but mostly those of the plain ones."""
     pytest.importorskip(models.QUANTIZATIONS[quantization])
     starts = []

@@ -176,8 +176,8 @@ def texts(tmp_path):
 
 
 @pytest.fixture
-def labelled(tmp_path):
-    path = tmp_path / "labelled.jsonl"
+def labeled(tmp_path):
+    path = tmp_path / "labeled.jsonl"
     path.write_text("\n".join(json.dumps({"text": "x" * (20 + n), "label": "ab"[n % 2]}) for n in range(26)))
     return path
 
@@ -208,12 +208,12 @@ def test_rows_beyond_the_table_are_refused_before_training_and_cut_where_asked(
         assert "rows cut to 40 tokens" in console.file.getvalue()
 
 
-def test_classifiers_too(labelled, recipe_for, console, tmp_path):
+def test_classifiers_too(labeled, recipe_for, console, tmp_path):
     """RoBERTa's 40 positions hold 38 tokens."""
     with pytest.raises(ConfigError, match=r"longest row has 45 tokens, but .* has 38 positions"):
-        run.train(recipe_for("roberta", 40, "eval.metrics=true", data=labelled), console=console)
+        run.train(recipe_for("roberta", 40, "eval.metrics=true", data=labeled), console=console)
     assert not (tmp_path / "run").exists()
-    run.train(recipe_for("roberta", 40, "eval.metrics=true", "data.max_length=38", data=labelled), console=console)
+    run.train(recipe_for("roberta", 40, "eval.metrics=true", "data.max_length=38", data=labeled), console=console)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert "accuracy" in metrics["metrics"]
 

@@ -99,7 +99,7 @@ def test_merging_goes_into_plain_weights_and_says_how_far_they_are(quantized_run
     assert result["quantized_logit_difference"] == pytest.approx(far, abs=1e-6)
     assert (far < 1e-5) == (into == "dequantized")
     said = re.sub(r"\s+", " ", console.file.getvalue())
-    assert f"trained on quantised weights, this model has the {result['weights']} ones: logits differ by up to" in said
+    assert f"trained on quantized weights, this model has the {result['weights']} ones: logits differ by up to" in said
     original, _ = models.load_model(adapted.peft_config["default"].base_model_name_or_path, "generate")
     layer, plain_layer = (m.model.layers[0].mlp.down_proj.weight for m in (original, plain))
     dW = adapted.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default")
@@ -108,7 +108,7 @@ def test_merging_goes_into_plain_weights_and_says_how_far_they_are(quantized_run
 
 
 @needs_bitsandbytes
-def test_a_checkpoint_stored_quantised_is_merged_dequantised(tiny_causal_folder, make_recipe, console, tmp_path):
+def test_a_checkpoint_stored_quantized_is_merged_dequantized(tiny_causal_folder, make_recipe, console, tmp_path):
     stored, tokenizer = models.load_model(str(tiny_causal_folder), "generate", quantization="bnb-4bit")
     stored.save_pretrained(tmp_path / "stored")
     tokenizer.save_pretrained(tmp_path / "stored")
@@ -122,12 +122,12 @@ def test_a_checkpoint_stored_quantised_is_merged_dequantised(tiny_causal_folder,
     assert not hasattr(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config, "quantization_config")
     with pytest.raises(ConfigError, match="original weights are not known"):
         merge.merge(tmp_path / "run", tmp_path / "other", into="original", console=console)
-    with pytest.raises(ConfigError, match="is stored quantised"):
+    with pytest.raises(ConfigError, match="is stored quantized"):
         models.load_model(str(tmp_path / "stored"), "generate", quantization="bnb-8bit")
 
 
-def test_an_unquantised_base_leaves_nothing_to_choose(trained, console, tmp_path):
-    with pytest.raises(ConfigError, match="not quantised"):
+def test_an_unquantized_base_leaves_nothing_to_choose(trained, console, tmp_path):
+    with pytest.raises(ConfigError, match="not quantized"):
         merge.merge(trained(), tmp_path / "merged", into="dequantized", console=console)
 
 
@@ -159,7 +159,7 @@ def test_the_fingerprint_sees_codes_and_scales(tiny_causal_folder, name):
 
 @needs_bitsandbytes
 def test_another_base_is_refused(quantized_run, tmp_path):
-    """The same checkpoint quantised otherwise is another base."""
+    """The same checkpoint quantized otherwise is another base."""
     folder, _ = quantized_run("bnb-4bit")
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     path = tmp_path / "adapter" / "duallora.json"
@@ -170,7 +170,7 @@ def test_another_base_is_refused(quantized_run, tmp_path):
         adapters.load_adapter(tmp_path / "adapter", "generate")
 
 
-def test_what_cannot_be_quantised_here_is_said_before_anything_is_read(tiny_causal_folder, monkeypatch):
+def test_what_cannot_be_quantized_here_is_said_before_anything_is_read(tiny_causal_folder, monkeypatch):
     with pytest.raises(ConfigError, match=r"model.quantization.*bnb-4bit"):
         load_recipe(None, ["data.task=e2e", "model.quantization=gptq"])
     with pytest.raises(ConfigError, match=r"model\.quantization"):

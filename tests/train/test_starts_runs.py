@@ -73,7 +73,9 @@ def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
 def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, console, tmp_path):
     """The base that it moves is moved by the other run's start, without a look at this run's data."""
     first = run.train(make_recipe(*settings(start), output=tmp_path / "first"), console=console)
-    recipe = make_recipe(*settings(start, f"adapter.start={tmp_path / 'first'}", "seed=3"), output=tmp_path / "again")
+    recipe = make_recipe(
+        *settings(start, f"adapter.init_from={tmp_path / 'first'}", "seed=3"), output=tmp_path / "again"
+    )
     again = run.train(recipe, console=console)
     assert again["metrics"].get("start_rows") is None
     model, tokenizer = adapters.load_adapter(tmp_path / "again", "generate")
@@ -85,7 +87,7 @@ def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, cons
     assert again["metrics"]["loss_before"] == pytest.approx(before, abs=2e-6)
     assert before != pytest.approx(first["metrics"]["loss_before"], abs=1e-4)
     other = make_recipe(
-        *settings(start, f"adapter.start={tmp_path / 'first'}", "adapter.r=2"), output=tmp_path / "other"
+        *settings(start, f"adapter.init_from={tmp_path / 'first'}", "adapter.r=2"), output=tmp_path / "other"
     )
     with pytest.raises(ConfigError, match=r"expected the adapter of a run with the same|r=2|Set adapter.r as there"):
         run.train(other, console=console)
@@ -197,7 +199,7 @@ def test_a_start_that_cannot_be_is_said(options, message, make_recipe, console):
 def test_a_start_that_moves_the_base_is_refused_where_its_weights_are_codes(quantization, make_recipe, console):
     pytest.importorskip(models.QUANTIZATIONS[quantization])
     for start in ("pissa", "olora"):
-        with pytest.raises(ConfigError, match=f"'{start}' takes its start off the weights, .* are quantised"):
+        with pytest.raises(ConfigError, match=f"'{start}' takes its start off the weights, .* are quantized"):
             run.train(make_recipe(*settings(start, f"model.quantization={quantization}")), console=console)
 
 

@@ -195,7 +195,7 @@ def test_weights_of_another_shape_are_not_resumed(make_recipe, console, tmp_path
         ("galore", "adapter.modules_to_save=[lm_head]", "options .*modules_to_save.*galore takes gap"),
         ("galore", "train.optimizer=adafactor", "GaLore is an optimizer itself"),
         ("full", "adapter.target_modules=[q_proj]", "Full fine-tuning has no such setting"),
-        ("full", "model.quantization=bnb-4bit", "this model's are quantised"),
+        ("full", "model.quantization=bnb-4bit", "this model's are quantized"),
     ],
 )
 def test_what_a_whole_model_cannot_take_is_said(name, change, message, make_recipe, console):

@@ -721,12 +721,12 @@ def test_other_layers_stay_with_peft_and_are_counted():
 
 
 def test_weights_that_are_not_plain_are_left():
-    class Quantised(nn.Linear):
+    class Quantized(nn.Linear):
         pass
 
-    model = dora_model(nn.Sequential(Quantised(63, 100), nn.Linear(100, 7), nn.Linear(7, 5)), ["0", "1", "2"])
+    model = dora_model(nn.Sequential(Quantized(63, 100), nn.Linear(100, 7), nn.Linear(7, 5)), ["0", "1", "2"])
     layers(model)[1].get_base_layer().to(torch.float8_e4m3fn)
-    with pytest.warns(UserWarning, match="left 2 of 3 .* 1 x Linear, 1 x Quantised"):
+    with pytest.warns(UserWarning, match="left 2 of 3 .* 1 x Linear, 1 x Quantized"):
         fast_dora(model)
 
 

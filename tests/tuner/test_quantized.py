@@ -1,4 +1,4 @@
-"""Quantised bases: bitsandbytes, torchao and HQQ on the CPU. The oracle dequantises with the library and adds by hand.
+"""Quantized bases: bitsandbytes, torchao and HQQ on the CPU. The oracle dequantizes with the library and adds by hand.
 
 A library that is not installed skips its tests.
 """
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def base(folder):
-    """``base(kind)``: the model with every linear layer but the head quantised."""
+    """``base(kind)``: the model with every linear layer but the head quantized."""
 
     def build(kind: str, dtype: torch.dtype = torch.float32, as_loaded: bool = False) -> LlamaForCausalLM:
         library = LIBRARY.get(kind, "torchao")
@@ -86,7 +86,7 @@ def quantization(kind, dtype=torch.float32):
 
 
 def hqq(model, dtype):
-    """transformers 5 quantises nothing with HQQ, so its layers are put in by hand."""
+    """transformers 5 quantizes nothing with HQQ, so its layers are put in by hand."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     model.requires_grad_(False)
@@ -99,7 +99,7 @@ def hqq(model, dtype):
 
 
 def library_weight(layer) -> torch.Tensor:
-    """W0 [out, in] in float64, dequantised by the library (8-bit: by the formula of LLM.int8)."""
+    """W0 [out, in] in float64, dequantized by the library (8-bit: by the formula of LLM.int8)."""
     if hasattr(layer, "W_q"):
         return layer.dequantize().double()
     weight = layer.weight
@@ -158,7 +158,7 @@ def assert_same_bits(model, before) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_what_the_oracle_says_of_its_dequantised_weight(base, kind, use_dora):
+def test_a_layer_is_what_the_oracle_says_of_its_dequantized_weight(base, kind, use_dora):
     """In mid-ramp, r1 != r2, with a bias: y and the gradients of x, of the factors and of m."""
     model = adapted(base(kind), use_dora=use_dora).train()
     layer = model.base_model.model.model.layers[1].self_attn.k_proj
@@ -193,7 +193,7 @@ def test_in_bfloat16_the_update_is_rounded_once(base, kind, use_dora):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_keeps_no_dequantised_weight_for_the_backward(base, kind):
+def test_training_keeps_no_dequantized_weight_for_the_backward(base, kind):
     """Beyond what the base layer itself keeps, no tensor of W0's size is saved, with DoRA neither."""
     model = adapted(base(kind), use_dora=True, duallora_dropout=0.1).train()
     layer = model.base_model.model.model.layers[0].mlp.up_proj
@@ -214,7 +214,7 @@ def test_training_keeps_no_dequantised_weight_for_the_backward(base, kind):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_start_is_the_quantised_model_to_the_bit(base, ids, kind, use_dora):
+def test_the_start_is_the_quantized_model_to_the_bit(base, ids, kind, use_dora):
     model = base(kind)
     want = logits(model, ids)
     model = peft.get_peft_model(model, duallora.DualLoraConfig(**OPTIONS, use_dora=use_dora))
@@ -225,7 +225,7 @@ def test_the_start_is_the_quantised_model_to_the_bit(base, ids, kind, use_dora):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_linear_means_every_quantised_layer_and_not_the_head(base, kind):
+def test_all_linear_means_every_quantized_layer_and_not_the_head(base, kind):
     model = adapted(base(kind))
     assert len(layers(model)) == 14
     assert not isinstance(model.base_model.model.lm_head, BaseTunerLayer)
@@ -303,7 +303,7 @@ def test_two_adapters_add_up_and_rows_choose_theirs(base, ids, kind):
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_training_goes_on_after_an_evaluation(base, ids, kind):
-    """On CPUs with AVX512-BF16 bitsandbytes repacks the weights of an evaluated model: dequantised they would be noise,
+    """On CPUs with AVX512-BF16 bitsandbytes repacks the weights of an evaluated model: dequantized they would be noise,
     widths that are no multiples of 32 fail, and the next training step has no gradient for x."""
     model = base(kind, as_loaded=True)
     want = [library_weight(module) for module in model.modules() if quantized.storage(module)]
@@ -338,20 +338,20 @@ def test_a_tied_head_merged_on_4_bit_layers_reloads_as_in_memory(tmp_path, ids, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_quantises_the_sum_says_what_is_lost_and_comes_back(base, ids, kind):
-    """The merged weight is the library's own quantisation of W0 + dW; the warning's figures are those of float64."""
+def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, ids, kind):
+    """The merged weight is the library's own quantization of W0 + dW; the warning's figures are those of float64."""
     model = adapted(base(kind)).eval()
     before, unmerged = stored(model), logits(model, ids)
     W0 = {name: library_weight(module.base_layer) for name, module in named_layers(model)}
     dW = {name: delta(module) for name, module in named_layers(model)}
-    with pytest.warns(UserWarning, match="Merged into quantised weights") as caught:
+    with pytest.warns(UserWarning, match="Merged into quantized weights") as caught:
         model.merge_adapter()
-    caught = [w for w in caught if "quantised" in str(w.message)]
+    caught = [w for w in caught if "quantized" in str(w.message)]
     assert len(caught) == 1, "one for the call, not one for each layer"
     lost = {}
     for name, module in named_layers(model):
         W = library_weight(module.base_layer)
-        same = (W - requantised(kind, W0[name] + dW[name])).abs() < 1e-5
+        same = (W - requantized(kind, W0[name] + dW[name])).abs() < 1e-5
         assert same.double().mean() > 0.99  # a sum in the middle between two values of the grid may go either way
         lost[name] = float((W - W0[name] - dW[name]).norm() / dW[name].norm())
     worst = max(lost, key=lost.__getitem__)
@@ -371,8 +371,8 @@ def named_layers(model):
     return [(name, module) for name, module in model.base_model.model.named_modules() if isinstance(module, Linear)]
 
 
-def requantised(kind, W) -> torch.Tensor:
-    """W quantised by the library in a layer of its own."""
+def requantized(kind, W) -> torch.Tensor:
+    """W quantized by the library in a layer of its own."""
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
     linear.weight.data.copy_(W)
     linear.requires_grad_(False)
@@ -397,7 +397,7 @@ def requantised(kind, W) -> torch.Tensor:
     return library_weight(new.to("cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:Merged into quantised weights")
+@pytest.mark.filterwarnings("ignore:Merged into quantized weights")
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_in_two_calls_is_merging_in_one(base, ids, kind):
     """The second merge starts from W0 and not from the rounded sum; deleting one leaves the other merged."""
@@ -422,7 +422,7 @@ def test_merging_in_two_calls_is_merging_in_one(base, ids, kind):
     assert_same_bits(model, before)
 
 
-@pytest.mark.filterwarnings("ignore:Merged into quantised weights")
+@pytest.mark.filterwarnings("ignore:Merged into quantized weights")
 @pytest.mark.parametrize("kind", KINDS)
 def test_unloading_leaves_the_librarys_own_layers_with_their_bias(base, ids, kind):
     model = adapted(base(kind), use_dora=kind in EXACT).eval()
@@ -430,7 +430,7 @@ def test_unloading_leaves_the_librarys_own_layers_with_their_bias(base, ids, kin
     model.merge_adapter()
     want = logits(model, ids)
     model.unmerge_adapter()
-    with pytest.warns(UserWarning, match="Merged into quantised weights"):
+    with pytest.warns(UserWarning, match="Merged into quantized weights"):
         merged = model.merge_and_unload()
     assert torch.equal(logits(merged, ids), want)
     found = [module for module in merged.modules() if quantized.storage(module)]
@@ -442,19 +442,19 @@ def test_unloading_leaves_the_librarys_own_layers_with_their_bias(base, ids, kin
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dequantised_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tmp_path, kind, use_dora):
+def test_dequantized_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tmp_path, kind, use_dora):
     model = adapted(base(kind), use_dora=use_dora).eval()
     want = [layer.get_delta_weight("default") for layer in layers(model)]
     W0 = [library_weight(layer.base_layer) for layer in layers(model)]
-    quantised = logits(model, ids)
+    quantized = logits(model, ids)
     assert duallora.dequantize(model) is model
     assert all(type(layer.base_layer) is nn.Linear for layer in layers(model))
     for layer, W, dW in zip(layers(model), W0, want, strict=True):
         torch.testing.assert_close(layer.base_layer.weight.double(), W, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(layer.get_delta_weight("default"), dW, rtol=1e-5, atol=1e-6)
     plain = logits(model, ids)
-    # bitsandbytes' 8-bit kernel rounds x to 8 bits as well; the others compute with the dequantised weight.
-    assert (plain - quantised).norm() < (0.02 if kind == "int8" else 1e-5) * quantised.norm()
+    # bitsandbytes' 8-bit kernel rounds x to 8 bits as well; the others compute with the dequantized weight.
+    assert (plain - quantized).norm() < (0.02 if kind == "int8" else 1e-5) * quantized.norm()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Merged into")
         merged = model.merge_and_unload()
@@ -463,8 +463,8 @@ def test_dequantised_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tm
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), plain)
 
 
-@pytest.mark.filterwarnings("ignore:Merged into quantised weights")
-def test_dequantising_while_merged_is_refused(base):
+@pytest.mark.filterwarnings("ignore:Merged into quantized weights")
+def test_dequantizing_while_merged_is_refused(base):
     model = adapted(base("nf4"))
     model.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge_adapter"):
@@ -472,7 +472,7 @@ def test_dequantising_while_merged_is_refused(base):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_adapter_leaves_the_quantised_weights_alone(base, kind):
+def test_a_broken_adapter_leaves_the_quantized_weights_alone(base, kind):
     model = adapted(base(kind))
     before = stored(model)
     layers(model)[-1].duallora_B["default"].data[0, 0] = torch.nan
@@ -486,7 +486,7 @@ def test_a_broken_adapter_leaves_the_quantised_weights_alone(base, kind):
 @pytest.mark.parametrize("when", ["within", "after"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_that_fails_leaves_the_layer_with_the_weight_it_had(base, kind, when, monkeypatch):
-    """The library runs out of memory within its quantisation, or as what it made is read."""
+    """The library runs out of memory within its quantization, or as what it made is read."""
     model = adapted(base(kind), target_modules=["k_proj"])
     layer, before = layers(model)[1], stored(model)
     x = torch.randn(3, layer.in_features)
@@ -502,7 +502,7 @@ def test_a_merge_that_fails_leaves_the_layer_with_the_weight_it_had(base, kind, 
     elif kind == "hqq":
         monkeypatch.setattr(type(layer.base_layer), "quantize", fail)
     elif kind.startswith("torchao"):
-        layer.requantise = fail
+        layer.requantize = fail
     else:
         monkeypatch.setattr(type(layer.base_layer.weight), "_quantize" if kind != "int8" else "to", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -513,7 +513,7 @@ def test_a_merge_that_fails_leaves_the_layer_with_the_weight_it_had(base, kind, 
     assert torch.equal(layer(x), want)
 
 
-@pytest.mark.filterwarnings("error:Merged into quantised weights")
+@pytest.mark.filterwarnings("error:Merged into quantized weights")
 def test_a_merge_whose_warning_is_an_error_is_known_to_be_merged(base):
     model = adapted(base("nf4"), target_modules=["k_proj"])
     before = stored(model)
@@ -524,18 +524,18 @@ def test_a_merge_whose_warning_is_an_error_is_known_to_be_merged(base):
     assert_same_bits(model, before)
 
 
-def test_dequantising_replaces_all_layers_or_none(base, monkeypatch):
+def test_dequantizing_replaces_all_layers_or_none(base, monkeypatch):
     """Some torchao tensors turn out unreadable only when they are read."""
     model, read = base("torchao-int8"), quantized.read
     before, last = stored(model), model.model.layers[1].mlp.down_proj
 
     def read_all_but_one(layer):
         if layer is last:
-            raise ConfigError("cannot be dequantised")
+            raise ConfigError("cannot be dequantized")
         return read(layer)
 
     monkeypatch.setattr(quantized, "read", read_all_but_one)
-    with pytest.raises(ConfigError, match="cannot be dequantised"):
+    with pytest.raises(ConfigError, match="cannot be dequantized"):
         duallora.dequantize(model)
     assert_same_bits(model, before)
 
@@ -581,9 +581,9 @@ def test_a_layer_only_its_library_can_read_is_adapted_and_not_merged():
     torch.autograd.grad(y.sum(), [x, *layer._factors("default")])
     torch.testing.assert_close(layer.get_delta_weight("default").double(), delta(layer), rtol=1e-5, atol=1e-6)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ConfigError, match=r"GPTQModel weight cannot be dequantised.*duallora merge"):
+        with pytest.raises(ConfigError, match=r"GPTQModel weight cannot be dequantized.*duallora merge"):
             merge()
-    with pytest.raises(ConfigError, match="GPTQModel layer, which cannot be dequantised"):
+    with pytest.raises(ConfigError, match="GPTQModel layer, which cannot be dequantized"):
         duallora.dequantize(model)
     with pytest.raises(ConfigError, match="use_dora=False"):
         adapted(nn.Sequential(GPTQ(12, 20)), target_modules=["0"], use_dora=True)
@@ -595,7 +595,7 @@ def test_what_cannot_be_merged_is_refused_before_the_first_layer_loses_its_adapt
     x, names = torch.randn(3, 12), [name for name, _ in model.named_modules()]
     want = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ConfigError, match="GPTQModel weight cannot be dequantised"):
+        with pytest.raises(ConfigError, match="GPTQModel weight cannot be dequantized"):
             merge()
         assert [name for name, _ in model.named_modules()] == names
         assert not any(layer.merged for layer in layers(model))
@@ -619,7 +619,7 @@ def test_torchao_weights_of_an_unknown_configuration_are_not_written(ids):
     torch.testing.assert_close(duallora.dequantize(model)(x), want)
 
 
-def test_a_quantised_embedding_is_refused():
+def test_a_quantized_embedding_is_refused():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     net = nn.Sequential(bitsandbytes.nn.EmbeddingNF4(64, 64).to("cpu"))
     with pytest.raises(ConfigError, match="Params4bit"):

@@ -1,4 +1,4 @@
-"""Plots of analysed adapters, in the style of the benchmarks'."""
+"""Plots of analyzed adapters, in the style of the benchmarks'."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _flips(figure: Any, rows: Sequence[Row]) -> Any:
         return None
     figure.set_size_inches(7.2, 2.6)
     left, right = figure.subplots(1, 2)
-    for colour, (label, course) in zip(_colours(courses), courses.items(), strict=True):
+    for color, (label, course) in zip(_colors(courses), courses.items(), strict=True):
         steps = [row["step"] for row in course]
         flipped = [row.get("flipped_open", 0.0) for row in course]
-        left.plot(steps, flipped, "o-", color=colour, markersize=3, linewidth=1.3, label=label)
-        right.plot(steps, [row["open"] for row in course], "o-", color=colour, markersize=3, linewidth=1.3, label=label)
+        left.plot(steps, flipped, "o-", color=color, markersize=3, linewidth=1.3, label=label)
+        right.plot(steps, [row["open"] for row in course], "o-", color=color, markersize=3, linewidth=1.3, label=label)
     left.set(xlabel="step", title="open entries whose sign has flipped since the first state", ylim=(0, None))
     right.set(xlabel="step", title="entries that ReLU(B A) lets through", ylim=(0, 1.02))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -55,7 +55,7 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
     panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
     for axes, (label, of) in zip(panels, sources.items(), strict=True):
         steps = sorted({row["step"] for row in of})
-        for colour, (matrix, title) in zip(PALETTE, MATRICES.items(), strict=False):
+        for color, (matrix, title) in zip(PALETTE, MATRICES.items(), strict=False):
             for step in steps:
                 shares = [
                     row["effective_rank"] / min(row["out"], row["in"])
@@ -65,7 +65,7 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
                 if shares:
                     last = step == steps[-1]
                     axes.plot(
-                        range(len(shares)), shares, "-" if last else ":", color=colour, linewidth=1.2,
+                        range(len(shares)), shares, "-" if last else ":", color=color, linewidth=1.2,
                         label=title if last else None,
                     )  # fmt: skip
         axes.set(title=label, xlabel="layer", ylim=(0, 1.02))
@@ -113,5 +113,5 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def _colours(named: Mapping[str, Any]) -> list[str]:
+def _colors(named: Mapping[str, Any]) -> list[str]:
     return [PALETTE[number % len(PALETTE)] for number in range(len(named))]

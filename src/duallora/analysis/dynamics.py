@@ -57,7 +57,7 @@ def weights(layer: Any, adapter: str = "default") -> tuple[Tensor, Tensor]:
             W0 = layer._base_weight().double()
             W = W0 + layer.get_delta_weight(adapter).double()
         elif quantized.storage(base) is not None:
-            raise ConfigError(f"{type(layer).__name__} on quantised weights: expected Dual LoRA, or plain weights")
+            raise ConfigError(f"{type(layer).__name__} on quantized weights: expected Dual LoRA, or plain weights")
         else:
             W0 = base.weight.double()
             merged: Any = copy.deepcopy(layer).double()
@@ -98,7 +98,7 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
             except RuntimeError as error:
                 raise ConfigError(
                     f"{state.folder} has other tensors than {source} (the method rewrites them as it saves the result): "
-                    "analyse the result alone, RUN/adapter"
+                    "analyze the result alone, RUN/adapter"
                 ) from error
         for name, layer in linear_layers(model):
             where = {"step": state.step, "layer": short(name), "module": module(name)}

@@ -40,12 +40,12 @@ def layer(figure: Any, results: Results) -> Any:
     dtypes = [dtype for dtype in ("float32", "bfloat16") if any(c["cell"]["dtype"] == dtype for c in found)]
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
         of = [cell for cell in found if cell["cell"]["dtype"] == dtype]
-        for name, colour in COLOURS.items():
+        for name, color in COLOURS.items():
             points = [(cell["cell"]["width"], ratio(cell, name, methods.FLOOR)) for cell in of]
             points = [(width, value) for width, value in points if value is not None]
             if points:
                 bold = 2.2 if name == methods.EXACT else 1.1
-                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=bold, label=name)
+                axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=bold, label=name)
         axes.axhline(1, color=FLOOR_COLOUR, linestyle="--", linewidth=1, label="floor: three GEMMs")
         axes.set(xscale="log", xlabel="width (d = k)", title=f"{dtype}, 2048 tokens")
         axes.set_xticks([cell["cell"]["width"] for cell in of], [str(cell["cell"]["width"]) for cell in of])
@@ -75,8 +75,8 @@ def step(figure: Any, results: Results) -> Any:
     for axes, (title, values, floor) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
     ):
-        colours = [COLOURS.get(name, "#BBBBBB") for name in names]
-        bars = axes.barh(names, [values.get(name, 0.0) for name in names], color=colours)
+        colors = [COLOURS.get(name, "#BBBBBB") for name in names]
+        bars = axes.barh(names, [values.get(name, 0.0) for name in names], color=colors)
         axes.bar_label(bars, [f"{values[name]:.2f}" if name in values else "" for name in names], padding=2, fontsize=7)
         if floor is not None:
             axes.axvline(floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1)

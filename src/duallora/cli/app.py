@@ -84,7 +84,7 @@ def refuse_misspelt(source: str) -> None:
 
     path = Path(source)
     missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
-    if missing is None or missing.parent == Path():  # a first part that is not there is an organisation on the hub
+    if missing is None or missing.parent == Path():  # a first part that is not there is an organization on the hub
         return
     found = sorted(entry.name for entry in missing.parent.iterdir()) if missing.parent.is_dir() else []
     near = difflib.get_close_matches(missing.name, found, n=1, cutoff=0.0)

@@ -157,7 +157,7 @@ def reproduce(
     for part in chosen:
         options: dict[str, Any] = {"workers": workers, "ray": ray, "keep": keep, "reuse": reuse or ()}
         found = run(part.study, part.folder, console=console.results, **options)
-        summary = studies.summarise(part.folder, scale=scale)
+        summary = studies.summarize(part.folder, scale=scale)
         whole = SUMMARIES / f"{part.study.name}-{scale}.json"
         file = result or (part.folder / "summary.json" if only else whole)  # a part does not take the whole one's place
         studies.save(summary, file)

@@ -286,7 +286,7 @@ def merge(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the merged weights; auto as trained.")] = "auto",
     into: Annotated[
         Into,
-        typer.Option("--into", help="Of a quantised base: its original weights (auto), or those it was trained on."),
+        typer.Option("--into", help="Of a quantized base: its original weights (auto), or those it was trained on."),
     ] = "auto",
     json: Json = False,
     debug: Debug = False,
@@ -316,7 +316,7 @@ def data_preview(
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Show rows as the model sees them: trained tokens in colour, ignored tokens dim, special tokens spelt out.
+    """Show rows as the model sees them: trained tokens in color, ignored tokens dim, special tokens spelt out.
 
     [dim]Example:[/]  duallora data preview mine.jsonl --model builtin:smollm2-135m
     """

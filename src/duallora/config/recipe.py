@@ -61,7 +61,7 @@ class ModelSection(Section):
 
 
 # Settings of the run and no fields of DualLoraConfig.
-RUNS_OWN = ("method", "start", "init", "init_batches")
+RUNS_OWN = ("method", "init_from", "init", "init_batches")
 
 
 class _Adapter(Section):
@@ -78,13 +78,13 @@ class _DualLora(_Adapter):
     """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C)."""
 
     @model_validator(mode="after")
-    def _start_agrees(self: Any) -> Any:
-        if self.start is not None:
+    def _init_from_agrees(self: Any) -> Any:
+        if self.init_from is not None:
             for name, value in (("init", "gaussian"), ("warmup_steps", "auto")):
                 if (given := getattr(self, name)) != value:
                     raise ValueError(
                         f"adapter.{name} = {_show(given)} has no part in a run that begins with the factors and the open gate "
-                        f"of adapter.start = {_show(self.start)}: leave one of them out"
+                        f"of adapter.init_from = {_show(self.init_from)}: leave one of them out"
                     )
         if self.init != "gaussian":
             if self.warmup == "residual":
@@ -121,7 +121,7 @@ _METHOD: Any = (
     Text,
     setting("duallora", "Method: duallora, or one it is compared with (docs/methods.md), such as lora."),
 )
-_START: Any = (
+_INIT_FROM: Any = (
     Text | None,
     setting(
         None, "Run or adapter folder to begin from, its gate open, under a new head (GLUE: MNLI's); null begins anew."
@@ -175,7 +175,7 @@ DualLoraSection: Any = create_model(
     __doc__=_DualLora.__doc__,
     method=_METHOD,
     **_of_dual_lora(),
-    start=_START,
+    init_from=_INIT_FROM,
     init=_INIT,
     init_batches=_INIT_BATCHES,
 )
@@ -186,7 +186,7 @@ OtherSection: Any = create_model(
     method=_METHOD,
     options=_OPTIONS,
     **_of_others(),
-    start=_START,
+    init_from=_INIT_FROM,
 )
 
 
@@ -443,6 +443,7 @@ SYNONYMS = {
     "max_seq_len": "data.max_length",
     "output_dir": "output",
     "random_seed": "seed",
+    "start": "adapter.init_from",
 }
 
 

@@ -48,7 +48,7 @@ def sign(Q: Tensor) -> Tensor:
     return torch.sign(Q).sub_(0.5).sign_().add_(Q, alpha=0)  # torch.sign(NaN) is 0; 0 * NaN is NaN
 
 
-def quantise(Q: Tensor, direction: str) -> Tensor:
+def quantize(Q: Tensor, direction: str) -> Tensor:
     """The straight-through directions: Sign(Q), for XNOR-Net times the mean |Q| of its output row (Eq. 13), for
     DoReFa-Net times the mean |Q| over all (Eq. 14)."""
     S = sign(Q)
@@ -73,13 +73,13 @@ def clip_direction_gradient(G: Tensor, M: Tensor, direction: str, ste_clip: str)
 
 
 class _Directed(torch.autograd.Function):
-    """M . direction(Q) for the quantised directions, with the straight-through gradient for Q."""
+    """M . direction(Q) for the quantized directions, with the straight-through gradient for Q."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(M: Tensor, Q: Tensor, direction: str, ste_clip: str) -> Tensor:
-        return M * quantise(Q, direction)
+        return M * quantize(Q, direction)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -89,7 +89,7 @@ class _Directed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, G):
         M, Q = ctx.saved_tensors
-        return G * quantise(Q, ctx.direction), clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None
+        return G * quantize(Q, ctx.direction), clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None
 
 
 def _compute_dtype(A: Tensor) -> torch.dtype:
@@ -265,7 +265,7 @@ def dual_delta_backward(
         assert D is not None
         C, D = C.to(dtype), D.to(dtype)
         Q = D @ C
-        S = Q if direction == "identity" else quantise(Q, direction)
+        S = Q if direction == "identity" else quantize(Q, direction)
         dP = slope.mul_(S).mul_(G)  # in place: these passes over [out, in] are what the backward costs
         dQ = clip_direction_gradient(G, M, direction, ste_clip)
         return M.mul_(S), B.T @ dP, dP @ A.T, D.T @ dQ, dQ @ C.T

@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # vllm/config/lora.py, MaxLoRARanks; the default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
-# Initialisations that leave the base weights as they are (vllm/lora/peft_helper.py).
+# Initializations that leave the base weights as they are (vllm/lora/peft_helper.py).
 VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _COLOURS = {"ok": "green", "note": "yellow", "failed": "red"}
 

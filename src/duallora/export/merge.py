@@ -51,10 +51,10 @@ def merge(
     adapter on probe prompts, and only then renamed. In the adapter's own dtype the largest difference is 0.0 exactly
     where the adapter's forward is the merged one; ``dtype`` rounds the merged weights and the difference with them.
 
-    Nothing is merged into quantised weights, whose grid would round dW away. Of an adapter trained on a quantised base
-    ``into`` chooses the weights: "original" loads the base unquantised, "dequantized" takes the values it was trained on;
-    "auto" is the original where the base was quantised as it was loaded. How far the logits are from those of the adapter
-    on its quantised base is reported and returned as ``quantized_logit_difference``.
+    Nothing is merged into quantized weights, whose grid would round dW away. Of an adapter trained on a quantized base
+    ``into`` chooses the weights: "original" loads the base unquantized, "dequantized" takes the values it was trained on;
+    "auto" is the original where the base was quantized as it was loaded. How far the logits are from those of the adapter
+    on its quantized base is reported and returned as ``quantized_logit_difference``.
 
     Raises:
         ConfigError: ``output`` is taken, ``adapter`` is no adapter, or there are no such weights to merge into.
@@ -110,7 +110,7 @@ def merge(
         say(
             console,
             "base",
-            f"the adapter was trained on quantised weights, this model has the {kept} ones: logits differ by up to "
+            f"the adapter was trained on quantized weights, this model has the {kept} ones: logits differ by up to "
             f"[bold]{far:.3g}[/] ({share:.1%} of their size)",
         )
     equal = "[green]identical[/]" if difference == 0 else f"{relative:.1e} of the logits' size"
@@ -125,22 +125,22 @@ def merge(
 
 
 def _on_plain_weights(adapter: str | Path, kind: Kind, into: Into) -> tuple[Any, Any, str, list[torch.Tensor]]:
-    """(model, tokenizer, which weights, the logits on the quantised base); the last two empty where nothing is quantised."""
+    """(model, tokenizer, which weights, the logits on the quantized base); the last two empty where nothing is quantized."""
     model, tokenizer = adapters.load_adapter(adapter, kind)
     if not any(storage(module) for module in model.modules()):
         if into != "auto":
             raise ConfigError(
-                f"--into {into} chooses among weights, but the base of {adapter} is not quantised: leave it out"
+                f"--into {into} chooses among weights, but the base of {adapter} is not quantized: leave it out"
             )
         return model, tokenizer, "", []
     as_trained = probe(model, tokenizer)
     source = adapters.find(adapter)
-    quantised_on_loading = source and adapters.read_sidecar(source).get("base", {}).get("quantization")
-    if into == "original" and not quantised_on_loading:
+    quantized_on_loading = source and adapters.read_sidecar(source).get("base", {}).get("quantization")
+    if into == "original" and not quantized_on_loading:
         raise ConfigError(
-            f"the base model of {adapter} is stored quantised, so its original weights are not known: use --into dequantized"
+            f"the base model of {adapter} is stored quantized, so its original weights are not known: use --into dequantized"
         )
-    if into == "dequantized" or not quantised_on_loading:
+    if into == "dequantized" or not quantized_on_loading:
         return dequantize(model), tokenizer, "dequantized", as_trained
     del model  # two models would not fit where one just does
     model, tokenizer = adapters.load_adapter(adapter, kind, quantized=False)

@@ -325,10 +325,10 @@ def _refuse_drift_of(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> Non
         before = found[cell.name].recipe if cell.name in found else {}
         if before:
             after = cell.recipe().model_dump(mode="json")
-            start = before["adapter"]["start"]
+            earlier = before["adapter"]["init_from"]
             if cell.after:  # by its name: the folder may have been moved
-                before = {**before, "adapter": {**before["adapter"], "start": start and Path(start).name}}
-                after["adapter"]["start"] = cell.after
+                before = {**before, "adapter": {**before["adapter"], "init_from": earlier and Path(earlier).name}}
+                after["adapter"]["init_from"] = cell.after
             changed = [
                 f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
                 for key, old, new in _differences(before, after)

@@ -57,7 +57,7 @@ class Cell:
         """Its recipe, checked; ``folder`` is the study's, without which ``after`` cannot be resolved and is left out."""
         settings = dict(self.settings)
         if self.after and folder is not None:
-            settings["adapter.start"] = str(Path(folder) / CELLS / self.after)
+            settings["adapter.init_from"] = str(Path(folder) / CELLS / self.after)
         return assemble([{key: (value, self.name) for key, value in settings.items()}])
 
 
@@ -650,11 +650,11 @@ def _beyond(values: Sequence[float], at: float, step: float) -> float | None:
 def _best(points: Sequence[Point], scores: Sequence[float | None], grid: Mapping[str, Sequence[Any]]) -> Point | None:
     """The point of the greatest score; of equal ones the nearest to the middle of the grid, then the first."""
 
-    def off_centre(point: Point) -> float:
+    def off_center(point: Point) -> float:
         return sum(abs(values.index(point.values[key]) - (len(values) - 1) / 2) for key, values in grid.items())
 
     ranked = [
-        (score, -off_centre(point), -number, point)
+        (score, -off_center(point), -number, point)
         for number, (point, score) in enumerate(zip(points, scores, strict=True))
         if score is not None and score > -math.inf
     ]

@@ -1,4 +1,4 @@
-"""Plots of a summarised study: differences, metric against cost, sensitivity to the search, sweeps, losses."""
+"""Plots of a summarized study: differences, metric against cost, sensitivity to the search, sweeps, losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Plot(NamedTuple):
 class Ink(NamedTuple):
     """How one variant is drawn, in every plot of a study."""
 
-    colour: str
+    color: str
     marker: str
     width: float
 
@@ -57,13 +57,13 @@ def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
 
 
 def looks(summary: Summary) -> dict[str, Ink]:
-    """The reference in the first colour and bold; the others in turn through the other colours and all marks."""
+    """The reference in the first color and bold; the others in turn through the other colors and all marks."""
     found = {}
-    colours = itertools.cycle([colour for colour in PALETTE[1:] if colour != "#000000"])
+    colors = itertools.cycle([color for color in PALETTE[1:] if color != "#000000"])
     for number, variant in enumerate(summary["study"]["variants"]):
         first = variant == summary.get("reference")
         found[variant] = Ink(
-            PALETTE[0] if first else next(colours), MARKERS[number % len(MARKERS)], 2.2 if first else 1.2
+            PALETTE[0] if first else next(colors), MARKERS[number % len(MARKERS)], 2.2 if first else 1.2
         )
     return found
 
@@ -98,7 +98,7 @@ def _handles(look: Mapping[str, Ink], variants: Sequence[str], **options: Any) -
     return [
         Line2D(
             [], [], label=name,
-            **{"color": look[name].colour, "marker": look[name].marker, "markersize": 4, "linewidth": look[name].width, **options},
+            **{"color": look[name].color, "marker": look[name].marker, "markersize": 4, "linewidth": look[name].width, **options},
         )
         for name in variants
     ]  # fmt: skip
@@ -123,13 +123,13 @@ def _differences(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
         axes.axvline(0, color=INK, linewidth=0.8)
         for pair in (pair for pair in pairs if pair["task"] == task):
             height = len(others) - 1 - others.index(pair["other"])
-            colour = look[pair["other"]].colour
-            axes.plot(pair["interval"], [height] * 2, color=colour, linewidth=1)
-            axes.plot(pair["interval_of_models"], [height] * 2, color=colour, linewidth=3.2, alpha=0.55)
+            color = look[pair["other"]].color
+            axes.plot(pair["interval"], [height] * 2, color=color, linewidth=1)
+            axes.plot(pair["interval_of_models"], [height] * 2, color=color, linewidth=3.2, alpha=0.55)
             told = pair["better"] != "cannot be said"
             axes.plot(
-                pair["mean"], height, marker="o", markersize=5, color=colour,
-                markerfacecolor=colour if told else GROUND, zorder=3,
+                pair["mean"], height, marker="o", markersize=5, color=color,
+                markerfacecolor=color if told else GROUND, zorder=3,
             )  # fmt: skip
         axes.set(title=_label(summary, task), ylim=(-0.6, len(others) - 0.4))
         if metrics.find(summary["tasks"].get(task, {}).get("metric")).higher_is_better is False:
@@ -195,7 +195,7 @@ def _against(Figure: Any, summary: Summary, look: Mapping[str, Ink], x_of: Any, 
                 x *= max(high / low, 2.0) ** (0.03 * close)
             low_error, high_error = (abs(row["mean"] - end) for end in row.get("interval", [row["mean"]] * 2))
             axes.errorbar(
-                x, row["mean"], yerr=[[low_error], [high_error]], color=ink_.colour, marker=ink_.marker, markersize=5,
+                x, row["mean"], yerr=[[low_error], [high_error]], color=ink_.color, marker=ink_.marker, markersize=5,
                 elinewidth=0.8,
             )  # fmt: skip
         axes.set(title=_label(summary, task), xlabel=label)
@@ -260,15 +260,15 @@ def _sensitivity(Figure: Any, summary: Summary, look: Mapping[str, Ink], task: s
             axes.plot(*_line(summary, key, variants[reference][1], metric), color="#9A9A9A", linewidth=1)
         ink_ = look[variant]
         done = [cell for cell in cells if is_number(cell.get("metrics", {}).get(metric))]
-        axes.plot(*_line(summary, key, cells, metric), color=ink_.colour, linewidth=1.6)
+        axes.plot(*_line(summary, key, cells, metric), color=ink_.color, linewidth=1.6)
         axes.plot(
             [cell["tags"][key] for cell in done], [cell["metrics"][metric] for cell in done], marker=ink_.marker,
-            linestyle="", markersize=4, color=ink_.colour,
+            linestyle="", markersize=4, color=ink_.color,
         )  # fmt: skip
         tested = [cell for cell in done if is_number(cell.get("test", {}).get(metric))]
         axes.plot(
             [cell["tags"][key] for cell in tested], [cell["test"][metric] for cell in tested], marker=ink_.marker,
-            linestyle="", markersize=5, color=ink_.colour, markerfacecolor="none", markeredgewidth=0.7, alpha=0.8,
+            linestyle="", markersize=5, color=ink_.color, markerfacecolor="none", markeredgewidth=0.7, alpha=0.8,
         )  # fmt: skip
         lost = [cell["tags"][key] for cell in cells if cell["status"] == "diverged"]
         crosses = axes.plot(
@@ -344,7 +344,7 @@ def _sweep(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
         )
         for name in others:
             if name in of_task:
-                axes.axhline(of_task[name]["mean"], color=look[name].colour, linestyle="--", linewidth=1)
+                axes.axhline(of_task[name]["mean"], color=look[name].color, linestyle="--", linewidth=1)
         axes.set(title=_label(summary, task), xlabel=key)
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.grid(color=FAINT, linewidth=0.5)
@@ -381,7 +381,7 @@ def _losses(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
         for curve in (curve for curve in curves if curve["task"] == task):
             own = look[curve["variant"]]
             axes.plot(
-                curve["steps"], curve["loss"], color=own.colour, linewidth=own.width, marker=own.marker, markersize=3,
+                curve["steps"], curve["loss"], color=own.color, linewidth=own.width, marker=own.marker, markersize=3,
                 markevery=max(1, len(curve["steps"]) // 6),
             )  # fmt: skip
         axes.set(title=task, xlabel="step")

@@ -54,7 +54,7 @@ class _Spreads(NamedTuple):
         return None if {one, other} & set(self.apart) else self.differences
 
 
-def summarise(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
+def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
     """What `duallora report` shows of a grid's folder, whether it is finished or not.
 
     ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of metrics that need a
@@ -137,7 +137,7 @@ def load(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         if (path / STUDY).is_file():
-            return [summarise(path)]
+            return [summarize(path)]
         inner = [*sorted(path.glob("*.json")), *(one.parent for one in sorted(path.glob(f"*/{STUDY}")))]
         if not inner:
             raise ConfigError(f"{path} holds no study: expected {STUDY} of a grid, or studies' JSON files")

@@ -222,7 +222,7 @@ def targeted(model: Any, target_modules: Any) -> list[Tensor]:
 def attach(model: nn.Module, spec: MethodSpec, batches: Any = None) -> nn.Module:
     """Every parameter trains; the work is the optimizer's."""
     if any(storage(module) for module in model.modules()):
-        raise ConfigError(f"{spec.name} trains the weights themselves, and this model's are quantised: load it without")
+        raise ConfigError(f"{spec.name} trains the weights themselves, and this model's are quantized: load it without")
     if spec.target_modules is not None:
         check_rank("r", spec.r)
         targeted(model, spec.target_modules)

@@ -201,7 +201,7 @@ class RuleLayer(nn.Module, BaseTunerLayer):
         """Put W0 + dW into the base layer; W0 is kept, so that unmerging is exact.
 
         Raises:
-            ConfigError: the rule is not linear, or the base weight is quantised.
+            ConfigError: the rule is not linear, or the base weight is quantized.
             ValueError: safe_merge found a value that is not finite.
         """
         for adapter in check_adapters_to_merge(self, adapter_names):
@@ -210,7 +210,7 @@ class RuleLayer(nn.Module, BaseTunerLayer):
             base = self.get_base_layer()
             delta = self.get_delta_weight(adapter)
             if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
-                raise ConfigError(f"{type(base).__name__} holds a quantised weight: merge into an unquantised base.")
+                raise ConfigError(f"{type(base).__name__} holds a quantized weight: merge into an unquantized base.")
             merged = (base.weight.to(delta.dtype) + delta).to(base.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")

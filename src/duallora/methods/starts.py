@@ -97,7 +97,7 @@ def config_of(fields: Mapping[str, Any]) -> Any:
     start = name_of(init)
     if isinstance(init, str) and init.lower().startswith("loftq"):
         raise ConfigError(
-            f"init_lora_weights={init!r} replaces the base's weights, and its adapter fits no other: use pissa, or a quantised base"
+            f"init_lora_weights={init!r} replaces the base's weights, and its adapter fits no other: use pissa, or a quantized base"
         )
     if start == "corda":
         own = {"corda_method": fields.pop("corda_method", "kpm"), **(fields.pop("corda_config", None) or {})}
@@ -260,7 +260,7 @@ def _check_layers(model: nn.Module, config: Any, pairs: int) -> None:
         if storage(module):
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} takes its start off the weights, and those of {name} are "
-                "quantised: load the base without, or use eva"
+                "quantized: load the base without, or use eva"
             )
         if name_of(config.init_lora_weights) == "olora" and isinstance(module, Conv1D):  # PEFT's is of the transpose
             raise ConfigError(f"olora does not start {name}, a Conv1D (GPT-2's [in, out]): use pissa")

@@ -40,7 +40,7 @@ def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
     """Choose m of n tokens of weights p [n] so that sum_j w_j dY_(t_j) x_(t_j)^T estimates dY^T x without bias.
 
     The c heaviest are kept as they are (w = 1), the other k = m - c are drawn in proportion to p. That has the variance
-    (R_c^2 - |G_rest|^2) / k, with R_c the weight of what is not kept: c minimises R_c^2 / k. The draws are stratified,
+    (R_c^2 - |G_rest|^2) / k, with R_c the weight of what is not kept: c minimizes R_c^2 / k. The draws are stratified,
     one in each of k equal slices of that weight, which changes no expectation and never adds variance.
 
     Returns:

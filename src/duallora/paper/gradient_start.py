@@ -4,7 +4,7 @@ Three studies: the starts on SST-2 and STS-B with MiniLM and on E2E with SmolLM2
 on STS-B. Everyone trains the same number of parameters (LoRA with r = 16, Dual LoRA with r1 = r2 = 8; on E2E half of that),
 at the same scale of alpha / r = 2, and sees the same rows. The settings are those of Tables 2 and 4 and of `ablations` at
 mini scale, so the rows without a start are theirs. Both starts of Dual LoRA stand there with the start values that
-`ablations` favours, too, which were picked on STS-B. Every value is ours; short runs, because a start can only matter early.
+`ablations` favors, too, which were picked on STS-B. Every value is ours; short runs, because a start can only matter early.
 """
 
 from __future__ import annotations

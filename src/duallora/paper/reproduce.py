@@ -90,7 +90,7 @@ def command(cell: Cell, folder: Path, after: str | None = None) -> str:
     """The `duallora train` line that is this cell, for a shell; ``after``: the task whose adapter it starts from."""
     settings = {**cell.settings}
     if after:
-        settings["adapter.start"] = f"{folder / CELLS}/BEST-OF-{after.upper()}"
+        settings["adapter.init_from"] = f"{folder / CELLS}/BEST-OF-{after.upper()}"
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={yaml_value(value)}")]
     return progress.command("train", *words, "-o", folder / CELLS / cell.name)
 

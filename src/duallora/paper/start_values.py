@@ -1,4 +1,4 @@
-"""Ours: do the start values that `ablations` favours on STS-B do well elsewhere, too?
+"""Ours: do the start values that `ablations` favors on STS-B do well elsewhere, too?
 
 They were picked after a look at STS-B's test rows with seeds 0 to 2. So they are tried on what nobody had looked at then:
 SST-2 and STS-B with other seeds (MiniLM), and E2E (SmolLM2). Every value is ours.

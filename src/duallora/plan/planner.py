@@ -73,7 +73,7 @@ class Need(NamedTuple):
 def packed_bytes(counts: Counts, quantization: Quantization) -> int:
     """Bytes of the base weights with their linear layers packed as bitsandbytes packs them (the head is not).
 
-    4bit: half a byte and a float32 scale per 64 (no double quantisation); 8bit: one byte and a float32 scale per row.
+    4bit: half a byte and a float32 scale per 64 (no double quantization); 8bit: one byte and a float32 scale per row.
     """
     if quantization == "none":
         return counts.base_bytes
@@ -113,7 +113,7 @@ class Planner:
     def __init__(self, config: Any, gpus: Gpus, quantization: Quantization = "none", **options: Any) -> None:
         """``options``: fields of `trace.Setting` but ``method``."""
         self.config, self.gpus, self.quantization = config, gpus, quantization
-        self.options = {**options, "dequantised": quantization != "none"}
+        self.options = {**options, "dequantized": quantization != "none"}
         self.depths = depths_of(config)
         self._traced: dict[tuple[str, bool], Traced] = {}
 

@@ -45,8 +45,8 @@ _ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 class Setting(NamedTuple):
     """What is trained: ``rank`` is Dual LoRA's r (both groups), LoRA and DoRA have 2r.
 
-    apart: the base layer computes its own product and dW another, as quantised, sharded and offloaded weights need it.
-    dequantised: each linear layer makes its weight [out, in] anew from a packed one, forward and backward.
+    apart: the base layer computes its own product and dW another, as quantized, sharded and offloaded weights need it.
+    dequantized: each linear layer makes its weight [out, in] anew from a packed one, forward and backward.
     padded: rows differ in length, so that attention takes a mask [batch, 1, length, length]; else they are all full.
     fused_attention: dropout inside attention does not keep the fused kernels away (true on CUDA, false on CPUs).
     """
@@ -59,7 +59,7 @@ class Setting(NamedTuple):
     checkpointing: bool = False
     padded: bool = False
     apart: bool = False
-    dequantised: bool = False
+    dequantized: bool = False
     fused_attention: bool = True
 
 
@@ -68,7 +68,7 @@ class Counts(NamedTuple):
 
     base: int
     base_bytes: int
-    linear: int  # of the base's: in linear layers but the output head, which is what quantisation packs
+    linear: int  # of the base's: in linear layers but the output head, which is what quantization packs
     linear_bytes: int
     linear_rows: int
     adapter: int
@@ -159,11 +159,11 @@ class StandIn:
         with self.mode:
             _become_fake(model)
         for module in model.modules():
-            if hasattr(module, "duallora_A") and not (setting.apart or setting.dequantised):
+            if hasattr(module, "duallora_A") and not (setting.apart or setting.dequantized):
                 # It would see that a fake weight is not plain; the real one is.
                 module._form = lambda adapters: "merged"  # type: ignore[method-assign, assignment]
-            if setting.dequantised and id(module) in inside:
-                module.forward = _Dequantised(module)  # type: ignore[method-assign]
+            if setting.dequantized and id(module) in inside:
+                module.forward = _Dequantized(module)  # type: ignore[method-assign]
 
     def step(self, batch: int, length: int, *, accumulating: bool) -> dict[str, int]:
         """Bytes above the weights, adapter and gradients at each moment's peak, and ``kept`` for the backward.
@@ -392,7 +392,7 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Dequantise(torch.autograd.Function):
+class _Dequantize(torch.autograd.Function):
     """y = x W^T with W [out, in] made for the product and dropped, forward and backward, as bitsandbytes does."""
 
     @staticmethod
@@ -406,7 +406,7 @@ class _Dequantise(torch.autograd.Function):
         return dY @ torch.empty_like(packed), None
 
 
-class _Dequantised:
+class _Dequantized:
     """The forward of a linear layer whose weight is packed; its bias is not."""
 
     def __init__(self, layer: Any) -> None:
@@ -414,7 +414,7 @@ class _Dequantised:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.layer.weight.T if isinstance(self.layer, Conv1D) else self.layer.weight
-        y = _Dequantise.apply(x, weight)
+        y = _Dequantize.apply(x, weight)
         return y if self.layer.bias is None else y + self.layer.bias
 
 

@@ -48,8 +48,8 @@ def load_adapter(
 
     ``dtype="auto"`` is the type the adapter, or the model itself, was trained in. ``strict=False`` accepts another base model than the one
     recorded; missing, unexpected or damaged weights are never accepted. ``base`` stands in for the base model's name
-    where the adapter's own leads nowhere here. ``quantized=False`` loads an adapter trained on a base that was quantised
-    as it was loaded (``model.quantization``) on the unquantised base, whose weights are then not those recorded.
+    where the adapter's own leads nowhere here. ``quantized=False`` loads an adapter trained on a base that was quantized
+    as it was loaded (``model.quantization``) on the unquantized base, whose weights are then not those recorded.
 
     Raises:
         ConfigError: nothing of the kind is there, or it was trained for another kind of task.

@@ -83,10 +83,10 @@ def load_model(
     dtype: of the weights. "auto" is float32, except for generation on a CUDA machine, where a 16-bit checkpoint stays
         as it is stored.
     num_labels: number of classes; None keeps the checkpoint's own. Regression has one output.
-    quantization: one of `QUANTIZATIONS`: linear weights but the head's are quantised as they are read, on the CPU, so
+    quantization: one of `QUANTIZATIONS`: linear weights but the head's are quantized as they are read, on the CPU, so
         that the codes do not depend on the machine's accelerator. ``dtype`` is then what the layers compute in.
 
-    Raises ConfigError for a name that leads nowhere, a model of the wrong architecture or a quantisation that cannot run
+    Raises ConfigError for a name that leads nowhere, a model of the wrong architecture or a quantization that cannot run
     here, IntegrityError where the
     checkpoint lacks weights of the body.
     """
@@ -96,7 +96,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": _dtype(dtype, kind, config)}
     if quantization is not None:
         if getattr(config, "quantization_config", None) is not None:
-            raise ConfigError(f"{name} is stored quantised: leave model.quantization (now {quantization!r}) unset")
+            raise ConfigError(f"{name} is stored quantized: leave model.quantization (now {quantization!r}) unset")
         options |= {"quantization_config": _quantization(quantization, options["dtype"]), "device_map": {"": "cpu"}}
     if kind == "generate":
         if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
@@ -172,7 +172,7 @@ def weights_fingerprint(model: Any) -> str:
     """sha256 (hex) over names, shapes, dtypes and bytes of the weights; call it before adapters are put on.
 
     Of a sequence classifier only the body enters: its head is drawn anew for each run and saved with the adapter.
-    Tied weights count once. Of a quantised weight the codes and scales enter.
+    Tied weights count once. Of a quantized weight the codes and scales enter.
     """
     body = model.base_model if type(model).__name__.endswith("ForSequenceClassification") else model
     weights = sorted(stored_tensors(body).items())
@@ -199,7 +199,7 @@ def _dtype(dtype: Dtype, kind: Kind, config: Any) -> torch.dtype:
 
 
 def _quantization(name: str, dtype: torch.dtype) -> Any:
-    """transformers' configuration of a quantisation, or ConfigError."""
+    """transformers' configuration of a quantization, or ConfigError."""
     if name not in QUANTIZATIONS:
         raise ConfigError(f"model.quantization is {name!r}; expected one of {', '.join(QUANTIZATIONS)} or null")
     package = QUANTIZATIONS[name]
@@ -207,7 +207,7 @@ def _quantization(name: str, dtype: torch.dtype) -> Any:
         raise ConfigError(f"model.quantization={name} needs the {package} package: pip install {package}")
     if name == "bnb-8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if name == "bnb-4bit":  # as QLoRA (arXiv 2305.14314): NormalFloat4, its scales quantised once more
+    if name == "bnb-4bit":  # as QLoRA (arXiv 2305.14314): NormalFloat4, its scales quantized once more
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -336,7 +336,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.to(dtype=torch.bfloat16)
-    # save_pretrained refuses a model it takes for quantised; the values are plain numbers by now.
+    # save_pretrained refuses a model it takes for quantized; the values are plain numbers by now.
     del model.config.quantization_config
     del model.config._model_name_or_path  # a label of the GGUF file that no other config has
     model.hf_quantizer = None

@@ -11,7 +11,7 @@ one for each sentence. Metrics: BLEU (sacrebleu, 13a, lower case: equal to the o
 with Java and the official scorer's programs (`official`) METEOR too, and ROUGE-L and CIDEr on its tokens.
 
 Local files: ``e2e_nlg/{train,valid,test}.txt`` as microsoft/LoRA ships them, lines ``name : X | area : Y||sentence``,
-which are tokenised ("city centre ."). Without a data folder: tuetschek/e2e_nlg on the hub, whose sentences are not;
+which are tokenized ("city center ."). Without a data folder: tuetschek/e2e_nlg on the hub, whose sentences are not;
 values of the two differ.
 """
 

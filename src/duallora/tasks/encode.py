@@ -216,12 +216,12 @@ class Collator:
 
 
 def _encode_classification(examples: Sequence[Example], tokenizer, max_length: int) -> tuple[list[dict], Counts]:
-    unlabelled = [_name(example) for example in examples if example.label is None]
-    if unlabelled:
-        raise DataError(f"{len(unlabelled)} of {len(examples)} rows have no label: {_first(unlabelled)}")
+    unlabeled = [_name(example) for example in examples if example.label is None]
+    if unlabeled:
+        raise DataError(f"{len(unlabeled)} of {len(examples)} rows have no label: {_first(unlabeled)}")
     rows = [encode_texts(example, tokenizer, max_length=max_length) for example in examples]
     truncated = sum(
-        # Only a row that fills max_length can have lost something; only those are tokenised a second time.
+        # Only a row that fills max_length can have lost something; only those are tokenized a second time.
         len(row["input_ids"]) == max_length and len(tokenizer(*example.texts, verbose=False)["input_ids"]) > max_length
         for row, example in zip(rows, examples, strict=True)
     )
@@ -241,8 +241,8 @@ def _sequences(example: Example, tokenizer, train_on: TrainOn) -> list[list[Segm
 def _tokenize(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
     """Token ids of each segment of each sequence: what generation reads and is to write, border by border.
 
-    Segments are tokenised on their own. Where the tokenizer sets a space before every text it is given (SentencePiece's
-    do), that would put spaces into the middle; there the whole sequence is tokenised, and cut at the borders.
+    Segments are tokenized on their own. Where the tokenizer sets a space before every text it is given (SentencePiece's
+    do), that would put spaces into the middle; there the whole sequence is tokenized, and cut at the borders.
     """
     # The same prompt with many answers, or one system message, are common.
     distinct = list(dict.fromkeys(segment.text for segments in planned for segment in segments))

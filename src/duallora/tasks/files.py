@@ -538,7 +538,7 @@ Converter = Callable[[Mapping[str, Any], str], Example]
 def _converter(format: str, columns: Sequence[str], labels: Labels | None, of_chats: Mapping[str, Any]) -> Converter:
     """``of_chats``: how chats are read, as `chats.from_messages` takes it."""
     if labels is not None:
-        return _labelled(_text_columns(columns), labels)
+        return _labeled(_text_columns(columns), labels)
     if format == "alpaca":
         return _alpaca
     return functools.partial(chats.from_messages if format == "messages" else _prompt_completion, **of_chats)
@@ -636,7 +636,7 @@ def _refuse_empty(answer: str, column: str) -> None:
         raise BadRow("empty answer", column)
 
 
-def _labelled(texts: tuple[str, ...], labels: Labels) -> Converter:
+def _labeled(texts: tuple[str, ...], labels: Labels) -> Converter:
     def convert(row: Mapping[str, Any], where: str) -> Example:
         if "label" not in row:
             raise BadRow("missing field", "label")

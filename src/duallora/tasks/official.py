@@ -24,7 +24,7 @@ VARIABLE = "DUALLORA_PYCOCOEVALCAP"
 TOKENIZER = Path("tokenizer", "stanford-corenlp-3.4.1.jar")
 METEOR = Path("meteor", "meteor-1.5.jar")
 PARAPHRASES = Path("meteor", "data", "paraphrase-en.gz")  # METEOR finds it beside itself
-# What COCO's scorers drop after tokenising.
+# What COCO's scorers drop after tokenizing.
 PUNCTUATION = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
@@ -67,7 +67,7 @@ def tokens(texts: Sequence[str]) -> list[list[str]]:
 
 
 def meteor(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """METEOR 1.5 of tokenised texts over all their references, in percent, called as the scorer calls it."""
+    """METEOR 1.5 of tokenized texts over all their references, in percent, called as the scorer calls it."""
     jar = (_home() / METEOR).resolve()
     command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with subprocess.Popen(

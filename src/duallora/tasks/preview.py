@@ -1,4 +1,4 @@
-"""What the model will see: rows with their trained and ignored tokens in colour, and the counts of the split."""
+"""What the model will see: rows with their trained and ignored tokens in color, and the counts of the split."""
 
 from __future__ import annotations
 

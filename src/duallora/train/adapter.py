@@ -48,7 +48,7 @@ def put(
     method = methods.get(name)
     fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
     if fields.get("warmup_steps") == "auto":
-        fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.start is None else 0
+        fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.init_from is None else 0
     if kind != "generate" and not method.whole:
         heads = adapters.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.

@@ -39,22 +39,22 @@ def from_run(method: methods.Adapted, source: str, kind: Kind, base: str) -> str
     folder = adapters.find(source)
     if folder is None:
         raise ConfigError(
-            f"adapter.start={source}: expected the folder of a run or an adapter, and no such folder is here (nor is it an "
+            f"adapter.init_from={source}: expected the folder of a run or an adapter, and no such folder is here (nor is it an "
             "adapter of the hub)"
         )
     trained_on = adapters.read_sidecar(folder).get("base", {}).get("fingerprint")
     if trained_on and trained_on != base:
         raise IntegrityError(
-            f"adapter.start={source} was trained on a base model with the weights {trained_on[:16]}..., but this run's "
+            f"adapter.init_from={source} was trained on a base model with the weights {trained_on[:16]}..., but this run's "
             f"has {base[:16]}...; begin with an adapter of the same base model"
         )
     if method.method.whole:
         return _from_model(method, source, kind)
     if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"adapter.start={source} is a whole model, and {method.method.title} trains an adapter")
+        raise ConfigError(f"adapter.init_from={source} is a whole model, and {method.method.title} trains an adapter")
     if method.method.no_resume:
         raise ConfigError(
-            f"adapter.start={source}: {method.method.title} cannot go on from its file: {method.method.no_resume}"
+            f"adapter.init_from={source}: {method.method.title} cannot go on from its file: {method.method.no_resume}"
         )
     stored = adapters.check_adapter(folder)
     model: PeftModel = method.model
@@ -79,7 +79,7 @@ def _from_model(method: methods.Adapted, source: str, kind: Kind) -> str:
     model = method.model
     started, _ = adapters.load_adapter(source, kind)
     if isinstance(started, PeftModel):
-        raise ConfigError(f"adapter.start={source} is an adapter, and {method.method.title} trains the whole model")
+        raise ConfigError(f"adapter.init_from={source} is an adapter, and {method.method.title} trains the whole model")
     heads = [] if kind == "generate" else adapters.head_modules(model)
     found = _without(started.state_dict(), heads)
     wanted = _without(model.state_dict(), heads)
@@ -106,7 +106,7 @@ def _compare(theirs: PeftConfig, ours: PeftConfig, source: str) -> None:
         old, new = before.get(name), after.get(name)
         if old != new:
             raise ConfigError(
-                f"adapter.start={source} has {name} = {old!r}, but this run has {new!r}: its tensors would compute something "
+                f"adapter.init_from={source} has {name} = {old!r}, but this run has {new!r}: its tensors would compute something "
                 "else. Begin with an adapter of the same method and settings, or set them as there"
             )
 
@@ -123,11 +123,11 @@ def _same_tensors(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
     for what, names in (("lacks", wanted.keys() - found.keys()), ("also holds", found.keys() - wanted.keys())):
         if names:
             raise ConfigError(
-                f"adapter.start={source} {what} {len(names)} tensors of this run's {len(wanted)} (first: {min(names)}): the "
+                f"adapter.init_from={source} {what} {len(names)} tensors of this run's {len(wanted)} (first: {min(names)}): the "
                 "two adapt other modules, or train others beside them. Set adapter.target_modules as there"
             )
     for name, shape in wanted.items():
         if found[name] != shape:
             raise ConfigError(
-                f"adapter.start={source}: {name} is {list(found[name])}, expected {list(shape)}. Set adapter.r as there"
+                f"adapter.init_from={source}: {name} is {list(found[name])}, expected {list(shape)}. Set adapter.r as there"
             )

@@ -163,8 +163,8 @@ class _Run:
         adapted = method.model
         if positions(adapted) != positions(model):  # virtual tokens take some
             self._check_lengths(adapted, tokenizer, task, rows)
-        if recipe.adapter.start is not None:
-            fingerprints["start"] = self._begin(method, recipe.adapter.start, task.kind, base, previous, start)
+        if recipe.adapter.init_from is not None:
+            fingerprints["start"] = self._begin(method, recipe.adapter.init_from, task.kind, base, previous, start)
         if start is not None and method.method.no_resume and method.method.checkpoint is None:
             raise ConfigError(
                 f"{method.method.title} cannot be resumed: {method.method.no_resume} Start a new run with -o"
@@ -306,8 +306,8 @@ class _Run:
             model.to(adapters.default_device())
             return list(calibration.batches(drawn, tokenizer, recipe.train.batch_size, model))
 
-        if recipe.adapter.start is not None:  # what it begins from has had its look at data
-            earlier = adapters.find(recipe.adapter.start) if start is None else start
+        if recipe.adapter.init_from is not None:  # what it begins from has had its look at data
+            earlier = adapters.find(recipe.adapter.init_from) if start is None else start
             known = earlier if earlier is not None and (earlier / "adapter_config.json").is_file() else None
             return put(model, recipe, kind, lr_warmup, checkpoint=known), {}
         began, cpu = time.monotonic(), time.process_time()
@@ -333,7 +333,7 @@ class _Run:
             return before
         found = begin.from_run(method, source, kind, base)
         if before is not None:
-            checkpoint.refuse_drift({"weights of adapter.start": before}, {"weights of adapter.start": found})
+            checkpoint.refuse_drift({"weights of adapter.init_from": before}, {"weights of adapter.init_from": found})
         say(self.console, "start", f"from [bold]{shown(Path(source))}[/]")
         return found
 
@@ -374,7 +374,7 @@ class _Run:
         opening = {"ramp": f"gate opens over {config.warmup_steps} of {steps} steps"}.get(
             config.warmup, f"warm-up: {config.warmup}"
         )
-        opening = opening if self.recipe.adapter.start is None else "gate open"
+        opening = opening if self.recipe.adapter.init_from is None else "gate open"
         return f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers", f"; {opening}"
 
     def _start(self, method: methods.Adapted, rows, tokenizer, kind: Kind) -> None:

@@ -59,7 +59,7 @@ class Conv(DualLoraLayer, nn.Module):
         if not convolves_as_torch(base):
             raise ConfigError(
                 f"{type(base).__name__} has a forward of its own, which Dual LoRA can only run on W0 + dW: without "
-                "dropout, forward='added', quantisation or offloading. Name it in exclude_modules, or drop these."
+                "dropout, forward='added', quantization or offloading. Name it in exclude_modules, or drop these."
             )
         W = self._matrix(self._base_weight()) if self.duallora_config[adapter].use_dora else None
         dW = self._delta(adapter, W).view(self.kernel_shape).to(x.dtype)

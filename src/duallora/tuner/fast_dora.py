@@ -28,7 +28,7 @@ def fast_dora(peft_model: nn.Module) -> nn.Module:
     """Speed up every DoRA layer of a PEFT model in place; output, gradients and checkpoints stay PEFT's own.
 
     Layers of ``LoraConfig(use_dora=True)`` on ``nn.Linear`` and transformers' ``Conv1D`` are taken over, for every
-    adapter they hold now or get later. Embeddings, convolutions and quantised layers stay with PEFT, and a warning
+    adapter they hold now or get later. Embeddings, convolutions and quantized layers stay with PEFT, and a warning
     counts them. Calling it again does no harm; it takes over DoRA layers added behind PEFT's back since, and forgets
     the kept row norms of W0.
 
@@ -81,7 +81,7 @@ def _take_over(module: lora.LoraLayer) -> bool:
     weight = getattr(module.get_base_layer(), "weight", None)
     if type(module) is not lora.Linear or type(module.get_base_layer()) not in (nn.Linear, Conv1D):
         return False
-    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:  # 8-bit floats are quantised
+    if weight is None or not weight.is_floating_point() or weight.element_size() < 2:  # 8-bit floats are quantized
         return False
     module.lora_variant = _Variants(module.lora_variant)
     return True
@@ -174,7 +174,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _is_resident(base: nn.Module, x: Tensor) -> bool:
-    """W0 is an ordinary tensor beside x: not sharded, offloaded, quantised or a stand-in."""
+    """W0 is an ordinary tensor beside x: not sharded, offloaded, quantized or a stand-in."""
     W = base.weight
     plain = type(W) in (Tensor, nn.Parameter) and W.ndim == 2 and W.numel() > 0
     return plain and W.device == x.device and not W.is_meta

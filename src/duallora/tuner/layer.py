@@ -86,8 +86,8 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         self.fixed_signs: dict[str, Tensor] = {}  # no buffers: an average of integers is no sign
         self._disable_adapters = False
         self.merged_adapters = []
-        self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantised base
-        self.requantise: quantized.Requantise | None = None
+        self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantized base
+        self.requantize: quantized.Requantize | None = None
         self.shares_weight = False  # with another module: found out by the model
         self.module_name = ""  # in the base model
         self.mixed_batch = False  # in a forward whose rows have adapters of their own
@@ -182,7 +182,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         return norm
 
     def _base_weight(self) -> Tensor:
-        """W0, also while merged; of a quantised base dequantised, in float32."""
+        """W0, also while merged; of a quantized base dequantized, in float32."""
         base, before = self.get_base_layer(), self._base_weight_before_merge
         if isinstance(before, dict):
             return quantized.read_held(base, before)
@@ -319,7 +319,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The weight this layer computes with, for a parent that reads it: W0 + dW of the adapters that act, or W0.
 
-        Of a base layer that is quantised, sharded or offloaded it is the stored one, without any dW.
+        Of a base layer that is quantized, sharded or offloaded it is the stored one, without any dW.
         """
         base = self.get_base_layer()
         W = base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's; GPTQ and its like
@@ -397,7 +397,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W0 + dW into the base layer. W0 itself is kept (from another device, a copy on the CPU): unmerge is exact.
 
-        A quantised base rounds W0 + dW to its grid; a warning says how much of dW that costs.
+        A quantized base rounds W0 + dW to its grid; a warning says how much of dW that costs.
 
         Args:
             safe_merge: refuse, leaving the base weight untouched, if anything is NaN or infinite.
@@ -405,7 +405,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
         Raises:
             ValueError: safe_merge found a value that is not finite.
-            ConfigError: the base weight is quantised in a way that only its own forward can read.
+            ConfigError: the base weight is quantized in a way that only its own forward can read.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.duallora_A]
         if not names:
@@ -428,7 +428,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         base, before, loss = self.get_base_layer(), self._base_weight_before_merge, None
         if quantized.storage(base) is not None:
             before = before or quantized.hold(base)
-            loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantise)
+            loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantize)
         else:
             before = base.weight.data.cpu() if before is None else before
             if self.shares_weight and not self._tied_weight:  # the other layer keeps what both had

@@ -72,17 +72,17 @@ class Linear(DualLoraLayer, nn.Module):
         if use_dora and not self.merged and quantized.storage(self.base_layer) is not None:
             if y0 is None or (self.training and isinstance(dropout, nn.Dropout)):
                 y0 = self.base_layer(x)
-            return self._added_to_quantised(x, adapter, y0)
+            return self._added_to_quantized(x, adapter, y0)
         update = self._update(adapter)
         if not use_dora:
             return product(x, None, None, None, update, self._how(adapter, "delta", False))
         how = self._how(adapter, "delta", self.fan_in_fan_out)
         return product(x, self._base_weight(), None, self.duallora_m[adapter], update, how)
 
-    def _added_to_quantised(self, x: Tensor, adapter: str, y0: Tensor) -> Tensor:
+    def _added_to_quantized(self, x: Tensor, adapter: str, y0: Tensor) -> Tensor:
         """x (W' - W0)^T of DoRA from y0 = x W0^T + b: with c = m / |W0 + dW|, W' - W0 = (c - 1) W0 + c dW.
 
-        So W0 is dequantised for its norms alone and nothing of it is kept for the backward.
+        So W0 is dequantized for its norms alone and nothing of it is kept for the backward.
         """
         update = self._update(adapter)
         with torch.no_grad():

@@ -121,7 +121,7 @@ class DualLoraModel(BaseTuner):
         """Before the first layer is merged: unloading that fails half way would have lost the adapter of some."""
         for layer in self._layers():
             if _merges(layer, adapter_names):
-                quantized.require_writable(layer.get_base_layer(), layer.requantise)
+                quantized.require_writable(layer.get_base_layer(), layer.requantize)
 
     def _name_never_trained(self, adapter_names: list[str] | None) -> None:
         layers = self._layers()
@@ -152,7 +152,7 @@ class DualLoraModel(BaseTuner):
         return unloaded
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """PEFT's; where weights are quantised, one warning says what rounding W0 + dW to their grid loses."""
+        """PEFT's; where weights are quantized, one warning says what rounding W0 + dW to their grid loses."""
         self._require_mergeable(adapter_names)
         self._name_never_trained(adapter_names)
         with quantized.merge_losses(self.model) as losses:
@@ -208,7 +208,7 @@ class DualLoraModel(BaseTuner):
             kind = Embedding
         elif isinstance(base_layer, TORCH):
             kind = Conv
-        elif not isinstance(base_layer, (nn.Linear, Conv1D)) and not quantized.is_quantised_linear(base_layer):
+        elif not isinstance(base_layer, (nn.Linear, Conv1D)) and not quantized.is_quantized_linear(base_layer):
             raise ConfigError(
                 f"target module {current_key!r} is a {type(target).__name__}; Dual LoRA adapts torch.nn.Linear, Embedding, "
                 "Conv1d, Conv2d, Conv3d and transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
@@ -227,12 +227,12 @@ class DualLoraModel(BaseTuner):
         if stored is None and not isinstance(base_layer, Conv1D) and type(base_layer.weight) is not nn.Parameter:
             raise ConfigError(
                 f"target module {current_key!r} has a weight of an unknown kind ({type(base_layer.weight).__name__}): "
-                "load the base model unquantised, or quantise it with bitsandbytes, torchao or HQQ."
+                "load the base model unquantized, or quantize it with bitsandbytes, torchao or HQQ."
             )
         if stored is not None and stored.read is None and peft_config.use_dora:
             raise ConfigError(
                 f"target module {current_key!r} is a {stored.name} layer, whose weight cannot be read; use_dora needs its "
-                "row lengths. Set use_dora=False, or load the base model unquantised."
+                "row lengths. Set use_dora=False, or load the base model unquantized."
             )
         if peft_config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
             warnings.warn(
@@ -240,7 +240,7 @@ class DualLoraModel(BaseTuner):
                 stacklevel=2,
             )
         new_module = kind(target, adapter_name, **arguments)
-        new_module.requantise = quantized.requantiser(self.model)
+        new_module.requantize = quantized.requantizer(self.model)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, new_module, target)

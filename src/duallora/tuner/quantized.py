@@ -1,4 +1,4 @@
-"""Base layers that store W0 quantised: reading it, putting W0 + dW on the same grid, taking it off the grid for good.
+"""Base layers that store W0 quantized: reading it, putting W0 + dW on the same grid, taking it off the grid for good.
 
     library        layer                     read by                    written by
     bitsandbytes   Linear4bit (nf4, fp4)     dequantize_4bit            a new Params4bit
@@ -8,7 +8,7 @@
     any other                                -                          -
 
 Each library reads and writes with its own functions; nothing is imported that the model has not. Every layer computes its
-output itself, so no dequantised W0 outlives the call that reads it. PEFT's own backends (0.21) do the same but write over
+output itself, so no dequantized W0 outlives the call that reads it. PEFT's own backends (0.21) do the same but write over
 what they replace, which could then not be put back bit for bit, and lose the bias of HQQ layers.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from duallora.errors import ConfigError
 
-Requantise = Callable[[], Any]  # gives the torchao configuration the model was quantised with
+Requantize = Callable[[], Any]  # gives the torchao configuration the model was quantized with
 
 # Layers of these packages multiply by weights only they can read.
 _FORWARD_ONLY = {
@@ -48,13 +48,13 @@ class Storage(NamedTuple):
     """How one kind of layer stores W0.
 
     hold: the objects that stand for the weight, by attribute; nothing writes to them once others are in their place.
-    read: W0 [out, in]. write: quantises W [out, in] anew, into new objects. Both None: only the layer's forward knows.
+    read: W0 [out, in]. write: quantizes W [out, in] anew, into new objects. Both None: only the layer's forward knows.
     """
 
     name: str
     hold: Callable[[Any], dict[str, Any]] | None = None
     read: Callable[[Any], Tensor] | None = None
-    write: Callable[[Any, Tensor, Requantise | None], None] | None = None
+    write: Callable[[Any, Tensor, Requantize | None], None] | None = None
 
 
 def storage(layer: nn.Module) -> Storage | None:
@@ -77,18 +77,18 @@ def storage(layer: nn.Module) -> Storage | None:
     return None
 
 
-def is_quantised_linear(layer: nn.Module) -> bool:
-    """A layer y = x W0^T + b whose W0 is quantised, whatever its class."""
+def is_quantized_linear(layer: nn.Module) -> bool:
+    """A layer y = x W0^T + b whose W0 is quantized, whatever its class."""
     return storage(layer) is not None and all(type(n) is int for n in features(layer))
 
 
 def include_all_linear(config: Any, model: nn.Module) -> None:
-    """Let ``target_modules="all-linear"``, for PEFT any nn.Linear and Conv1D, name the quantised layers of other classes too."""
+    """Let ``target_modules="all-linear"``, for PEFT any nn.Linear and Conv1D, name the quantized layers of other classes too."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     others = {
         name
         for name, module in model.named_modules()
-        if is_quantised_linear(module) and not isinstance(module, nn.Linear) and module is not head
+        if is_quantized_linear(module) and not isinstance(module, nn.Linear) and module is not head
     }
     if others and str(config.target_modules).lower() == "all-linear":
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -114,14 +114,14 @@ def _hold_4bit(layer: Any) -> dict[str, Any]:
 
 def _read_4bit(layer: Any) -> Tensor:
     _unpack(layer)
-    if layer.weight.quant_state is None:  # bitsandbytes quantises as the layer is moved to its device
+    if layer.weight.quant_state is None:  # bitsandbytes quantizes as the layer is moved to its device
         return layer.weight.data
     return sys.modules["bitsandbytes"].functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
-def _write_4bit(layer: Any, W: Tensor, _: Requantise | None) -> None:
+def _write_4bit(layer: Any, W: Tensor, _: Requantize | None) -> None:
     old = layer.weight
-    dtype = W.dtype if old.quant_state is None else old.quant_state.dtype  # of what dequantising gives
+    dtype = W.dtype if old.quant_state is None else old.quant_state.dtype  # of what dequantizing gives
     layer.weight = type(old)(
         W.to("cpu", dtype), requires_grad=False, blocksize=old.blocksize, compress_statistics=old.compress_statistics,
         quant_type=old.quant_type, quant_storage=old.quant_storage, module=layer,
@@ -131,7 +131,7 @@ def _write_4bit(layer: Any, W: Tensor, _: Requantise | None) -> None:
 def keep_exact(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for evaluation on CPUs with AVX512-BF16.
 
-    The packed form has rounded scales, cannot be dequantised, takes no sizes but multiples of 32 and gives x no gradient
+    The packed form has rounded scales, cannot be dequantized, takes no sizes but multiples of 32 and gives x no gradient
     in the training that follows (seen with bitsandbytes 0.50).
     """
     for layer in model.modules():
@@ -162,26 +162,26 @@ def _read_8bit(layer: Any) -> Tensor:
     return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(weight.data, weight.SCB)
 
 
-def _write_8bit(layer: Any, W: Tensor, _: Requantise | None) -> None:
+def _write_8bit(layer: Any, W: Tensor, _: Requantize | None) -> None:
     old = layer.weight
     layer.weight = type(old)(W.to("cpu"), requires_grad=False, has_fp16_weights=False).to(old.device)
 
 
 def _unknown_configuration() -> ConfigError:
     return ConfigError(
-        "this torchao layer was quantised outside transformers, so the configuration to quantise it with is unknown: "
+        "this torchao layer was quantized outside transformers, so the configuration to quantize it with is unknown: "
         "load the model with transformers' TorchAoConfig, or merge after duallora.dequantize(model)"
     )
 
 
-def _write_torchao(layer: Any, W: Tensor, requantise: Requantise | None) -> None:
-    if requantise is None:
+def _write_torchao(layer: Any, W: Tensor, requantize: Requantize | None) -> None:
+    if requantize is None:
         raise _unknown_configuration()
     layer.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
-    sys.modules["torchao"].quantize_(layer, requantise())
+    sys.modules["torchao"].quantize_(layer, requantize())
 
 
-def _write_hqq(layer: Any, W: Tensor, _: Requantise | None) -> None:
+def _write_hqq(layer: Any, W: Tensor, _: Requantize | None) -> None:
     del layer.W_q  # quantize() assigns a plain tensor before it makes a parameter of it
     layer.quantize(W, **layer.quant_config)
 
@@ -201,23 +201,23 @@ _HQQ = Storage(
 
 def _unreadable(name: str) -> ConfigError:
     return ConfigError(
-        f"a {name} weight cannot be dequantised, so nothing can be merged into it and use_dora cannot measure it: "
+        f"a {name} weight cannot be dequantized, so nothing can be merged into it and use_dora cannot measure it: "
         "put the adapter on the original model to merge (duallora merge does), and train without use_dora"
     )
 
 
-def require_writable(layer: nn.Module, requantise: Requantise | None) -> None:
-    """ConfigError where the layer's weight is quantised and :func:`write` cannot be."""
+def require_writable(layer: nn.Module, requantize: Requantize | None) -> None:
+    """ConfigError where the layer's weight is quantized and :func:`write` cannot be."""
     found = storage(layer)
     if found is not None and found.write is None:
         raise _unreadable(found.name)
-    if found is _TORCHAO and requantise is None:
+    if found is _TORCHAO and requantize is None:
         raise _unknown_configuration()
 
 
 @torch.no_grad()
 def read(layer: nn.Module) -> Tensor:
-    """W0 [out, in] dequantised, a new tensor in float32.
+    """W0 [out, in] dequantized, a new tensor in float32.
 
     Raises:
         ConfigError: only the layer's forward can read it.
@@ -228,7 +228,7 @@ def read(layer: nn.Module) -> Tensor:
     try:
         return found.read(layer).detach().to(torch.float32, copy=True)
     except NotImplementedError as error:  # some torchao tensors
-        raise ConfigError(f"{type(layer.weight).__name__} cannot be dequantised: {error}") from error
+        raise ConfigError(f"{type(layer.weight).__name__} cannot be dequantized: {error}") from error
 
 
 def hold(layer: nn.Module) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def read_held(layer: nn.Module, held: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def write(layer: nn.Module, W: Tensor, dW_norm: float, requantise: Requantise | None = None) -> float:
+def write(layer: nn.Module, W: Tensor, dW_norm: float, requantize: Requantize | None = None) -> float:
     """Make W [out, in] the layer's weight, on its grid, and return |weight - W| / |dW|: the share of dW that is lost.
 
     1 means that rounding moved the weight as far as the update did. Infinite where dW is 0 and rounding is not. Whatever
@@ -272,7 +272,7 @@ def write(layer: nn.Module, W: Tensor, dW_norm: float, requantise: Requantise | 
     assert found.write is not None
     held = hold(layer)
     try:
-        found.write(layer, W, requantise)
+        found.write(layer, W, requantize)
         error = float(torch.linalg.vector_norm(read(layer) - W))
     except BaseException:
         put_back(layer, held)
@@ -280,14 +280,14 @@ def write(layer: nn.Module, W: Tensor, dW_norm: float, requantise: Requantise | 
     return error / dW_norm if dW_norm > 0 else (float("inf") if error else 0.0)
 
 
-def requantiser(model: nn.Module) -> Requantise | None:
-    """The torchao configuration of a model that transformers quantised, as a function; None for all others."""
+def requantizer(model: nn.Module) -> Requantize | None:
+    """The torchao configuration of a model that transformers quantized, as a function; None for all others."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     return getattr(config, "get_apply_tensor_subclass", None)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that the weights of ``model`` consist of, by name: parameters, and codes and scales of quantised ones."""
+    """Every tensor that the weights of ``model`` consist of, by name: parameters, and codes and scales of quantized ones."""
     found: dict[str, Tensor] = dict(model.named_parameters())
     for name, layer in model.named_modules():
         if storage(layer) is None:
@@ -309,7 +309,7 @@ _losses: ContextVar[list[tuple[nn.Module, float]] | None] = ContextVar("duallora
 
 @contextmanager
 def merge_losses(model: nn.Module) -> Iterator[dict[str, float]]:
-    """Collects, by layer name, what merging into quantised weights inside loses, instead of a warning per layer."""
+    """Collects, by layer name, what merging into quantized weights inside loses, instead of a warning per layer."""
     names = {id(module): name for name, module in model.named_modules()}
     found: list[tuple[nn.Module, float]] = []
     losses: dict[str, float] = {}
@@ -338,7 +338,7 @@ def warn_of(losses: dict[str, float], stacklevel: int = 3) -> None:
     middle = sorted(losses.values())[len(losses) // 2]
     where = f"{middle:.0%} of dW at the median of {len(losses)} layers, {losses[worst]:.0%} in {worst}"
     warnings.warn(
-        f"Merged into quantised weights, W0 + dW is rounded to their grid: the error is "
+        f"Merged into quantized weights, W0 + dW is rounded to their grid: the error is "
         f"{where if worst else f'{middle:.0%} of dW'}. unmerge restores W0 bit for bit. Without that loss: "
         "duallora.dequantize(model) before merging, or `duallora merge` on the saved adapter.",
         stacklevel=stacklevel,
@@ -350,22 +350,22 @@ def warn_of(losses: dict[str, float], stacklevel: int = 3) -> None:
 
 @torch.no_grad()
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Replace, in place, each quantised linear layer of ``model`` by an ``nn.Linear`` with the weight it stands for.
+    """Replace, in place, each quantized linear layer of ``model`` by an ``nn.Linear`` with the weight it stands for.
 
     Merging then adds dW to what it was trained on, without rounding it to a grid. ``dtype`` is that of the new weights;
     None: of the model's first floating-point parameter outside the adapters. Returns ``model``.
 
     Raises:
-        ConfigError: an adapter is merged, or a layer cannot be dequantised; nothing was replaced.
+        ConfigError: an adapter is merged, or a layer cannot be dequantized; nothing was replaced.
     """
     layers = [(name, module, storage(module)) for name, module in model.named_modules(remove_duplicate=False)]
     layers = [(name, module, found) for name, module, found in layers if found is not None]
     for name, _, found in layers:
         if found.read is None:
-            raise ConfigError(f"{name} is a {found.name} layer, which cannot be dequantised; load the original model")
+            raise ConfigError(f"{name} is a {found.name} layer, which cannot be dequantized; load the original model")
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and module.merged and storage(module.get_base_layer()) is not None:
-            raise ConfigError("an adapter is merged into the quantised weights: call unmerge_adapter() first")
+            raise ConfigError("an adapter is merged into the quantized weights: call unmerge_adapter() first")
     if dtype is None:
         plain = (p.dtype for n, p in model.named_parameters() if p.is_floating_point() and "duallora_" not in n)
         dtype = next(plain, torch.float32)
@@ -380,7 +380,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         if "hf_quantizer" in vars(module):
             module.hf_quantizer.remove_quantization_config(module)
         if "_weight_conversions" in vars(module):  # how transformers would write back the file of codes it read
-            kept = [c for c in module._weight_conversions if not any(map(_of_quantiser, getattr(c, "operations", ())))]
+            kept = [c for c in module._weight_conversions if not any(map(_of_quantizer, getattr(c, "operations", ())))]
             module._weight_conversions = kept or None
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if flag in vars(module):
@@ -401,5 +401,5 @@ def _plain_linear(layer: Any, dtype: torch.dtype) -> nn.Linear:
     return new.train(layer.training)
 
 
-def _of_quantiser(operation: Any) -> bool:
+def _of_quantizer(operation: Any) -> bool:
     return hasattr(operation, "hf_quantizer")
