@@ -52,7 +52,7 @@ def test_each_row_is_the_test_values_of_every_seed_at_the_value_chosen_on_valida
             row = row_of(summary, task, variant)
             recorded = [score(task, guesses(task, skill, seed))[metric] for seed in (0, 1, 2)]
             assert row["values"] == study.best(found, task, variant).values == {"train.learning_rate": rate}
-            assert row["figures"] == pytest.approx(recorded, rel=1e-5)
+            assert row["by_seed"] == pytest.approx(recorded, rel=1e-5)
             assert row["mean"] == pytest.approx(np.mean(recorded), rel=1e-5)
             assert row["sd"] == pytest.approx(np.std(recorded, ddof=1), rel=1e-4)
             assert row["interval"][0] < row["mean"] < row["interval"][1]
@@ -378,7 +378,7 @@ def test_a_metric_of_a_plug_in_goes_from_scoring_to_the_report(tmp_path, monkeyp
     assert row["interval"][0] < row["mean"] < row["interval"][1]
     assert summary["tasks"]["toy"]["rounds"] == statistics.ROUNDS_SLOW
     assert (pair["better"], pair["interval"][1] < 0) == ("yes", True)
-    (table,) = (one for one in report.tables(summary) if one.part == "figures")
+    (table,) = (one for one in report.tables(summary) if one.part == "metrics")
     shown = {line[0].text: line[-1] for line in table.rows}
     assert ("best" in shown["duallora"].kind, "worse" in shown["lora"].kind) == (True, True)
     assert "." not in shown["lora"].text.split(" ± ")[0]

@@ -218,7 +218,11 @@ def report(
     ),
     markdown: Annotated[
         Path | None,
-        typer.Option("--markdown", metavar="FILE", help="The same as Markdown; fills the marks of a file that exists."),
+        typer.Option(
+            "--markdown",
+            metavar="PATH",
+            help="The same as Markdown; fills the marks of a file, or of a folder's files, that exist.",
+        ),
     ] = None,
     json: Json = False,
     debug: Debug = False,

@@ -1,7 +1,7 @@
 """Initial values of the factors, reproducible from one stored integer.
 
-The paper draws all four from a Gaussian and leaves its width open. The defaults were measured (docs/reproduction.md,
-docs/results.md): A and B as `magnitude_std` has them, C and D as `Settings.direction_init_std`. Sign is scale-free, so the width of C
+The paper draws all four from a Gaussian and leaves its width open. The defaults were measured
+(docs/reproduction/start-values.md, docs/results.md): A and B as `magnitude_std` has them, C and D as `Settings.direction_init_std`. Sign is scale-free, so the width of C
 and D only sets how easily signs flip: Adam's steps have the size of the learning rate, whatever the gradient.
 """
 

@@ -1,7 +1,7 @@
 """Summaries of studies as one page: tables beside the paper's numbers, plots, and what the data can and cannot say.
 
 The page is one HTML file that works offline, in light and dark, without scripts. The same tables go into Markdown,
-between marks such as ``<!-- study:table2-mini:figures -->`` and ``<!-- /study:table2-mini:figures -->``.
+between marks such as ``<!-- study:table2-mini:metrics -->`` and ``<!-- /study:table2-mini:metrics -->``.
 """
 
 from __future__ import annotations
@@ -56,27 +56,30 @@ def report(
 ) -> dict[str, Any]:
     """Writes the page ``out`` and, where asked for, the Markdown file with its plots in ``img/`` beside it.
 
+    Of a folder, every page in it that has marks of these studies is filled.
+
     ``printed`` holds, by name of a study, the lines the paper prints for it: ``variant``, ``model``, ``values`` by
     column, and ``copied`` and ``note`` where there is something to say of them.
 
     Raises:
-        ConfigError: matplotlib is absent, two summaries have one name and scale, or the Markdown file exists without
-            marks.
+        ConfigError: matplotlib is absent, two summaries have one name and scale, or what exists of the Markdown has no
+            marks of them.
     """
     printed = printed or {}
     keys = [key_of(summary) for summary in summaries]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"{', '.join(twice)}: two results of one name and scale; give one of each")
     if markdown is not None:  # before the page, since a file of the user's may be refused
-        text = _page_of(markdown, summaries, printed)
+        pages = _pages(markdown, summaries, printed)
         with plots.figures() as Figure:
             drawn = {key_of(summary): list(study_plots.draw(summary, Figure)) for summary in summaries}
-            text = fill(text, summaries, printed, drawn, markdown)
-            for key, every in drawn.items():
-                for plot in every:
+            for path, text in pages.items():
+                pages[path] = fill(text, summaries, printed, drawn, path)
+            for path, text in pages.items():
+                for key, plot in ((key, plot) for key, every in drawn.items() for plot in every):
                     if f"({_image(key, plot.name)})" in text:
-                        plots.save(plot.figure, markdown.parent / _image(key, plot.name))
-        record.write_text(markdown, text)
+                        plots.save(plot.figure, path.parent / _image(key, plot.name))
+                record.write_text(path, text)
     record.write_text(out, html(summaries, printed))
     return {
         "report": str(out),
@@ -166,7 +169,7 @@ def _metrics(summary: Summary) -> Table | None:
         caption += (
             f" ▲ and ▼: better or worse than {summary['reference']}, after Holm's correction; unmarked: cannot be told."
         )
-    return Table("figures", "Figures", head, rows, caption)
+    return Table("metrics", "Metrics", head, rows, caption)
 
 
 def _what(summary: Summary) -> str:
@@ -243,7 +246,7 @@ def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
             ]
             for line in printed
         ]
-        caption = f"The paper's figures alone{f', with {models}' if models else ''}: it reports other tasks than are measured here with {base}."
+        caption = f"The paper's values alone{f', with {models}' if models else ''}: it reports other tasks than are measured here with {base}."
     remarks: dict[str, list[str]] = {}
     for line in printed:
         for text in filter(None, (line.get("copied"), line.get("note"))):
@@ -308,7 +311,7 @@ def _differences(summary: Summary, printed: Sequence[Printed]) -> Table | None:
         "worse, after Holm's correction; unmarked: cannot be told."
     )
     if any("paper" in cell.small for row in rows for cell in row):
-        caption += " Differences of the paper are those of its printed figures."
+        caption += " Differences of the paper are those of its printed values."
     return Table("differences", f"{reference} against the others", ["variant", *tasks], rows, caption)
 
 
@@ -383,16 +386,19 @@ def parts(summary: Summary, printed: Sequence[Printed], drawn: Sequence[study_pl
     return {**made, **images, "plots": "\n\n".join(images.values())}
 
 
-def _page_of(path: Path, summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]]) -> str:
-    """The file's text; marks alone where there is no file yet."""
+def _pages(path: Path, summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]]) -> dict[Path, str]:
+    """The text of the file, or of a folder's files with marks of these studies; marks alone where there is no file yet."""
     if path.exists():
-        text = path.read_text(encoding="utf-8")
-        if not any(match["name"] in map(key_of, summaries) for match in MARK.finditer(text)):
-            names = ", ".join(f"<!-- study:{key_of(summary)}:figures -->" for summary in summaries)
+        files = sorted(path.glob("*.md")) if path.is_dir() else [path]
+        texts = {file: file.read_text(encoding="utf-8") for file in files}
+        known = set(map(key_of, summaries))
+        marked = {f: text for f, text in texts.items() if known & {match["name"] for match in MARK.finditer(text)}}
+        if not marked:
+            names = ", ".join(f"<!-- study:{key}:metrics -->" for key in sorted(known))
             raise ConfigError(
                 f"{path} exists and has no mark of these studies, such as {names}: add marks, or name another file"
             )
-        return text
+        return marked
     sections = ["# Studies\n"]
     for summary in summaries:
         key = key_of(summary)
@@ -400,7 +406,7 @@ def _page_of(path: Path, summaries: Sequence[Summary], printed: Mapping[str, Seq
         made = [table.part for table in tables(summary, printed.get(summary["name"], ()))]
         for part in ("provenance", "statement", *made, "plots"):
             sections.append(f"<!-- study:{key}:{part} -->\n<!-- /study:{key}:{part} -->\n")
-    return "\n".join(sections)
+    return {path: "\n".join(sections)}
 
 
 def _markdown(table: Table) -> str:
@@ -448,7 +454,7 @@ def html(summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]])
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Studies</title><style>\n{style}</style></head>\n<body>"
         f"<header><h1>Studies</h1><p>Methods compared under one protocol: the same search, steps, data order and seeds for each; "
-        f"values chosen on validation rows, figures from test rows.</p><nav>{links}</nav></header>\n<main>{sections}</main></body></html>\n"
+        f"values chosen on validation rows, metrics of test rows.</p><nav>{links}</nav></header>\n<main>{sections}</main></body></html>\n"
     )
 
 
@@ -462,8 +468,8 @@ def _chip(summary: Summary) -> str:
 def _section(summary: Summary, printed: Sequence[Printed], Figure: Any) -> str:
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summary["statement"])
     made = tables(summary, printed)
-    first = [_html_table(table) for table in made if table.part in ("figures", "differences")]
-    rest = [_html_table(table) for table in made if table.part not in ("figures", "differences")]
+    first = [_html_table(table) for table in made if table.part in ("metrics", "differences")]
+    rest = [_html_table(table) for table in made if table.part not in ("metrics", "differences")]
     drawn = "".join(_html_plot(plot) for plot in study_plots.draw(summary, Figure))
     settings = json.dumps(summary["study"], indent=1, ensure_ascii=False)
     return (

@@ -1,4 +1,4 @@
-"""Plots of a summarized study: differences, metric against cost, sensitivity to the search, sweeps, losses."""
+"""Plots of a summarized study: differences, metric against cost, sensitivity to the search, a varied setting, losses."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
     look = looks(summary)
     for name, title, caption, make in (
         ("differences", "Differences", _DIFFERENCES, _differences),
-        ("parameters", "Figure against trained parameters", _PARAMETERS, _against_parameters),
-        ("time", "Figure against training time", _TIME, _against_time),
-        ("sweep", "Sweep", _SWEEP, _sweep),
+        ("parameters", "Metric against trained parameters", _PARAMETERS, _against_parameters),
+        ("time", "Metric against training time", _TIME, _against_time),
+        ("settings", "Metric by setting", _SETTINGS, _by_setting),
         ("loss", "Training loss", _LOSS, _losses),
     ):
         figure = make(Figure, summary, look)
@@ -228,7 +228,7 @@ def _amount(number: float) -> str:
 
 
 _SENSITIVITY = (
-    "The line and the filled marks are validation figures, the hollow ones test figures of the same runs, a mark for each seed; the line "
+    "The line and the filled marks are values on validation rows, the hollow ones on test rows of the same runs, a mark for each seed; the line "
     "joins the seeds that chose. Dotted: the chosen value. Grey: {reference}. A cross on the axis: a run that diverged."
 )
 
@@ -319,10 +319,12 @@ def _line(
     return [x for x, _ in points], [y for _, y in points]
 
 
-_SWEEP = "Variants that differ in one number, mean over seeds with its 95 % interval; dashed lines are other variants."
+_SETTINGS = (
+    "Variants that differ in one number, mean over seeds with its 95 % interval; dashed lines are other variants."
+)
 
 
-def _sweep(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
+def _by_setting(Figure: Any, summary: Summary, look: Mapping[str, Ink]) -> Any:
     key, swept = _swept(summary["study"]["variants"])
     rows = [row for row in summary["rows"] if row["mean"] is not None]
     tasks = _tasks([row for row in rows if row["variant"] in swept])

@@ -343,7 +343,7 @@ def _row(
         "metric": metric,
         "values": dict(runs.point.values),
         "seeds": list(runs.cells),
-        "figures": values,
+        "by_seed": values,
         **_spread(values),
         "validation": _mean(outcome.metrics.get(str(facts["chosen_by"])) for outcome in runs.cells.values()),
         "every": {name: _spread([one[name] for one in every if name in one]) for name in every[0]},

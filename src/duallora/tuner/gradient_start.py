@@ -3,7 +3,7 @@
     G = dL/dW0      D C = the best rank-r2 approximation of -G, rescaled      A, B = |N(0, std^2)|
 
 Ours, not the paper's. It was to spare training the flips that random signs need; measured, it does not
-(docs/reproduction.md). G itself is never formed: a layer's share of a batch, dY^T x, enters two thin sketches of it
+(docs/reproduction/gradient-start.md). G itself is never formed: a layer's share of a batch, dY^T x, enters two thin sketches of it
 (Tropp, Yurtsever, Udell and Cevher, arXiv 1609.00048, section 4), and being linear these sum over batches, so one backward
 a batch is all it takes.
 """
