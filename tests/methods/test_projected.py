@@ -94,7 +94,7 @@ def test_a_random_projection_is_the_identity_on_average():
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_flora_is_its_algorithm(shape, scaled):
-    """Adafactor with momentum in r = 3 dimensions, carried to a new projection after every second step."""
+    """Adafactor with momentum in r = 3 dimensions, carried to a new projection after every second step; decay at its rate."""
     G = gradients(shape)
     W = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
     w = W.detach().double().numpy().copy()
@@ -118,9 +118,33 @@ def test_flora_is_its_algorithm(shape, scaled):
         M = 0.9 * M + 0.1 * (u @ p if tall else p.T @ u)
         update = update / max(1.0, math.sqrt((update**2).mean()))
         lr = 0.05 * (max(1e-3, math.sqrt((w**2).mean())) if scaled else 1.0)
-        w = w - 0.05 * 0.1 * w - lr * update
+        w = w - lr * 0.1 * w - lr * update
     np.testing.assert_allclose(W.detach().numpy(), w, atol=2e-6)
     assert optimizer.state[W]["exp_avg"].numel() == 3 * 9
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+def test_compressed_accumulation_is_the_sum_seen_through_a_projection(shape):
+    """Two backward passes a step: the step is that of (G1 + G2) P P^T (P P^T (G1 + G2) where wide), P new in each step."""
+    G = [g.double() for g in gradients(shape)[:4]]
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, plain = nn.Parameter(W.clone()), nn.Parameter(W.clone())
+    optimizer = Flora([ours], 0.05, rank=3, kappa=2, accumulation_rank=4, seed=9)
+    reference = Flora([plain], 0.05, rank=3, kappa=2, seed=9)
+    used = []
+    for step in (0, 1):
+        P = _gaussian(~optimizer.state[ours]["seed"], step, 6, 4, torch.device("cpu")).double()
+        used.append(P)
+        for g in G[2 * step : 2 * step + 2]:
+            (ours * g.float()).sum().backward()
+            assert ours.grad is None
+            assert optimizer.state[ours]["packed"].numel() == 9 * 4
+        total = G[2 * step] + G[2 * step + 1]
+        plain.grad = (total @ P @ P.T if shape[0] >= shape[1] else P @ P.T @ total).float()
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(ours, plain, rtol=0, atol=2e-6)
+    assert not torch.equal(*used)
 
 
 @pytest.mark.parametrize("name", ["galore", "garare", "flora-optimizer"])
@@ -182,6 +206,7 @@ def test_optimizer_settings_are_checked():
         (lambda: ProjectedAdamW([W], 0.1, gap=0), "gap=0: expected"),
         (lambda: ProjectedAdamW([W], 0.1, scale=-1.0), r"scale=-1\.0: expected"),
         (lambda: Flora([W], 0.1, kappa=0), "kappa=0: expected"),
+        (lambda: Flora([W], 0.1, rank=1, accumulation_rank=0), "accumulation_rank=0: expected"),
     ):
         with pytest.raises(ConfigError, match=message):
             make()

@@ -13,10 +13,11 @@
 * Flora (Hao et al., arXiv 2402.03293), the optimizer: Adafactor whose momentum is kept as M = (momentum) P, P ~ N(0, 1/r) redrawn from a seed
   every ``kappa`` steps, M carried over by M <- M P^T P':
 
-      u = G / sqrt(v)      W <- W - lr clip((1 - beta1) u + beta1 M P^T)      M <- beta1 M + (1 - beta1) u P
+      u = G / sqrt(v)      W <- (1 - lr' decay) W - lr' clip((1 - beta1) u + beta1 M P^T)      M <- beta1 M + (1 - beta1) u P
 
-  v factored as in Adafactor (arXiv 1804.04235). kappa = 1000, r = 8, beta1 = 0.9 and ``scale_parameter`` (lr times the weight's RMS) as in the authors' code;
-  its compressed gradient accumulation is left out. (Not FLoRA: see ``core_space.py``.)
+  v factored as in Adafactor (arXiv 1804.04235), lr' = lr max(1e-3, RMS(W)), or lr with ``scale_parameter=False``. kappa = 1000 and
+  these as in the authors' code, r = 8 and beta1 = 0.9 ours. With ``accumulation_rank`` r_a (off, as there) several backward passes
+  add up as sum_i G_i P_a, P_a ~ N(0, 1/r_a) anew in each step, which takes their sum P_a^T for G. (Not FLoRA: see ``core_space.py``.)
 
 All parameters are trained; what is not targeted (embeddings, norms, head) gets plain AdamW (Flora: Adafactor with whole momentum).
 States are float32 whatever the weights are, and load from a state_dict as they were, so a resumed run is the same to the bit.
@@ -25,6 +26,7 @@ The whole model is saved.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -46,6 +48,12 @@ PROJECTIONS = ("svd", "gaussian", "orthogonal")
 class _Float32States(Optimizer):
     """States that survive load_state_dict in float32; torch would cast them to the parameter's type."""
 
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        owned = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        for number, (group, parameter) in enumerate(owned, start=1):
+            self.state[parameter].update(step=0, seed=(group["seed"] << 32) + number)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         saved = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -62,25 +70,23 @@ class _Float32States(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
-                number += 1
-                if parameter.grad is None:
-                    continue
                 state = self.state[parameter]
-                state.setdefault("step", 0)
-                state.setdefault("seed", (group["seed"] << 32) + number)
+                if (G := self.gradient(group, state, parameter)) is None:
+                    continue
                 W = parameter.float()
+                change, lr = self.change(group, state, W, G.float())
                 # As torch's AdamW: the decay first, then the step.
-                new = W * (1 - group["lr"] * group["weight_decay"]) - self.change(
-                    group, state, W, parameter.grad.float()
-                )
-                parameter.copy_(new)
+                parameter.copy_(W * (1 - lr * group["weight_decay"]) - change)
         return loss
 
-    def change(self, group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor) -> Tensor:
-        """What the step takes off W, float32; updates ``state``."""
+    def gradient(self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor) -> Tensor | None:
+        """G of this step; None where there is none."""
+        return parameter.grad
+
+    def change(self, group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor) -> tuple[Tensor, float]:
+        """What the step takes off W, float32, and the rate of the decay; updates ``state``."""
         raise NotImplementedError
 
 
@@ -101,7 +107,7 @@ class ProjectedAdamW(_Float32States):
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def change(self, group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor) -> Tensor:
+    def change(self, group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor) -> tuple[Tensor, float]:
         """lr scale Adam(G P^T) P; lr Adam(G) where nothing is projected."""
         projected = group["rank"] > 0 and G.ndim == 2
         tall = projected and G.shape[0] >= G.shape[1]
@@ -118,9 +124,9 @@ class ProjectedAdamW(_Float32States):
         v.mul_(beta2).addcmul_(G, G, value=1 - beta2)
         m_hat = m / (1 - beta1 ** state["step"])
         N = m_hat / ((v / (1 - beta2 ** state["step"])).sqrt() + group["eps"])
-        if not projected:
-            return group["lr"] * N
-        return group["lr"] * group["scale"] * (N @ P.T if tall else P @ N)
+        if projected:
+            N = group["scale"] * (N @ P.T if tall else P @ N)
+        return group["lr"] * N, group["lr"]
 
 
 class Flora(_Float32States):
@@ -129,17 +135,46 @@ class Flora(_Float32States):
     def __init__(
         self, params: Iterable[Any], lr: float, *, beta1: float = 0.9, decay_rate: float = 0.8, eps: tuple[float, float] = (1e-30, 1e-3),
         clip_threshold: float = 1.0, weight_decay: float = 0.0, scale_parameter: bool = True, rank: int = 0, kappa: int = 1000,
-        seed: int = 0,
+        accumulation_rank: int | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         check_rank("kappa", kappa)
         defaults = {
             "lr": lr, "beta1": beta1, "decay_rate": decay_rate, "eps": eps, "clip_threshold": clip_threshold,
-            "weight_decay": weight_decay, "scale_parameter": scale_parameter, "rank": rank, "kappa": kappa, "seed": seed,
+            "weight_decay": weight_decay, "scale_parameter": scale_parameter, "rank": rank, "kappa": kappa,
+            "accumulation_rank": accumulation_rank, "seed": seed,
         }  # fmt: skip
         super().__init__(params, defaults)
+        if accumulation_rank is not None:
+            check_rank("accumulation_rank", accumulation_rank)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                raise ConfigError(
+                    f"accumulation_rank={accumulation_rank} takes the gradients away before processes share them: "
+                    "expected one process, or leave it out"
+                )
+            for group in self.param_groups:
+                for parameter in group["params"] if group["rank"] > 0 else ():
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self._compress, group))
 
-    def change(self, group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor) -> Tensor:
-        """lr clip((1 - beta1) u + beta1 M P^T)."""
+    def _compress(self, group: dict[str, Any], parameter: Tensor) -> None:
+        """After a backward: the gradient goes into the compressed sum."""
+        assert parameter.grad is not None
+        G, parameter.grad = parameter.grad.float(), None
+        state = self.state[parameter]
+        P = self._accumulation(group, state, G.shape, G.device)
+        state["packed"] = state.get("packed", 0) + (G @ P if G.shape[0] >= G.shape[1] else P.T @ G)
+
+    def _accumulation(self, group: dict[str, Any], state: dict[str, Any], shape: Any, device: Any) -> Tensor:
+        return _gaussian(~state["seed"], state["step"], min(shape), group["accumulation_rank"], device)
+
+    def gradient(self, group: dict[str, Any], state: dict[str, Any], parameter: Tensor) -> Tensor | None:
+        """The compressed sum unpacked, where there is one."""
+        if (packed := state.pop("packed", None)) is None:
+            return parameter.grad
+        P = self._accumulation(group, state, parameter.shape, parameter.device)
+        return packed @ P.T if parameter.shape[0] >= parameter.shape[1] else P @ packed
+
+    def change(self, group: dict[str, Any], state: dict[str, Any], W: Tensor, G: Tensor) -> tuple[Tensor, float]:
+        """lr' clip((1 - beta1) u + beta1 M P^T)."""
         state["step"] += 1
         beta1, beta2 = group["beta1"], 1 - state["step"] ** -group["decay_rate"]
         u = G / _second_moment(state, G * G + group["eps"][0], beta2).sqrt()
@@ -158,7 +193,7 @@ class Flora(_Float32States):
             update = state.setdefault("exp_avg", torch.zeros_like(G)).lerp_(u, 1 - beta1)
         update = update / max(1.0, float(_rms(update)) / group["clip_threshold"])
         lr = group["lr"] * (max(group["eps"][1], float(_rms(W))) if group["scale_parameter"] else 1.0)
-        return lr * update
+        return lr * update, lr
 
 
 def _second_moment(state: dict[str, Any], squared: Tensor, beta2: float) -> Tensor:
@@ -268,7 +303,10 @@ GARARE = Method(
 )  # fmt: skip
 FLORA_OPTIMIZER = Method(
     "flora-optimizer", "Flora (gradient compressor)", "2402.03293", "Adafactor, momentum kept as M P^T", attach,
-    {"r": 8, "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True, "seed": 0},
+    {
+        "r": 8, "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True,
+        "accumulation_rank": None, "seed": 0,
+    },
     groups=groups, optimizer=flora_optimizer, whole=True,
 )  # fmt: skip
 METHODS = {m.name: m for m in (FULL, GALORE, GARARE, FLORA_OPTIMIZER)}
