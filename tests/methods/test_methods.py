@@ -13,14 +13,16 @@ from torch import Tensor
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from duallora import methods
+from duallora.config.recipe import load_recipe
 from duallora.errors import ConfigError
 from duallora.methods import Method, MethodSpec, apply
 from duallora.methods.rule import Rule, attach
+from duallora.train.adapter import check_method
 
 SMALL = {
     "randlora": {"r": 8}, "vera": {"r": 8}, "adapter-p": {"r": 5}, "adapter-l": {"r": 5}, "galore": {"options": {"gap": 2}},
     "garare": {"options": {"gap": 2}}, "flora-optimizer": {"r": 3, "options": {"kappa": 2}}, "loreft": {"r": 3},
-    "delta-lora": {"r": 3, "alpha": 7.0, "options": {"start": 1}}, "corda": {"r": 4, "alpha": 7.0},
+    "delta-lora": {"r": 3, "alpha": 7.0, "options": {"K": 0}}, "corda": {"r": 4, "alpha": 7.0},
     "prefix": {"options": {"num_virtual_tokens": 3}}, "p-tuning-v2": {"options": {"num_virtual_tokens": 3}},
     "prompt": {"options": {"num_virtual_tokens": 3}}, "duallora": {"r": 4, "options": {"warmup_steps": 3, "r2": 5}},
 }  # fmt: skip
@@ -196,6 +198,24 @@ def test_a_setting_a_method_does_not_have_is_refused(llama, batch):
     for spec, message in cases:
         with pytest.raises(ConfigError, match=message):
             apply(llama(), spec)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("delta-lora", ["train.max_steps=501"], "K=500: .* this run has 501: expected more steps"),
+        ("flora-optimizer", ["adapter.options={accumulation_rank: 4}"], "accumulation_rank=4 .*accumulation_steps=1"),
+        (
+            "flora-optimizer",
+            ["adapter.options={accumulation_rank: 4}", "train.gradient_accumulation_steps=2"],
+            r"train\.max_grad_norm=1\.0 cannot see .*expected train\.max_grad_norm=0",
+        ),
+    ],
+)
+def test_a_run_that_does_not_suit_its_method_is_refused(method, settings, message):
+    recipe = load_recipe(None, [f"adapter.method={method}", *settings], task="rte")
+    with pytest.raises(ConfigError, match=message):
+        check_method(recipe, recipe.train.max_steps)
 
 
 def test_prefixes_need_a_model_that_takes_keys_and_values():

@@ -19,7 +19,7 @@ from duallora.train import evaluate, run
 @pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])
 def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_recipe, console, tmp_path, interrupted):
     """The rest of the run after a stop at step 2 (optimizer, rates, Delta-LoRA's counter, a prompt's tensors) as the whole one."""
-    own = {"lora+": "{lr_ratio: 4}", "delta-lora": "{start: 3}", "prompt": "{num_virtual_tokens: 3}"}.get(name, "{}")
+    own = {"lora+": "{lr_ratio: 4}", "delta-lora": "{K: 2}", "prompt": "{num_virtual_tokens: 3}"}.get(name, "{}")
     steps = ["train.max_steps=4", f"adapter.options={own}"]
     whole = run.train(make_recipe(*settings(name, *steps)), console=console)
     folder = tmp_path / "run"

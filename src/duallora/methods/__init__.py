@@ -76,6 +76,7 @@ class Method:
     ``restore(adapted, folder)`` reads what it wrote back into the model; ``checkpoint(adapted, folder)`` adds to a checkpoint
     what an adapter's file lacks. ``calibration(spec)`` is how many rows of data the
     method starts from; ``resume(model, spec, folder)`` gives the model as it started, from what ``save`` wrote, without them.
+    ``check(spec, recipe, steps)`` raises ConfigError where a run's recipe does not suit it (steps None: not known yet).
     """
 
     name: str
@@ -95,6 +96,7 @@ class Method:
     restore: Callable[[Adapted, Path], None] | None = None
     resume: Callable[[nn.Module, MethodSpec, Path], nn.Module] | None = None
     calibration: Callable[[MethodSpec], int] | None = None
+    check: Callable[[MethodSpec, Any, int | None], None] | None = None
 
 
 @dataclass

@@ -290,6 +290,21 @@ def flora_optimizer(model: nn.Module, spec: MethodSpec, lr: float, weight_decay:
     return Flora(groups(model, spec, lr, weight_decay), lr, weight_decay=weight_decay, **spec.options)
 
 
+def check_flora(spec: MethodSpec, recipe: Any, steps: int | None) -> None:
+    """ConfigError where gradients that were taken away would be clipped, or none are added up."""
+    rank, train = spec.options["accumulation_rank"], recipe.train
+    if rank is not None and train.gradient_accumulation_steps == 1:
+        raise ConfigError(
+            f"accumulation_rank={rank} compresses the sum over several passes, and train.gradient_accumulation_steps=1: "
+            "expected 2 or more, or leave it out"
+        )
+    if rank is not None and train.max_grad_norm:
+        raise ConfigError(
+            f"train.max_grad_norm={train.max_grad_norm} cannot see gradients that accumulation_rank={rank} keeps compressed: "
+            "expected train.max_grad_norm=0 (Adafactor clips its own steps)"
+        )
+
+
 FULL = Method("full", "Full fine-tuning", "1711.05101", "W <- W - lr AdamW(G)", attach, whole=True)
 GALORE = Method(
     "galore", "GaLore", "2403.03507", "W <- W - lr scale Adam(G P^T) P, P from the SVD of G", attach,
@@ -307,6 +322,6 @@ FLORA_OPTIMIZER = Method(
         "r": 8, "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True,
         "accumulation_rank": None, "seed": 0,
     },
-    groups=groups, optimizer=flora_optimizer, whole=True,
+    groups=groups, optimizer=flora_optimizer, whole=True, check=check_flora,
 )  # fmt: skip
 METHODS = {m.name: m for m in (FULL, GALORE, GARARE, FLORA_OPTIMIZER)}

@@ -108,6 +108,16 @@ def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_t
     return methods.with_defaults(method, spec)
 
 
+def check_method(recipe: Recipe, steps: int | None) -> None:
+    """ConfigError where the recipe, or so many steps of it (None: not known yet), does not suit its method."""
+    method = methods.get(recipe.adapter.method)
+    if method.name == "duallora":
+        return
+    spec = other(recipe, method, recipe.adapter.model_dump(), "CAUSAL_LM")
+    if method.check is not None:
+        method.check(spec, recipe, steps)
+
+
 def parameter_counts(model: Any) -> tuple[int, int]:
     """(trained, all) weights of a model, with or without an adapter."""
     if isinstance(model, PeftModel):

@@ -51,7 +51,7 @@ from duallora.tasks import Collator, Task, encode_split, hold_out, load_data, lo
 from duallora.tasks.task import Kind
 from duallora.terminal import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train import begin, calibration, chance, evaluate, plugins
-from duallora.train.adapter import gate, load_weights, other, parameter_counts, put
+from duallora.train.adapter import check_method, gate, load_weights, parameter_counts, put
 from duallora.train.launch import end_with_parent, ignore_quantized, process_group, shares
 from duallora.train.loop import (
     FiniteGradients,
@@ -157,6 +157,7 @@ class _Run:
         start = self.processes.from_main(lambda: self._resume_from(previous, fingerprints))
 
         steps, lr_warmup = schedule(recipe, len(rows))
+        check_method(recipe, steps)
         say(console, "steps", in_words(recipe, len(rows), steps, lr_warmup))
         dtype = str(model.dtype).removeprefix("torch.")
         method, seen = self._put(model, tokenizer, task.kind, rows, lr_warmup, start)
@@ -818,8 +819,7 @@ def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
     """ConfigError now, before anything heavy is loaded, for what transformers would refuse when training starts."""
     _arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0, processes=processes)
     method = methods.get(recipe.adapter.method)
-    if method.name != "duallora":
-        other(recipe, method, recipe.adapter.model_dump(), "CAUSAL_LM")
+    check_method(recipe, recipe.train.max_steps)
     if method.optimizer and recipe.train.optimizer != type(recipe.train).model_fields["optimizer"].default:
         raise ConfigError(
             f"train.optimizer={recipe.train.optimizer}: {method.title} is an optimizer itself; leave it out"
