@@ -15,6 +15,7 @@ from duallora.methods import MethodSpec, apply
 from duallora.methods.mora import MoRA
 from duallora.methods.rule import Prompt, RuleConfig
 
+GPT2 = GPT2Config(vocab_size=67, n_embd=36, n_layer=2, n_head=6, n_positions=32, resid_pdrop=0.0)
 X = torch.randn(5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
@@ -148,13 +149,31 @@ def test_adapter_p(tiny):
 
 
 def test_adapter_l(tiny):
-    """Here after a linear layer instead of an MLP: it reads that layer's output."""
+    """Here after a linear layer instead of a block: it reads that layer's output."""
     model, W, b = put(tiny, "adapter-l", r=3)
-    D, bias, U, c, gain, shift = (value(model, n) for n in ("D", "b", "U", "c", "gain", "shift"))
-    y = X.numpy() @ W.T + b
-    mean, var = y.mean(1, keepdims=True), y.var(1, keepdims=True)
+    check(model, after_block(model, X.numpy() @ W.T + b))
+
+
+def after_block(part, y: np.ndarray) -> np.ndarray:
+    D, bias, U, c, gain, shift = (value(part, n) for n in ("D", "b", "U", "c", "gain", "shift"))
+    mean, var = y.mean(-1, keepdims=True), y.var(-1, keepdims=True)
     normed = (y - mean) / np.sqrt(var + 1e-5) * gain + shift
-    check(model, y + np.maximum(normed @ D.T + bias, 0) @ U.T + c)
+    return y + np.maximum(normed @ D.T + bias, 0) @ U.T + c
+
+
+@pytest.mark.parametrize("build", ["llama", "gpt2"])
+def test_adapter_l_reads_and_writes_the_residual_stream(llama, build):
+    """What leaves a block and enters the next is y + adapter(y), y the plain block's output with its residual added."""
+    model = llama(torch.float64) if build == "llama" else GPT2LMHeadModel(GPT2).double().eval()
+    adapted = apply(model, MethodSpec("adapter-l", r=3, options={"init_weights": False})).model.double()
+    (name,) = {n.rpartition(".0.")[0] for n, _ in adapted.named_modules() if n.endswith(".0.base_layer")}
+    blocks = adapted.get_submodule(name)
+    seen: dict[str, np.ndarray] = {}
+    blocks[0].base_layer.register_forward_hook(lambda m, a, out: seen.update(y=out.detach().numpy()))
+    blocks[1].register_forward_pre_hook(lambda m, args: seen.update(next=args[0].detach().numpy()))
+    adapted(input_ids=torch.randint(0, 67, (2, 9)))
+    np.testing.assert_allclose(seen["next"], after_block(blocks[0], seen["y"]), atol=1e-12)
+    assert abs(seen["next"] - seen["y"]).max() > 1e-3
 
 
 def gram_schmidt(V: np.ndarray) -> np.ndarray:
@@ -172,10 +191,12 @@ def test_loreft(tiny):
     V, W, b = value(model, "V"), value(model, "W"), value(model, "b")
     R = gram_schmidt(V)
     np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-12)
-    x = torch.randn(2, 6, 10, dtype=torch.float64)
+    x = torch.randn(5, 6, 10, dtype=torch.float64)
     layer = model.base_model.model.lin
-    layer.prompt.mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=torch.bool)
-    edited = [[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1]]
+    prompts = [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
+    layer.prompt.mask = torch.tensor(prompts, dtype=torch.bool)
+    # Each end at most half of the prompt: of three tokens one each, of one none (pyreft's get_intervention_locations).
+    edited = [[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0]]
     y = x.numpy() @ W0.T + b0
     expected = y + (y @ W.T + b - y @ R.T) @ R * np.array(edited)[..., None]
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-12)
@@ -244,11 +265,10 @@ def test_delta_lora_is_the_papers_algorithm(tiny, K):
 
 def test_conv1d_merges_in_its_own_layout():
     torch.manual_seed(0)
-    gpt2 = GPT2Config(vocab_size=67, n_embd=36, n_layer=1, n_head=6, n_positions=32, resid_pdrop=0.0)
     ids = torch.randint(0, 67, (2, 9))
     for name in ("mora", "flora-core", "delta-lora"):
         spec = MethodSpec(name, r=3, target_modules=["c_attn", "c_proj"], options={"init_weights": False})
-        model = apply(GPT2LMHeadModel(gpt2), spec).model.eval()
+        model = apply(GPT2LMHeadModel(GPT2), spec).model.eval()
         with torch.no_grad():
             expected = model(input_ids=ids).logits
             torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)

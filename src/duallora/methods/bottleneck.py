@@ -7,11 +7,12 @@ Adapter-P, parallel (He et al., arXiv 2110.04366; Table 1 is the "Parallel" of L
 r = 256 on up_proj and down_proj, s = 1, no bias, D and U ~ N(0, 0.02^2) (``init="bert"``: LLM-Adapters' default, so the start
 is not the base model; ``init="zero"`` starts with U = 0).
 
-Adapter-L, after the MLP (Lin et al., arXiv 2004.03829, as the LoRA paper describes it and counts it):
+Adapter-L, in the residual stream after each block (Lin et al., arXiv 2004.03829, with the LoRA paper's count):
 
-    y' = y + U relu(D LN(y) + b) + c        D [r, d], U [d, r], LN trained
+    y' = y + U relu(D LN(y) + b) + c        D [r, d], U [d, r], LN trained, y the block's output
 
-on each ``mlp`` module. U, b, c start at 0 and D ~ N(0, 0.02^2), so the start is the base model (our choice, as is the ReLU).
+U, b, c start at 0 and D ~ N(0, 0.02^2), so the start is the base model (ours). ``target_modules=["mlp"]`` puts it after the MLP
+instead, where the residual is not yet added, as versions before this one did.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Parallel(Rule):
         return self.scale * (torch.tanh(h @ self.D.T) @ self.U.T)
 
 
-class AfterMlp(Rule):
+class AfterBlock(Rule):
     """U relu(D LN(y) + b) + c."""
 
     any_module = True
@@ -81,10 +82,10 @@ ADAPTER_L = Method(
     name="adapter-l",
     title="Adapter-L",
     paper="2004.03829",
-    equation="y + U relu(D LN(y) + b) + c, y = MLP(x)",
+    equation="y + U relu(D LN(y) + b) + c, y = block(x)",
     attach=attach,
-    defaults={"r": 224, "dropout": 0.0, "target_modules": ["mlp"]},  # 224: the LoRA paper's count for GPT2-M
+    defaults={"r": 224, "dropout": 0.0, "target_modules": None},  # 224: the LoRA paper's count for GPT2-M
     no_merge=NO_MERGE,
-    rule=AfterMlp,
+    rule=AfterBlock,
 )
 METHODS = {"adapter-p": ADAPTER_P, "adapter-l": ADAPTER_L}

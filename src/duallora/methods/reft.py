@@ -3,7 +3,8 @@
     h' = h + R^T (W h + b - R h)        R [r, d] with orthonormal rows, W [r, d], b [r]
 
 on the output of each decoder layer, at the first ``first`` and last ``last`` tokens of the prompt (7 and 7, r = 8, every layer:
-the authors' commonsense command); the answer's tokens are left alone. The prompt is what ``attention_mask`` covers and
+the authors' commonsense command), each at most half of the prompt, so that the middle token of a short odd one is left alone, as
+the authors' code does; so are the answer's tokens. The prompt is what ``attention_mask`` covers and
 ``labels`` mark with -100; while text is generated, what was there before the first new token.
 R is the Gram-Schmidt basis of a trained matrix. W starts as torch's Linear, so the start is not the base model; with
 ``init="identity"`` W = R and b = 0, and it is.
@@ -11,15 +12,12 @@ R is the Gram-Schmidt basis of a trained matrix. W starts as torch's Linear, so 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from duallora.errors import ConfigError, check_steps
-from duallora.methods import Method, MethodSpec
-from duallora.methods.rule import Rule, RuleConfig
-from duallora.methods.rule import attach as attach_rule
+from duallora.methods import Method
+from duallora.methods.rule import Rule, RuleConfig, attach
 
 
 class LoReFT(Rule):
@@ -63,27 +61,10 @@ class LoReFT(Rule):
         if prompt is None:
             return edit
         number = prompt.cumsum(1)  # 1 for the prompt's first token
-        chosen = prompt & ((number <= self.first) | (number > prompt.sum(1, keepdim=True) - self.last))
+        length = prompt.sum(1, keepdim=True)
+        first, last = ((length // 2).clamp(max=most) for most in (self.first, self.last))
+        chosen = prompt & ((number <= first) | (number > length - last))
         return edit * chosen[..., None].to(edit.dtype)
-
-
-def attach(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
-    """LoReFT onto ``target_modules``, else onto every layer of the model's list of layers."""
-    if spec.target_modules is None:
-        object.__setattr__(spec, "target_modules", _layers(model))
-    return attach_rule(model, spec, batches)
-
-
-def _layers(model: nn.Module) -> str:
-    """A regular expression for the members of the list with as many modules as the config has layers."""
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(lists) != 1:
-        raise ConfigError(
-            f"LoReFT: {len(lists)} lists of {count} layers in {type(model).__name__}, expected 1: give target_modules, such as "
-            r"'model\.layers\.\d+'."
-        )
-    return lists[0].replace(".", r"\.") + r"\.\d+"
 
 
 LOREFT = Method(

@@ -318,7 +318,10 @@ def reads_labels(model: Any) -> bool:
 
 
 def attach(model: nn.Module, spec: methods.MethodSpec, batches: Any = None) -> Any:
-    """``Method.attach`` of every method with a rule: options that RuleConfig has go there, the others to the rule."""
+    """``Method.attach`` of every method with a rule: options that RuleConfig has go there, the others to the rule.
+
+    Without ``target_modules`` it goes onto every layer of the model's list of layers.
+    """
     known = {"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "init_weights"}
     options = {k: v for k, v in spec.options.items() if k not in known}
     defaults = methods.get(spec.name).defaults
@@ -331,12 +334,24 @@ def attach(model: nn.Module, spec: methods.MethodSpec, batches: Any = None) -> A
         r=spec.r or 1,
         alpha=spec.alpha,
         dropout=spec.dropout or 0.0,
-        target_modules=spec.target_modules,
+        target_modules=_layers(model, spec.name) if spec.target_modules is None else spec.target_modules,
         task_type=spec.task_type,
         options=options,
         **{k: v for k, v in spec.options.items() if k in known},
     )
     return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _layers(model: nn.Module, name: str) -> str:
+    """A regular expression for the members of the list with as many modules as the config has layers."""
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(lists) != 1:
+        raise ConfigError(
+            f"{name}: {len(lists)} lists of {count} layers in {type(model).__name__}, expected 1: give target_modules, such as "
+            r"'model\.layers\.\d+'."
+        )
+    return lists[0].replace(".", r"\.") + r"\.\d+"
 
 
 def register() -> None:
