@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from duallora import methods
 from duallora.methods import MethodSpec, apply
-from duallora.methods.mora import MoRA
+from duallora.methods.mora import KINDS, MoRA
 from duallora.methods.rule import Prompt, RuleConfig
 
 GPT2 = GPT2Config(vocab_size=67, n_embd=36, n_layer=2, n_head=6, n_positions=32, resid_pdrop=0.0)
@@ -97,37 +97,55 @@ def test_randlora(tiny):
 
 
 def mora_by_hand(x, M, out: int, kind: str) -> list[float]:
-    """One token, entry by entry: groups of rhat, the last filled up from the start of x."""
-    size = len(M)
-    n = -(-len(x) // size)
-    groups = [[x[(g * size + i) % len(x)] for i in range(size)] for g in range(n)]
-    if kind == "sharing":
-        summed = [sum(group[i] for group in groups) for i in range(size)]
-        done = [sum(M[o][i] * summed[i] for i in range(size)) for o in range(size)]
-    else:
+    """One token, entry by entry, from the paper's equations and the authors' types 1 to 4 and 6."""
+    size, width = len(M), len(x)
+    n = -(-width // size)
+    groups = [
+        [x[(g * size + i) % width] for i in range(size)] for g in range(n)
+    ]  # the last filled up from the start of x
+
+    def times(vector):
+        return [sum(M[o][i] * vector[i] for i in range(size)) for o in range(size)]
+
+    def runs(total):  # rhat runs of neighbors, the first ones one longer
+        ends = [i * (total // size) + min(i, total % size) for i in range(size + 1)]
+        return [range(ends[i], ends[i + 1]) for i in range(size)]
+
+    if kind == "truncation":
+        return (times([x[i] if i < width else 0.0 for i in range(size)]) + [0.0] * out)[:out]
+    if kind in ("rotation", "decoupling"):
         done = []
         for g, group in enumerate(groups):
             turned = list(group)
-            for i in range(size // 2):
+            for i in range(size // 2 if kind == "rotation" else 0):
                 angle = g * 10000 ** (-2 * i / size)
                 u, v = group[i], group[i + size // 2]
                 turned[i] = u * math.cos(angle) - v * math.sin(angle)
                 turned[i + size // 2] = v * math.cos(angle) + u * math.sin(angle)
-            done += [sum(M[o][i] * turned[i] for i in range(size)) for o in range(size)]
-    return [done[o % len(done)] for o in range(out)]
+            done += times(turned)
+        return [done[o % len(done)] for o in range(out)]
+    if kind.startswith("sharing"):
+        done = times([sum(group[i] for group in groups) for i in range(size)])
+    else:
+        done = times([sum(x[j] for j in run) for run in runs(width)])
+    if kind.endswith("sharing"):
+        return [done[o % size] for o in range(out)]
+    return [done[i] for i, run in enumerate(runs(out)) for _ in run]
 
 
-@pytest.mark.parametrize("kind", ["sharing", "rotation"])
-@pytest.mark.parametrize("r", [1, 2, 5])  # rhat 4, 6 (5.8), 9 or 8 (9.2): groups that fill up, exceed and fall short
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "r", [1, 2, 5, 9]
+)  # rhat 4, 6 (5.8), 9 (9.2), 12 (12.4): fills up, exceeds, wider than x, and y
 def test_mora(tiny, kind, r):
     model, W, b = put(tiny, "mora", r=r, options={"kind": kind})
     M = value(model, "M")
-    assert len(M) == {("sharing", 1): 4, ("sharing", 2): 6, ("sharing", 5): 9}.get((kind, r), {1: 4, 2: 6, 5: 8}[r])
+    assert len(M) == {1: 4, 2: 6, 5: 8 if kind == "rotation" else 9, 9: 12}[r]
     added = np.array([mora_by_hand(list(x), M, 7, kind) for x in X.numpy()])
     check_merged(model, X.numpy() @ W.T + b + added)
 
 
-@pytest.mark.parametrize("kind", ["sharing", "rotation"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_mora_where_the_output_is_wider_than_all_groups(kind):
     rule = MoRA(RuleConfig(rule="mora", r=1, options={"kind": kind}, init_weights=False), 3, 40).double()
     x = torch.randn(3, dtype=torch.float64)

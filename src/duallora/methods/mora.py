@@ -2,12 +2,15 @@
 
     y' = y + f_decomp(M f_comp(x))        M [rhat, rhat], rhat = floor(sqrt((out + in) r) + 0.5), 0 at the start
 
-so M has about the parameters of LoRA at rank r, and rank up to rhat. No alpha. x is cut into n = ceil(in / rhat) groups of
-rhat entries, the last one filled up from the beginning of x.
+so M has about the parameters of LoRA at rank r, and rank up to rhat. No alpha. ``kind`` names the two maps:
 
-``kind="sharing"`` (the paper's Eq. 6, the authors' type 1, for large r): f_comp adds the groups up, f_decomp repeats.
-``kind="rotation"`` (Eq. 9, type 6, for small r; rhat made even): M takes every group, turned by rotary positions with
-base 10000, and f_decomp sets the n results side by side, repeating them if out is larger.
+* "truncation": x's first rhat entries; zeros after M's.
+* "sharing" (the paper's Eq. 6, the authors' type 1, for large r): x in n = ceil(in / rhat) groups of rhat entries, the last one
+  filled up from the beginning of x; f_comp adds the groups up, f_decomp repeats the whole result.
+* "grouping" (type 2): rhat runs of neighbors in x (the first in mod rhat of them one longer), each added up; f_decomp repeats
+  each entry for a run of neighbors in y. "grouping-sharing" (type 3) and "sharing-grouping" (type 4) take one map of each.
+* "decoupling": M takes every group of "sharing" by itself, and f_decomp sets the n results side by side, repeating them if out is
+  larger. "rotation" (Eq. 9, type 6, for small r; rhat made even) turns the groups by rotary positions with base 10000 first.
 """
 
 from __future__ import annotations
@@ -15,13 +18,22 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from duallora.errors import ConfigError
 from duallora.methods import Method
 from duallora.methods.rule import Rule, RuleConfig, attach
 
-KINDS = ("rotation", "sharing")
+# kind -> how x is put together and how the result is taken apart
+_ADDED = {
+    "truncation": ("cut", "cut"),
+    "sharing": ("turns", "turns"),
+    "grouping": ("runs", "runs"),
+    "grouping-sharing": ("runs", "turns"),
+    "sharing-grouping": ("turns", "runs"),
+}
+KINDS = ("rotation", "decoupling", *_ADDED)
 
 
 class MoRA(Rule):
@@ -42,13 +54,30 @@ class MoRA(Rule):
 
     def forward(self, h: Tensor, prompt: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out]."""
-        entries = torch.arange(self.groups * self.size, device=h.device) % self.in_features
-        groups = h[..., entries].unflatten(-1, (self.groups, self.size))  # [..., n, rhat]
-        if self.kind == "sharing":
-            out = groups.sum(-2) @ self.M.T
-        else:
-            out = (self._turned(groups) @ self.M.T).flatten(-2)
-        return out[..., torch.arange(self.out_features, device=h.device) % out.shape[-1]]
+        filled = h[..., torch.arange(self.groups * self.size, device=h.device) % self.in_features]
+        if self.kind not in _ADDED:
+            groups = filled.unflatten(-1, (self.groups, self.size))  # [..., n, rhat]
+            out = ((self._turned(groups) if self.kind == "rotation" else groups) @ self.M.T).flatten(-2)
+            return out[..., torch.arange(self.out_features, device=h.device) % out.shape[-1]]
+        compress, decompress = _ADDED[self.kind]
+        x = filled if compress == "turns" else h
+        places = self._places(compress, x.shape[-1], h.device)
+        kept = x[..., : len(places)]
+        out = (
+            torch.zeros(*h.shape[:-1], self.size, dtype=h.dtype, device=h.device).index_add(-1, places, kept) @ self.M.T
+        )
+        out = out[..., self._places(decompress, self.out_features, h.device)]
+        return F.pad(out, (0, self.out_features - out.shape[-1]))
+
+    def _places(self, way: str, width: int, device: torch.device) -> Tensor:
+        """To which of rhat places each of ``width`` entries belongs; "cut" has places for the first rhat of them alone."""
+        if way == "runs":
+            run, longer = divmod(width, self.size)
+            lengths = torch.full((self.size,), run, device=device)
+            lengths[:longer] += 1
+            return torch.arange(self.size, device=device).repeat_interleave(lengths)
+        places = torch.arange(width, device=device)
+        return places[: self.size] if way == "cut" else places % self.size
 
     def _turned(self, groups: Tensor) -> Tensor:
         half = self.size // 2
