@@ -24,7 +24,8 @@ from typing import Any
 
 from rich.console import Console
 
-from duallora.config.recipe import Recipe, load_recipe
+from duallora.config.load import load_recipe
+from duallora.config.recipe import Recipe
 from duallora.store.record import read_json, write_json, write_text
 from duallora.train import run
 

@@ -261,7 +261,7 @@ for line in json.loads(sys.argv[1]):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_what_the_output_cannot_encode_is_replaced_and_never_fatal(encoding, tiny_causal_folder):
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     rows = [{"prompt": UNENCODABLE, "completion": " a\tb\n½"}, {"prompt": "x", "completion": "y"}]
     Path("你 x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -309,7 +309,7 @@ def test_json_has_no_nan(capsys):
 
 
 def test_config_show_prints_a_recipe_that_can_be_trained(capsys):
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     assert cli.run(["config", "show", "--data", "mine [1].jsonl", "--set", "r=8", "--set", "adapter.alpha=3"]) == 0
     Path("recipe.yaml").write_text(capsys.readouterr().out)
@@ -400,7 +400,7 @@ def trained(tmp_path_factory, tiny_causal_folder, own_data) -> tuple[Path, dict]
 
 
 def test_train_ends_with_a_run_folder_and_its_figures(trained):
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     folder, payload = trained
     assert payload["status"] == "done"
@@ -521,7 +521,8 @@ def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, t
     """The recipe's bad_rows, form, lengths and beams, which the flags overrule, and not its eval_limit."""
     import shutil
 
-    from duallora.config.recipe import load_recipe, recipe_yaml
+    from duallora.config.load import load_recipe
+    from duallora.config.recipe import recipe_yaml
 
     shutil.copytree(trained[0], "run")
     recipe = load_recipe(

@@ -244,7 +244,7 @@ def test_correlations_are_pooled_by_module_and_told_by_step():
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory, tiny_causal_folder):
     """A real run of four steps that keeps its start."""
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
     from duallora.train import run
 
     folder = tmp_path_factory.mktemp("analyzed") / "four-steps"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from duallora.config import recipe as recipes
-from duallora.config.recipe import KEYS, Recipe, fingerprint, load_recipe, recipe_schema, recipe_yaml
+from duallora.config.load import load_recipe, nearest
+from duallora.config.recipe import KEYS, Recipe, fingerprint, recipe_schema, recipe_yaml
+from duallora.config.yaml import yaml_value
 from duallora.errors import ConfigError
 
 TASK = ["data.task=e2e"]
@@ -42,6 +45,27 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("ambiguous leaf at the top", "batch_size: 8", ["did you mean train.batch_size or eval.batch_size?"]),
     ("a name of PEFT", "adapter:\n  lora_alpha: 8", ["recipe.yaml:2", "did you mean adapter.alpha?"]),
     ("a name of transformers", "train:\n  num_train_epochs: 3", ["did you mean train.epochs?"]),
+    (
+        "a key of an earlier version",
+        "adapter:\n  start: runs/x",
+        ["recipe.yaml:2", "unknown key adapter.start; it is now adapter.init_from"],
+    ),
+    (
+        "a key that is gone",
+        "adapter: {gradient_tokens_by: spectrum}",
+        ["recipe.yaml:1", "gradient_tokens_by; it is gone", "leave it out"],
+    ),
+    (
+        "no regular expression",
+        "adapter: {target_modules: (((}",
+        ["recipe.yaml:1", 'adapter.target_modules holds "((("', "no regular expression"],
+    ),
+    ("no expression in a pattern", "adapter: {rank_pattern: {'a[': 3}}", ['adapter.rank_pattern holds "a["']),
+    (
+        "no expression of another method",
+        "adapter: {method: lora, exclude_modules: '*'}",
+        ['adapter.exclude_modules holds "*"'],
+    ),
     ("hopeless key", "zzzz: 1", ["recipe.yaml:1", "unknown key zzzz", "model, adapter, data"]),
     ("rank 0", "adapter:\n\n  r: 0", ["recipe.yaml:3", "adapter.r: 0", "integer from 1 to 65536"]),
     ("negative rank", "adapter: {r: -4}", ["recipe.yaml:1", "adapter.r: -4"]),
@@ -133,6 +157,11 @@ BAD_OVERRIDES = [
     ("r='8'", ["adapter.r", "remove the quotes"]),
     ("r=[8", ["--set r=[8", "not valid YAML"]),
     ("r=!!python/name:os.system", ["tag"]),
+    ("start=x", ["--set start=x: unknown key start; it is now adapter.init_from"]),
+    ("adapter.warmup_steps=1e30", ["adapter.warmup_steps: 1e+30", 'integer >= 0 or "auto"']),
+    ("alpha=" + "9" * 5000, ["--set alpha=999", "cannot be read as int of at most 4300 digits"]),
+    ("alpha=" + "9" * 400, ["adapter.alpha", "finite number > 0"]),
+    ("chat_template_kwargs=3", ["data.chat_template_kwargs: 3", "expected mapping of names to any value or null"]),
     ("r=", ["adapter.r: null", "integer"]),
     ("rank_pattern.q=0", ["adapter.rank_pattern", '{"q": 0}']),
     ("rank_pattern.=4", ["unknown key rank_pattern."]),
@@ -284,6 +313,7 @@ def test_defaults_are_not_shared_between_recipes():
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(
     lambda text: not any(ord(letter) < 32 or ord(letter) == 127 for letter in text)
 )
+PATTERN = TEXT.map(re.escape)
 NUMBER = st.floats(min_value=1e-300, max_value=1e300, exclude_min=True)
 COUNT = st.integers(1, 2**31 - 1)
 RECIPES = st.builds(
@@ -294,9 +324,9 @@ RECIPES = st.builds(
         optional={
             "r": st.integers(1, 65536),
             "alpha": st.none() | NUMBER,
-            "target_modules": TEXT | st.lists(TEXT, min_size=1, max_size=3),
-            "rank_pattern": st.dictionaries(TEXT, st.integers(1, 9) | st.just([2, 3]), max_size=3),
-            "alpha_pattern": st.dictionaries(TEXT, NUMBER, max_size=3),
+            "target_modules": PATTERN | st.lists(TEXT, min_size=1, max_size=3),
+            "rank_pattern": st.dictionaries(PATTERN, st.integers(1, 9) | st.just([2, 3]), max_size=3),
+            "alpha_pattern": st.dictionaries(PATTERN, NUMBER, max_size=3),
             "warmup_steps": st.just("auto") | st.integers(0, 99),
             "duallora_dropout": st.floats(0, 1, exclude_max=True),
         },
@@ -346,7 +376,7 @@ def test_a_written_recipe_reads_back_equal(tmp_path_factory, recipe):
      "\ufeffx", "!x", "*x", "{a}", " a ", "2026-01-01", ".nan", "<<", "=", "?", "C:\\models\\x"],
 )  # fmt: skip
 def test_awkward_text_survives_the_round_trip(tmp_path, name):
-    recipe = Recipe(model={"name": name}, data={"task": "e2e"}, adapter={"rank_pattern": {name: 3}})
+    recipe = Recipe(model={"name": name}, data={"path": name, "chat_template_kwargs": {name: name}})
     path = tmp_path / "r.yaml"
     path.write_text(recipe_yaml(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
@@ -361,7 +391,7 @@ SCALARS: st.SearchStrategy[Any] = st.one_of(
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(min_size=1, max_size=12), SCALARS, max_size=4))
 def test_any_override_gives_a_recipe_or_a_config_error(entries):
     """Nothing but ConfigError leaves the reader, and what it accepts is finite and in range."""
-    overrides = [f"{key}={recipes.yaml_value(value)}" for key, value in entries.items()]
+    overrides = [f"{key}={yaml_value(value)}" for key, value in entries.items()]
     with suppress(ConfigError):
         recipe = load_recipe(None, overrides)
         assert recipe.adapter.r >= 1
@@ -387,7 +417,7 @@ def test_one_slip_in_a_long_key_still_finds_it(key, data):
     cut = data.draw(st.integers(0, len(leaf) - 1))
     typo = f"{section}.{leaf[:cut]}{leaf[cut + 1 :]}"
     if typo not in KEYS:
-        assert key in recipes.nearest(typo)
+        assert key in nearest(typo)
 
 
 def test_the_fingerprint_ignores_key_order_and_the_run_folder_only(tmp_path):
@@ -451,7 +481,8 @@ settings.Settings = Settings
 
 from duallora import DualLoraConfig
 from duallora.errors import ConfigError
-from duallora.config.recipe import load_recipe, recipe_yaml
+from duallora.config.load import load_recipe
+from duallora.config.recipe import recipe_yaml
 
 assert DualLoraConfig().toy == 5
 recipe = load_recipe(None, ["toy=7"], task="e2e")
@@ -472,7 +503,7 @@ for bad in (lambda: DualLoraConfig(toy=1), lambda: load_recipe(None, ["toy=1"], 
 def test_every_setting_is_described_and_its_default_is_allowed():
     for key in KEYS:
         section, _, leaf = key.rpartition(".")
-        owner = recipes._leaves(section)[leaf] if section else Recipe
+        owner = recipes.leaves(section)[leaf] if section else Recipe
         description = owner.model_fields[leaf].description
         assert description, key
         assert description.endswith("."), key
@@ -505,7 +536,7 @@ def test_the_default_run_folder_names_model_and_data():
 def test_reading_a_recipe_imports_nothing_heavy():
     code = (
         "import sys\n"
-        "from duallora.config.recipe import load_recipe\n"
+        "from duallora.config.load import load_recipe\n"
         "try: load_recipe(None, ['x=1'])\n"
         "except ValueError: pass\n"
         "print([name for name in ('torch', 'transformers', 'peft', 'datasets', 'numpy') if name in sys.modules])"

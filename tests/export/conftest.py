@@ -67,7 +67,7 @@ def native(make_adapter) -> Path:
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, tiny_causal_folder) -> Path:
     """The folder of a real run of a few steps, with its sidecar; copy it before changing it."""
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
     from duallora.train import run
 
     place = tmp_path_factory.mktemp("run")

@@ -14,7 +14,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from duallora.config.recipe import fingerprint, load_recipe
+from duallora.config.load import load_recipe
+from duallora.config.recipe import fingerprint
 from duallora.errors import LockedError
 from duallora.store.lock import locked
 from duallora.store.record import write_json, write_text

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from duallora import paper
-from duallora.config.recipe import load_recipe
+from duallora.config.load import load_recipe
 from duallora.errors import ConfigError
 from duallora.paper import cost
 from duallora.paper.cost import Gpu, Shape

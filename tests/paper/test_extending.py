@@ -61,7 +61,7 @@ def test_the_page_from_the_command_line(files, tiny_encoder_folder, monkeypatch,
 
 def test_a_changed_plug_in_does_not_continue_a_run(files, tiny_encoder_folder):
     """What was trained so far came from other code."""
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
     from duallora.train import run
 
     overrides = ["plugins=[parity.py]", "train.max_steps=4", "train.save_steps=2", "train.report_to=[]"]

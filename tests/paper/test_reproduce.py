@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from duallora import cli
-from duallora.config.recipe import load_recipe
+from duallora.config.load import load_recipe
 from duallora.errors import ConfigError, GridError
 from duallora.grid.study import Outcome, Study
 from duallora.paper import reproduce, table2

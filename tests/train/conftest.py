@@ -43,7 +43,7 @@ def moods(tmp_path_factory) -> Path:
 @pytest.fixture
 def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
     """A recipe for 10 steps with dropout, accumulation, a ramp of 6 steps and a checkpoint every 2; settings override."""
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     def make(*settings: str, kind: str = "generate", output: Path | None = None, data: Path | None = None):
         model, own = (tiny_causal_folder, sums) if kind == "generate" else (tiny_encoder_folder, moods)

@@ -10,7 +10,7 @@ from of_runs import settings
 from safetensors.torch import load_file
 
 import duallora
-from duallora.config.recipe import load_recipe
+from duallora.config.load import load_recipe
 from duallora.errors import ConfigError, IntegrityError
 from duallora.store import adapters
 from duallora.train import run

@@ -83,7 +83,7 @@ def test_the_quick_demo_runs_on_the_real_model(pretrained_packages, console, tmp
 
 def test_the_plans_resolve():
     """A renamed setting would otherwise show only when somebody runs the demo."""
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     for plan in (FULL, QUICK):
         recipe = load_recipe(None, plan.settings, model=plan.model, data=plan.data)

@@ -9,7 +9,8 @@ import torch
 from of_runs import NO_RANK, settings
 from safetensors.torch import load_file
 
-from duallora.config.recipe import load_recipe, recipe_yaml
+from duallora.config.load import load_recipe
+from duallora.config.recipe import recipe_yaml
 from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.store import adapters

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from duallora.config.recipe import load_recipe
+from duallora.config.load import load_recipe
 from duallora.errors import ConfigError, IntegrityError
 from duallora.export import merge
 from duallora.store import adapters, models, record

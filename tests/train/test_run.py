@@ -14,7 +14,7 @@ from of_runs import WEIGHTS, equal, kill_with, log, weights, with_model, without
 from safetensors.torch import load_file
 
 import duallora
-from duallora.config.recipe import load_recipe
+from duallora.config.load import load_recipe
 from duallora.errors import (
     ConfigError,
     DataError,

@@ -115,7 +115,7 @@ def train(
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
     """
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     if config is None and data is None and task is None and resume not in ("auto", "never"):
         config = _recipe_file(Path(resume))
@@ -424,7 +424,8 @@ def config_show(
 
     [dim]Example:[/]  duallora config show --data mine.jsonl --set r=8 > recipe.yaml
     """
-    from duallora.config.recipe import fingerprint, load_recipe, recipe_yaml
+    from duallora.config.load import load_recipe
+    from duallora.config.recipe import fingerprint, recipe_yaml
 
     sources = {"data.path", "data.task", "path", "task"}
     named = data is not None or task is not None or any(item.split("=")[0] in sources for item in overrides or ())
@@ -438,7 +439,7 @@ def config_show(
 
 def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tuple[Task, Recipe]:
     """The task of that name, else the data at that path or hub id, as a run with these settings reads it."""
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
     from duallora.tasks import names
     from duallora.train.run import read
 
@@ -471,7 +472,7 @@ def what_to_score(
     file = _recipe_file(Path(source))
     if file is None and task is None and data is None:
         raise ConfigError(f"nothing to evaluate {source} on: name a task (--task e2e) or data (--data mine.jsonl)")
-    from duallora.config.recipe import load_recipe
+    from duallora.config.load import load_recipe
 
     own = file is not None and task is None and data is None
     recipe = None if file is None else load_recipe(file, data_dir=data_dir if own else None)

@@ -8,6 +8,7 @@ The one owner: :class:`duallora.DualLoraConfig` has them as fields, a recipe's a
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def check(values: Mapping[str, Any]) -> None:
 
 
 def contradictions(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What of ``values`` excludes what, with a remedy; names are written with ``prefix``."""
+    """What of ``values`` excludes what or is no pattern, with a remedy; names are written with ``prefix``."""
 
     def say(name: str) -> str:
         return f"{prefix}{name} = {json.dumps(values[name])}"
@@ -169,6 +170,16 @@ def contradictions(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]
             f"{prefix}layers_to_transform needs {prefix}target_modules as a list of names, such as [q_proj, v_proj]; it is "
             f"{json.dumps(values['target_modules'])}"
         )
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        held = values.get(name)
+        for expression in [held] if isinstance(held, str) else held if isinstance(held, Mapping) else ():
+            try:
+                re.compile(str(expression))
+            except (re.error, RecursionError) as error:
+                yield (
+                    f"{prefix}{name} holds {json.dumps(expression)}, which is no regular expression ({error}); expected one as "
+                    "Python's re takes it, such as .*q_proj, or names of modules"
+                )
 
 
 def _fits(value: Any, hint: Any) -> bool:

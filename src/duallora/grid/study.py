@@ -17,18 +17,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from duallora.config.recipe import (
-    SECTIONS,
-    Placed,
-    Recipe,
-    assemble,
-    overlay,
-    read_settings,
-    read_yaml,
-    recorded,
-    resolve,
-    yaml_value,
-)  # fmt: skip
+from duallora.config.load import assemble, overlay, read_settings, resolve
+from duallora.config.recipe import SECTIONS, Recipe, recorded
+from duallora.config.yaml import Placed, read_yaml, yaml_value
 from duallora.errors import ConfigError, is_number
 from duallora.tasks import metrics
 

@@ -23,7 +23,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from duallora.config.recipe import Recipe, load_recipe
+from duallora.config.load import load_recipe
+from duallora.config.recipe import Recipe
 from duallora.export.merge import merge
 from duallora.store import adapters, record
 from duallora.store.models import load_model

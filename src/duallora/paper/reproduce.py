@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from duallora import terminal as progress
-from duallora.config.recipe import yaml_value
+from duallora.config.yaml import yaml_value
 from duallora.errors import ConfigError
 from duallora.grid.study import CELLS, EXTENSIONS, Cell, Study
 from duallora.paper import printed, studies
