@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from duallora import methods
-from duallora.config.recipe import load_recipe
+from duallora.config.load import load_recipe
 from duallora.errors import ConfigError
 from duallora.methods import Method, MethodSpec, apply
 from duallora.methods.rule import Rule, attach
