@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from duallora.errors import ConfigError, DataError
 from duallora.tasks import IGNORE, Collator, Encoded, Example, encode_prompt, encode_split, encode_texts
 from duallora.tasks import encode as encode_all
 
-EOS = "</s>"
+ENCODE = sys.modules["duallora.tasks.encode"]  # the name is the function's, too
 
 
 def encode(example, tokenizer, **options) -> Encoded:
@@ -206,6 +208,66 @@ def test_an_answer_goes_on_where_its_prompt_ends(scheme, prompt, answer, first):
     assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == prompt + answer
     rows, _ = encode_split([example, Example(prompt="a", answer="b")], tokenizer, "generate", max_length=99)
     assert rows[0]["input_ids"] == encoded.input_ids
+
+
+class Spy:
+    """A tokenizer that remembers how many characters it was given at once."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.most = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *texts, **options):
+        self.most = max(self.most, *(sum(map(len, text)) if isinstance(text, list) else len(text) for text in texts))
+        return self.tokenizer(*texts, **options)
+
+
+LONG = " ".join(f"w{number}\u00e9" for number in range(20_000))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "legacy", "first"])
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [(LONG, "a b"), ("q", LONG), (LONG, LONG)], ids=["prompt", "answer", "both"]
+)
+@pytest.mark.parametrize("train_on", ["answer", "all"])
+def test_a_text_far_beyond_the_limit_is_cut_before_it_is_tokenized(
+    monkeypatch, make_tokenizer, kind, prompt, answer, train_on
+):
+    """A row of a megabyte would take seconds and a gigabyte; what comes out is what the whole text gives."""
+    spy = Spy(make_tokenizer(bos=True) if kind == "bytes" else build_spaced(kind))
+    example = Example(prompt=prompt, answer=answer)
+    found, asked = encode(example, spy, max_length=50, train_on=train_on), encode_prompt(example, spy, max_length=50)
+    assert spy.most < 9000
+    monkeypatch.setattr(ENCODE, "_PER_TOKEN", 10**9)
+    assert found == encode(example, spy, max_length=50, train_on=train_on)
+    assert asked == encode_prompt(example, spy, max_length=50)
+    assert spy.most > 100_000
+
+
+@pytest.mark.parametrize("text", [" ".join(["x" * 40] * 1000), "y" * 40_000, "y " + " " * 40_000 + "z", " x"], ids=len)
+def test_a_long_text_of_few_tokens_or_one_word_is_tokenized_whole(monkeypatch, make_tokenizer, text):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["x" * 40, " " * 999]})
+    rows = [Example(prompt=text, answer="b"), Example(prompt="a", answer=text), Example(texts=(text,), label=0)]
+
+    def all_of_it():
+        texts = encode_split(rows[2:], tokenizer, "classify", max_length=30)
+        return [encode(row, tokenizer, max_length=30) for row in rows[:2]], texts
+
+    found = all_of_it()
+    monkeypatch.setattr(ENCODE, "_PER_TOKEN", 10**9)
+    assert all_of_it() == found
+
+
+def test_a_classifier_s_text_is_cut_likewise(monkeypatch, make_tokenizer):
+    spy = Spy(make_tokenizer(bos=True))
+    found = encode_split([Example(texts=(LONG,), label=1)], spy, "classify", max_length=50)
+    assert spy.most < 9000
+    assert found[1].truncated == 1
+    monkeypatch.setattr(ENCODE, "_PER_TOKEN", 10**9)
+    assert encode_split([Example(texts=(LONG,), label=1)], spy, "classify", max_length=50) == found
 
 
 def test_split_counts_and_equals_row_by_row(tiny_bos_tokenizer):

@@ -119,6 +119,11 @@ FAULTS = [
     (b'{"prompt": " ", "completion": ""}', r", column completion: prompt and completion are both empty"),
     (b'{"prompt": "p", "completion": " \\n"}', r", column completion: empty answer"),
     (b'["prompt", "completion"]', r"expected an object \{\.\.\.\}, got a list"),
+    (
+        b'{"prompt": "p", "completion": "c", "n": ' + b"9" * 5000 + b"}",
+        r": a number of more than 4300 digits; write it",
+    ),
+    (b'{"prompt": "p \\uD83D", "completion": "c"}', r": \\ud83d is half of a character; write both halves"),
     (b"[" * 100_000, r"JSON nested too deeply|bad JSON"),
 ]
 
@@ -199,8 +204,12 @@ def test_faults_in_json_and_parquet(tmp_path):
     cases = {
         '[\n{"prompt": "a",\n "completion": "b"},\n{"prompt": }]': r"x\.json:4, column 12: bad JSON",
         '{"prompt": "a"}\n{"prompt": "b"}': r"expected a list .*name the file \.jsonl",
-        '[{"prompt": "a", "completion": "b"}': r"x\.json:1: bad JSON .*the file ends",
+        '[{"prompt": "a", "completion": "b"}': r"x\.json:1, column 36: bad JSON \(Expecting ',' delim",
         '[{"prompt": "a", "completion": "b"},\n\n3]': r"x\.json:3: expected an object",
+        '[{"prompt": "a", "completion": "b"},\n{"n": '
+        + "9" * 5000
+        + "}]": r"x\.json:2: a number of more than 4300 digits",
+        '[{"prompt": "a", "completion": "b"},\n{"prompt": "\\udc00"}]': r"x\.json:2: \\udc00 is half of a character",
     }
     for body, message in cases.items():
         with pytest.raises(DataError, match=message):
@@ -330,7 +339,7 @@ def test_unknown_names_and_fractions_are_config_errors(tmp_path):
 
 
 def test_a_hub_name_without_the_hub_is_a_clear_data_error(monkeypatch):
-    monkeypatch.setattr("duallora.tasks.files.reachable", lambda: False)
+    monkeypatch.setattr("duallora.tasks.hub.reachable", lambda: False)
     with pytest.raises(DataError, match=r"data set org/nothing-there.*hub.*give a local file.*DUALLORA_DATA"):
         load_data("org/nothing-there")
     with pytest.raises(DataError, match="no file 'justaname'"):
@@ -349,7 +358,7 @@ def test_a_hub_data_set_keeps_its_own_splits_and_class_names(monkeypatch):
         )
 
     tables = datasets.DatasetDict(train=table([1, 0, 1, 0]), test=table([-1, -1]))
-    monkeypatch.setattr("duallora.tasks.files.load_hub", lambda name, config: tables)
+    monkeypatch.setattr("duallora.tasks.rows.load_hub", lambda name, config: tables)
     task = load_data("org/name:config", eval_fraction=0.25)
     assert task.labels == ("no", "yes")
     assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 3, "validation": 1}

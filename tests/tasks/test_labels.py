@@ -160,6 +160,14 @@ def test_the_recipe_can_tell_otherwise(tmp_path, suffix):
         load_data(write(tmp_path / f"n.{suffix}", ["red", "1", "2"]), labels="numbers")
 
 
+@pytest.mark.parametrize("digits", [310, 399, 500])
+def test_a_label_beyond_every_number_is_a_bad_row(tmp_path, digits):
+    for name, label in (("t.jsonl", "9" * digits), ("s.jsonl", f'"{"9" * digits}"')):
+        (tmp_path / name).write_text(f'{{"text": "a", "label": {label}}}\n{{"text": "b", "label": 0.5}}\n')
+        with pytest.raises(DataError, match=r"1 bad row of 2(.|\n)*:1, column label: expected a finite number, got"):
+            load_data(str(tmp_path / name), labels="numbers")
+
+
 def test_versions_told_to_be_classes_keep_their_text(tmp_path):
     (tmp_path / "t.csv").write_text("text,label\na,1.10\nb,1.1\nc,1.9\n")
     assert load_data(str(tmp_path / "t.csv"), labels="classes").labels == ("1.1", "1.10", "1.9")
@@ -248,6 +256,7 @@ def test_names_and_numbers_of_single_labels():
         ("3.5", "3.5", 3.5), (3.5, "3.5", 3.5), (".5", ".5", 0.5), ("1e3", "1e3", 1000.0), ("03", "03", None),
         ("1,5", "1,5", None), ("0x1", "0x1", None), ("three", "three", None), ("", "", None), (True, "True", None),
         (10**30, str(10**30), 10**30), (str(10**30), str(10**30), 10**30), (1e30, "1e+30", 1e30),
+        (10**400, str(10**400), float("inf")), (str(10**350), str(10**350), float("inf")),
     ]  # fmt: skip
     for label, name, value in cases:
         assert (class_name(label), number(label)) == (name, value), label

@@ -8,12 +8,11 @@ as they are: whether the model's template reads them is known only where it is a
 from __future__ import annotations
 
 import difflib
-import json
-import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from duallora.tasks.example import BadRow, Example
+from duallora.tasks.text import absent, parse_json, shown
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -131,9 +130,9 @@ def _parsed(row: Mapping[str, Any], column: str) -> Any:
     value = row.get(column)
     if isinstance(value, str) and value.strip():
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow(f"expected a JSON list{' of messages' * (column not in COLUMNS)}", column) from None
+            return parse_json(value)
+        except ValueError as error:
+            raise BadRow(f"expected a JSON list{' of messages' * (column not in COLUMNS)} ({error})", column) from None
     return value
 
 
@@ -269,8 +268,8 @@ def _tool_call(call: Any, at: str) -> dict[str, Any]:
         raise BadRow(f"expected the name of a tool, got {shown(name)}", f"{at}.function.name")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except ValueError:
             raise BadRow(f"expected a JSON object, got {shown(arguments)}", f"{at}.function.arguments") from None
     if not isinstance(arguments, dict):
         raise BadRow(f"expected an object, got {shown(arguments)}", f"{at}.function.arguments")
@@ -279,21 +278,3 @@ def _tool_call(call: Any, at: str) -> dict[str, Any]:
         raise BadRow(f"unknown key {unknown[0]}; expected name, arguments and an id", at)
     kept = {key: call[key] for key in ("type", "id") if not absent(call.get(key))}
     return {**kept, "function": {"name": name, "arguments": arguments}}
-
-
-def absent(value: Any) -> bool:
-    """Whether a field stands for nothing: null, NaN, or an empty text, list or object."""
-    return value is None or value in ("", [], {}) or (isinstance(value, float) and math.isnan(value))
-
-
-def shown(value: Any, limit: int = 40) -> str:
-    """What kind of value it is, and the value, at most ``limit`` characters."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", int: "a number", float: "a number"}
-    text = "null" if value is None else f"{names.get(type(value), type(value).__name__)} ({value!r})"
-    return excerpt(text, limit)
-
-
-def excerpt(text: str, limit: int = 80) -> str:
-    """At most ``limit`` characters on one line, control characters made visible."""
-    visible = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[: limit + 1])
-    return visible if len(visible) <= limit else visible[: limit - 3] + "..."

@@ -32,9 +32,10 @@ from typing import Any
 from duallora.errors import DataError
 from duallora.tasks import metrics
 from duallora.tasks.example import Example
-from duallora.tasks.files import Faults, load_hub, read_rows
+from duallora.tasks.hub import load_hub
 from duallora.tasks.local import find_file, seek_file
 from duallora.tasks.metrics import Metrics
+from duallora.tasks.rows import Faults, read_rows
 from duallora.tasks.task import SPLITS, LazySplits, Task
 
 # Two spaces before the blank line, as in HiRA's training and evaluation alike.

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from duallora.tasks import metrics, nlg, official
 from duallora.tasks.example import Example
-from duallora.tasks.files import Faults, load_hub
+from duallora.tasks.hub import load_hub
 from duallora.tasks.local import find_file
+from duallora.tasks.rows import Faults
 from duallora.tasks.task import LazySplits, Task
 
 SEPARATOR = "\n"

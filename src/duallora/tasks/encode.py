@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -69,7 +70,7 @@ def encode(example: Example, tokenizer, *, max_length: int, train_on: TrainOn = 
     """
     marks = _marks(tokenizer, max_length)
     planned = _sequences(example, tokenizer, train_on)
-    tokens = _tokenize(planned, tokenizer)
+    tokens = _tokenize(planned, tokenizer, max_length)
     return [
         _fit(bool(example.messages), segments, own, tokenizer, marks, max_length, train_on)
         for segments, own in zip(planned, tokens, strict=True)
@@ -82,7 +83,7 @@ def encode_prompt(example: Example, tokenizer, *, max_length: int) -> list[int]:
         bos, text = [], template.prompt(example, tokenizer)
     else:
         bos, text = _marks(tokenizer, max_length).bos, example.prompt
-    ids = _tokenize([[Segment(text, False)]], tokenizer)[0][0]
+    ids = _tokenize([[Segment(text, False)]], tokenizer, max_length)[0][0]
     return [*bos, *ids[max(0, len(ids) - (max_length - len(bos))) :]]
 
 
@@ -106,7 +107,10 @@ def encode_texts(example: Example, tokenizer, *, max_length: int) -> dict[str, A
     """
     if not 1 <= len(example.texts) <= 2:
         raise DataError(f"{_name(example)}: expected one text or a pair, got {len(example.texts)}")
-    row = dict(tokenizer(*example.texts, truncation=True, max_length=max_length))
+    texts = _cut_pair(example.texts, tokenizer, max_length)
+    row = dict(tokenizer(*texts, truncation=True, max_length=max_length))
+    if texts is not example.texts and len(row["input_ids"]) < max_length:  # it has fewer tokens than its length says
+        row = dict(tokenizer(*example.texts, truncation=True, max_length=max_length))
     if example.label is not None:
         row["labels"] = example.label
     return row
@@ -142,7 +146,7 @@ def encode_split(
         ]
         head = [f"{count} of {len(examples)} rows cannot be trained on:"] if count > 1 else []
         raise DataError("\n".join([*head, *lines[:_SHOWN], *(["..."] if len(lines) > _SHOWN else [])]))
-    tokens = _tokenize([segments for _, segments in planned], tokenizer)
+    tokens = _tokenize([segments for _, segments in planned], tokenizer, max_length)
     rows: list[dict[str, Any]] = []
     empty: list[str] = []
     truncated = trained = 0
@@ -220,11 +224,14 @@ def _encode_classification(examples: Sequence[Example], tokenizer, max_length: i
     if unlabeled:
         raise DataError(f"{len(unlabeled)} of {len(examples)} rows have no label: {_first(unlabeled)}")
     rows = [encode_texts(example, tokenizer, max_length=max_length) for example in examples]
-    truncated = sum(
-        # Only a row that fills max_length can have lost something; only those are tokenized a second time.
-        len(row["input_ids"]) == max_length and len(tokenizer(*example.texts, verbose=False)["input_ids"]) > max_length
-        for row, example in zip(rows, examples, strict=True)
-    )
+
+    def is_cut(texts: tuple[str, ...]) -> bool:
+        cut = _cut_pair(texts, tokenizer, max_length)
+        return cut is not texts or len(tokenizer(*texts, verbose=False)["input_ids"]) > max_length
+
+    # Only a row that fills max_length can have lost something; only those are tokenized a second time.
+    full = (len(row["input_ids"]) == max_length for row in rows)
+    truncated = sum(fills and is_cut(example.texts) for fills, example in zip(full, examples, strict=True))
     total = sum(len(row["input_ids"]) for row in rows)
     return rows, Counts(len(rows), total, 0, truncated, range(len(rows)))
 
@@ -238,12 +245,60 @@ def _sequences(example: Example, tokenizer, train_on: TrainOn) -> list[list[Segm
     return template.sequences(example, tokenizer)
 
 
-def _tokenize(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
+def _tokenize(planned: Sequence[Sequence[Segment]], tokenizer, max_length: int | None = None) -> list[list[list[int]]]:
     """Token ids of each segment of each sequence: what generation reads and is to write, border by border.
 
     Segments are tokenized on their own. Where the tokenizer sets a space before every text it is given (SentencePiece's
-    do), that would put spaces into the middle; there the whole sequence is tokenized, and cut at the borders.
+    do), that would put spaces into the middle; there the whole sequence is tokenized, and cut at the borders. Of a text
+    far beyond ``max_length`` only the end that can be kept is tokenized.
     """
+    short = [_cut_texts(segments, max_length) for segments in planned] if max_length else list(planned)
+    found = _tokenize_all(short, tokenizer)
+    for at, (segments, cut) in enumerate(zip(planned, short, strict=True)):
+        if max_length and any(
+            mine is not whole and len(ids) <= max_length + _MARGIN
+            for mine, whole, ids in zip(cut, segments, found[at], strict=True)
+        ):  # it has fewer tokens than its length says
+            found[at] = _tokenize_all([segments], tokenizer)[0]
+    return found
+
+
+_PER_TOKEN = 16  # characters; common text has three to five
+_MARGIN = 16  # tokens that a cut may change, beside it
+_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")  # no token holds the end of a word and the beginning of the next
+
+
+def _cut_texts(segments: Sequence[Segment], max_length: int) -> Sequence[Segment]:
+    """The segments with overlong texts cut between words: the end of what stands before the first answer is kept, and the
+    beginning of the rest, as `_fit` cuts the tokens."""
+    reach = _PER_TOKEN * (max_length + _MARGIN)
+    if all(len(segment.text) <= 2 * reach for segment in segments):
+        return segments
+    first = next((at for at, segment in enumerate(segments) if segment.answer), len(segments))
+    return [
+        segment if len(segment.text) <= 2 * reach else segment._replace(text=_cut_text(segment.text, reach, at < first))
+        for at, segment in enumerate(segments)
+    ]
+
+
+def _cut_pair(texts: tuple[str, ...], tokenizer, max_length: int) -> tuple[str, ...]:
+    """The same for a classifier's text. Of a pair the longer text loses tokens first, so both are needed whole."""
+    reach = _PER_TOKEN * (max_length + _MARGIN)
+    if len(texts) > 1 or len(texts[0]) <= 2 * reach:
+        return texts
+    return (_cut_text(texts[0], reach, tokenizer.truncation_side == "left"),)
+
+
+def _cut_text(text: str, reach: int, from_left: bool) -> str:
+    """``reach`` to twice as many characters of the end (``from_left``) or beginning; all, where no two words meet there."""
+    if from_left:
+        found = _BETWEEN_WORDS.search(text, len(text) - 2 * reach, len(text) - reach)
+        return text[found.start() :] if found else text
+    found = _BETWEEN_WORDS.search(text, reach, 2 * reach)
+    return text[: found.start()] if found else text
+
+
+def _tokenize_all(planned: Sequence[Sequence[Segment]], tokenizer) -> list[list[list[int]]]:
     # The same prompt with many answers, or one system message, are common.
     distinct = list(dict.fromkeys(segment.text for segments in planned for segment in segments))
     if not distinct:

@@ -19,9 +19,10 @@ from typing import Any
 
 from duallora.errors import DataError
 from duallora.tasks.example import Example
-from duallora.tasks.files import Faults, load_hub
+from duallora.tasks.hub import load_hub
 from duallora.tasks.local import find_file
 from duallora.tasks.metrics import OF_KIND, Metrics
+from duallora.tasks.rows import Faults
 from duallora.tasks.task import LazySplits, Task
 
 logger = logging.getLogger(__name__)

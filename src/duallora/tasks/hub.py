@@ -1,13 +1,19 @@
-"""Whether the Hugging Face hub answers, asked once and quickly."""
+"""The Hugging Face hub: whether it answers, asked once and quickly, and its data sets."""
 
 from __future__ import annotations
 
 import functools
 import os
 import socket
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
+
+from duallora.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # of the files that can be read instead
+_LOCAL = f"a local file ({', '.join(SUFFIXES)}) or, for a task, the folder of its data (--data-dir, DUALLORA_DATA)"
 
 
 @functools.cache
@@ -28,3 +34,28 @@ def reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+@functools.lru_cache(maxsize=8)
+def load_hub(name: str, config: str | None, revision: str | None = None) -> Any:
+    """All splits of a hub data set. Raises DataError where the hub cannot be reached or does not have it."""
+    import datasets
+
+    label = f"{name}:{config}" if config else name
+    if not reachable() and not constants.HF_HUB_OFFLINE:
+        raise DataError(
+            f"data set {label}: the hub cannot be reached from here. Check the network, give {_LOCAL}, or set "
+            "HF_HUB_OFFLINE=1 to use a copy loaded before."
+        )
+    try:
+        return datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # the hub client, fsspec and datasets raise many kinds; each means "not from the hub"
+        offline = " (HF_HUB_OFFLINE is set, so only copies loaded before are found)" if constants.HF_HUB_OFFLINE else ""
+        raise DataError(
+            f"data set {label} cannot be loaded from the hub{offline}: {first_line(error)}. Or give {_LOCAL}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks.chats import shown
 from duallora.tasks.example import BadRow
+from duallora.tasks.text import shown
 
 LabelKind = Literal["classes", "numbers"]
 
@@ -27,6 +27,7 @@ SHOWN = 8
 _NUMBER = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")  # 007 is a name
 _WHOLE = re.compile(r"([+-]?)(0|[1-9][0-9]*)(\.0*)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?[0-9]+,[0-9]+")
+_LARGEST = 10**300  # of whole numbers that are taken as such: floats reach little further
 _ORDERED = re.compile(r"[+-]?[0-9]+")
 _TRUTH = {"true": "True", "false": "False"}
 # How tools write an empty cell, or one that overflowed, among numbers.
@@ -173,9 +174,9 @@ def number(value: Any) -> int | float | None:
         text = value.strip()
         if not _NUMBER.fullmatch(text):
             return None
-        return int(text) if _ORDERED.fullmatch(text) and len(text) < 400 else float(text)
+        return int(text) if _ORDERED.fullmatch(text) and len(text) < 300 else float(text)
     if isinstance(value, numbers.Integral):
-        return int(value)
+        return whole if abs(whole := int(value)) < _LARGEST else math.inf
     return float(value) if isinstance(value, numbers.Real | Decimal) else None
 
 
@@ -183,12 +184,13 @@ def is_missing(value: Any) -> bool:
     """Whether a cell is empty: null, NaN, or text of nothing but space."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or (isinstance(value, numbers.Real | Decimal) and math.isnan(value))
+    real = isinstance(value, numbers.Real | Decimal) and not isinstance(value, numbers.Integral)
+    return value is None or (real and math.isnan(value))
 
 
 def _order(name: str) -> tuple[bool, float, str]:
     """Numbers by their value, then names by alphabet."""
-    if _ORDERED.fullmatch(name) and len(name) < 400:
+    if _ORDERED.fullmatch(name) and len(name) < 300:
         return False, int(name), name
     return (False, float(name), name) if _NUMBER.fullmatch(name) else (True, 0, name)
 
@@ -207,7 +209,7 @@ def _refuse_amounts(classes: Sequence[str], rows: int) -> None:
 
 
 def _shown(classes: Sequence[str]) -> str:
-    if all(_ORDERED.fullmatch(name) for name in classes) and len(classes) > 2:
+    if all(_ORDERED.fullmatch(name) and len(name) < 300 for name in classes) and len(classes) > 2:
         low, high = int(classes[0]), int(classes[-1])
         if high - low == len(classes) - 1:
             return f"{low}..{high}"
