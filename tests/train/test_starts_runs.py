@@ -147,19 +147,35 @@ def test_lora_ga_of_the_paper_is_the_gradients_singular_vectors(make_recipe, con
     torch.testing.assert_close((U[:, 3:6].T @ B).abs(), eye, atol=1e-3, rtol=0)
 
 
-def test_a_classifiers_head_survives_a_start_that_moves_the_base(make_recipe, console):
-    """PEFT's own conversion keeps the factors alone."""
-    recipe = make_recipe(*settings("pissa"), kind="classify")
-    result = run.train(recipe, console=console)
-    tensors = load_file(f"{result['adapter']}/adapter_model.safetensors")
-    assert any("classifier" in key for key in tensors)
-    assert json.loads(Path(result["adapter"], "adapter_config.json").read_text())["r"] == 6
-    model, tokenizer = adapters.load_adapter(result["folder"], "classify")
-    task = run.load(recipe, console)
-    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "classify", max_length=64)
-    assert evaluate.loss_on(model, tokenizer, held_out, "classify") == pytest.approx(
-        result["metrics"]["loss"], abs=1e-6
-    )
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora-ga"])
+def test_a_classifier_with_such_a_start_resumes_to_the_bit_and_begins_from_another(
+    start, make_recipe, console, tmp_path, interrupted
+):
+    """GLUE's way: from MNLI to a task with another head; the head and what modules_to_save names are trained in full."""
+    more = [*settings(start), "adapter.modules_to_save=[pooler]"]
+
+    def both_ways(folder, *own, **options):
+        whole = run.train(
+            make_recipe(*more, *own, kind="classify", output=tmp_path / folder, **options), console=console
+        )
+        stopped = interrupted(tmp_path / folder, tmp_path / f"{folder}-stopped", at=2)
+        again = make_recipe(*more, *own, kind="classify", output=stopped, **options)
+        run.train(again, resume="auto", console=console)
+        first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / folder, stopped))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert {"classifier", "pooler"} <= {part for key in first for part in key.split(".")}
+        return whole
+
+    first = both_ways("mnli")
+    assert json.loads(Path(first["adapter"], "adapter_config.json").read_text())["r"] == 6
+    targets = tmp_path / "targets.jsonl"
+    targets.write_text("".join(json.dumps({"text": f"fine {n}", "label": n / 7}) + "\n" for n in range(12)))
+    again = both_ways("stsb", f"adapter.init_from={tmp_path / 'mnli'}", data=targets)
+    model, tokenizer = adapters.load_adapter(again["folder"], "regress")
+    task = run.load(make_recipe(*more, kind="classify", data=targets), console)
+    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "regress", max_length=64)
+    assert evaluate.loss_on(model, tokenizer, held_out, "regress") == pytest.approx(again["metrics"]["loss"], abs=1e-6)
 
 
 def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):

@@ -171,7 +171,7 @@ def resume(model: nn.Module, config: Any, folder: Path) -> PeftModel:
                     f"{folder} holds no start for {name} {list(value.shape)}: expected the adapter of a run with the same "
                     f"init_lora_weights={init!r}, modules and ranks"
                 )
-        set_peft_model_state_dict(adapted, first)
+        set_peft_model_state_dict(adapted, {**own, **first})  # own: a head or other modules trained in full
         for _, layer in _layers(adapted):
             _take_off(layer, layer.get_base_layer().weight)
         _keep_start(adapted)
