@@ -327,8 +327,9 @@ def test_a_prefix_is_seen_by_every_query():
     torch.testing.assert_close(seen["y"][0], expected, rtol=0, atol=1e-6)
 
 
-def test_corda_takes_the_components_that_matter_least(llama, batch):
-    """By hand: W C = U S V^T over the calibration tokens; kpm's start is the part of W in its r smallest components."""
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_takes_the_leading_components_or_those_that_matter_least(llama, batch, mode):
+    """By hand: W C = U S V^T over the calibration tokens; the start is the part of W in r of its components, ipm unless set."""
     pytest.importorskip("attr", reason="PEFT's CorDA needs attrs")
     base = llama()
     layer = base.model.layers[0].self_attn.q_proj
@@ -341,8 +342,9 @@ def test_corda_takes_the_components_that_matter_least(llama, batch):
     C = C + 0.01 * C.diagonal().mean() * torch.eye(36)
     W = layer.weight.detach().double()
     U, S, Vh = torch.linalg.svd(W @ C)
-    smallest = U[:, -4:] @ torch.diag(S[-4:]) @ Vh[-4:] @ torch.linalg.inv(C)
-    spec = MethodSpec("corda", r=4, target_modules=["q_proj"])
+    chosen = slice(-4, None) if mode == "kpm" else slice(4)
+    part = U[:, chosen] @ torch.diag(S[chosen]) @ Vh[chosen] @ torch.linalg.inv(C)
+    spec = MethodSpec("corda", r=4, target_modules=["q_proj"], options={} if mode == "ipm" else {"corda_method": mode})
     adapted = apply(base, spec, batches=[batch]).model
     delta = adapted.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default").detach().double()
-    torch.testing.assert_close(delta, smallest, rtol=0, atol=1e-4)
+    torch.testing.assert_close(delta, part, rtol=0, atol=1e-4)

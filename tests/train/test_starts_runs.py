@@ -25,7 +25,7 @@ STARTS = {
     "pissa": ("lora", "{init_lora_weights: pissa}"),
     "olora": ("lora", "{init_lora_weights: olora}"),
     "corda": ("corda", "{calibration: 6}"),
-    "corda-ipm": ("lora+", "{init_lora_weights: corda, corda_method: ipm, calibration: 6}"),
+    "corda-lora+": ("lora+", "{init_lora_weights: corda, calibration: 6}"),
     "eva": ("lora", "{init_lora_weights: eva, calibration: 8, eva_config: {rho: 1.5}}"),
     "lora-ga": ("lora", "{init_lora_weights: lora_ga, calibration: 5}"),
     "lora-ga-paper": ("dora", "{init_lora_weights: lora_ga, calibration: 5, lora_ga_config: {scale: paper}}"),
@@ -178,6 +178,29 @@ def test_a_classifier_with_such_a_start_resumes_to_the_bit_and_begins_from_anoth
     assert evaluate.loss_on(model, tokenizer, held_out, "regress") == pytest.approx(again["metrics"]["loss"], abs=1e-6)
 
 
+def test_kpm_looks_at_question_answering_rows_and_not_at_the_runs(make_recipe, console, tmp_path, sums, moods):
+    """Other rows give another start; a classifier may keep what questions ask for; rows without answers are refused."""
+    settings("corda")
+    factors = {}
+    for name in ("few", "many"):
+        asked = [
+            {"prompt": f"Who wrote {n}?", "completion": f"Author {n * 7}"} for n in range(4 if name == "few" else 30)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        own = f"{{corda_method: kpm, calibration: 9, calibration_data: {tmp_path / name}.jsonl}}"
+        made = settings("corda", f"adapter.options={own}", "adapter.modules_to_save=[pooler]")
+        recipe = make_recipe(*made, kind="classify", output=tmp_path / f"r-{name}")
+        result = run.train(recipe, console=console)
+        assert result["metrics"]["start_rows"] == (4 if name == "few" else 9)
+        factors[name] = load_file(f"{result['adapter']}/adapter_model.safetensors")
+    assert any(not torch.equal(factors["few"][key], factors["many"][key]) for key in factors["few"])
+    own = f"{{corda_method: kpm, calibration_data: {moods}}}"
+    with pytest.raises(ConfigError, match=r"bert\.pooler\.dense reads one of them"):
+        run.train(make_recipe(*made[:-1], kind="classify", output=tmp_path / "pooled"), console=console)
+    with pytest.raises(ConfigError, match="expected question-answering rows"):
+        run.train(make_recipe(*settings("corda", f"adapter.options={own}"), output=tmp_path / "no"), console=console)
+
+
 def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
     """alpha / sqrt(r) at rank 2 r needs another alpha than alpha / r does."""
     own = "{init_lora_weights: pissa, use_rslora: true, rank_pattern: {q_proj: 2}, alpha_pattern: {v_proj: 5}}"
@@ -204,6 +227,12 @@ def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
         ("{init_lora_weights: lora_ga, rank_pattern: {v_proj: 9}}", r"takes 18 .*v_proj \[16, 32\] has 16"),
         ("{init_lora_weights: eva, eva_config: {gamma: 1}}", "gamma"),
         ("{init_lora_weights: pissa, corda_method: ipm}", "corda_method"),
+        (
+            "{init_lora_weights: corda, corda_method: kpm}",
+            "this run's own rows ask for its task: expected calibration_data",
+        ),
+        ("{init_lora_weights: corda, corda_config: {corda_method: kpm}}", "expected calibration_data"),
+        ("{init_lora_weights: corda, calibration_data: qa.jsonl}", "'qa.jsonl' is for corda_method: kpm"),
     ],
 )
 def test_a_start_that_cannot_be_is_said(options, message, make_recipe, console):

@@ -103,6 +103,7 @@ _LORA = {
 }  # 2 r: DoRA's and LLM-Adapters'
 _FILES: dict[str, Any] = {
     "save": starts.save, "resume": resume_lora, "restore": starts.restore, "calibration": starts.calibration,
+    "check": starts.check,
 }  # fmt: skip
 LORA = Method("lora", "LoRA", "2106.09685", "W0 + (alpha/r) B A", lora, _LORA, **_FILES)
 LORA_PLUS = Method(

@@ -1,8 +1,8 @@
 """LoRA's starts from the weights and from data, by PEFT's code, saved so that the adapter fits the untouched base model.
 
 * PiSSA (arXiv 2404.02948): the r leading singular triples of W0. OLoRA (arXiv 2406.01775): the leading columns of its QR.
-* CorDA (arXiv 2406.05223): components of W0 C, C = E[x x^T] over the rows, with ``corda_method`` "kpm" (the least, knowledge
-  kept) or "ipm" (the leading).
+* CorDA (arXiv 2406.05223): components of W0 C, C = E[x x^T] over the rows, with ``corda_method`` "ipm" (the leading, rows of the
+  task) or "kpm" (the least, so that what question-answering rows ask for is kept: a run names them in ``calibration_data``).
 * LoRA-GA (arXiv 2407.05000): singular vectors of G = dL/dW0 over the rows. PEFT multiplies B by G's singular values, which
   the paper does not; ``lora_ga_config={scale: paper}`` is the paper's, A and B both singular vectors times
   out^(1/4) / sqrt(``stable_gamma``).
@@ -24,6 +24,7 @@ differs by that rounding; in float32 by the order of sums.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -51,7 +52,7 @@ FROM_DATA = ("corda", "eva", "lora_ga")
 ROWS = 256  # CorDA's paper
 PASSES = 100  # over the rows, in which EVA's directions must have settled
 
-SETTINGS = ("calibration", "corda_method", "corda_config", "eva_config", "lora_ga_config")
+SETTINGS = ("calibration", "calibration_data", "corda_method", "corda_config", "eva_config", "lora_ga_config")
 _FACTORS = ("lora_A.weight", "lora_B.weight")
 
 Batches = Iterable[Mapping[str, Any]]
@@ -80,6 +81,24 @@ def calibration(spec: MethodSpec) -> int:
     return 0
 
 
+def check(spec: MethodSpec, recipe: Any, steps: int | None) -> None:
+    """ConfigError unless CorDA's mode and the rows it looks at belong together, as its authors pair them."""
+    options = spec.options
+    mode = {"corda_method": options.get("corda_method", "ipm"), **(options.get("corda_config") or {})}["corda_method"]
+    keeps = name_of(options.get("init_lora_weights")) == "corda" and mode == "kpm"
+    source = options.get("calibration_data")
+    if keeps and source is None:
+        raise ConfigError(
+            "corda_method='kpm' keeps the knowledge that question-answering rows ask for, and this run's own rows ask for its "
+            "task: expected calibration_data, a file of such rows (adapter.options={corda_method: kpm, calibration_data: "
+            "nq.jsonl}), or corda_method: ipm"
+        )
+    if source is not None and not keeps:
+        raise ConfigError(
+            f"calibration_data={source!r} is for corda_method: kpm; every other start looks at the run's rows"
+        )
+
+
 def without_data(spec: MethodSpec) -> MethodSpec:
     """``spec`` with LoRA's usual start: tensors of the same shapes (EVA: before it shares the ranks out), and no look at data."""
     plain = {name: value for name, value in spec.options.items() if name not in SETTINGS}
@@ -92,7 +111,7 @@ def config_of(fields: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: this PEFT has no such start, or it leaves a base behind that no adapter can be saved for.
     """
-    fields = {name: value for name, value in fields.items() if name != "calibration"}
+    fields = {name: value for name, value in fields.items() if name not in ("calibration", "calibration_data")}
     init = fields.get("init_lora_weights")
     start = name_of(init)
     if isinstance(init, str) and init.lower().startswith("loftq"):
@@ -100,7 +119,7 @@ def config_of(fields: Mapping[str, Any]) -> Any:
             f"init_lora_weights={init!r} replaces the base's weights, and its adapter fits no other: use pissa, or a quantized base"
         )
     if start == "corda":
-        own = {"corda_method": fields.pop("corda_method", "kpm"), **(fields.pop("corda_config", None) or {})}
+        own = {"corda_method": fields.pop("corda_method", "ipm"), **(fields.pop("corda_config", None) or {})}
         fields["corda_config"] = _sub_config("CordaConfig", own)
     elif start == "eva":
         fields["eva_config"] = _sub_config("EvaConfig", fields.pop("eva_config", None) or {})
@@ -295,8 +314,18 @@ def _look_corda(model: nn.Module, config: LoraConfig, batches: Batches) -> None:
             for row in _rows(batch):  # PEFT's hook reads one text per forward
                 model(**row)
 
+    def every_token(name: str, module: nn.Module, args: Any) -> None:
+        if args[0].ndim < 3:
+            raise ConfigError(
+                f"CorDA takes the covariance over a text's tokens, and {name} reads one of them (a pooler or head): expected layers "
+                "that read every token; name it in exclude_modules or modules_to_save"
+            )
+
     training = model.training
+    hooks = [m.register_forward_pre_hook(functools.partial(every_token, name)) for name, m in _targets(model, config)]
     preprocess_corda(model.eval(), config, run_model=run)
+    for hook in hooks:
+        hook.remove()
     model.train(training)
 
 

@@ -299,9 +299,12 @@ class _Run:
         """`put`, with rows of the run for a start that looks at data, and how long it looked."""
         recipe = self.recipe
         wanted = 0
+        source = getattr(recipe.adapter, "options", {}).get("calibration_data")
 
         def batches(count: int) -> list[dict[str, torch.Tensor]]:
-            nonlocal wanted
+            nonlocal wanted, rows
+            if source is not None:
+                rows = self._other_rows(source, tokenizer)
             drawn = calibration.draw_rows(rows, count, recipe.seed)
             wanted = len(drawn)
             model.to(adapters.default_device())
@@ -316,8 +319,20 @@ class _Run:
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
         if not wanted:
             return method, {}
-        say(self.console, "start", f"from {wanted:,} training rows in {clock(seconds)}")
+        whose = f"rows of {escape(source)}" if source else "training rows"
+        say(self.console, "start", f"from {wanted:,} {whose} in {clock(seconds)}")
         return method, {"start_rows": wanted, "start_seconds": round(seconds, 1), "start_cpu_seconds": round(cpu, 1)}
+
+    def _other_rows(self, source: str, tokenizer) -> list[dict[str, Any]]:
+        """Question-answering rows that a start looks at in place of the run's."""
+        data = type(self.recipe.data)(path=source, max_length=self.recipe.data.max_length)
+        task = read(self.recipe.model_copy(update={"data": data}))
+        if task.kind != "generate":
+            raise ConfigError(
+                f"calibration_data={source}: expected question-answering rows (prompt and completion), and it is {task.format}"
+            )
+        examples = [example for split in task.splits.values() for example in split]
+        return encode_split(examples, tokenizer, task.kind, max_length=data.max_length)[0]
 
     def _begin(
         self,
