@@ -11,13 +11,13 @@ most any row has, as the official scorer's files do.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from duallora.store import record
+from duallora.store.run_folder import RunFolder
 from duallora.tasks import Example, e2e, official
 
 
@@ -58,13 +58,14 @@ def main() -> None:
     started = time.time()
     if reason := official.missing():
         raise SystemExit(reason)
-    lines = [json.loads(line) for line in (given.run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    run = RunFolder(given.run)
+    lines = run.predictions()
     predictions, references = [line["prediction"] for line in lines], [line["references"] for line in lines]
     examples = [Example(references=tuple(own)) for own in references]
     own = e2e.METRICS(predictions, examples)
     ours = {**own, **e2e.official_metrics(predictions, examples)[0]}
     theirs = {**by_perl(given.perl, predictions, references), **by_coco(predictions, references)}
-    facts = record.read_json(given.run / "metrics.json")
+    facts = run.metrics()
     differences = {name: abs(ours[name] - value) for name, value in theirs.items()}
     record.write_json(
         given.output,

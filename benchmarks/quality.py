@@ -9,12 +9,12 @@ earlier runs), evaluated on the same 150 held-out rows every 40 steps. A finishe
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from duallora.store.record import write_json
+from duallora.store.run_folder import RunFolder
 
 COMMON = (
     "adapter.r=4", "adapter.target_modules=[q_proj,v_proj]", "learning_rate=1.2e-2", "max_steps=120",
@@ -38,7 +38,7 @@ def folder(runs: Path, name: str, seed: int) -> Path:
 
 def run(runs: Path, name: str, seed: int, data_dir: str | None) -> None:
     output = folder(runs, name, seed)
-    if (output / "metrics.json").exists():
+    if RunFolder(output).metrics() is not None:
         return
     command = [sys.executable, "-m", "duallora.cli", "train", "--model", "builtin:smollm2-135m", "--task", "e2e"]
     command += ["-o", str(output)] + (["--data-dir", data_dir] if data_dir else [])
@@ -49,14 +49,13 @@ def run(runs: Path, name: str, seed: int, data_dir: str | None) -> None:
 
 def result(runs: Path, name: str, seed: int) -> dict:
     """Held-out loss by step, with where it came from."""
-    output = folder(runs, name, seed)
-    metrics = json.loads((output / "metrics.json").read_text())
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    run_folder = RunFolder(folder(runs, name, seed))
+    metrics = run_folder.metrics()
     return {
         "setting": name,
         "seed": seed,
         "sets": [*COMMON, *SETTINGS[name]],
-        "eval_loss": {str(row["step"]): row["eval_loss"] for row in log if "eval_loss" in row},
+        "eval_loss": {str(row["step"]): row["eval_loss"] for row in run_folder.log.lines() if "eval_loss" in row},
         **{
             key: metrics[key] for key in ("commit", "dirty", "versions", "device", "threads", "started", "data", "base")
         },
@@ -74,7 +73,7 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.only:
             run(arguments.runs, name, seed, arguments.data_dir)
-    done = sorted(path.parent for path in arguments.runs.glob("*/metrics.json"))
+    done = [path for path in arguments.runs.glob("*") if RunFolder(path).metrics() is not None]
     known = [(name, seed) for name in SETTINGS for seed in range(10) if folder(arguments.runs, name, seed) in done]
     write_json(arguments.output, {"kind": "quality", "runs": [result(arguments.runs, *each) for each in known]})
 

@@ -27,7 +27,8 @@ from rich.console import Console
 from duallora.config.load import load_recipe
 from duallora.config.recipe import Recipe
 from duallora.store.record import read_json, write_json, write_text
-from duallora.train import run
+from duallora.store.run_folder import RunFolder
+from duallora.train import prepare, run
 
 SEEDS = (0, 1, 2, 3, 4)
 METHODS = ("duallora", "lora")
@@ -163,13 +164,16 @@ def cell(runs: Path, task: str, model: str, method: str, seed: int) -> dict[str,
         return read_json(place / "cell.json")
     shutil.rmtree(place, ignore_errors=True)  # of a run cut short
     run.train(one, console=Console())
-    facts = read_json(place / "metrics.json")
+    folder = RunFolder(place)
+    facts = folder.metrics()
     metrics = facts["metrics"]
     name = facts["main_metric"] if one.eval.metrics else "loss"
     if name == "loss":
         chance = metrics["loss_before"]
     elif name == "accuracy":
-        labels = [row.label for row in run.load(one, Console(quiet=True)).splits["validation"]][: one.data.eval_limit]
+        labels = [row.label for row in prepare.load(one, Console(quiet=True)).splits["validation"]][
+            : one.data.eval_limit
+        ]
         chance = 100 * max(map(labels.count, set(labels))) / len(labels)
     else:
         chance = 0.0
@@ -178,12 +182,12 @@ def cell(runs: Path, task: str, model: str, method: str, seed: int) -> dict[str,
         **{"value": metrics[name], "chance": chance, "at_chance": facts["at_chance"]},
         **{key: metrics[key] for key in ("loss", "train_loss", "train_seconds")},
         **{key: facts[key] for key in ("started", "data", "base", *PROVENANCE)},
-        "steps": read_json(place / "run.json")["steps"],
+        "steps": folder.facts()["steps"],
         "recipe": {key: value for key, value in facts["recipe"].items() if key not in ("output", "seed")},
     }
     write_json(place / "cell.json", found)
-    for heavy in ("adapter", "checkpoints"):
-        shutil.rmtree(place / heavy, ignore_errors=True)
+    for heavy in (folder.checkpoints, *folder.results()):
+        shutil.rmtree(heavy, ignore_errors=True)
     return found
 
 

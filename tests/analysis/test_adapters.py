@@ -61,7 +61,7 @@ def run_folder(tmp_path) -> Path:
     """A run of three states as `duallora train` leaves it; C of every layer is moved at random after each."""
     folder, model = tmp_path / "run", adapted(llama(), step=0)
     with pytest.warns(UserWarning, match="gate"):
-        save(model, folder / "checkpoints" / "start")
+        save(model, folder / "checkpoints" / "init")
     duallora.advance_gate(model, 100)
     for step, place in ((5, "checkpoints/checkpoint-5"), (9, "adapter")):
         torch.manual_seed(step)

@@ -18,10 +18,12 @@ from duallora.config.load import load_recipe
 from duallora.config.recipe import fingerprint
 from duallora.errors import LockedError
 from duallora.store.lock import locked
-from duallora.store.record import write_json, write_text
+from duallora.store.record import write_text
+from duallora.store.run_folder import RunFolder
 from duallora.train.launch import end_with_parent
 
 folder = Path(sys.argv[sys.argv.index("-o") + 1])
+run = RunFolder(folder)
 recipe = load_recipe(sys.argv[sys.argv.index("-c") + 1])
 starts = folder.parent / f"{folder.name}.starts"
 with starts.open("a") as file:
@@ -41,7 +43,8 @@ facts = {
 
 def leave(status: str, code: int, error: str | None = None) -> None:
     kind = {0: "done", 5: "diverged", 8: "out of memory"}.get(code, "failed")
-    write_json(folder / "run.json", {**facts, "status": status, "kind": kind, **({"error": error} if error else {})})
+    result = {"metrics": {}} if status == "done" else {}
+    run.write_facts({**facts, "status": status, "kind": kind, "result": result, **({"error": error} if error else {})})
     if error:
         print(json.dumps({"status": "error", "exit_code": code, "error": error.partition(": ")[2]}))
     sys.exit(code)
@@ -57,7 +60,7 @@ with ExitStack() as held:
         held.enter_context(locked(folder))
     except LockedError:
         sys.exit(6)
-    write_json(folder / "run.json", facts)
+    run.write_facts(facts)
     print("training", file=sys.stderr)
     if how == "diverged":
         leave("failed", 5, "NonFiniteError: the loss is nan in step 2; the step was not applied")
@@ -70,13 +73,13 @@ with ExitStack() as held:
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "waits":
-        (folder / "log.jsonl").write_text('{"step": 4, "loss": 0.25}\n{"step": 5, "lo')
+        run.log.path.write_text('{"step": 4, "loss": 0.25}\n{"step": 5, "lo')
         signal.signal(signal.SIGTERM, lambda *_: leave("interrupted", 143, "Interrupted: stopped"))
         time.sleep(60)
-    for part in ("adapter", "checkpoints"):
-        write_text(folder / part / "weights", "w")
+    for part in (folder / "adapter", run.checkpoints):
+        write_text(part / "weights", "w")
     rate = recipe.train.learning_rate
     score = -abs(math.log(rate / 1e-3)) + recipe.seed / 1000
     figures = {"accuracy": score, "loss": -score, "train_seconds": 1.5, "test": {"accuracy": score - 1}}
-    write_json(folder / "metrics.json", {"metrics": figures, "main_metric": "accuracy"})
+    run.write_metrics({"metrics": figures, "main_metric": "accuracy"})
     leave("done", 0)

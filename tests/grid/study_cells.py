@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from duallora.grid.study import CELLS, STUDY, Cell, Study, outcomes
+from duallora.grid.study import STUDY, Cell, Study, cell_folder, outcomes
 from duallora.tasks import Example
 from duallora.tasks.metrics import Metrics
 
@@ -75,16 +75,16 @@ def truth(gold: Any) -> dict[str, Any]:
 
 def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6, **facts: Any) -> None:
     """A finished cell, or one that diverged where ``skill`` is None; ``facts`` replace those of run.json."""
-    there = folder / CELLS / cell.name
-    there.mkdir(parents=True)
+    there = cell_folder(folder, cell.name)
+    there.path.mkdir(parents=True)
     recipe = cell.recipe().model_dump(mode="json")
     rank = int(recipe["adapter"]["r"] or 16)
     run = {
-        "status": "done", **ENVIRONMENT, "recipe": recipe, "steps": steps, "fingerprints": {"base": "b" * 64},
+        "status": "done", "result": {"metrics": {}}, **ENVIRONMENT, "recipe": recipe, "steps": steps, "fingerprints": {"base": "b" * 64},
         "parameters": {"trainable": 100 * rank, "total": 100_000}, **facts,
     }  # fmt: skip
     log = [{"step": step, "loss": 2.0 / (step + 1) + cell.tags["seed"], "gate": 1.0} for step in range(1, steps + 1)]
-    (there / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log) + '{"step": 7, "lo')
+    there.log.path.write_text("".join(json.dumps(line) + "\n" for line in log) + '{"step": 7, "lo')
     if skill is None:
         run |= {
             "status": "failed",
@@ -95,15 +95,15 @@ def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6,
         task = cell.tags["task"]
         guess = guesses(task, skill, cell.tags["seed"])
         lines = [{**said(task, one), **truth(gold)} for one, gold in zip(guess, GOLD[task], strict=True)]
-        (there / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        there.write_predictions(lines)
         seconds = {"train_seconds": 10.0 + rank, "train_cpu_seconds": 20.0 + rank}
         validation = {name: value * 0.9 for name, value in score(task, guesses(task, skill, 77)).items()}
         result = {
             **ENVIRONMENT, "main_metric": METRICS[task].names[0], "data": {"validation": f"{task}-held-out", "test": f"{task}-test"},
             "metrics": {**validation, **seconds, "test": score(task, guess)},
         }  # fmt: skip
-        (there / "metrics.json").write_text(json.dumps(result))
-    (there / "run.json").write_text(json.dumps(run))
+        there.write_metrics(result)
+    there.write_facts(run)
 
 
 def work_off(

@@ -20,7 +20,7 @@ from duallora import cli
 from duallora.errors import ConfigError, GridError, Interrupted, LockedError
 from duallora.grid import live, pools
 from duallora.grid import run as engine
-from duallora.grid.study import Outcome, Study, outcomes
+from duallora.grid.study import Outcome, Study, cell_folder, outcomes
 from duallora.store import lock, record
 
 
@@ -276,11 +276,10 @@ def test_the_table_counts_cells_and_reads_where_the_running_ones_stand(fakes):
         (under_way, '{"step": 3, "loss": 0.5}\n{"step": 6, "loss": 0.125}\n{"step": 7, "eval_loss": 3.0}\n{"st'),
         (begun, None),
     ]:
-        record.write_json(
-            fakes.folder / "cells" / cell.name / "run.json", {"status": "running" if log else "interrupted", "steps": 9}
-        )
+        place = cell_folder(fakes.folder, cell.name)
+        place.write_facts({"status": "running" if log else "interrupted", "steps": 9})
         if log:
-            (fakes.folder / "cells" / cell.name / "log.jsonl").write_text(log)
+            place.log.path.write_text(log)
     found = {cells[0].name: Outcome(cells[0].name, "done", main_metric="accuracy", metrics={"accuracy": 71.25})}
     found[cells[1].name] = Outcome(
         cells[1].name, "failed", "diverged", error="NonFiniteError: the loss is nan in step 2; more"

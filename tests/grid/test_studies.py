@@ -238,7 +238,7 @@ def test_cells_scored_on_different_test_rows_are_refused(copy):
     with pytest.raises(IntegrityError, match="is damaged"):
         studies.summarize(copy)
     path.unlink()
-    with pytest.raises(IntegrityError, match="is gone"):
+    with pytest.raises(IntegrityError, match="are gone"):
         studies.summarize(copy)
 
 

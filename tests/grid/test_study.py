@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duallora.errors import ConfigError
-from duallora.grid.study import CELLS, Outcome, Study, outcomes
+from duallora.errors import ConfigError, IntegrityError
+from duallora.grid.study import CELLS, Outcome, Study, cell_folder, outcomes
 from duallora.store import record
 
 LR = "train.learning_rate"
@@ -415,10 +415,11 @@ def test_outcomes_are_what_the_cells_folders_say(tmp_path):
     for name, status in [("a", "done"), ("b", "failed"), ("c", "running")]:
         run = {
             "status": status,
+            "result": {"metrics": {}},
             "parameters": {"trainable": 5, "total": 9},
             "recipe": study().wanted({})[0].recipe().model_dump(mode="json"),
         }
-        record.write_json(tmp_path / CELLS / name / "run.json", {**run, "kind": "diverged"} if name == "b" else run)
+        cell_folder(tmp_path, name).write_facts({**run, "kind": "diverged"} if name == "b" else run)
     metrics = {"accuracy": 70.0, "train_seconds": 2.5, "train_cpu_seconds": 2.0, "test": {"accuracy": 65.0}}
     record.write_json(tmp_path / CELLS / "a" / "metrics.json", {"metrics": metrics, "main_metric": "accuracy"})
     (tmp_path / CELLS / "d").mkdir()
@@ -432,5 +433,5 @@ def test_outcomes_are_what_the_cells_folders_say(tmp_path):
         record.write_json(tmp_path / CELLS / "a" / "metrics.json", {"metrics": metrics, "data": data})
         assert outcomes(tmp_path)["a"].same_rows is same
     (tmp_path / CELLS / "c" / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"c.run\.json cannot be read"):
+    with pytest.raises(IntegrityError, match=r"c.run\.json is damaged"):
         outcomes(tmp_path)

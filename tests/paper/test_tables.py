@@ -8,7 +8,7 @@ import pytest
 
 from duallora import methods, paper
 from duallora.paper import cost, printed, reproduce
-from duallora.train import run
+from duallora.train import prepare
 
 PAPER = {study.name: study for name in paper.HOME if name[:5] in ("table", "figur") for study in paper.studies(name, "paper")}  # fmt: skip
 MINI = [study for name in paper.HOME for study in paper.studies(name, "mini")]
@@ -178,9 +178,9 @@ def test_steps_are_those_of_the_scripts():
     """HiRA's README batch on the rows it trained on; LoRA's CoLA script for RoBERTa-base on what is not held out."""
     llama, roberta = PAPER["table1-llama-7b"], PAPER["table2-roberta-base"]
     recipe = cells(llama)["commonsense", "duallora-r16"].recipe()
-    assert run.schedule(recipe, 170_300) == (31_932, 100)  # 10,644 batches of 16 in each of three epochs
+    assert prepare.schedule(recipe, 170_300) == (31_932, 100)  # 10,644 batches of 16 in each of three epochs
     recipe = cells(roberta)["cola", "lora-r8"].recipe()
-    assert run.schedule(recipe, 8_551 - 855) == (80 * 241, 1157)  # 7,696 / 32 = 240.5; 6 % of 19,280 is 1,156.8
+    assert prepare.schedule(recipe, 8_551 - 855) == (80 * 241, 1157)  # 7,696 / 32 = 240.5; 6 % of 19,280 is 1,156.8
 
 
 def test_table_4_has_loras_own_scale():

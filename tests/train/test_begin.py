@@ -43,7 +43,7 @@ def test_every_method_begins_where_it_ended(name, make_recipe, console, tmp_path
     assert again["metrics"]["loss"] != pytest.approx(again["metrics"]["loss_before"], abs=1e-6)
     for folder in ("run.json", "metrics.json"):
         facts = json.loads((tmp_path / "again" / folder).read_text())
-        assert len(facts.get("start") or facts["fingerprints"]["start"]) == 64
+        assert len(facts.get("init_from") or facts["fingerprints"]["init_from"]) == 64
 
 
 @pytest.mark.parametrize("more", [(), ("adapter.warmup=residual",), ("adapter.direction=fixed", "adapter.r1=null"),
@@ -182,12 +182,12 @@ def test_a_resumed_run_does_not_begin_again_and_ends_to_the_bit(trained, make_re
     own = ["adapter.warmup_steps=auto", f"adapter.init_from={first}", "train.max_steps=6"]
     run.train(make_recipe(*own), console=console)
     stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=4)
-    fingerprint = json.loads((tmp_path / "run" / "run.json").read_text())["fingerprints"]["start"]
+    fingerprint = json.loads((tmp_path / "run" / "run.json").read_text())["fingerprints"]["init_from"]
     shutil.rmtree(first)
     run.train(make_recipe(*own, output=stopped), resume="auto", console=console)
     whole, again = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "run", stopped))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
-    assert json.loads((stopped / "run.json").read_text())["fingerprints"]["start"] == fingerprint
+    assert json.loads((stopped / "run.json").read_text())["fingerprints"]["init_from"] == fingerprint
 
 
 def test_a_start_that_changed_before_the_first_checkpoint_is_refused(

@@ -14,12 +14,12 @@ from duallora.errors import ConfigError
 from duallora.store import models
 from duallora.store.models import load_model
 from duallora.tasks import Collator
-from duallora.train import calibration, evaluate, run
+from duallora.train import calibration, evaluate, prepare, run
 
 GRADIENT = ("adapter.init=gradient", "adapter.init_batches=2", "train.save_total_limit=null")
 
 
-def factors(folder, part: str = "checkpoints/start") -> dict[str, torch.Tensor]:
+def factors(folder, part: str = "checkpoints/init") -> dict[str, torch.Tensor]:
     return load_file(folder / part / "adapter_model.safetensors")
 
 
@@ -55,7 +55,7 @@ def started(_started, make_recipe, console, tmp_path_factory):
 def test_the_run_starts_down_the_gradient_of_its_own_loss_on_the_drawn_rows(started, console, kind):
     """The oracle takes all drawn rows as one batch through transformers' own loss, in float64."""
     recipe, folder, result = started(kind)
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     run.set_seed(recipe.seed)
     labels = {"classify": 2}.get(kind)
     model, tokenizer = load_model(recipe.model.name, kind, num_labels=labels)

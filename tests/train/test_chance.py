@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from duallora.store.run_folder import Log
 from duallora.tasks import Example, Task
 from duallora.train import chance, run
 from duallora.train.evaluate import EvalResult
-from duallora.train.loop import JsonLines
 
 LABELS = ("billing", "login", "shipping", "bug", "cancel", "question")
 CLASSES = Task(name="t", kind="classify", splits={}, format="", labels=LABELS, metrics=dict, main_metric="accuracy")
@@ -151,11 +151,11 @@ def test_the_last_steps_loss_is_weighed_by_steps(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"step": step, "loss": loss, "gate": 1.0} for step, loss in ((1, 9.0), (4, 6.0), (7, 2.0), (8, 6.0))]
     path.write_text("\n".join(map(json.dumps, [*lines, {"step": 8, "eval_loss": 77.0}])))
-    log = JsonLines(path)
+    log = Log(path)
     assert log.last_loss(1) == 6.0
     assert log.last_loss(3) == log.last_loss(4) == pytest.approx((3 * 2.0 + 6.0) / 4)
     assert log.last_loss(100) == pytest.approx((9.0 + 3 * 6.0 + 3 * 2.0 + 6.0) / 8)
-    assert JsonLines(tmp_path / "none.jsonl").last_loss(10) is None
+    assert Log(tmp_path / "none.jsonl").last_loss(10) is None
 
 
 def test_a_run_says_it(make_recipe, console, tmp_path):

@@ -8,6 +8,7 @@ from damage import bit_flip, empty, half, missing
 
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.store import checkpoint, record
+from duallora.train import loop
 
 FILES = ("adapter_config.json", checkpoint.WEIGHTS[0], *checkpoint.REQUIRED, *checkpoint.rng_files(1))
 
@@ -58,11 +59,30 @@ def test_none_left_is_an_error_that_deletes_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_checkpoint_at_all_is_no_error(tmp_path):
+def test_no_sealed_checkpoint_is_no_error(tmp_path):
+    """Else a run that was killed in its first save could never be taken up again."""
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "notes.txt").touch()
-    assert checkpoint.require_resumable(tmp_path) == (None, [])
-    assert checkpoint.require_resumable(tmp_path / "absent") == (None, [])
+    assert checkpoint.require_resumable(tmp_path) == checkpoint.require_resumable(tmp_path / "absent") == (None, [])
+    missing(make(tmp_path, 2) / checkpoint.MANIFEST)
+    assert checkpoint.require_resumable(tmp_path) == (
+        None, ["checkpoint-2: MANIFEST.json is missing: the save did not finish"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 9999, '{"a": ' * 9999, "[]", "\xff", '{"digest": 1, "files": {}, "step": 2}']
+)
+def test_a_manifest_of_anything_else_is_damaged(tmp_path, content):
+    path = make(tmp_path, 2)
+    (path / checkpoint.MANIFEST).write_text(content, encoding="latin-1")
+    assert checkpoint.verify(path) == "MANIFEST.json is damaged"
+
+
+def test_a_checkpoint_under_another_number_is_refused(tmp_path):
+    """Trainer would take the folder's number for the step that the weights are of."""
+    make(tmp_path, 2).rename(tmp_path / "checkpoint-3")
+    assert "is that of step 2" in checkpoint.verify(tmp_path / "checkpoint-3")
 
 
 def test_steps_are_compared_as_numbers(tmp_path):
@@ -148,13 +168,22 @@ def test_drift_lists_what_matters_and_nothing_else():
     checkpoint.refuse_drift(before, {**before, "output": "z"})
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "changed"), [(3, 4, 0), (12, 1, 0), (6, 3, 1), (5, 2, 1), (4, 4, 2)]
+)
+def test_as_many_rows_a_step_are_the_same_run(batch_size, accumulation, changed):
+    before = {"train": {"batch_size": 6, "gradient_accumulation_steps": 2}}
+    after = {"train": {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}}
+    assert len(checkpoint.drift(before, after)) == changed
+
+
 def test_a_non_finite_weight_is_named_and_frozen_ones_do_not_matter():
     model = torch.nn.Linear(2, 2)
     model.weight.requires_grad_(False)
     with torch.no_grad():
         model.weight[0, 1] = torch.nan
-    checkpoint.require_finite(model, "step 3")
+    loop.require_finite(model, "step 3")
     with torch.no_grad():
         model.bias[1] = -torch.inf
     with pytest.raises(NonFiniteError, match=r"bias.*step 3"):
-        checkpoint.require_finite(model, "step 3")
+        loop.require_finite(model, "step 3")

@@ -9,7 +9,7 @@ from duallora.paper import demo
 from duallora.paper.demo import FULL, QUICK, Plan, show
 from duallora.store import adapters, record
 from duallora.tasks import Example, Task, load_data
-from duallora.train import evaluate, run
+from duallora.train import evaluate, prepare, run
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def tiny(make_recipe, sums, monkeypatch):
     recipe = make_recipe("train.max_steps=20", "train.save_steps=100")
     whole = load_data(str(sums), eval_fraction=0.5)
     task = replace(whole, splits={**whole.splits, "test": whole.splits["validation"]}, generation={"max_new_tokens": 8})
-    monkeypatch.setattr(run, "load", lambda recipe, console: task)
+    monkeypatch.setattr(run.prepare, "load", lambda recipe, console: task)
     settings = ["train.max_steps=20", "train.learning_rate=1e-2", "data.max_length=64", "train.report_to=[]"]
     return Plan(
         title="a", story="b", model=recipe.model.name, data=str(sums), settings=(*settings, "eval.metrics=false"),
@@ -31,7 +31,7 @@ def test_the_metrics_are_those_of_the_model_on_the_disk(tiny, console, tmp_path)
     assert result["max_logit_difference"] == 0.0
     assert result["after"]["loss"] < result["before"]["loss"]
     summary = record.read_json(tmp_path / "demo" / "demo.json")
-    task = demo._held_out(run.load(None, None), 7)
+    task = demo._held_out(prepare.load(None, None), 7)
     for source, values in ((result["run"], summary["metrics"]["after"]), (tiny.model, summary["metrics"]["before"])):
         scored = evaluate.evaluate(*adapters.load_adapter(source, "generate"), task, batch_size=32, max_length=64)
         assert values["loss"] == scored.metrics["loss"]

@@ -14,7 +14,7 @@ from duallora.config.recipe import recipe_yaml
 from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.store import adapters
-from duallora.train import evaluate, run
+from duallora.train import evaluate, prepare, run
 
 
 @pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])
@@ -34,7 +34,7 @@ def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_reci
 
     model, tokenizer = adapters.load_adapter(folder, "generate")
     assert json.loads((folder / "adapter" / adapters.SIDECAR).read_text())["method"] == name.upper()
-    task = run.load(make_recipe(*settings(name)), console)
+    task = prepare.load(make_recipe(*settings(name)), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=1e-6)
     if name in ("lora+", "delta-lora"):

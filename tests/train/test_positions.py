@@ -15,7 +15,7 @@ from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.store import adapters, positions
 from duallora.tasks import load_data
-from duallora.train import evaluate, run
+from duallora.train import evaluate, prepare, run
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 300,
@@ -227,7 +227,7 @@ def test_answers_beyond_the_table_are_refused_before_training(texts, recipe_for,
     model, tokenizer = adapters.load_adapter(recipe.model.name, "generate")
     quiet = recipe_for("gpt2", 48, "eval.max_new_tokens=20", data=texts)  # where nothing is generated
     task = load_data(str(texts))
-    assert run.check_lengths(quiet, model, tokenizer, task, [{"input_ids": [1] * 47}]) == []
+    assert prepare.check_lengths(quiet, model, tokenizer, task, [{"input_ids": [1] * 47}]) == []
 
 
 def test_virtual_tokens_are_counted_before_training(folder, texts, console, tmp_path):

@@ -25,7 +25,7 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.store import checkpoint, lock, record
-from duallora.train import loop, run
+from duallora.train import loop, prepare, run
 
 
 @pytest.fixture
@@ -478,7 +478,7 @@ def test_a_bfloat16_base_keeps_float32_factors(make_recipe, console):
 )
 def test_few_rows_are_passed_over_more_often(rows, settings, expected):
     """(steps, those that warm up) by the number of rows: 96 rows once, 12 steps, left LoRA at chance (LOG.md)."""
-    assert run.schedule(load_recipe(None, settings, data="mine.csv"), rows) == expected
+    assert prepare.schedule(load_recipe(None, settings, data="mine.csv"), rows) == expected
 
 
 def test_a_number_of_steps_leaves_the_passes_as_recorded_runs_have_them():
@@ -503,7 +503,7 @@ def test_auto_warm_up_is_the_learning_rates(make_recipe, console):
 def test_what_transformers_would_refuse_is_refused_before_anything_is_loaded(
     make_recipe, console, monkeypatch, setting, message
 ):
-    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("the data were loaded first"))
+    monkeypatch.setattr(run.prepare, "load", lambda *_: pytest.fail("the data were loaded first"))
     with pytest.raises(ConfigError, match=message):
         run.train(make_recipe(setting), console=console)
 
@@ -517,17 +517,8 @@ def test_without_the_loss_before_a_run_is_the_same_run(make_recipe, console, ref
     assert equal(weights(recipe.output), reference["weights"])
 
 
-def test_a_resume_on_other_held_out_rows_takes_the_first_loss_anew(make_recipe):
-    recipe = make_recipe("data.eval_limit=6")
-    previous = {"recipe": {"data": {"eval_limit": 1}}, "loss_before": 5.0}
-    assert run._loss_before(previous, recipe) is None
-    previous["recipe"]["data"]["eval_limit"] = 6
-    assert run._loss_before(previous, recipe) == 5.0
-    assert run._loss_before(None, recipe) is None
-
-
 def test_a_batch_is_as_large_as_the_recipe_says_where_several_gpus_are_seen(monkeypatch, tmp_path):
     """One process trains on one device: transformers alone would take the batch size for that of each GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     recipe = load_recipe(overrides=["data.task=cola", "train.batch_size=6"])
-    assert run._arguments(recipe, tmp_path, steps=1, lr_warmup=0).train_batch_size == 6
+    assert prepare.arguments(recipe, tmp_path, steps=1, lr_warmup=0).train_batch_size == 6

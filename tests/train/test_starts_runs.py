@@ -18,7 +18,7 @@ from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.methods import MethodSpec
 from duallora.store import adapters, models
-from duallora.train import evaluate, run
+from duallora.train import evaluate, prepare, run
 from duallora.train.adapter import put
 
 STARTS = {
@@ -60,7 +60,7 @@ def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
     assert whole["metrics"].get("start_rows") == again["metrics"].get("start_rows") == seen
 
     model, tokenizer = adapters.load_adapter(folder, "generate")
-    task = run.load(make_recipe(*settings(start)), console)
+    task = prepare.load(make_recipe(*settings(start)), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
     # A checkpoint is an adapter of the untouched base too.
@@ -79,7 +79,7 @@ def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, cons
     again = run.train(recipe, console=console)
     assert again["metrics"].get("start_rows") is None
     model, tokenizer = adapters.load_adapter(tmp_path / "again", "generate")
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(again["metrics"]["loss"], abs=2e-6)
     begun, _ = adapters.load_adapter(tmp_path / "first", "generate")
@@ -97,7 +97,7 @@ def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, cons
 def test_before_the_first_step_the_function_is_the_base_models(start, make_recipe, console, tiny_causal_folder):
     """W_res + s B0 A0 = W0, though B0 A0 is not 0."""
     recipe = make_recipe(*settings(start, "data.limit=20"))
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     model, tokenizer = run.load_model(str(tiny_causal_folder), "generate")
     rows, _ = run.encode_split(evaluate.select(task, "train", 20), tokenizer, "generate", max_length=64)
     batch = run.Collator(tokenizer)(rows[:3])
@@ -129,7 +129,7 @@ def test_before_the_first_step_the_function_is_the_base_models(start, make_recip
 def test_lora_ga_of_the_paper_is_the_gradients_singular_vectors(make_recipe, console, tiny_causal_folder):
     """A: the leading r right ones, B: the next r left ones, both times out^(1/4) / sqrt(16); the gradient taken by hand."""
     recipe = make_recipe(*settings("lora-ga-paper", "adapter.method=lora"))
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     model, tokenizer = run.load_model(str(tiny_causal_folder), "generate")
     rows, _ = run.encode_split(evaluate.select(task, "train", 5), tokenizer, "generate", max_length=64)
     plain = AutoModelForCausalLM.from_pretrained(tiny_causal_folder)
@@ -173,7 +173,7 @@ def test_a_classifier_with_such_a_start_resumes_to_the_bit_and_begins_from_anoth
     targets.write_text("".join(json.dumps({"text": f"fine {n}", "label": n / 7}) + "\n" for n in range(12)))
     again = both_ways("stsb", f"adapter.init_from={tmp_path / 'mnli'}", data=targets)
     model, tokenizer = adapters.load_adapter(again["folder"], "regress")
-    task = run.load(make_recipe(*more, kind="classify", data=targets), console)
+    task = prepare.load(make_recipe(*more, kind="classify", data=targets), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "regress", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "regress") == pytest.approx(again["metrics"]["loss"], abs=1e-6)
 
@@ -207,7 +207,7 @@ def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
     recipe = make_recipe(*settings("pissa"), f"adapter.options={own}")
     result = run.train(recipe, console=console)
     model, tokenizer = adapters.load_adapter(result["folder"], "generate")
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(
         result["metrics"]["loss"], abs=2e-6

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from duallora.errors import ConfigError, IntegrityError
 from duallora.export import merge
 from duallora.store import adapters, checkpoint
-from duallora.train import evaluate, run
+from duallora.train import evaluate, prepare, run
 
 
 def settings(name: str, *more: str) -> list[str]:
@@ -81,7 +81,7 @@ def test_a_whole_model_is_trained_resumed_to_the_bit_and_read_back(
 
     model, tokenizer = adapters.load_adapter(folder, "generate")
     assert str(model.dtype) == f"torch.{dtype}"
-    task = run.load(make_tied(*more), console)
+    task = prepare.load(make_tied(*more), console)
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=1e-6)
     with pytest.raises(ConfigError, match="is a model, not an adapter"):
@@ -97,7 +97,7 @@ def test_the_first_step_of_full_fine_tuning_is_adamws_on_every_weight(make_tied,
     run.train(recipe, console=console)
     model = AutoModelForCausalLM.from_pretrained(tied_folder)
     _, tokenizer = adapters.load_adapter(tied_folder, "generate")
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     rows, _ = run.encode_split(evaluate.select(task, "train"), tokenizer, "generate", max_length=64)
     batch = run.Collator(tokenizer)(rows)
     labels = batch.pop("labels")[:, 1:]
@@ -137,7 +137,7 @@ def test_a_classifier_is_read_back_with_its_head_and_its_classes(kind, make_reci
     recipe = make_recipe(*settings("full"), kind="classify", data=data)
     result = run.train(recipe, console=console)
     model, tokenizer = adapters.load_adapter(result["folder"], kind)
-    task = run.load(recipe, console)
+    task = prepare.load(recipe, console)
     assert task.kind == kind
     held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, kind, max_length=64)
     assert evaluate.loss_on(model, tokenizer, held_out, kind) == pytest.approx(result["metrics"]["loss"], abs=1e-6)

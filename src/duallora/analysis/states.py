@@ -14,10 +14,12 @@ from torch import Tensor
 from duallora.core.equation import Update
 from duallora.core.init import draw_factors, draw_signs
 from duallora.errors import ConfigError, IntegrityError
+from duallora.store import checkpoint
+from duallora.store.adapters import read_sidecar
+from duallora.store.run_folder import RunFolder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MODEL = "model.safetensors"  # in its place where a method trains the whole model
-START = "start"
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,11 @@ def states(source: Path | str) -> list[State]:
     folder = Path(source)
     if _holds(folder):
         return [State(_steps(folder), folder)]
-    found = {}
-    for path in (folder / "checkpoints").glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (path / "MANIFEST.json").is_file() and _holds(path):
-            found[int(number)] = path
-    if _holds(folder / "checkpoints" / START):
-        found[0] = folder / "checkpoints" / START
-    for result in (folder / "adapter", folder / "model"):
-        if _holds(result):
-            found[_steps(result)] = result
+    run = RunFolder(folder)
+    found = {step: path for step, path in checkpoint.sealed(run.checkpoints) if _holds(path)}
+    if _holds(run.init):
+        found[0] = run.init
+    found |= {_steps(result): result for result in run.results() if _holds(result)}
     if not found:
         raise ConfigError(
             f"{folder} holds no adapter: expected a run folder (with adapter/, model/ or checkpoints/) or an adapter's "
@@ -66,10 +63,7 @@ def _holds(folder: Path) -> bool:
 
 
 def _steps(folder: Path) -> int:
-    try:
-        return int(json.loads((folder / "duallora.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError):
-        return 0  # another tool's adapter says nothing of it
+    return int(read_sidecar(folder).get("steps", 0))  # another tool's adapter says nothing of it
 
 
 class Adapter:

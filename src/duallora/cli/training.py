@@ -141,7 +141,7 @@ def train(
     from duallora.train import run
 
     if dry_run:
-        return _plan(recipe)
+        return run.plan(recipe, console.results)
     result = run.train(recipe, resume=resume, console=console.results)
     if os.environ.get("RANK", "0") == "0":
         folder = Path(result["folder"])
@@ -441,7 +441,7 @@ def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tup
     """The task of that name, else the data at that path or hub id, as a run with these settings reads it."""
     from duallora.config.load import load_recipe
     from duallora.tasks import names
-    from duallora.train.run import read
+    from duallora.train.prepare import read
 
     what = {"task": name, "data_dir": data_dir} if name in names() else {"data": name}
     recipe = load_recipe(None, overrides or (), **what)
@@ -484,7 +484,7 @@ def what_to_score(
 
     trained = trained_for(source)
     if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
-        from duallora.train.run import load
+        from duallora.train.prepare import load
 
         return load(recipe, console.results, trained), recipe, True
     chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe, trained)
@@ -507,11 +507,10 @@ def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
 
 def _recipe_file(path: Path) -> Path | None:
     """The recipe of the run that ``path``, one of its checkpoints or its adapter belongs to."""
-    path = path.expanduser().absolute()
-    for folder in (path, *path.parents[:2]) if path.is_dir() else ():
-        if (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file():
-            return folder / "recipe.yaml"
-    return None
+    from duallora.store.run_folder import RunFolder
+
+    run = RunFolder.around(path)
+    return run.recipe_file if run and run.recipe_file.is_file() else None
 
 
 def _same_data(data: str, trained_on: str | None) -> bool:
@@ -532,7 +531,7 @@ def _every_row(data: str, recipe: Recipe | None, trained: Trained | None) -> Tas
     if recipe is None:
         task = load_data(data, eval_data=data, trained=trained)
     else:
-        from duallora.train.run import reading
+        from duallora.train.prepare import reading
 
         task = load_data(data, eval_data=data, trained=trained, **reading(recipe.data))
     rows = task.splits["train"]
@@ -620,53 +619,3 @@ def _on_a_line(value: Any) -> str:
     """Text on one line, without the control characters that an untrained model may write to the terminal."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
-def _plan(recipe: Recipe) -> dict[str, Any]:
-    """What ``train`` would do, from everything but the training: data read, rows encoded, model and adapter built."""
-    from duallora.config.recipe import default_output
-    from duallora.store.models import load_model
-    from duallora.tasks import encode_split
-    from duallora.terminal import quiet_libraries, say
-    from duallora.train import adapter, plugins, run
-    from duallora.train.evaluate import select
-
-    plugins.load(recipe.plugins)
-    run.check_settings(recipe)
-    task = run.load(recipe, console.results)
-    with quiet_libraries():
-        labels = len(task.labels) or None
-        model, tokenizer = load_model(
-            recipe.model.name, task.kind, dtype=recipe.model.dtype, num_labels=labels, revision=recipe.model.revision,
-            quantization=recipe.model.quantization,
-        )  # fmt: skip
-        rows, counts = encode_split(
-            select(task, "train", recipe.data.limit),
-            tokenizer,
-            task.kind,
-            max_length=recipe.data.max_length,
-            train_on=recipe.data.train_on,
-        )
-        steps, warmup = run.schedule(recipe, counts.rows)
-        adapted = adapter.adapt(model, recipe, task.kind, warmup)
-        notes = run.check_lengths(recipe, adapted, tokenizer, task, rows)
-        trainable, total = adapter.parameter_counts(adapted)
-    folder = recipe.output or default_output(recipe)
-    out = console.results
-    say(out, "tokens", f"{counts.tokens:,} in {counts.rows:,} rows, {counts.truncated:,} rows cut")
-    say(out, "model", f"{escape(recipe.model.name)}: {trainable:,} of {total:,} parameters trained")
-    for note in notes:
-        say(out, "note", f"[yellow]{escape(note)}[/]")
-    say(out, "steps", run.in_words(recipe, counts.rows, steps, warmup))
-    say(out, "dry run", f"nothing was trained or written; the run folder would be {escape(folder)}")
-    return {
-        "folder": folder,
-        "rows": counts.rows,
-        "tokens": counts.tokens,
-        "trained_tokens": counts.trained_tokens,
-        "truncated": counts.truncated,
-        "steps": steps,
-        "warmup_steps": warmup,
-        "trainable_parameters": trainable,
-        "recipe": recipe.model_dump(mode="json"),
-    }

@@ -22,6 +22,7 @@ from yaml import YAMLError  # what huggingface_hub reads front matter with
 
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
 from duallora.store import adapters, checkpoint, record, untrusted
+from duallora.store.run_folder import RunFolder
 from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, metrics
 from duallora.terminal import say, shown
 
@@ -171,7 +172,7 @@ def conversions(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
     They lie in the adapter's folder, or beside it in the run's.
     """
-    places = [folder, folder.parent] if (folder.parent / "run.json").is_file() else [folder]
+    places = [folder, folder.parent] if RunFolder(folder.parent).exists() else [folder]
     ours = (
         checkpoint.file_record(folder / adapters.WEIGHTS)["sha256"] if (folder / adapters.WEIGHTS).is_file() else None
     )
@@ -217,8 +218,7 @@ def _mark(text: str) -> str:
 
 def _run(folder: Path) -> dict[str, Any]:
     """run.json of the run the adapter belongs to; empty where it came without one."""
-    path = folder.parent / "run.json"
-    return dict(record.read_json(path)) if folder.name == "adapter" and path.is_file() else {}
+    return dict(RunFolder(folder.parent).facts() or {}) if folder.name == "adapter" else {}
 
 
 def _title(folder: Path, task: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from duallora.errors import is_number
-from duallora.grid.study import CELLS, Cell, Outcome, Study
+from duallora.errors import DualLoraError, is_number
+from duallora.grid.study import CELLS, Cell, Outcome, Study, cell_folder
+from duallora.store.run_folder import RunFolder
 from duallora.terminal import LABEL_WIDTH, clock, say, shown
 
 TABLE_EVERY = 0.5  # seconds between looks at the cells' logs
@@ -97,7 +97,7 @@ class Show:
         diverged = sum(cell.name in outcomes and outcomes[cell.name].diverged for cell in wanted)
         total = self.study.expected(outcomes)
         queued = max(0, total - done - diverged - len(running) - len(failed))
-        places = {name: progress(self.folder / CELLS / name) for name in running}
+        places = {name: progress(cell_folder(self.folder, name)) for name in running}
         left = self._left(queued, places.values())
         counts = [(queued, "queued", ""), (len(running), "running", "cyan"), (done, "done", "green")]
         counts += [(diverged, "diverged", "yellow"), (len(failed), "failed", "red")]
@@ -191,28 +191,14 @@ def _chosen_on_test(study: Study, found: Mapping[str, Outcome], task: str) -> bo
 Place = tuple[int | None, int | None, float | None]
 
 
-def progress(cell: Path) -> Place:
+def progress(cell: RunFolder) -> Place:
     """(step, steps, loss) of a running cell by its own log; None for what it has not written yet."""
     try:
-        run = json.loads((cell / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        run = cell.facts()
+    except DualLoraError:
         return None, None, None
-    if run.get("status") not in ("running", "done"):  # of an earlier attempt
+    if run is None or run["status"] not in ("running", "done"):  # of an earlier attempt
         return None, None, None
-    step, loss = 0, None
-    try:
-        with (cell / "log.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for text in reversed(lines):
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut at either end
-            continue
-        step = max(step, int(line.get("step", 0)))
-        if isinstance(line.get("loss"), float):
-            loss = line["loss"]
-            break
-    return step, run.get("steps"), loss
+    lines = cell.log.lines(TAIL)
+    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), float)]
+    return max((line["step"] for line in lines), default=0), run.get("steps"), losses[-1] if losses else None

@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from duallora.config.recipe import fingerprint, recipe_yaml
+from duallora.config.recipe import fingerprint
 from duallora.errors import ConfigError, GridError, Interrupted
 from duallora.grid.live import Show
 from duallora.grid.pools import POLL, Local, Pool
-from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, outcome, outcomes
+from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, cell_folder, outcome, outcomes
 from duallora.store.lock import locked
 from duallora.store.record import read_json, write_text
+from duallora.store.run_folder import RunFolder
 from duallora.train.launch import Stopping
 
 Keep = Literal["none", "best", "all"]
@@ -35,7 +36,6 @@ LOCKED = 6
 LOST = (8, 9, 130, 137, 143)  # out of memory, a process gone, ended from outside: another try may do
 LOCK_EVERY = 5.0  # seconds between tries of a cell whose folder a process of an earlier grid still holds
 LOCK_TRIES = 120
-RESULTS = ("adapter", "model")  # of a run folder: what `keep` is about
 
 
 def run(
@@ -189,7 +189,7 @@ class _Grid:
         beside = place.with_name(f".{cell.name}.tmp")
         for rest in (beside, place):  # of a copy cut short; of a cell that was killed before its run.json
             shutil.rmtree(rest, ignore_errors=True)
-        shutil.copytree(source, beside, ignore=shutil.ignore_patterns("checkpoints", "tb", ".lock"))
+        RunFolder(source).copy_record(beside)
         beside.rename(place)
         found = outcome(self.folder, cell.name)
         assert found is not None  # the source has one
@@ -210,18 +210,18 @@ class _Grid:
     # -- one cell ------------------------------------------------------------------------------------------------------
 
     def _start(self, cell: Cell) -> None:
-        place = self.folder.resolve() / CELLS / cell.name
-        write_text(place / "recipe.yaml", recipe_yaml(cell.recipe(self.folder.resolve())))
-        log = place.with_name(f"{cell.name}.log")
+        place = cell_folder(self.folder.resolve(), cell.name)
+        place.write_recipe(cell.recipe(self.folder.resolve()))
+        log = place.path.with_name(f"{cell.name}.log")
         arguments = [
             *PROGRAM,
             "train",
             "-c",
-            str(place / "recipe.yaml"),
+            str(place.recipe_file),
             "--resume",
             "auto",
             "-o",
-            str(place),
+            str(place.path),
             "--json",
         ]
         self.pool.start(cell.name, arguments, log)
@@ -289,9 +289,9 @@ class _Grid:
                     stay = best if self.keep == "best" else task in sources and best
                     for cell in study.cells_at(self.outcomes, task, variant, point):
                         if cell.name in self.outcomes and self.outcomes[cell.name].settled:
-                            place = self.folder / CELLS / cell.name
-                            for part in ("checkpoints", *(() if stay else RESULTS)):
-                                shutil.rmtree(place / part, ignore_errors=True)
+                            place = cell_folder(self.folder, cell.name)
+                            for part in (place.checkpoints, *(() if stay else place.results())):
+                                shutil.rmtree(part, ignore_errors=True)
 
 
 def _finished(folders: Sequence[Path | str]) -> dict[str, Path]:
@@ -301,9 +301,10 @@ def _finished(folders: Sequence[Path | str]) -> dict[str, Path]:
         if not (folder / STUDY).is_file():
             raise ConfigError(f"reuse: {folder} holds no {STUDY}; expected the folder of a grid")
         for name, item in outcomes(folder).items():
-            run = read_json(folder / CELLS / name / "run.json")
-            if item.settled and "recipe" in run.get("fingerprints", {}):
-                found[run["fingerprints"]["recipe"]] = folder / CELLS / name
+            cell = cell_folder(folder, name)
+            recipe = (cell.facts() or {}).get("fingerprints", {}).get("recipe")
+            if item.settled and recipe is not None:
+                found[recipe] = cell.path
     return found
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from duallora.config.load import assemble, overlay, read_settings, resolve
-from duallora.config.recipe import SECTIONS, Recipe, recorded
+from duallora.config.recipe import SECTIONS, Recipe
 from duallora.config.yaml import Placed, read_yaml, yaml_value
 from duallora.errors import ConfigError, is_number
+from duallora.store.run_folder import Metrics, RunFolder
 from duallora.tasks import metrics
 
 EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
@@ -539,29 +540,30 @@ class Study:
 # -- outcomes ---------------------------------------------------------------------------------------------------------
 
 
+def cell_folder(folder: Path | str, name: str) -> RunFolder:
+    """The run folder of a cell."""
+    return RunFolder(Path(folder) / CELLS / name)
+
+
 def outcomes(folder: Path | str) -> dict[str, Outcome]:
     """The outcomes of every cell that has begun below a study's folder, by name."""
-    found = (outcome(folder, path.parent.name) for path in sorted(Path(folder).glob(f"{CELLS}/*/run.json")))
+    found = (outcome(folder, path.name) for path in sorted(Path(folder).glob(f"{CELLS}/*")) if path.is_dir())
     return {item.name: item for item in found if item is not None}
 
 
 def outcome(folder: Path | str, name: str) -> Outcome | None:
     """The outcome of one cell; None before it has begun."""
-    cell = Path(folder) / CELLS / name
-    run = _json(cell / "run.json")
+    cell = cell_folder(folder, name)
+    run = cell.facts()
     if run is None:
         return None
-    try:
-        recipe = recorded(run["recipe"], str(cell / "run.json"))
-    except (KeyError, TypeError) as error:
-        raise _damaged(cell / "run.json", error) from None
-    result = _json(cell / "metrics.json") if run.get("status") == "done" else None
-    values = dict((result or {}).get("metrics") or {})
+    result = (cell.metrics() if run["status"] == "done" else None) or Metrics()
+    values = dict(result.get("metrics", {}))
     test = values.pop("test", None) or {}
-    data = (result or {}).get("data") or {}
+    data = result.get("data", {})
     return Outcome(
         name,
-        str(run.get("status")),
+        run["status"],
         kind=run.get("kind", ""),
         metrics=values,
         test=test,
@@ -569,8 +571,8 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
         seconds=_sum(values, "start_seconds", "train_seconds"),
         cpu_seconds=_sum(values, "start_cpu_seconds", "train_cpu_seconds"),
         error=run.get("error"),
-        main_metric=(result or {}).get("main_metric"),
-        recipe=recipe,
+        main_metric=result.get("main_metric"),
+        recipe=cell.recipe(),
         same_rows="test" in data and data["test"] == data.get("validation"),
     )
 
@@ -579,20 +581,6 @@ def _sum(values: Mapping[str, Any], *names: str) -> float | None:
     """What a start from data took is part of what the method costs."""
     found = [values[name] for name in names if is_number(values.get(name))]
     return sum(found) if found else None
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
-    return value if isinstance(value, dict) else {}
-
-
-def _damaged(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({error!r}); remove its folder to run that cell again")
 
 
 # -- numbers and names ------------------------------------------------------------------------------------------------

@@ -20,12 +20,11 @@ import numpy as np
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
 from duallora.grid import statistics
 from duallora.grid.statistics import ROUNDS, Estimate, Pool, Sample
-from duallora.grid.study import CELLS, RESERVED, STUDY, Outcome, Outcomes, Point, Study, outcomes
+from duallora.grid.study import CELLS, RESERVED, STUDY, Outcome, Outcomes, Point, Study, cell_folder, outcomes
 from duallora.store import record
 from duallora.tasks import Example, metrics
 from duallora.tasks.metrics import Metric
 
-PREDICTIONS = "predictions.jsonl"
 KIND = "study"
 AVERAGE = "average"
 CURVE_POINTS = 40
@@ -212,8 +211,8 @@ def _provenance(folder: Path, found: Outcomes, names: Iterable[str]) -> dict[str
     """Every version of code, packages and machine among the cells, each with the number of its cells."""
     seen: dict[str, Counter[str]] = {key: Counter() for key in (*PROVENANCE, "base")}
     for name in names:
-        facts = record.read_json(folder / CELLS / name / "run.json")
-        facts["base"] = (facts.get("fingerprints") or {}).get("base")
+        run = cell_folder(folder, name).facts() or {}
+        facts = {**run, "base": run.get("fingerprints", {}).get("base")}
         for key, counts in seen.items():
             counts[json.dumps(facts.get(key), sort_keys=True)] += 1
     return {
@@ -306,22 +305,18 @@ def _predictions(folder: Path, name: str, metric: Metric) -> tuple[list[Any], li
             return [(line["log_likelihood"], line["tokens"]) for line in lines], examples
         return [line["prediction"] for line in lines], examples
     except (KeyError, TypeError) as error:
-        raise _damaged(folder, name, error) from None
+        place = folder / CELLS / name
+        raise IntegrityError(
+            f"the predictions of {place} are damaged ({error!r}): remove it and run the grid again"
+        ) from None
 
 
 def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    path = folder / CELLS / name / PREDICTIONS
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise IntegrityError(f"{path} is gone: remove {path.parent} and run the grid again") from None
-    except ValueError as error:
-        raise _damaged(folder, name, error) from None
-
-
-def _damaged(folder: Path, name: str, error: Exception) -> IntegrityError:
-    path = folder / CELLS / name / PREDICTIONS
-    return IntegrityError(f"{path} is damaged ({error!r}): remove {path.parent} and run the grid again")
+    found = cell_folder(folder, name).predictions()
+    if found is None:
+        place = folder / CELLS / name
+        raise IntegrityError(f"the predictions of {place} are gone: remove it and run the grid again")
+    return found
 
 
 def _row(
@@ -348,7 +343,7 @@ def _row(
         "validation": _mean(outcome.metrics.get(str(facts["chosen_by"])) for outcome in runs.cells.values()),
         "every": {name: _spread([one[name] for one in every if name in one]) for name in every[0]},
         "parameters": dict(first.parameters),
-        "steps": record.read_json(folder / CELLS / first.name / "run.json").get("steps"),
+        "steps": (cell_folder(folder, first.name).facts() or {}).get("steps"),
         "seconds": _mean(outcome.seconds for outcome in runs.cells.values()),
         "cpu_seconds": _mean(outcome.cpu_seconds for outcome in runs.cells.values()),
     }
@@ -463,7 +458,7 @@ def _paired(
 
 def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any] | None:
     """Training loss by step, the mean over seeds of the steps that all of them logged, in at most 40 bins."""
-    logs = [dict(_losses(folder / CELLS / outcome.name / "log.jsonl")) for outcome in runs.cells.values()]
+    logs = [dict(cell_folder(folder, outcome.name).log.losses()) for outcome in runs.cells.values()]
     steps = sorted(set.intersection(*map(set, logs))) if logs else []
     if len(steps) < 2:
         return None
@@ -476,17 +471,6 @@ def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any]
         "steps": [own[-1] for own in bins],
         "loss": [plain.fmean(log[step] for log in logs for step in own) for own in bins],
     }
-
-
-def _losses(path: Path) -> Iterator[tuple[int, float]]:
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # a kill can cut the last line short
-                continue
-            if "step" in line and is_number(line.get("loss")):
-                yield line["step"], line["loss"]
 
 
 # -- what is equal and what is not ------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from duallora.plan.architectures import config_of
 from duallora.plan.planner import Gpus, Planner
 from duallora.plan.trace import at_depth, depth_of
 from duallora.terminal import quiet_libraries
-from duallora.train import run
+from duallora.train import prepare
 from duallora.train.adapter import put
 
 MFU = 0.35  # of a data sheet's peak
@@ -179,7 +179,7 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     known, counted, options = facts(recipe), shape(recipe), recipe.train
     held_out = recipe.data.holdout or 0
     rows = min(known.rows - held_out, recipe.data.limit or known.rows)
-    steps, _ = run.schedule(recipe, rows)
+    steps, _ = prepare.schedule(recipe, rows)
     length = min(known.tokens, recipe.data.max_length)
     tokens = round(steps * options.batch_size * options.gradient_accumulation_steps * length)
     method = recipe.adapter.method

@@ -28,9 +28,10 @@ from duallora.config.recipe import Recipe
 from duallora.export.merge import merge
 from duallora.store import adapters, record
 from duallora.store.models import load_model
+from duallora.store.run_folder import RunFolder
 from duallora.tasks import Example, Task
 from duallora.terminal import clock, command, quiet_libraries, say, shown
-from duallora.train import evaluate, run
+from duallora.train import evaluate, prepare, run
 from duallora.train.evaluate import EvalResult
 
 SHOWN = 3  # examples before and after
@@ -119,7 +120,7 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
     recipe = load_recipe(None, plan.settings, model=plan.model, data=plan.data, output=output / "run")
 
     console.rule("[bold]1  before[/]", align="left", style="cyan")
-    task = _held_out(run.load(recipe, console), plan.held_out)
+    task = _held_out(prepare.load(recipe, console), plan.held_out)
     before = _score_base(recipe, task, console)
     _say_scores(plan, before, console)
 
@@ -139,7 +140,7 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
     console.rule("[bold]what came of it[/]", align="left", style="cyan")
     console.print(_summary(plan, before, after))
     console.print(_next_steps(plan, output, trained, merged, seconds))
-    facts = record.read_json(Path(trained["folder"]) / "metrics.json")
+    facts = RunFolder(trained["folder"]).metrics() or {}
     summary = record.result(
         "demo",
         facts["recipe"] | {"output": None},

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 
 from duallora.errors import ConfigError, IntegrityError
 from duallora.store import untrusted
-from duallora.store.checkpoint import compare_files
+from duallora.store.checkpoint import compare_files, file_record
 from duallora.store.models import load_config, load_model, weights_fingerprint
-from duallora.store.record import read_json
+from duallora.store.record import flush, follow_umask, read_json, write_json
+from duallora.store.run_folder import RunFolder
 from duallora.tasks.task import Kind
 from duallora.terminal import command, quiet_libraries
 
@@ -79,14 +80,14 @@ def find(source: str | Path) -> Path | None:
         return None
     path = Path(source)
     if path.is_dir():
-        for folder in (path, path / "adapter", path / "model"):
+        for folder in (path, *RunFolder(path).results()):
             if any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
                 return folder
-        if (path / "run.json").is_file():
-            status = read_json(path / "run.json").get("status")
+        run = RunFolder(path)
+        if facts := run.facts():
             raise ConfigError(
-                f"{path} is a run folder without a finished adapter or model (status: {status}); "
-                f"finish it with: {command('train', '-c', path / 'recipe.yaml', '--resume', 'auto')}"
+                f"{path} is a run folder without a finished adapter or model (status: {facts['status']}); "
+                f"finish it with: {command('train', '-c', run.recipe_file, '--resume', 'auto')}"
             )
         raise ConfigError(f"{path} holds neither adapter_config.json nor config.json: expected a run, adapter or model")
     if path.exists() or path.is_absolute() or str(source).startswith(".") or str(source).count("/") != 1:
@@ -103,10 +104,27 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(read_json(path))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise IntegrityError(
             f"{path} is damaged ({error}); restore it, or delete it to load without its checks"
         ) from None
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the sidecar of a result: ``facts``, and `file_record` of every file by name, which it returns."""
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
+    follow_umask(folder)
+    files = {path.name: file_record(path) for path in sorted(folder.iterdir())}
+    write_json(folder / SIDECAR, {**facts, "files": files})
+    for name in files:
+        flush(folder / name)
+    return files
+
+
+def damage(folder: Path) -> str | None:
+    """What of the result of a run is not as it was saved, or None."""
+    files = read_sidecar(folder).get("files")
+    return _differs(folder, files) if files else f"{SIDECAR} is gone, or lists no files"
 
 
 def trained_for(source: str | Path) -> Trained | None:
@@ -117,8 +135,8 @@ def trained_for(source: str | Path) -> Trained | None:
     folder = find(source)
     told = read_sidecar(folder) if folder else {}
     if folder is not None and "kind" not in told:  # a checkpoint: what its run has recorded
-        run = next((place / "run.json" for place in folder.parents[:2] if (place / "run.json").is_file()), None)
-        told = read_json(run).get("data", {}) if run else {}
+        run = RunFolder.around(folder)
+        told = (run.facts() or {}).get("data", {}) if run else {}
     if told.get("kind") in get_args(Kind):
         return Trained(told["kind"], tuple(told.get("labels", ())))
     if folder is not None and _is_adapter(folder):
@@ -249,10 +267,13 @@ def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int
         raise IntegrityError(f"{weights} is not a whole safetensors file ({error}); take a fresh copy of it") from None
 
 
-def _compare_with_recorded(folder: Path, sidecar: Mapping[str, Any]) -> None:
+def _differs(folder: Path, files: Mapping[str, Any]) -> str | None:
     # Conversions lie in folders of their own inside the adapter's; nothing that loads the adapter looks there.
-    inside = tuple(path.parent for path in folder.glob("*/adapter_config.json"))
-    reason = compare_files(folder, sidecar.get("files", {}), ignore=inside) if sidecar.get("files") else None
+    return compare_files(folder, files, ignore=[path.parent for path in folder.glob("*/adapter_config.json")])
+
+
+def _compare_with_recorded(folder: Path, sidecar: Mapping[str, Any]) -> None:
+    reason = _differs(folder, sidecar.get("files", {})) if sidecar.get("files") else None
     if reason:
         raise IntegrityError(
             f"{folder}: {reason}; take a fresh copy of the {'adapter' if _is_adapter(folder) else 'model'}"

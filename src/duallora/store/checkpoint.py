@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
-
-from duallora.errors import ConfigError, IntegrityError, NonFiniteError
-from duallora.store.processes import ALONE, MAX_PROCESSES, Processes
+from duallora.errors import ConfigError, IntegrityError
+from duallora.store.processes import MAX_PROCESSES
 from duallora.store.record import flush, follow_umask, fsync_folder, read_json, write_json
 
 MANIFEST = "MANIFEST.json"
@@ -42,6 +40,8 @@ FREE_KEYS = (
     "train.report_to",
     "model.revision",
 )
+
+STEP = ("train.batch_size", "train.gradient_accumulation_steps")  # whose product is the rows of an optimizer step
 
 
 def commit(folder: Path, *, step: int, fingerprints: Mapping[str, Any]) -> None:
@@ -101,8 +101,8 @@ def is_own(path: Path) -> bool:
 
 
 def verify(folder: Path) -> str | None:
-    """Why ``folder`` cannot be resumed from, in one line, or None if it is whole."""
-    if not (folder / MANIFEST).is_file():
+    """Why ``folder`` (``checkpoint-N``) cannot be resumed from, in one line, or None if it is whole."""
+    if not is_sealed(folder):
         return f"{MANIFEST} is missing: the save did not finish"
     try:
         manifest = read_json(folder / MANIFEST)
@@ -114,6 +114,8 @@ def verify(folder: Path) -> str | None:
         whole = False
     if not whole:
         return f"{MANIFEST} is damaged"
+    if folder.name != f"checkpoint-{manifest['step']}":
+        return f"{MANIFEST} is that of step {manifest['step']}: the folder was copied or renamed"
     weights = next((name for name in WEIGHTS if name in files), WEIGHTS[0])
     for name in (weights, *REQUIRED, *rng_files(manifest.get("processes", 1))):
         if name not in files:
@@ -128,13 +130,24 @@ def rng_files(processes: int) -> list[str]:
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """``(step, path)`` of each ``checkpoint-N`` folder, newest first, whole or not."""
-    found = []
-    if folder.is_dir():
-        for path in folder.iterdir():
-            number = path.name.removeprefix("checkpoint-")
-            if path.is_dir() and number != path.name and number.isdecimal():
-                found.append((int(number), path))
-    return sorted(found, reverse=True)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(((step_of(path), path) for path in paths if path.is_dir() and step_of(path) >= 0), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """N of ``checkpoint-N``; -1 where the name is another."""
+    number = path.name.removeprefix("checkpoint-")
+    return int(number) if number != path.name and number.isdecimal() else -1
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether its save came to its end; it may have been damaged since."""
+    return (folder / MANIFEST).is_file()
+
+
+def sealed(folder: Path) -> list[tuple[int, Path]]:
+    """Those `checkpoints` that are."""
+    return [(step, path) for step, path in checkpoints(folder) if is_sealed(path)]
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
@@ -149,9 +162,9 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def require_resumable(folder: Path) -> tuple[Path | None, list[str]]:
-    """`newest_verified`, but raises IntegrityError where checkpoints exist and none is whole. Deletes nothing."""
+    """`newest_verified`, but raises IntegrityError where checkpoints were sealed and none is whole. Deletes nothing."""
     path, reasons = newest_verified(folder)
-    if path is None and reasons:
+    if path is None and sealed(folder):
         raise IntegrityError(
             f"none of the {len(reasons)} checkpoints in {folder} can be resumed:\n  "
             + "\n  ".join(reasons)
@@ -175,13 +188,21 @@ def rotate(folder: Path, keep: int | None) -> None:
 
 
 def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for each setting whose change would make a resumed run another run."""
+    """``key: old -> new`` for each setting whose change would make a resumed run another run.
+
+    Smaller batches and as much more accumulation are the same run: the rows of each optimizer step are the same.
+    """
     old, new = _flatten(before), _flatten(after)
+    same = _step_rows(old) == _step_rows(new)
     changed = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS):
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS + (STEP if same else ())):
             changed.append(f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}")
     return changed
+
+
+def _step_rows(settings: Mapping[str, Any]) -> int | None:
+    return math.prod(settings[key] for key in STEP) if all(key in settings for key in STEP) else None
 
 
 def refuse_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -193,49 +214,6 @@ def refuse_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
             + "\n  ".join(changed)
             + "\nset them back, or start a new run in another folder with -o"
         )
-
-
-class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint Trainer has just written and rotates the old ones (Trainer's own rotation must be off).
-
-    Of several processes each has written the state of its generators; the first one seals when all have.
-    """
-
-    def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any], processes: Processes = ALONE):
-        self.folder, self.keep, self.processes = folder, keep, processes
-        self.fingerprints = {**fingerprints, "processes": processes.world_size}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # A folder of this number from an earlier, broken attempt may hold files this save will not overwrite.
-        if control.should_save:
-            stale = self.folder / f"checkpoint-{state.global_step}"
-            if self.processes.main and stale.exists():
-                shutil.rmtree(stale)
-            self.processes.barrier()
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        folder = self.folder / f"checkpoint-{state.global_step}"
-        try:
-            require_finite(model, f"step {state.global_step}")
-        except NonFiniteError:
-            if self.processes.main:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self.processes.barrier()
-        if self.processes.main:
-            commit(folder, step=state.global_step, fingerprints=self.fingerprints)
-            rotate(self.folder, self.keep)
-        self.processes.barrier()  # nobody leaves before it is sealed
-
-
-def require_finite(model: torch.nn.Module, when: str) -> None:
-    """Raises NonFiniteError naming the first trainable weight that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(
-                f"{name} holds NaN or infinite values at {when}; nothing of it was saved. "
-                "Lower train.learning_rate or train.max_grad_norm and resume from the last checkpoint"
-            )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from duallora import methods
-from duallora.errors import NonFiniteError
-from duallora.store import record
+from duallora.errors import ConfigError, NonFiniteError
+from duallora.store import checkpoint
 from duallora.store.processes import ALONE, Processes
+from duallora.store.run_folder import Log
 from duallora.tasks import IGNORE
 from duallora.tasks.task import Kind
 from duallora.terminal import progress_bar
@@ -222,57 +223,17 @@ class LossDuringTraining(TrainerCallback):
             control.should_log = wanted  # logging clears it, and this step's own line may be due
 
 
-class JsonLines(TrainerCallback):
-    """``log.jsonl``: one object per logging step, flushed at once. NaN is written as NaN."""
+class LogSteps(TrainerCallback):
+    """What belongs to the course of the run into its log; Trainer's closing summary does not."""
 
-    MARKS = ("loss", "eval_loss", "stopped_in_step")  # what tells a line of the course from Trainer's closing summary
+    MARKS = ("loss", "eval_loss", "stopped_in_step")
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def drop_after(self, step: int) -> None:
-        """Forgets lines past ``step``: the steps they tell of are about to be taken again."""
-        kept = [line for line in self.read() if line["step"] <= step]
-        if self.path.exists():
-            record.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def read(self) -> list[dict[str, Any]]:
-        lines = []
-        if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a kill can cut the last line short
-                    lines.append(json.loads(text))
-        return lines
+    def __init__(self, log: Log):
+        self.lines = log
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not any(mark in logs for mark in self.MARKS):
-            return
-        line = {"step": state.global_step, **logs, "time": record.now()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def last_loss(self, steps: int) -> float | None:
-        """The mean training loss of the last ``steps`` steps, or of as many more as the oldest of their lines tells of."""
-        lines = [line for line in self.read() if "gate" in line]
-        starts = [0, *(line["step"] for line in lines)]
-        found = [(line["loss"], line["step"] - start) for line, start in zip(lines, starts, strict=False)]
-        while len(found) > 1 and sum(count for _, count in found[1:]) >= steps:
-            del found[0]
-        return sum(loss * count for loss, count in found) / sum(count for _, count in found) if found else None
-
-    def summary(self) -> dict[str, Any]:
-        """The last loss, and the time and speed of the training steps."""
-        steps = [line for line in self.read() if "gate" in line]
-        if not steps:
-            return {}
-        seconds = sum(line["seconds"] for line in steps)
-        tokens = sum(line["tokens_per_second"] * line["seconds"] for line in steps)
-        return {
-            "train_loss": steps[-1]["loss"],
-            "train_seconds": round(seconds, 1),
-            "train_cpu_seconds": round(sum(line.get("cpu_seconds", 0.0) for line in steps), 1),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        }
+        if any(mark in logs for mark in self.MARKS):
+            self.lines.append(state.global_step, logs)
 
 
 class ShowTraining(TrainerCallback):
@@ -288,6 +249,11 @@ class ShowTraining(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._train_batch_size != args.train_batch_size:
+            raise ConfigError(
+                f"this version of transformers resumes with the batch size of the checkpoint ({self.trainer._train_batch_size}), "
+                f"not with train.batch_size={args.train_batch_size}: set it back, or upgrade transformers"
+            )
         self.began = time.monotonic()
         self.trainer.logged = (0, self.began, time.process_time())
         bar = progress_bar(self.console, "train", state.max_steps, done=state.global_step)
@@ -332,3 +298,46 @@ class StopTraining(Stopping, TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.noted = False
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint Trainer has just written and rotates the old ones (Trainer's own rotation must be off).
+
+    Of several processes each has written the state of its generators; the first one seals when all have.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any], processes: Processes = ALONE):
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.fingerprints = {**fingerprints, "processes": processes.world_size}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # A folder of this number from an earlier, broken attempt may hold files this save will not overwrite.
+        if control.should_save:
+            stale = self.folder / f"checkpoint-{state.global_step}"
+            if self.processes.main and stale.exists():
+                shutil.rmtree(stale)
+            self.processes.barrier()
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        try:
+            require_finite(model, f"step {state.global_step}")
+        except NonFiniteError:
+            if self.processes.main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self.processes.barrier()
+        if self.processes.main:
+            checkpoint.commit(folder, step=state.global_step, fingerprints=self.fingerprints)
+            checkpoint.rotate(self.folder, self.keep)
+        self.processes.barrier()  # nobody leaves before it is sealed
+
+
+def require_finite(model: torch.nn.Module, when: str) -> None:
+    """Raises NonFiniteError naming the first trainable weight that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"{name} holds NaN or infinite values at {when}; nothing of it was saved. "
+                "Lower train.learning_rate or train.max_grad_norm and resume from the last checkpoint"
+            )

@@ -1,0 +1,180 @@
+"""What a recipe comes to before anything is trained: its rows, its schedule, Trainer's arguments, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from duallora import methods
+from duallora.config.recipe import DataSection, Recipe
+from duallora.errors import ConfigError, DataError
+from duallora.store import adapters
+from duallora.store.positions import check_room
+from duallora.store.processes import ALONE, Processes
+from duallora.tasks import Task, hold_out, load_data, load_task
+from duallora.terminal import say
+from duallora.train import evaluate
+from duallora.train.adapter import check_method
+from duallora.train.launch import shares
+
+
+def reading(data: DataSection) -> dict[str, Any]:
+    """How the rows of a recipe's data are read, as `load_data` takes it: also what to read other rows by."""
+    return {
+        "format": data.format,
+        "labels": data.labels,
+        "bad_rows": data.bad_rows,
+        "ignore_keys": data.ignore_keys or (),
+        "chat_template_kwargs": data.chat_template_kwargs,
+    }
+
+
+def read(recipe: Recipe, trained: adapters.Trained | None = None) -> Task:
+    """The recipe's task or data; ``trained``: what a model was trained for that these rows are for."""
+    data = recipe.data
+    if data.task is not None:
+        return load_task(data.task, data_dir=data.data_dir)
+    return load_data(
+        str(data.path),
+        eval_data=data.eval_path,
+        eval_fraction=data.eval_fraction,
+        seed=recipe.seed,
+        trained=trained,
+        **reading(data),
+    )
+
+
+def load(recipe: Recipe, console: Console, trained: adapters.Trained | None = None) -> Task:
+    """`read`, announced on the console."""
+    data = recipe.data
+    task = read(recipe, trained)
+    if "train" not in task.splits:
+        raise DataError(f"{task.source or task.name} has no train split; it has {', '.join(task.splits) or 'none'}")
+    if data.holdout:
+        task = hold_out(task, data.holdout)
+    evaluate.check_scoring(task, recipe.eval.scoring)
+    if recipe.eval.test and "test" not in task.splits:
+        raise ConfigError(
+            f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}"
+        )
+    counts = ", ".join(
+        f"{len(task.splits[split]):,} {split}" for split in ("train", "validation") if split in task.splits
+    )
+    limit = f" (the first {data.limit:,} used)" if data.limit and data.limit < len(task.splits["train"]) else ""
+    say(console, "data", f"{escape(task.source or task.name)}: {escape(task.format)}, {counts} rows{limit}")
+    for note in task.notes:
+        say(console, "", escape(note))
+    return task
+
+
+def check_lengths(recipe: Recipe, model: Any, tokenizer, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say where rows to train or to score on, or answers to write, are longer than the model was made for.
+
+    Raises ConfigError where the model has no positions for them: before training, not at its end.
+    """
+    data, options = recipe.data, recipe.eval
+    notes = [check_room(model, tokenizer, row=evaluate.longest(rows))]
+    for split, scoring in (("validation", options.scoring if options.metrics else None), ("test", options.scoring)):
+        if split not in task.splits or (split == "test" and not options.test) or not len(task.splits[split]):
+            continue
+        examples = evaluate.select(task, split, data.eval_limit)
+        chosen: dict[str, Any] = {"generation": options.generation(), "scoring": scoring}
+        notes.append(evaluate.check_lengths(model, tokenizer, task, examples, max_length=data.max_length, **chosen))
+    return [note for note in dict.fromkeys(notes) if note]
+
+
+def arguments(
+    recipe: Recipe, checkpoints: Path, steps: int, lr_warmup: int, processes: Processes = ALONE
+) -> TrainingArguments:
+    options = recipe.train
+    batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.world_size)
+    try:
+        found = TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            average_tokens_across_devices=processes.world_size > 1,
+            # Biases outside the adapted layers, and a model's own weights, may have no part in the loss (a pooler's).
+            ddp_find_unused_parameters=getattr(recipe.adapter, "bias", "") == "all"
+            or methods.get(recipe.adapter.method).whole,
+            ddp_broadcast_buffers=False,  # the gates count the same steps everywhere
+            learning_rate=options.learning_rate,
+            lr_scheduler_type=options.lr_scheduler,
+            warmup_steps=lr_warmup,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.max_grad_norm,
+            optim=options.optimizer,
+            gradient_checkpointing=options.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            logging_steps=options.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=options.save_steps,
+            save_total_limit=None,
+            report_to=[name for name in options.report_to if name != "tensorboard"],
+            run_name=checkpoints.parent.name,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_num_workers=0,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            push_to_hub=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"transformers does not accept these settings: {error}") from error
+    # transformers would put a batch on each GPU it sees, and the steps would be of other sizes than the recipe's.
+    found._n_gpu = min(found.n_gpu, 1)
+    return found
+
+
+def _steps_a_pass(recipe: Recipe, rows: int) -> int:
+    return math.ceil(math.ceil(rows / recipe.train.batch_size) / recipe.train.gradient_accumulation_steps)
+
+
+def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """(optimizer steps, those that warm up the learning rate) of a run on ``rows`` training rows."""
+    options = recipe.train
+    per_epoch = _steps_a_pass(recipe, rows)
+    epochs = min(10, math.ceil(100 / per_epoch)) if options.epochs == "auto" else options.epochs
+    steps = options.max_steps or math.ceil(epochs * per_epoch)
+    if options.lr_warmup_steps is not None:
+        return steps, options.lr_warmup_steps
+    if options.lr_warmup_ratio == "auto":
+        # While the gate opens the signs settle on the first gradients: three steps of that left runs at chance (LOG.md).
+        return steps, max(math.ceil(steps / 10), min(10, steps // 3))
+    return steps, math.ceil((options.lr_warmup_ratio or 0) * steps)
+
+
+def in_words(recipe: Recipe, rows: int, steps: int, lr_warmup: int) -> str:
+    """A schedule for people."""
+    at_once = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    passes = steps / _steps_a_pass(recipe, rows)
+    return f"{steps:,} of {at_once:,} rows, {passes:.3g} {'pass' if passes == 1 else 'passes'}; {lr_warmup:,} warm up the learning rate"
+
+
+def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
+    """ConfigError now, before anything heavy is loaded, for what transformers would refuse when training starts."""
+    arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0, processes=processes)
+    method = methods.get(recipe.adapter.method)
+    check_method(recipe, recipe.train.max_steps)
+    if method.optimizer and recipe.train.optimizer != type(recipe.train).model_fields["optimizer"].default:
+        raise ConfigError(
+            f"train.optimizer={recipe.train.optimizer}: {method.title} is an optimizer itself; leave it out"
+        )
+    trackers = [name for name in recipe.train.report_to if name != "tensorboard"]
+    try:
+        for callback in get_reporting_integration_callbacks(trackers):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"train.report_to={trackers}: {error}") from error
