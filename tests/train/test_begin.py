@@ -81,7 +81,8 @@ def test_the_trunk_is_the_other_runs_and_the_head_is_new_whatever_its_size(
         run.train(make_recipe(*of("full"), kind="classify", output=source), console=console)
     seen = []
 
-    def look(self, adapted, tokenizer, *rest):
+    def look(self, *rest):
+        adapted, tokenizer = self.method, self.tokenizer
         model = adapted.model
         body = model.get_base_model() if method == "duallora" else model
         model.eval()
@@ -113,8 +114,8 @@ def test_the_trunk_is_the_other_runs_and_the_head_is_new_whatever_its_size(
 def test_a_head_of_the_same_size_is_drawn_anew(classified, make_recipe, console, tmp_path, monkeypatch):
     heads = []
 
-    def look(self, adapted, *rest):
-        heads.append(adapted.model.get_base_model().classifier.modules_to_save["default"].weight.detach().clone())
+    def look(self, *rest):
+        heads.append(self.method.model.get_base_model().classifier.modules_to_save["default"].weight.detach().clone())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run._Run, "_fit", look)

@@ -165,12 +165,12 @@ def test_a_loaded_adapter_gives_the_logits_it_was_saved_with(make_recipe, consol
     held = {}
     save = run._Run._save
 
-    def keep(self, method, tokenizer, *rest):
-        model = method.model.eval()
-        held["inputs"] = tokenizer("12 plus 3 is fine", return_tensors="pt", return_token_type_ids=False)
+    def keep(self):
+        model = self.method.model.eval()
+        held["inputs"] = self.tokenizer("12 plus 3 is fine", return_tensors="pt", return_token_type_ids=False)
         with torch.no_grad():
             held["logits"] = model(**held["inputs"]).logits
-        return save(self, method, tokenizer, *rest)
+        return save(self)
 
     monkeypatch.setattr(run._Run, "_save", keep)
     recipe = make_recipe("train.max_steps=4", kind=kind)

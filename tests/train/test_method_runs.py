@@ -103,7 +103,7 @@ def test_a_recipe_of_another_method_is_written_and_read_back(make_recipe, tmp_pa
     [
         (
             ("adapter.method=lora", "adapter.warmup_steps=auto"),
-            'adapter.r1 = 3.*Dual LoRA\'s, but adapter.method is "lora", which takes method, options, r, alpha',
+            'adapter.r1 = 3.*Dual LoRA\'s, but adapter.method is "lora", which takes method, .*r, alpha',
         ),
         (("adapter.options={lr_ratio: 4}",), "for other methods; Dual LoRA's settings are keys of adapter"),
     ],

@@ -380,8 +380,8 @@ class _Run:
 
     def _start_values(self) -> None:
         """Start values from the gradient where the recipe asks for them; kept where every checkpoint is."""
-        recipe, init = self.recipe, self.recipe.adapter.init
-        if recipe.adapter.method == "duallora" and init != "gaussian":
+        recipe, init = self.recipe, getattr(self.recipe.adapter, "init", "gaussian")
+        if init != "gaussian":
             began = time.monotonic(), time.process_time()
             loss = None if self.task.kind == "generate" else partial(row_loss, self.task.kind)
             start = partial(calibration.start_from_gradient, self.method.model, recipe, self.rows, self.tokenizer, loss)
@@ -611,28 +611,18 @@ class _Run:
             before["processes (--launch)"] = previous.get("processes", 1)
             after["processes (--launch)"] = self.processes.world_size
         checkpoint.refuse_drift(before, after)
-        return previous, self._finished(previous) if previous["status"] == "done" else None
+        return previous, self._finished(previous) if previous["status"] == "done" and source == "auto" else None
 
-    def _finished(self, previous: Facts) -> dict[str, Any] | None:
-        """The result of a finished run, or None where it is gone and can be made again from the last checkpoint."""
-        places = self.folder.results()
-        if places:
-            reason = adapters.damage(places[0])
-            if reason is not None:
-                raise IntegrityError(
-                    f"this run is finished, but {places[0]}: {reason}. Restore it, or remove {places[0].name}/ to have it made "
-                    "again from the last checkpoint"
-                )
-            # The folder may have been moved since.
-            return {**previous["result"], "folder": str(self.folder.path), "adapter": str(places[0])}
-        last, _ = checkpoint.newest_verified(self.folder.checkpoints)
-        if last is None or checkpoint.step_of(last) < previous.get("steps", 0):
+    def _finished(self, previous: Facts) -> dict[str, Any]:
+        """The result of a finished run, with the places of now: the folder may have been moved."""
+        place = self.folder.path / ("model" if methods.get(self.recipe.adapter.method).whole else "adapter")
+        reason = adapters.damage(place) if place.is_dir() else "it is gone"
+        if reason is not None:
+            last = self.folder.checkpoints / f"checkpoint-{previous.get('steps')}"
             raise IntegrityError(
-                f"this run is finished, but its adapter or model is gone from {self.folder.path}, and so is the checkpoint of "
-                "its last step: restore one, or train again in another folder with -o"
+                f"this run is finished, but {place}: {reason}. Restore it, or make it again with --resume {last}"
             )
-        say(self.console, "note", f"[yellow]the result of this finished run is gone: made again from {last.name}[/]")
-        return None
+        return {**previous["result"], "folder": str(self.folder.path), "adapter": str(place)}
 
     def _resume_from(self, previous: Facts | None, source: str | Path) -> Path | None:
         if previous is None:
