@@ -317,7 +317,9 @@ class _Run:
                 self.model, recipe, kind, self.lr_warmup, batches=batches if look else None, checkpoint=resume_from
             )
             if wanted:
-                self._note_init(f"from {wanted:,} {f'rows of {escape(source)}' if source else 'training rows'}", wanted, *began)
+                self._note_init(
+                    f"from {wanted:,} {f'rows of {escape(source)}' if source else 'training rows'}", wanted, *began
+                )
         if positions(self.method.model) != positions(self.model):  # virtual tokens take some
             self._check_lengths(self.method.model)
         self._announce_adapter()
