@@ -44,6 +44,7 @@ VERBS = [
     "card",
     "push",
     "serve",
+    "chat",
     "plan",
     "doctor",
     "data preview",

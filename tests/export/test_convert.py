@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -17,12 +18,13 @@ import torch
 from export.conftest import shake
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from duallora import DualLoraConfig, cli
-from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.export import convert, merge
 from duallora.store import adapters
 
@@ -59,9 +61,13 @@ def read_as_peft_says(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def full(native, tmp_path_factory):
-    """Converted at the largest rank any layer can have; the narrower ones are padded."""
+    """Asked for more than any layer can have, and converted at that; the narrower ones are padded."""
     output = tmp_path_factory.mktemp("full") / "deep" / "lora"
-    return output, convert.convert(native, output, rank=32)
+    console = Console(file=io.StringIO(), width=200)
+    result = convert.convert(native, output, rank=99999, console=console)
+    assert result["rank"] == 32
+    assert "32, not 99999: no layer has more" in console.file.getvalue()
+    return output, result
 
 
 def test_at_full_rank_the_conversion_is_the_adapter(native, deltas, full):
@@ -287,8 +293,8 @@ def test_embeddings_and_convolutions_convert_to_what_peft_calls_so(tmp_path, ran
     deltas = {name: layer.get_delta_weight("default").double() for name, layer in layers.items()}
     tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()}
     lora = convert.lora_config(model, list(layers), rank)
-    convert._write(tmp_path, lora, tensors, tmp_path)
-    plain = convert._load(model.unload(), tmp_path, tensors, rank)
+    convert._write(tmp_path, lora, tensors)
+    plain = convert._load(model.unload(), tmp_path, tensors)
     modules = dict(plain.get_base_model().named_modules())
     for layer in done:
         dW = deltas[layer.name]
@@ -323,7 +329,7 @@ def test_gpt2s_transposed_layers(tmp_path, awkward):
     assert {layer.shape for layer in done} == {(72, 24), (24, 24), (24, 96)}
     tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()}
     (tmp_path / "lora").mkdir()
-    convert._write(tmp_path / "lora", convert.lora_config(model, list(layers), 24), tensors, tmp_path)
+    convert._write(tmp_path / "lora", convert.lora_config(model, list(layers), 24), tensors)
     plain = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2"), str(tmp_path / "lora")).eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-4, atol=1e-5)
@@ -366,7 +372,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(native, make_ad
         (ConfigError, "give one of them", native, {}),
         (ConfigError, "give one of them", native, {"rank": 2, "energy": 0.5}),
         (ConfigError, "share of", native, {"energy": math.nan}),
-        (DiskError, "rank 1000000000000 takes", native, {"rank": 10**12}),
+        (ConfigError, "rank=0: expected", native, {"rank": 0}),
     ]:
         with pytest.raises(error, match=words):
             convert.convert(source, output, **options)

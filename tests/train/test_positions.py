@@ -268,12 +268,3 @@ def test_each_way_into_the_model_refuses(what, folder, texts):
         rows = list(load_data(str(texts)).splits["train"][:1])
     with pytest.raises(ConfigError, match="has 16 positions"):
         getattr(evaluate, what)(model, tokenizer, rows)
-
-
-def test_the_server_offers_what_there_is_room_for(folder):
-    pytest.importorskip("fastapi")
-    from duallora.serve import engine
-
-    for kind, length in (("opt", 40), ("llama", 40)):
-        (entry,) = engine.load({"mine": str(folder(kind, length))})
-        assert entry.context == length

@@ -1,7 +1,9 @@
-"""Verbs that bring an adapter to others: serve, convert, check, card, push."""
+"""Verbs that bring an adapter to others: serve, chat, convert, check, card, push."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,41 +27,65 @@ from duallora.cli.training import held_out, what_to_score, with_labels_of
 
 @app.command()
 def serve(
+    context: typer.Context,
     sources: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="ADAPTER...", help="Runs, adapters or models: folders, hub ids, or builtin: names."),
-    ] = None,
-    named: Annotated[
-        list[str] | None,
-        typer.Option("--name", metavar="NAME=ADAPTER", help="One more, under a name of yours; may be repeated."),
+        list[str], typer.Argument(metavar="ADAPTER...", help="Runs, adapters or a model; NAME=ADAPTER names one.")
+    ],
+    engine: Annotated[
+        Literal["vllm", "transformers"] | None,
+        typer.Option("--engine", help="vLLM where it is installed, else transformers, if not given."),
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; others than this machine reach 0.0.0.0.")
+        str, typer.Option("--host", metavar="ADDRESS", help="0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, metavar="N", help="0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option("--api-key", metavar="KEY", envvar="DUALLORA_API_KEY", help="Clients must send this key."),
-    ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
-    lenient: Lenient = False,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, metavar="N")] = 8000,
+    rank: Annotated[
+        int, typer.Option("--rank", min=1, metavar="N", help="Of the LoRAs that several adapters become.")
+    ] = 64,
     json: Json = False,
     debug: Debug = False,
 ) -> dict[str, Any]:
-    """Try adapters, and their base model, over OpenAI's protocol and in a page; until Ctrl-C, which is exit code 0.
+    """Merge an adapter, or convert several, into a cache, and start vLLM or `transformers serve` on it.
+
+    What follows -- goes to the engine. With --json its command line is printed, and nothing is started.
 
     [dim]Examples:[/]
       duallora serve runs/mine
-      duallora serve runs/mine --name other=runs/other/adapter --port 9000
+      duallora serve runs/mine other=runs/other -- --gpu-memory-utilization 0.8
     """
-    from duallora.serve import server
+    from duallora.export import serve as serving
 
-    models = server.names(sources or (), named or ())
-    for source in models.values():
-        refuse_misspelt(source)
-    return server.serve(
-        models, host=host, port=port, api_key=api_key, dtype=dtype, strict=not lenient, console=console.results
+    sources, arguments = _for_the_engine(context, sources)
+    for source in sources:
+        if "=" not in source:
+            refuse_misspelt(source)
+    ready = serving.prepare(
+        sources, engine=engine, host=host, port=port, rank=rank, arguments=arguments, console=console.results
     )
+    if not json:
+        sys.stdout.flush()
+        os.execvp(ready["command"][0], ready["command"])
+    return ready
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, model, or hub id.")],
+    flags: Annotated[list[str] | None, typer.Argument(metavar="[-- ...]", help="For transformers chat.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> dict[str, Any]:
+    """Talk to an adapter in the terminal, by `transformers chat`; what follows -- goes to it.
+
+    [dim]Examples:[/]
+      duallora chat runs/mine
+      duallora chat runs/mine -- max_new_tokens=64 do_sample=False
+    """
+    refuse_misspelt(source)
+    from duallora.export import serve as serving
+
+    return {"source": source, "exit_code": serving.chat(source, flags or (), console=console.results)}
 
 
 @app.command()
@@ -256,6 +282,13 @@ def push(
         files_only=files_only,
         console=console.results,
     )
+
+
+def _for_the_engine(context: typer.Context, words: list[str]) -> tuple[list[str], list[str]]:
+    """(the verb's words, those that stood behind ``--``), which typer hands over as one list."""
+    line = context.find_root().obj
+    behind = len(line) - line.index("--") - 1 if "--" in line else 0
+    return words[: len(words) - behind], words[len(words) - behind :]
 
 
 def _scores(

@@ -100,6 +100,21 @@ def check(
     }
 
 
+def require_sound(folder: Path) -> list[str]:
+    """Looks at the files of an adapter, or of a model that has their hashes, as `check` does; returns the notes.
+
+    Raises the first failure: ConfigError, IntegrityError, NonFiniteError.
+    """
+    report = _Report(Console(quiet=True))
+    if not (folder / "adapter_config.json").is_file():
+        adapters.compare_with_recorded(folder, adapters.read_sidecar(folder))
+    else:
+        _files(report, folder)
+    for error in report.errors:
+        raise error
+    return [finding.message for finding in report.findings if finding.status == "note"]
+
+
 class _Report:
     """Collects the findings and shows each as it comes."""
 
@@ -108,6 +123,7 @@ class _Report:
         self.findings: list[Finding] = []
         self.targets: dict[str, Verdict] = {}
         self.effect: dict[str, float] | None = None
+        self.errors: list[DualLoraError] = []
 
     @property
     def broken(self) -> bool:
@@ -125,6 +141,7 @@ class _Report:
         try:
             yield lambda message: self.add(name, "ok", message)
         except DualLoraError as error:
+            self.errors.append(error)
             self.add(name, "failed", escape(str(error)), error.exit_code)
 
 
@@ -279,13 +296,12 @@ def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in VLLM_INITS:
         reasons.append(f"init_lora_weights={init!r} changes the base weights, so it is refused")
-    rank = max((_ranks(config)), default=0)
-    if rank > VLLM_RANKS[-1]:
-        reasons.append(f"rank {rank} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
+    flag = vllm_rank(config)
+    if flag == 0:
+        reasons.append(f"rank {_largest_rank(config)} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
     reasons += _convolutions(shapes)
     if reasons:
         return Verdict(reasons, "")
-    flag = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
     size = f" --max-lora-rank {flag}" if flag > VLLM_DEFAULT_RANK else ""
     return Verdict([], f"vllm serve BASE --enable-lora{size} --lora-modules NAME=FOLDER")
 
@@ -364,9 +380,14 @@ def _missing(config: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
     return [f"adapter_config.json lacks {', '.join(missing)}"] if missing else []
 
 
-def _ranks(config: Mapping[str, Any]) -> list[int]:
-    """Every rank the configuration names."""
-    return [rank for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()) if isinstance(rank, int)]
+def vllm_rank(config: Mapping[str, Any]) -> int:
+    """The smallest --max-lora-rank that holds every rank the configuration names; 0 where none does."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= _largest_rank(config)), 0)
+
+
+def _largest_rank(config: Mapping[str, Any]) -> int:
+    ranks = (config.get("r"), *(config.get("rank_pattern") or {}).values())
+    return max((rank for rank in ranks if isinstance(rank, int)), default=0)
 
 
 def _convolutions(shapes: Shapes) -> list[str]:

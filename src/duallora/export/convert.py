@@ -10,7 +10,6 @@ singular value; with out < in the two factors change places. dW is that of the g
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from duallora.config import Dtype
-from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError, check_rank
 from duallora.export import merge
 from duallora.store import adapters, checkpoint, record
 from duallora.terminal import progress_bar, quiet_libraries, say, shown, size
@@ -75,7 +74,7 @@ def convert(
 ) -> dict[str, Any]:
     """Writes ``adapter`` as a plain LoRA into ``output`` and returns ``{"output", "rank", "energy", "layers", ...}``.
 
-    ``rank`` is that of every layer, zero-padded where a layer has less; ``energy`` in (0, 1] picks the smallest one
+    ``rank`` is that of every layer, zero-padded where a layer has less and at most what the widest can have; ``energy`` in (0, 1] picks the smallest one
     with which every layer keeps that share of |dW|_F^2. lora_alpha = rank, so that every reader's scale is 1.
     ``scores(model, tokenizer)`` measures adapter, conversion and base model. The folder is built beside its place,
     loaded from the disk by PEFT, compared tensor by tensor, and only then renamed.
@@ -88,13 +87,11 @@ def convert(
     """
     console = console or Console()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank={rank}, energy={energy}: give one of them, --rank 64 or --energy 0.99")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank={rank}: expected a whole number >= 1")
-    if energy is not None and not 0 < energy <= 1:
+    if rank is not None:
+        check_rank("rank", rank)
+    elif energy is None or not 0 < energy <= 1:
         raise ConfigError(f"energy={energy}: expected a share of |dW|^2 in (0, 1]")
     source = adapters.find(adapter)
     if source is None or not (source / "adapter_config.json").is_file():
@@ -107,19 +104,17 @@ def convert(
         model, tokenizer = adapters.load_adapter(adapter, kind, strict=strict)
         say(console, "adapter", f"{shown(Path(adapter))} on {escape(str(config.base_model_name_or_path))}")
         layers = dual_layers(model)
-        rank = rank or smallest_rank(layers, float(energy or 0), console)
-        _check_size(layers, rank, output)
-        done = _convert_layers(layers, rank, dtype, console)
+        rank = useful_rank(layers, rank, console) if rank else smallest_rank(layers, float(energy or 0), console)
+        done = [convert_layer(name, layer, rank, dtype) for name, layer in _progress(layers, console, "convert")]
         total = _total(done)
         if total["square"] == 0:
             raise ConfigError(
                 f"{adapter} changes no weight (dW = 0 in all {len(done)} layers): there is nothing to convert. Was it "
                 "saved before its gate opened? duallora check tells"
             )
-        tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()}
-        tensors |= _carried(model)
+        tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()} | _carried(model)
         lora = lora_config(model, list(layers), rank)
-        _write(folder, lora, tensors, output)
+        _write(folder, lora, tensors)
         if (source / "tokenizer_config.json").is_file():
             tokenizer.save_pretrained(str(folder))
         before = merge.probe(model, tokenizer)
@@ -127,11 +122,10 @@ def convert(
         base = model.unload()
         if scores and kind == "generate" and lora.bias == "none":  # else the base is left with a new head or biases
             measured["base"] = dict(scores(base, tokenizer))
-        plain = _load(base, folder, tensors, rank)
-        after = merge.probe(plain, tokenizer)
+        plain = _load(base, folder, tensors)
+        difference, _ = merge.difference(merge.probe(plain, tokenizer), before)
         if scores:
             measured["conversion"] = dict(scores(plain, tokenizer))
-        difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(after, before, strict=True))
         conversion = {
             "rank": rank,
             "energy_asked": energy,
@@ -145,15 +139,7 @@ def convert(
         }
         trained = _seal(folder, source, kind, conversion)
         written = sum(path.stat().st_size for path in folder.iterdir())
-    _show(console, done, rank)
-    say(
-        console,
-        "kept",
-        f"[bold]{total['energy']:.4%}[/] of |dW|² in all, {total['lowest']:.4%} in the worst layer; relative error "
-        f"{total['relative_error']:.2e}; largest logit difference {difference:.3g}",
-    )
-    if measured:
-        _show_scores(console, measured)
+    _show(console, conversion)
     say(console, "written", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
     return {"output": str(output), "kind": kind, "trained": trained, **conversion}
 
@@ -227,8 +213,13 @@ def smallest_rank(layers: Mapping[str, DualLoraLayer], energy: float, console: C
     return max(1, *ranks)
 
 
-def _convert_layers(layers: Mapping[str, DualLoraLayer], rank: int, dtype: Dtype, console: Console) -> list[Converted]:
-    return [convert_layer(name, layer, rank, dtype) for name, layer in _progress(layers, console, "convert")]
+def useful_rank(layers: Mapping[str, DualLoraLayer], rank: int, console: Console) -> int:
+    """``rank``, or where that is more than any layer can have, min(out, in) of the widest, which is said."""
+    factors = [(layer.duallora_A["default"], layer.duallora_B["default"]) for layer in layers.values()]
+    most = max(min(A.shape[1], B.shape[0]) for A, B in factors)
+    if rank > most:
+        say(console, "rank", f"{most}, not {rank}: no layer has more, and the rest would be zeros")
+    return min(rank, most)
 
 
 @torch.no_grad()
@@ -306,18 +297,6 @@ def _carried(model: PeftModel) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous().clone() for name, t in state.items() if "duallora_" not in name}
 
 
-def _check_size(layers: Mapping[str, Any], rank: int, output: Path) -> None:
-    """Says that the factors do not fit before they are computed."""
-    rows = [layer.duallora_A["default"].shape[1] + layer.duallora_B["default"].shape[0] for layer in layers.values()]
-    need = 4 * rank * sum(rows)
-    place = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise DiskError(
-            f"rank {rank} takes {size(need)}, but {size(free)} are free in {place}: lower --rank, or choose another disk"
-        )
-
-
 def _total(done: list[Converted]) -> dict[str, float]:
     square, lost = sum(layer.square for layer in done), sum(layer.lost for layer in done)
     energy, error = _kept(square, lost)
@@ -330,15 +309,12 @@ def _kept(square: float, lost: float) -> tuple[float, float]:
     return (1 - lost / square, (lost / square) ** 0.5) if square else (1.0, 0.0)
 
 
-def _write(folder: Path, lora: LoraConfig, tensors: Mapping[str, Tensor], output: Path) -> None:
+def _write(folder: Path, lora: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     lora.save_pretrained(str(folder))
-    try:
-        save_file(dict(tensors), folder / adapters.WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise DiskError(f"{output} cannot be written: {error}; free some space or choose another disk") from error
+    save_file(dict(tensors), folder / adapters.WEIGHTS, metadata={"format": "pt"})
 
 
-def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor], rank: int) -> PeftModel:
+def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> PeftModel:
     """The written folder as PEFT loads it; IntegrityError where a tensor or a scale is not what was meant."""
     try:
         plain = PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[arg-type]
@@ -391,31 +367,30 @@ def _progress(layers: Mapping[str, DualLoraLayer], console: Console, label: str)
             update(count)
 
 
-def _show(console: Console, done: list[Converted], rank: int) -> None:
-    facts = sorted((layer.facts() for layer in done), key=lambda layer: layer["energy"])
-    worst = facts[:SHOWN_LAYERS]
-    if len(worst) < len(facts):
-        say(console, "layers", f"the worst {len(worst)} of {len(facts)}; all are in {adapters.SIDECAR}")
+def _show(console: Console, conversion: Mapping[str, Any]) -> None:
+    """The layers that keep least, what is kept in all, and the scores."""
+    facts = sorted(conversion["layers"], key=lambda layer: layer["energy"])
+    if len(facts) > SHOWN_LAYERS:
+        say(console, "layers", f"the worst {SHOWN_LAYERS} of {len(facts)}; all are in {adapters.SIDECAR}")
     table = Table(box=SIMPLE)
     table.add_column("layer", overflow="fold")
-    for column in ("out x in", "99 % at", f"kept at {rank}", "error"):
+    for column in ("out x in", "99 % at", f"kept at {conversion['rank']}", "error"):
         table.add_column(column, justify="right", no_wrap=True)
-    for layer in worst:
-        out, inner = layer["shape"]
-        table.add_row(
-            escape(layer["name"]),
-            f"{out} x {inner}",
-            str(layer["rank_99"]),
-            f"{layer['energy']:.4%}",
-            f"{layer['relative_error']:.2e}",
-        )
+    for layer in facts[:SHOWN_LAYERS]:
+        sides, kept = " x ".join(map(str, layer["shape"])), f"{layer['energy']:.4%}"
+        table.add_row(escape(layer["name"]), sides, str(layer["rank_99"]), kept, f"{layer['relative_error']:.2e}")
     console.print(table)
-
-
-def _show_scores(console: Console, measured: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table("metric", box=SIMPLE)
-    for source in measured:
-        table.add_column(source, justify="right")
-    for name in measured["adapter"]:
-        table.add_row(name, *(f"{values[name]:,.4g}" for values in measured.values()))
-    console.print(table)
+    say(
+        console,
+        "kept",
+        f"[bold]{conversion['energy']:.4%}[/] of |dW|² in all, {conversion['lowest_energy']:.4%} in the worst layer; "
+        f"relative error {conversion['relative_error']:.2e}; largest logit difference "
+        f"{conversion['max_logit_difference']:.3g}",
+    )
+    if measured := conversion["scores"]:
+        table = Table("metric", box=SIMPLE)
+        for source in measured:
+            table.add_column(source, justify="right")
+        for name in measured["adapter"]:
+            table.add_row(name, *(f"{values[name]:,.4g}" for values in measured.values()))
+        console.print(table)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import psutil
 import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
+from duallora.errors import (
+    ConfigError,
+    DiskError,
+    DualLoraError,
+    IntegrityError,
+    NonFiniteError,
+    is_disk_failure,
+)
 from duallora.store import adapters, record
 from duallora.store.positions import positions
 from duallora.tasks.task import Kind
@@ -63,8 +72,6 @@ def merge(
     """
     console = console or Console()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
     kind = adapters.adapter_kind(adapter)
     with quiet_libraries(), beside(output) as folder:
         model, tokenizer, kept, as_trained = _on_plain_weights(adapter, kind, into)
@@ -82,46 +89,48 @@ def merge(
             raise NonFiniteError(f"{adapter} cannot be merged: {error}") from error
         if dtype != "auto":
             merged = merged.to(getattr(torch, dtype))
-        try:
-            merged.save_pretrained(str(folder))
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise DiskError(f"{output} cannot be written: {error}; free some space or choose another disk") from error
+        if kind == "generate":  # engines read what ends an answer there: in a chat, what closes a turn
+            ends = evaluate.end_tokens(merged, tokenizer, chat=bool(tokenizer.chat_template))
+            merged.generation_config.eos_token_id = ends or None
+        merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         # Otherwise the checks of the next step would see the weights in memory, not those on the disk.
         device, saved_dtype = merged.device, merged.dtype
         del model, merged
-        difference, relative = _compare(folder, kind, saved_dtype, device, tokenizer, before)
+        distance, relative = _compare(folder, kind, saved_dtype, device, tokenizer, before)
         source = adapters.find(adapter)
         sidecar = adapters.read_sidecar(source) if source else {}
         facts: dict[str, Any] = {
-            "merged_from": {key: sidecar[key] for key in ("method", "task", "kind", "steps", "base") if key in sidecar},
             "kind": kind,
-            "labels": sidecar.get("labels", []),
             "dtype": str(saved_dtype).removeprefix("torch."),
-            "max_logit_difference": difference,
+            "max_logit_difference": distance,
         }
         if kept:
-            facts |= {"weights": kept, "quantized_logit_difference": _difference(before, as_trained)[0]}
-        record.write_json(folder / adapters.SIDECAR, {**facts, **record.environment()})
+            far, share = difference(before, as_trained)
+            facts |= {"weights": kept, "quantized_logit_difference": far}
+        merged_from = {key: sidecar[key] for key in ("method", "task", "kind", "steps", "base") if key in sidecar}
+        labels = sidecar.get("labels", [])
+        record.write_json(
+            folder / adapters.SIDECAR,
+            {"merged_from": merged_from, "labels": labels, **facts, **record.environment()},
+        )
         record.follow_umask(folder)
         total = sum(path.stat().st_size for path in folder.iterdir())
     if kept:
-        far, share = _difference(before, as_trained)
         say(
             console,
             "base",
             f"the adapter was trained on quantized weights, this model has the {kept} ones: logits differ by up to "
             f"[bold]{far:.3g}[/] ({share:.1%} of their size)",
         )
-    equal = "[green]identical[/]" if difference == 0 else f"{relative:.1e} of the logits' size"
+    equal = "[green]identical[/]" if distance == 0 else f"{relative:.1e} of the logits' size"
     say(
         console,
         "check",
-        f"reloaded from disk: largest logit difference to the adapter [bold]{difference:g}[/] ({equal})",
+        f"reloaded from disk: largest logit difference to the adapter [bold]{distance:g}[/] ({equal})",
     )
     say(console, "merged", f"[bold]{shown(output)}[/] ({size(total)}, {facts['dtype']}), loads with plain transformers")
-    result = {"output": str(output), "max_logit_difference": difference, "dtype": facts["dtype"], "kind": kind}
-    return {**result, **{key: facts[key] for key in ("weights", "quantized_logit_difference") if key in facts}}
+    return {"output": str(output), **facts}
 
 
 def _on_plain_weights(adapter: str | Path, kind: Kind, into: Into) -> tuple[Any, Any, str, list[torch.Tensor]]:
@@ -172,20 +181,20 @@ def _compare(
         )
     model = model.to(device)
     _align(model)
-    difference, relative = _difference(probe(model, tokenizer), before)
-    if not math.isfinite(difference) or relative > TOLERANCE:
+    distance, relative = difference(probe(model, tokenizer), before)
+    if not math.isfinite(distance) or relative > TOLERANCE:
         raise IntegrityError(
-            f"the merged model's logits differ from the adapter's by up to {difference:g} ({relative:.0%} of their size); "
+            f"the merged model's logits differ from the adapter's by up to {distance:g} ({relative:.0%} of their size); "
             f"at most {TOLERANCE:.0%} was expected, so nothing was kept. Merge in the dtype it was trained in"
         )
-    return difference, relative
+    return distance, relative
 
 
-def _difference(logits: list[torch.Tensor], reference: list[torch.Tensor]) -> tuple[float, float]:
+def difference(logits: list[torch.Tensor], reference: list[torch.Tensor]) -> tuple[float, float]:
     """The largest absolute difference, and its share of the reference's largest size."""
-    difference = max(float((a.double() - b.double()).abs().max()) for a, b in zip(logits, reference, strict=True))
+    largest = max(float((a.double() - b.double()).abs().max()) for a, b in zip(logits, reference, strict=True))
     scale = max(float(b.double().abs().max()) for b in reference)
-    return difference, difference / max(scale, 1e-30)
+    return largest, largest / max(scale, 1e-30)
 
 
 def _align(model: torch.nn.Module) -> None:
@@ -200,18 +209,44 @@ def _align(model: torch.nn.Module) -> None:
 
 @contextmanager
 def beside(output: Path) -> Iterator[Path]:
-    """A folder next to ``output`` that becomes ``output`` if all goes well and vanishes if not."""
+    """A folder next to ``output`` that becomes ``output`` if all goes well and vanishes if not.
+
+    One that a killed process left behind on its way to the same ``output`` is removed first.
+
+    Raises:
+        ConfigError: ``output`` is there already and no empty folder.
+        DiskError: the disk is full, or cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and is not empty; choose another folder with -o, or remove it first")
     building = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
+        for left in _left_behind(output):
+            shutil.rmtree(left)
         building.mkdir(parents=True)
         yield building
-        for path in building.iterdir():
-            record.flush(path)
+        for path in building.rglob("*"):
+            if path.is_file():
+                record.flush(path)
         if output.exists():
             output.rmdir()
         building.rename(output)
         record.fsync_folder(output.parent)
-    except OSError as error:
-        raise DiskError(f"{error.filename or output} cannot be written: {error.strerror or error}") from error
+    except DualLoraError:
+        raise
+    except Exception as error:
+        if not is_disk_failure(error):
+            raise
+        place, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, error)
+        raise DiskError(
+            f"{place or output} cannot be written: {reason}; free some space or choose another disk"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _left_behind(output: Path) -> list[Path]:
+    """What was being built for ``output`` by processes of this machine that live no more, or by this one."""
+    ours = re.compile(rf"\.{re.escape(output.name)}\.(\d+)\.tmp")
+    found = [(path, ours.fullmatch(path.name)) for path in output.parent.iterdir()] if output.parent.is_dir() else []
+    return [p for p, name in found if name and (int(name[1]) == os.getpid() or not psutil.pid_exists(int(name[1])))]

@@ -64,7 +64,7 @@ def load_adapter(
             sidecar = read_sidecar(folder)
             if ("generate" in (kind, sidecar.get("kind", kind))) and sidecar.get("kind", kind) != kind:
                 raise ConfigError(f"{folder} was trained to {sidecar['kind']}, this task needs a model to {kind}")
-            _compare_with_recorded(folder, sidecar)
+            compare_with_recorded(folder, sidecar)
             labels = len(sidecar.get("labels", ())) or None
             if dtype == "auto":
                 dtype = sidecar.get("base", {}).get("dtype", dtype)
@@ -259,7 +259,7 @@ def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int
                 "Ask for the adapter in safetensors form, or convert it on a machine you can afford to lose"
             )
         raise IntegrityError(f"{weights} is missing: the adapter has no weights")
-    _compare_with_recorded(folder, sidecar)
+    compare_with_recorded(folder, sidecar)
     try:
         with safe_open(weights, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
@@ -272,7 +272,8 @@ def _differs(folder: Path, files: Mapping[str, Any]) -> str | None:
     return compare_files(folder, files, ignore=[path.parent for path in folder.glob("*/adapter_config.json")])
 
 
-def _compare_with_recorded(folder: Path, sidecar: Mapping[str, Any]) -> None:
+def compare_with_recorded(folder: Path, sidecar: Mapping[str, Any]) -> None:
+    """Raises IntegrityError where a file is not the one that the sidecar has the hash of."""
     reason = _differs(folder, sidecar.get("files", {})) if sidecar.get("files") else None
     if reason:
         raise IntegrityError(
