@@ -589,7 +589,7 @@ def bombs(stage: Stage, long: bool) -> Row:
     evil = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     edit(folder / "tokenizer.json", lambda found: {**found, "pre_tokenizer": evil})
     rows = stage.folder / "aaa.jsonl"
-    rows.write_text(json.dumps({"prompt": "a" * 60 + "!", "completion": "b"}) + "\n")
+    rows.write_text((json.dumps({"prompt": "a" * 60 + "!", "completion": "b"}) + "\n") * 4)
     yield ended(
         stage.call("train", "--model", folder, "--data", rows, "-o", stage.place(), seconds=30),
         (0, 2, 4),
@@ -598,7 +598,7 @@ def bombs(stage: Stage, long: bool) -> Row:
     )
     folder = stage.place(stage.model)
     edit(folder / "tokenizer.json", lambda found: found["model"]["vocab"].update({"Q": 10**6}))
-    rows.write_text(json.dumps({"prompt": "Q" * 5, "completion": "Q"}) + "\n")
+    rows.write_text((json.dumps({"prompt": "Q" * 5, "completion": "Q"}) + "\n") * 4)
     yield ended(
         stage.call("train", "--model", folder, "--data", rows, "-o", stage.place(), seconds=30),
         (2, 4),

@@ -170,7 +170,9 @@ def _compare(
     """Largest absolute logit difference of the model on the disk, and its share of the logits' largest size."""
     factory: Any = AutoModelForCausalLM if kind == "generate" else AutoModelForSequenceClassification
     try:
-        model, found = factory.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+        model, found = factory.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"the merged model cannot be read back: {error}; nothing was kept") from error
     absent = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))

@@ -19,7 +19,7 @@ from duallora.errors import ConfigError, IntegrityError
 from duallora.store import untrusted
 from duallora.store.checkpoint import compare_files, file_record
 from duallora.store.models import load_config, load_model, weights_fingerprint
-from duallora.store.record import flush, follow_umask, read_json, write_json
+from duallora.store.record import flush, follow_umask, write_json
 from duallora.store.run_folder import RunFolder
 from duallora.tasks.task import Kind
 from duallora.terminal import command, quiet_libraries
@@ -103,11 +103,17 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(read_json(path))
-    except (ValueError, TypeError) as error:
+        told = untrusted.json_object(path)
+    except ConfigError as error:
+        raise IntegrityError(f"{error}; restore it, or delete it to load without its checks") from None
+    kinds = {"files": dict, "base": dict, "labels": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(told.get(name) or kind(), kind)]
+    if wrong or not all(isinstance(record, dict) for record in (told.get("files") or {}).values()):
+        name = wrong[0] if wrong else "files"
         raise IntegrityError(
-            f"{path} is damaged ({error}); restore it, or delete it to load without its checks"
-        ) from None
+            f"{path} is damaged: {name}={str(told[name])[:40]}; restore it, or delete it to load without its checks"
+        )
+    return told
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,9 +339,10 @@ def own_tokenizer(folder: Path) -> Any:
     """The tokenizer saved with the adapter, if any: it may hold tokens or a template the base's lacks."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
+    untrusted.admit(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 

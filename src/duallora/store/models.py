@@ -41,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 from duallora.config import Dtype
 from duallora.errors import ConfigError, DiskError, IntegrityError
 from duallora.folders import cache_folder
+from duallora.store import untrusted
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
 from duallora.tuner.quantized import keep_exact, stored_tensors
@@ -115,6 +116,7 @@ def load_model(
         options["ignore_mismatched_sizes"] = True
     model, report = _from_pretrained(factory, name, source, revision, output_loading_info=True, **options)
     _check_body(name, model, report, kind)
+    _check_vocabulary(name, model, tokenizer)
     if name in _PACKAGES:  # what PEFT writes into adapters as their base; the folder behind it is this machine's own
         model.name_or_path = model.config.name_or_path = name
     if model.config.pad_token_id is None:  # classifiers of causal models find the last token by it
@@ -220,18 +222,28 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
     if revision is not None and Path(source).is_dir():
         raise ConfigError(f"model.revision is {revision!r}, but {name} is not on the hub and has no revisions")
     local = Path(source).is_dir()
+    if local:
+        untrusted.admit(Path(source))
+    options = {"revision": revision or "main", "trust_remote_code": False, **options}
     try:
         with _quiet():
-            return factory.from_pretrained(
-                source, revision=revision or "main", local_files_only=local or not reachable(), **options
-            )
+            return factory.from_pretrained(source, local_files_only=local or not reachable(), **options)
     except (SafetensorError, RuntimeError) as error:
         raise IntegrityError(
             f"the weights of {name} cannot be read: {_first_line(error)}. Fetch them again."
         ) from error
-    except (OSError, ValueError, KeyError) as error:
-        if local:
-            raise ConfigError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # whatever the parsers of a stranger's files raise
+        if "trust_remote_code" in str(error):
+            raise IntegrityError(
+                f"{name} brings code of its own (auto_map in its configuration), which is never run here; expected a model "
+                "or a tokenizer that the installed transformers has itself"
+            ) from None
+        if "weights_only" in str(error):
+            raise IntegrityError(
+                f"the weights of {name} are a pickle that holds more than tensors; it was not opened. Expected safetensors"
+            ) from None
+        if local or not isinstance(error, (OSError, ValueError, KeyError)):
+            raise ConfigError(f"{name} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
         hub = "the hub does not give it" if reachable() else "the hub cannot be reached (nor is it in the hub's cache)"
         raise ConfigError(
             f"model {name!r} is neither a folder here nor one of {', '.join(BUILTIN)}, and {hub}: {_first_line(error)}"
@@ -255,6 +267,18 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
+    """IntegrityError where the tokenizer gives tokens that the model has no embedding for; added ones may be unused."""
+    added = tokenizer.get_added_vocab()
+    largest = max((number for word, number in tokenizer.get_vocab().items() if word not in added), default=0)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise IntegrityError(
+            f"{name}: the tokenizer gives token ids up to {largest:,}, but the model has {rows:,} embeddings; "
+            "they do not belong together"
+        )
 
 
 def _check_body(name: str, model: Any, report: dict[str, Any], kind: Kind) -> None:
@@ -333,8 +357,10 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     6.764, halves the file, and makes one base of the float32 and the bfloat16 runs.
     """
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32
+        )
     model.to(dtype=torch.bfloat16)
     # save_pretrained refuses a model it takes for quantized; the values are plain numbers by now.
     del model.config.quantization_config

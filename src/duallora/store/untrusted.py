@@ -1,7 +1,9 @@
-"""An adapter's configuration as a stranger may have written it: bounded before PEFT acts on it.
+"""What lies beside weights as a stranger may have written it: only data, bounded before anyone acts on it.
 
-PEFT allocates what ``r`` says, matches every pattern with ``re`` against every module's name, and its Auto classes import
-what ``auto_mapping`` names. Each of the three can be made to exhaust memory or time, or to run code.
+:func:`admit` is the gate for the files of a model or an adapter that transformers and tokenizers parse. PEFT in addition
+allocates what ``r`` says, matches every pattern with ``re`` against every module's name, and its Auto classes import what
+``auto_mapping`` names: :func:`read`, :func:`check` and :func:`check_patterns` bound those. Code of a stranger is never run:
+every ``from_pretrained`` of this package has ``trust_remote_code=False``.
 """
 
 from __future__ import annotations
@@ -11,13 +13,20 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from duallora.errors import ConfigError, IntegrityError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 20  # of a configuration, a sidecar, a chat template
+MAX_VOCABULARY = 1 << 27  # bytes of a file that lists a vocabulary or the tensors of many shards
+MAX_DEPTH = 64
+# What transformers reads beside weights; of an adapter's own files see `read` and adapters.read_sidecar.
+CONFIGURATIONS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
+)  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 MAX_PATTERNS = 5000
 MAX_PATTERN = 2000  # characters
 SECONDS = 2.0  # for all patterns on all modules
@@ -31,6 +40,94 @@ _MATCH = (
 )
 
 
+def admit(folder: Path) -> None:
+    """Refuses a folder whose JSON or template files are too large or too deep, are no objects, or hold endless patterns.
+
+    A pattern of tokenizer.json that repeats what itself repeats, as ``(a+)+``, takes time that doubles with each letter, in
+    a library that nothing can stop.
+
+    Raises:
+        IntegrityError: a file is no JSON, or not of the kind its name says.
+        ConfigError: a file is beyond what such files hold.
+    """
+    for path in sorted(folder.glob("*.json")):
+        if path.name not in (*CONFIGURATIONS, *VOCABULARIES) and not path.name.endswith(".index.json"):
+            continue
+        found = json_object(path)
+        for pattern in _regular_expressions(found) if path.name == "tokenizer.json" else ():
+            if _repeats_repeats(pattern):
+                raise ConfigError(
+                    f"{path} splits text by {pattern[:80]!r}, which repeats what itself repeats and can take for ever; "
+                    "do not use this tokenizer"
+                )
+    for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
+        _bounded(path)
+
+
+def _bounded(path: Path) -> None:
+    most = MAX_VOCABULARY if path.name in VOCABULARIES or path.name.endswith(".index.json") else MAX_BYTES
+    if path.stat().st_size > most:
+        raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; such a file has at most {most:,}")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of bounded size and depth.
+
+    Raises:
+        IntegrityError: the file cannot be read, is no JSON, or holds something else than an object.
+        ConfigError: it is beyond what such files hold.
+    """
+    try:
+        _bounded(path)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply for a configuration; do not use it") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise IntegrityError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{path} holds a {type(found).__name__}, expected an object with settings")
+    level: list[Any] = [found]
+    for _ in range(MAX_DEPTH):
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+        level = [value for value in level if isinstance(value, (dict, list))]
+        if not level:
+            return found
+    raise ConfigError(f"{path} is nested too deeply for a configuration; do not use it")
+
+
+def _regular_expressions(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The patterns of a tokenizer.json: {"Regex": pattern} anywhere but in its vocabulary."""
+    found: list[str] = []
+    level: list[Any] = [value for name, value in tokenizer.items() if name not in ("model", "added_tokens")]
+    while level:
+        value = level.pop()
+        if isinstance(value, dict):
+            found += [value["Regex"]] if isinstance(value.get("Regex"), str) else []
+            level += value.values()
+        elif isinstance(value, list):
+            level += value
+    return found
+
+
+def _repeats_repeats(pattern: str) -> bool:
+    """Whether a group is repeated without bound that itself holds an unbounded repeat or alternatives.
+
+    Such a pattern may be harmless; the tokenizers in use have none.
+    """
+    left = re.sub(r"\\([pP]\{\w+\}|.)", "x", pattern, flags=re.DOTALL)
+    while left != (left := re.sub(r"\[[^\[\]]*\]", "x", left)):  # classes, in which brackets nest
+        pass
+    many = r"[*+]|\{\d*,\}"
+    while group := re.search(rf"\(([^()]*)\)({many})?", left):  # an innermost group; \0: it matches in several ways
+        several = re.search(rf"[|\0]|{many}", group[1])
+        if several and group[2]:
+            return True
+        left = left[: group.start()] + ("\0" if several or group[2] else "x") + left[group.end() :]
+    return False
+
+
 def read(folder: Path) -> dict[str, Any]:
     """``adapter_config.json`` as a dictionary; nothing in it is acted on.
 
@@ -39,18 +136,10 @@ def read(folder: Path) -> dict[str, Any]:
         IntegrityError: it is missing or no JSON object.
     """
     path = folder / "adapter_config.json"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; a configuration has at most {MAX_BYTES:,}")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ConfigError(f"{path} is nested too deeply for a configuration; do not use this adapter") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise IntegrityError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
-    if not isinstance(config, dict):
-        raise IntegrityError(f"{path} holds a {type(config).__name__}, expected an object with the adapter's settings")
+    config = json_object(path)
+    for name, (kind, expected) in _KINDS.items():
+        if config.get(name) is not None and not kind(config[name]):
+            raise ConfigError(f"{path}: {name}={str(config[name])[:40]}: expected {expected}")
     mapping = config.get("auto_mapping") or {}
     library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
     if library and not str(library).startswith("transformers."):
@@ -59,6 +148,35 @@ def read(folder: Path) -> dict[str, Any]:
             "null unless that module is yours"
         )
     return config
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_names(value: Any) -> bool:
+    return _is_text(value) or _is_names(value)
+
+
+def _is_steps(value: Any) -> bool:
+    return value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("base_model_name_or_path", "task_type", "peft_type", "revision"), (_is_text, "text or null")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"), (_is_text_or_names, "a pattern or a list of names")
+    ),
+    "modules_to_save": (_is_names, "a list of module names or null"),
+    **dict.fromkeys(
+        ("rank_pattern", "alpha_pattern"), (lambda value: isinstance(value, dict), "an object of patterns")
+    ),
+    "warmup_steps": (_is_steps, 'a whole number of steps, or "auto"'),
+}
 
 
 def check(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:

@@ -10,19 +10,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from duallora.errors import DataError
+from duallora.errors import DataError, IntegrityError
 from duallora.tasks.chats import REASONING, last_trained, trained
 from duallora.tasks.example import Example
 
 Messages = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
+
+
+SECONDS = 2.0  # of the processor, for one rendering; those in use need milliseconds
+MEMORY = 1 << 30  # bytes beyond what the process holds
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Raises TimeoutError or MemoryError where a stranger's template renders without end.
+
+    Only where the system has such limits, and in the main thread, which alone gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or not Path("/proc/self/statm").exists():
+        yield
+        return
+    import resource
+
+    def stop(*_: Any) -> NoReturn:
+        raise TimeoutError
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = [limit for limit in (held + MEMORY, soft, hard) if limit != resource.RLIM_INFINITY]
+    kept = signal.signal(signal.SIGVTALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, kept)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class Segment(NamedTuple):
@@ -236,7 +272,13 @@ class _Chat:
 
     def _safely(self, render: Callable[[], T], messages: Messages) -> T:
         try:
-            return render()
+            with _bounded():
+                return render()
+        except (MemoryError, TimeoutError) as error:
+            raise IntegrityError(
+                f"{self.where}: the chat template of {self.name} needs more than {SECONDS:g} s or {MEMORY >> 20} MiB for one "
+                "chat; do not use this template"
+            ) from error
         except (
             Exception
         ) as error:  # templates raise whatever their Jinja code raises; the row is what the user can mend

@@ -1,0 +1,105 @@
+"""A stranger's model folder is only data: bounded in size, depth and time, and never code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+
+from duallora.errors import ConfigError, DualLoraError, IntegrityError
+from duallora.store import models, untrusted
+from duallora.tasks import encode, template
+from duallora.tasks.chats import from_messages
+
+
+@pytest.fixture
+def folder(tiny_causal_folder, tmp_path):
+    """A model of one's own to spoil."""
+    return shutil.copytree(tiny_causal_folder, tmp_path / "model")
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 50_000, "[]", "3", "", "\x00", '{"a":' + "[" * 80 + "]" * 80 + "}"]
+)
+def test_what_is_no_object_is_refused_by_name(folder, name, text):
+    (folder / name).write_text(text)
+    with pytest.raises((ConfigError, IntegrityError), match=re.escape(name)):
+        models.load_model(str(folder), "generate")
+
+
+def test_files_are_bounded_by_what_they_hold(folder):
+    for name in ("config.json", "chat_template.jinja"):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(kept + " " * untrusted.MAX_BYTES)
+        with pytest.raises(ConfigError, match=rf"{name} has 1,\d+,\d+ bytes"):
+            models.load_model(str(folder), "generate")
+        (folder / name).write_text(kept)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " " * 3 * untrusted.MAX_BYTES)
+    models.load_model(str(folder), "generate")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_model_is_never_run_nor_asked_about(folder, name, monkeypatch, tmp_path):
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    kinds = {"config.json": "AutoConfig", "tokenizer_config.json": "AutoTokenizer"}
+    mapped = ["evil.Evil", "evil.Evil"] if name.startswith("tokenizer") else "evil.Evil"
+    change(folder / name, auto_map={kinds[name]: mapped}, model_type="evil", tokenizer_class="Evil")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(DualLoraError) as caught:
+        models.load_model(str(folder), "generate")
+    assert "trust_remote_code" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*$", "(?:(?:a*)b?)*", "((a{2,})x?)+", r"x(\p{L}+)*y", "([ab]*c*)+"]
+)
+def test_a_tokenizer_that_can_take_for_ever_is_refused(folder, pattern):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    change(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
+    with pytest.raises(ConfigError, match="repeats what itself repeats"):
+        models.load_model(str(folder), "generate")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        # The forms that tokenizers in use have: contractions, classes of letters, nested classes, look-aheads, thousands.
+        r"'s|'t|'ll| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
+        r"[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t|'d)?|\p{N}{1,3}", r" ?[^(\s|[.,!?])]+", r"(?=(\d{3})+(?!\d))", r"\(\+\)+", " {2,}",
+    ],
+)  # fmt: skip
+def test_patterns_in_use_are_taken(pattern):
+    assert not untrusted._repeats_repeats(pattern)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(folder):
+    found = json.loads((folder / "tokenizer.json").read_text())
+    found["model"]["vocab"]["Q"] = 10**6
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(IntegrityError, match="token ids up to 1,000,000, but the model has 260 embeddings"):
+        models.load_model(str(folder), "generate")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% set x = a %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ 'a' * 99999999999 }}",
+    ],
+)
+def test_a_template_without_end_is_stopped(tiny_tokenizer, text, monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 0.3)
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", text)
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(IntegrityError, match="do not use this template"):
+        encode(from_messages({"messages": chat}, "row 1"), tiny_tokenizer, max_length=64)
