@@ -314,6 +314,7 @@ def test_resume_auto_without_a_run_starts_one(make_recipe, console):
     [
         (("data.eval_path=absent.jsonl",), DataError),
         (("adapter.target_modules=[absent]",), ConfigError),
+        (("adapter.modules_to_save=[nosuch]",), ConfigError),
         ((), IntegrityError),
     ],
 )

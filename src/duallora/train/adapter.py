@@ -49,6 +49,14 @@ def put(
     fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
     if fields.get("warmup_steps") == "auto":
         fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.init_from is None else 0
+    present = [place for place, _ in model.named_modules()]
+    for module in fields["modules_to_save"] or ():
+        if not any(place.endswith(module) for place in present):  # PEFT leaves out what is not there, and says nothing
+            last = sorted({place.rpartition(".")[2] for place in present} - {""})
+            raise ConfigError(
+                f"adapter.modules_to_save holds {module!r}, but no module of {recipe.model.name} ends so; expected the end of a "
+                f"name, such as {', '.join(name for name in last if not name.isdigit())}"
+            )
     if kind != "generate" and not method.whole:
         heads = adapters.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
