@@ -183,7 +183,7 @@ BAD = [
     (chat(USER, {**ANSWER, "weight": 0}), "every assistant turn has weight 0"),
     (chat(USER, {**ANSWER, "weight": 0.5}), r"messages\[1\]\.weight: expected 0 or 1 .*got a number \(0\.5\)"),
     (chat(USER, {**ANSWER, "weight": "0"}), r"messages\[1\]\.weight: expected 0 or 1"),
-    (chat(USER, {**ANSWER, "weight": 0, "train": True}), "weight and train contradict each other"),
+    (chat(USER, {**ANSWER, "weight": 0, "train": True}), "weight and train name the same thing and differ"),
     (chat({**USER, "train": True}, ANSWER), r"messages\[0\]\.train: only what the assistant says .*not a turn of user"),
     (chat({**USER, "tool_calls": [call({})]}, ANSWER), r"messages\[0\]\.tool_calls: only the assistant calls tools"),
     (chat({**USER, "reasoning": "hm"}, ANSWER), r"messages\[0\]\.reasoning: only the assistant has reasoning"),

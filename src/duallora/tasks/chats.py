@@ -82,11 +82,10 @@ def _example(
         if turns[0]["role"] == "system":
             raise BadRow(f"the row has a system prompt here and in {column}[0]: keep one", "system")
         turns = [{"role": "system", "content": system}, *turns]
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    if not answers:
-        raise BadRow("no assistant turn, so there is nothing to train on", column)
     if (last := last_trained(turns)) is None:
-        raise BadRow("every assistant turn has weight 0, so there is nothing to train on", column)
+        said = any(turn["role"] == "assistant" for turn in turns)
+        what = "every assistant turn has weight 0" if said else "no assistant turn"
+        raise BadRow(f"{what}, so there is nothing to train on", column)
     turns = [{key: value for key, value in turn.items() if key != "weight" or value == 0} for turn in turns]
     given = {**(options or {}), **_options(row)}
     return Example(messages=tuple(turns), options=given, references=(turns[last]["content"],), where=where)
@@ -160,10 +159,18 @@ def _turn(message: Any, at: str, ignore: Set[str]) -> dict[str, Any]:
         near = difflib.get_close_matches(str(role), ROLES, n=1, cutoff=0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BadRow(f"unknown role {role!r}; expected one of {', '.join(ROLES)}{hint}", f"{at}.role")
-    weight = _weight(more, role, at)
+    key, weight = _one_of(more, WEIGHTS, at)
+    if weight not in (0, 1, None):
+        raise BadRow(f"expected 0 or 1 (false or true), got {shown(weight)}", f"{at}.{key}")
+    if weight == 1 and role != "assistant":
+        raise BadRow(f"only what the assistant says can be trained on, not a turn of {role}", f"{at}.{key}")
     more = {key: value for key, value in more.items() if not absent(value)}
     calls = _tool_calls(more, role, at)
-    reasoning = _reasoning(more, role, at)
+    key, reasoning = _one_of(more, REASONING, at)
+    if not isinstance(reasoning, str | None):
+        raise BadRow(f"expected text, got {shown(reasoning)}", f"{at}.{key}")
+    if reasoning and role != "assistant":
+        raise BadRow(f"only the assistant has {key}, not {role}", f"{at}.{key}")
     if content is None and (calls or reasoning):
         content = ""
     content = _content(content, at)
@@ -175,7 +182,7 @@ def _turn(message: Any, at: str, ignore: Set[str]) -> dict[str, Any]:
     if calls:
         turn["tool_calls"] = calls
     if weight is not None and role == "assistant":
-        turn["weight"] = weight
+        turn["weight"] = int(weight)
     return turn
 
 
@@ -185,36 +192,14 @@ def _sharegpt_role(name: Any, at: str) -> str:
     return SHAREGPT[name]
 
 
-def _weight(more: dict[str, Any], role: str, at: str) -> int | None:
-    """0, 1 or None, taken out of ``more``."""
-    found: dict[str, int] = {}
-    for key in WEIGHTS:
-        if absent(value := more.pop(key, None)):
-            continue
-        if value not in (0, 1):
-            raise BadRow(f"expected 0 or 1 (false or true), got {shown(value)}", f"{at}.{key}")
-        found[key] = int(value)
-    if len(set(found.values())) > 1:
-        raise BadRow(f"{' and '.join(found)} contradict each other", at)
-    weight = next(iter(found.values()), None)
-    if weight == 1 and role != "assistant":
-        raise BadRow(
-            f"only what the assistant says can be trained on, not a turn of {role}", f"{at}.{next(iter(found))}"
-        )
-    return weight
-
-
-def _reasoning(more: dict[str, Any], role: str, at: str) -> str:
-    """What the assistant thought, taken out of ``more``: the field has three names for it."""
-    found = {key: more.pop(key) for key in REASONING if key in more}
-    for key, value in found.items():
-        if not isinstance(value, str):
-            raise BadRow(f"expected text, got {shown(value)}", f"{at}.{key}")
-        if role != "assistant":
-            raise BadRow(f"only the assistant has {key}, not {role}", f"{at}.{key}")
-    if len(set(found.values())) > 1:
+def _one_of(more: dict[str, Any], names: Sequence[str], at: str) -> tuple[str, Any]:
+    """The name and value of a field that has several names, taken out of ``more``; None where it is absent."""
+    found = {key: more.pop(key) for key in names if key in more}
+    found = {key: value for key, value in found.items() if not absent(value)}
+    key, first = next(iter(found.items()), ("", None))
+    if any(value != first for value in found.values()):
         raise BadRow(f"{' and '.join(found)} name the same thing and differ: keep one", at)
-    return next(iter(found.values()), "")
+    return key, first
 
 
 def _content(content: Any, at: str) -> str:

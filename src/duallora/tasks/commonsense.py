@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from duallora.tasks.example import Example
 from duallora.tasks.hub import load_hub
 from duallora.tasks.local import find_file, seek_file
 from duallora.tasks.metrics import Metrics
-from duallora.tasks.rows import Faults, read_rows
+from duallora.tasks.rows import Faults, draw, read_rows
 from duallora.tasks.task import SPLITS, LazySplits, Task
 
 # Two spaces before the blank line, as in HiRA's training and evaluation alike.
@@ -75,6 +74,12 @@ class Protocol:
         return tuple(f"{self.word}{number}" for number in range(1, self.most + 1)) if self.word else ("true", "false")
 
 
+def _choices(question: str, options: Sequence[str], word: str = "answer", what: str = "answer to the question") -> str:
+    listed = " ".join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
+    named = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
+    return f"Please choose the correct {what}: {question}\n\n{listed}\n\nAnswer format: {named}"
+
+
 def _boolq(row: Mapping[str, Any]) -> tuple[str, str]:
     instruction = (
         f"Please answer the following question with true or false, question: {row['question']}?\n\n"
@@ -91,15 +96,9 @@ def _piqa(row: Mapping[str, Any]) -> tuple[str, str]:
     return instruction, f"solution{int(row['label']) + 1}"
 
 
-def _choices(question: str, options: Sequence[str], word: str, head: str = "answer to the question") -> str:
-    listed = " ".join(f"{word.capitalize()}{number}: {option}" for number, option in enumerate(options, 1))
-    named = "/".join(f"{word}{number}" for number in range(1, len(options) + 1))
-    return f"Please choose the correct {head}: {question}\n\n{listed}\n\nAnswer format: {named}"
-
-
 def _siqa(row: Mapping[str, Any]) -> tuple[str, str]:
     options = (row["answerA"], row["answerB"], row["answerC"])
-    return _choices(f"{row['context']} {row['question']}", options, "answer"), f"answer{int(row['label'])}"
+    return _choices(f"{row['context']} {row['question']}", options), f"answer{int(row['label'])}"
 
 
 def _hellaswag(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -119,7 +118,7 @@ def _winogrande(row: Mapping[str, Any]) -> tuple[str, str]:
 def _arc(row: Mapping[str, Any]) -> tuple[str, str]:
     gold = row["choices"]["label"].index(row["answerKey"]) + 1  # the keys are A, B, ... or 1, 2, ...
     question = row["question"] if "question" in row else row["question_stem"]
-    return _choices(question, row["choices"]["text"], "answer"), f"answer{gold}"
+    return _choices(question, row["choices"]["text"]), f"answer{gold}"
 
 
 _PARQUET = "refs/convert/parquet"  # the hub's own conversion of data sets that come as loading scripts
@@ -157,25 +156,23 @@ def load(name: str, folder: Path | None) -> Task:
 def _single(name: str, folder: Path | None) -> Task:
     protocol = PROTOCOLS[name]
     read = functools.partial(_read, name, protocol, folder)
-    splits = LazySplits(
-        {
-            "train": lambda: _without_validation(read("train")),
-            "validation": lambda: _validation(read("train")),
-            "test": lambda: read("test"),
-        }
-    )
+
+    def trained() -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        rows = read("train")
+        if len(rows) < 2:
+            raise DataError(f"{len(rows)} training row; expected at least 2, one of them for validation")
+        return draw(rows, max(1, min(VALIDATION_ROWS, len(rows) // 4)), _VALIDATION_SEED)
+
+    splits = {"train": lambda: trained()[0], "validation": lambda: trained()[1], "test": lambda: read("test")}
     hub = ":".join(part for part in protocol.hub[:2] if part)
     return Task(
         name=name,
-        kind="generate",
-        splits=splits,
+        splits=LazySplits(splits),
         format="commonsense (HiRA prompt, first-match answer)",
         metrics=Metrics("accuracy", UNREAD),
         main_metric="accuracy",
-        generation=GENERATION,
-        extract=extract,
-        options=options,
         source=f"{folder} ({protocol.folder})" if folder else f"hub {hub}",
+        **_ALIKE,
     )
 
 
@@ -207,15 +204,12 @@ def _mixture(folder: Path | None) -> Task:
             source += f"; not there: the {what} rows of {', '.join(absent)}"
     return Task(
         name=MIXTURE,
-        kind="generate",
         splits=LazySplits({split: functools.partial(read, split) for split in SPLITS}),
         format="commonsense mixture (HiRA prompt, first-match answer)",
         metrics=Metrics("average", UNREAD, by_group=["accuracy", UNREAD]),
         main_metric="average",
-        generation=GENERATION,
-        extract=extract,
-        options=options,
         source=source,
+        **_ALIKE,
     )
 
 
@@ -231,23 +225,21 @@ def options(example: Example) -> list[str]:
 
 
 def extract(text: str, example: Example) -> str:
-    """The answer in a generated text: the first of its task's answer words."""
-    return first_match(text, PROTOCOLS[example.group].answers)
-
-
-def first_match(text: str, answers: Sequence[str]) -> str:
-    """The first of ``answers`` in the text, case-sensitive; '' where none occurs."""
-    found = re.search("|".join(answers), text)
+    """The answer in a generated text: the first of its task's answer words, case-sensitive; '' where none occurs."""
+    found = re.search("|".join(PROTOCOLS[example.group].answers), text)
     return found.group() if found else ""
+
+
+_ALIKE: Any = {"kind": "generate", "generation": GENERATION, "extract": extract, "options": options}
 
 
 def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tuple[Example, ...]:
     if folder is None:
         table = load_hub(*protocol.hub)["train" if split == "train" else protocol.hub_test]
         label = f"{protocol.hub[0]}:{split}"
-        rows = [(f"{label}:{number}", *protocol.render(row)) for number, row in enumerate(table, 1)]
         return tuple(
-            _example(name, instruction, f"the correct answer is {gold}", gold, at) for at, instruction, gold in rows
+            _example(name, instruction, f"the correct answer is {gold}", gold, f"{label}:{number}")
+            for number, (instruction, gold) in enumerate(map(protocol.render, table), 1)
         )
     path = find_file(folder, protocol.places, protocol.files(split), f"the {split} file of {name}")
     faults = Faults(str(path), "error")
@@ -268,20 +260,3 @@ def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tup
 def _example(name: str, instruction: str, output: str, gold: str, where: str) -> Example:
     prompt = PROMPT.format_map({"instruction": instruction})
     return Example(prompt=prompt, answer=output, references=(gold,), group=name, where=where)
-
-
-def _held(rows: Sequence[Example]) -> set[int]:
-    if len(rows) < 2:
-        raise DataError(f"{len(rows)} training row; expected at least 2, one of them for validation")
-    count = max(1, min(VALIDATION_ROWS, len(rows) // 4))
-    return set(random.Random(_VALIDATION_SEED).sample(range(len(rows)), count))
-
-
-def _without_validation(rows: Sequence[Example]) -> tuple[Example, ...]:
-    held = _held(rows)
-    return tuple(row for index, row in enumerate(rows) if index not in held)
-
-
-def _validation(rows: Sequence[Example]) -> tuple[Example, ...]:
-    held = _held(rows)
-    return tuple(row for index, row in enumerate(rows) if index in held)

@@ -14,6 +14,7 @@ import difflib
 import functools
 import gc
 import hashlib
+import operator
 import platform
 import re
 import sysconfig
@@ -25,7 +26,7 @@ from pathlib import Path
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import metrics
 from duallora.tasks.example import Example
-from duallora.tasks.task import LazySplits, Task
+from duallora.tasks.task import SPLITS, LazySplits, Task
 
 NAMES = ("builtin:docstrings", "builtin:packages")
 
@@ -58,29 +59,19 @@ def load(name: str) -> Task:
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown data {name!r}; nearest: {near}. Built in are {', '.join(NAMES)}")
-    source = f"standard library of Python {platform.python_version()} ({sysconfig.get_path('stdlib')})"
-    if name == "builtin:docstrings":
-        return Task(
-            name=name,
-            kind="generate",
-            splits=LazySplits(
-                {split: functools.partial(_docstrings, split) for split in ("train", "validation", "test")}
-            ),
-            format="prompt-completion",
-            metrics=metrics.Metrics("bleu", "exact_match", "bleu_first_line", "one_line"),
-            main_metric="bleu",
-            generation={"max_new_tokens": 40, "num_beams": 1, "do_sample": False},
-            source=source,
-        )
+    generates = name == "builtin:docstrings"
+    read = _docstrings if generates else _packages
+    metric = metrics.Metrics("bleu", "exact_match", "bleu_first_line", "one_line")
     return Task(
         name=name,
-        kind="classify",
-        splits=LazySplits({split: functools.partial(_packages, split) for split in ("train", "validation", "test")}),
-        format="classification",
-        labels=PACKAGES,
-        metrics=metrics.OF_KIND["classify"],
-        main_metric="accuracy",
-        source=source,
+        kind="generate" if generates else "classify",
+        splits=LazySplits({split: functools.partial(read, split) for split in SPLITS}),
+        format="prompt-completion" if generates else "classification",
+        labels=() if generates else PACKAGES,
+        metrics=metric if generates else metrics.OF_KIND["classify"],
+        main_metric="bleu" if generates else "accuracy",
+        generation={"max_new_tokens": 40, "num_beams": 1, "do_sample": False} if generates else {},
+        source=f"standard library of Python {platform.python_version()} ({sysconfig.get_path('stdlib')})",
     )
 
 
@@ -97,43 +88,35 @@ metrics.register(metrics.share("one_line", lambda text, row: bool(text.strip()) 
 def functions() -> tuple[Function, ...]:
     """Every documented function and method with a clean first sentence, by module and line; each text once."""
     root = Path(sysconfig.get_path("stdlib"))
+    # Overrides repeat signature and docstring; a copy in another split would be a question with its answer.
+    found: dict[tuple[str, str], Function] = {}
     collecting = gc.isenabled()
     gc.disable()  # syntax trees are millions of objects, none of them garbage: collecting doubles the time (6 s)
     try:
-        return _functions(root)
+        for module, path in _modules(root):
+            try:
+                with warnings.catch_warnings():  # invalid escapes in old modules
+                    warnings.simplefilter("ignore")
+                    tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError, OSError):  # files written to be broken, or unreadable: not our business
+                continue
+            for function in _documented(tree, module):
+                found.setdefault((function.signature, function.sentence), function)
     finally:
         if collecting:
             gc.enable()
-
-
-def _functions(root: Path) -> tuple[Function, ...]:
-    found: list[Function] = []
-    seen: set[tuple[str, str]] = set()
-    for module, path in _modules(root):
-        try:
-            with warnings.catch_warnings():  # invalid escapes in old modules
-                warnings.simplefilter("ignore")
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # lib files written to be broken, or unreadable: not our business
-            continue
-        for function in _documented(tree, module):
-            # Overrides repeat signature and docstring; a copy in another split would be a question with its answer.
-            key = (function.signature, function.sentence)
-            if key not in seen:
-                seen.add(key)
-                found.append(function)
     if not found:
         raise DataError(f"no readable Python source under {root}; builtin data need a Python with its library's source")
-    return tuple(found)
+    return tuple(found.values())
 
 
-def _modules(root: Path) -> Iterator[tuple[str, Path]]:
+def _modules(root: Path) -> list[tuple[str, Path]]:
     paths = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         if not _SKIPPED.intersection(parts) and not parts[0].startswith("config-"):
             paths.append((".".join(parts).removesuffix(".__init__"), path))
-    return iter(sorted(paths))
+    return sorted(paths)
 
 
 def _documented(tree: ast.Module, module: str) -> Iterator[Function]:
@@ -177,38 +160,34 @@ def _docstrings(split: str) -> tuple[Example, ...]:
     own = [function for function in functions() if _split_name(_hash(function.module)) == split]
     # In the order of a hash, so that the first rows are a fair sample of the modules and not those that begin with _a.
     own.sort(key=lambda function: _hash(f"{function.module}:{function.owner}.{function.signature}"))
-    return tuple(_docstring_example(function) for function in own)
-
-
-def _docstring_example(function: Function) -> Example:
-    # Reads as a file about to go on with the docstring's text, which every model of code has seen often.
-    indent = "    " if function.owner else ""
-    head = f"class {function.owner}:\n" if function.owner else ""
-    prompt = f'# Module {function.module}\n{head}{indent}{function.signature}\n{indent}    """'
-    where = f"{function.module}:{function.line}"
-    return Example(prompt=prompt, answer=function.sentence, references=(function.sentence,), where=where)
+    examples = []
+    for one in own:
+        # Reads as a file about to go on with the docstring's text, which every model of code has seen often.
+        head, indent = (f"class {one.owner}:\n", "    ") if one.owner else ("", "")
+        prompt = f'# Module {one.module}\n{head}{indent}{one.signature}\n{indent}    """'
+        where = f"{one.module}:{one.line}"
+        examples.append(Example(prompt=prompt, answer=one.sentence, references=(one.sentence,), where=where))
+    return tuple(examples)
 
 
 def _packages(split: str) -> tuple[Example, ...]:
-    by_package: dict[str, list[tuple[int, Example]]] = {name: [] for name in PACKAGES}
-    taken: set[tuple[str, str]] = set()
+    by_package: dict[str, dict[int, Example]] = {name: {} for name in PACKAGES}
     for function in functions():
         package = function.module.split(".")[0]
         text = f"{function.signature.removesuffix(':')}: {function.sentence}"
-        key = (function.signature.split("(")[0], function.sentence)
-        if package not in by_package or package in text.lower() or key in taken:
-            continue
-        taken.add(key)
         # Drawn by what the row says, so that one function under two classes never stands in two splits.
-        draw = _hash("|".join(key))
-        where = f"{function.module}:{function.line}"
-        by_package[package].append((draw, Example(texts=(text,), label=PACKAGES.index(package), where=where)))
-    rows = [row for found in by_package.values() for row in sorted(found, key=_draw)[:_MOST_PER_PACKAGE]]
-    return tuple(example for draw, example in sorted(rows, key=_draw) if _split_name(draw) == split)
+        draw = _hash(f"{function.signature.split('(')[0]}|{function.sentence}")
+        taken = any(draw in rows for rows in by_package.values())
+        if package in by_package and package not in text.lower() and not taken:
+            where = f"{function.module}:{function.line}"
+            by_package[package][draw] = Example(texts=(text,), label=PACKAGES.index(package), where=where)
+    rows = sorted(
+        (row for own in by_package.values() for row in sorted(own.items(), key=_first)[:_MOST_PER_PACKAGE]), key=_first
+    )
+    return tuple(example for draw, example in rows if _split_name(draw) == split)
 
 
-def _draw(row: tuple[int, Example]) -> int:
-    return row[0]
+_first = operator.itemgetter(0)
 
 
 def _split_name(draw: int) -> str:
