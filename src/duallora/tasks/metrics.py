@@ -63,12 +63,8 @@ class Metric:
         """Values [rounds, S] of S runs (predictions, one an example) on resamples of the n rows, the same for every run."""
         random, n = np.random.default_rng(seed), len(examples)
         if self.statistics is None or self.of_sums is None:
-            values = []
-            for _ in range(rounds):
-                drawn = random.integers(n, size=n).tolist()
-                there = [examples[i] for i in drawn]
-                values.append([self.value([predictions[i] for i in drawn], there) for predictions in runs])
-            return np.array(values)
+            draws = [random.integers(n, size=n).tolist() for _ in range(rounds)]
+            return np.array([[self.value(*_take(drawn, own, examples)) for own in runs] for drawn in draws])
         rows = np.stack([np.asarray(self.statistics(own, examples), dtype=float) for own in runs], axis=1)  # [n, S, m]
         sums = []
         for start in range(0, rounds, BLOCK):
@@ -86,10 +82,13 @@ class Metric:
 
         def part(predictions: Sequence, examples: Sequence[Example]) -> float:
             assert compute is not None
-            own = [number for number, row in enumerate(examples) if row.group == group]
-            return compute([predictions[number] for number in own], [examples[number] for number in own])
+            return compute(*_take([at for at, row in enumerate(examples) if row.group == group], predictions, examples))
 
         return replace(self, name=f"{self.name}_{group}", statistics=statistics and masked, compute=compute and part)
+
+
+def _take(places: Sequence[int], predictions: Sequence, examples: Sequence[Example]) -> tuple[list, list[Example]]:
+    return [predictions[at] for at in places], [examples[at] for at in places]
 
 
 class Metrics:
@@ -206,11 +205,9 @@ def _mean_of_groups(sums: np.ndarray) -> np.ndarray:
 def _f1_of(classes: Sequence[Any] | None, predictions: Sequence, examples: Sequence[Example]) -> np.ndarray:
     """Of each class the hits, then how often it is said or true; None: of every class that occurs."""
     said, true = list(predictions), [row.label for row in examples]
-    classes = sorted({*said, *true}) if classes is None else classes
-    pairs = list(zip(said, true, strict=True))
-    hits = [[guess == label == name for name in classes] for guess, label in pairs]
-    named = [[int(guess == name) + int(label == name) for name in classes] for guess, label in pairs]
-    return np.hstack([np.array(hits, dtype=float), np.array(named, dtype=float)])
+    names = np.array(sorted({*said, *true}) if classes is None else classes)
+    is_said, is_true = (np.array(own)[:, None] == names for own in (said, true))  # [n, classes]
+    return np.hstack([is_said & is_true, is_said.astype(float) + is_true])
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
@@ -261,16 +258,10 @@ def _squares(predictions: Sequence[float], examples: Sequence[Example]) -> np.nd
 
 
 register(Metric("pearson", _moments, _correlation, unit="percent"))
-register(
-    Metric("matthews", _moments, _correlation, unit="percent")
-)  # of two classes, 0 and 1: their Pearson correlation
+# Of two classes, 0 and 1, it is their Pearson correlation.
+register(Metric("matthews", _moments, _correlation, unit="percent"))
 register(Metric("spearman", compute=_spearman, unit="percent"))
-register(
-    Metric(
-        "rmse", _squares, lambda sums: np.sqrt(_mean(sums)), higher_is_better=False,
-        digits=2,
-    )
-)  # fmt: skip
+register(Metric("rmse", _squares, lambda sums: np.sqrt(_mean(sums)), higher_is_better=False, digits=2))
 
 # -- texts ------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duallora.errors import DataError
-from duallora.tasks.encode import IGNORE, Encoded, TrainOn, encode, encode_split, encode_texts
+from duallora.tasks.encode import IGNORE, TrainOn, encode, encode_split, encode_texts
 from duallora.tasks.example import Example
 from duallora.tasks.task import Task
 
@@ -69,62 +69,46 @@ def _generation_row(
         yield "", Text(str(error), style="bold red"), Text(_place(example), style="dim")
         return
     for number, encoded in enumerate(found, 1):
+        flags = [label != IGNORE for label in encoded.labels]
+        note = Text(f"{len(flags)} tokens, ")
+        note.append(f"{sum(flags)} trained", style=TRAINED if any(flags) else "bold red")
+        if encoded.truncated:
+            note.append(f", cut to {max_length}", style="yellow")
+        note.append(f"  {_place(example)}", style="dim")
         part = f", sequence {number} of {len(found)}" if len(found) > 1 else ""
-        yield part, *_sequence(encoded, example, tokenizer, max_length)
+        yield part, _tokens(encoded.input_ids, flags, tokenizer), note
 
 
-def _sequence(encoded: Encoded, example: Example, tokenizer: Any, max_length: int) -> tuple[RenderableType, Text]:
-    flags = [label != IGNORE for label in encoded.labels]
-    note = Text(f"{len(flags)} tokens, ")
-    note.append(f"{sum(flags)} trained", style=TRAINED if any(flags) else "bold red")
-    if encoded.truncated:
-        note.append(f", cut to {max_length}", style="yellow")
-    note.append(f"  {_place(example)}", style="dim")
+def _tokens(ids: Sequence[int], flags: Sequence[bool], tokenizer: Any) -> Text:
+    """The text of the tokens, in color by whether they are trained; the middle of a long run is left out."""
     body = Text()
-    pieces = _pieces(encoded.input_ids, tokenizer)
     special = set(tokenizer.all_special_ids)
-    tokens = list(zip(encoded.input_ids, pieces, flags, strict=True))
-    for trained, run in itertools.groupby(tokens, key=lambda token: token[2]):
-        _append_run(body, list(run), trained, special)
+    for trained, group in itertools.groupby(
+        zip(ids, _pieces(ids, tokenizer), flags, strict=True), key=lambda one: one[2]
+    ):
+        run = list(group)
+        keep, styles = _LONGEST_RUN[trained] // 2, _ALTERNATING[trained]
+        for at, (token, piece, _) in enumerate(run):
+            if len(run) > 2 * keep and keep <= at < len(run) - keep:
+                if at == keep:
+                    kind = "trained" if trained else "ignored"
+                    body.append(f" ... {len(run) - 2 * keep} more {kind} tokens ... ", style="cyan")
+            elif token in special:
+                name = piece.strip() or piece  # word-piece decoders set a space before [SEP]
+                body.append(piece[: piece.index(name)]).append(name, style=f"{styles[0]} reverse")
+            else:
+                # At an edge: nothing of this kind, or a special token, stands beside it.
+                edge = any(not 0 <= beside < len(run) or run[beside][0] in special for beside in (at - 1, at + 1))
+                body.append(_visible(piece, edge), style=styles[at % 2])
     body.rstrip()  # a line break at the end is shown by its sign
-    return body, note
-
-
-def _append_run(body: Text, run: Sequence[tuple[int, str, bool]], trained: bool, special: set[int]) -> None:
-    styles = _ALTERNATING[trained]
-    longest = _LONGEST_RUN[trained]
-    keep = longest // 2
-    for index, (token, piece, _) in enumerate(run):
-        if len(run) > longest and keep <= index < len(run) - keep:
-            if index == keep:
-                left_out = len(run) - 2 * keep
-                body.append(f" ... {left_out} more {'trained' if trained else 'ignored'} tokens ... ", style="cyan")
-            continue
-        # At an edge: nothing of this kind, or a special token, stands beside it.
-        edge = any(not 0 <= at < len(run) or run[at][0] in special for at in (index - 1, index + 1))
-        if token in special:
-            _append_special(body, piece, styles[0])
-        else:
-            body.append(_visible(piece, edge), style=styles[index % 2])
-
-
-def _append_special(body: Text, piece: str, style: str) -> None:
-    name = piece.strip() or piece  # word-piece decoders set a space before [SEP]
-    body.append(piece[: piece.index(name)]).append(name, style=f"{style} reverse")
+    return body
 
 
 def _classification_row(
     task: Task, example: Example, tokenizer: Any, max_length: int, train_on: TrainOn
 ) -> Iterator[_Shown]:
-    row = encode_texts(example, tokenizer, max_length=max_length)
-    ids = row["input_ids"]
-    special = set(tokenizer.all_special_ids)
-    body = Text()
-    for token, piece in zip(ids, _pieces(ids, tokenizer), strict=True):
-        if token in special:
-            _append_special(body, piece, IGNORED)
-        else:
-            body.append(_visible(piece, False))
+    ids = encode_texts(example, tokenizer, max_length=max_length)["input_ids"]
+    body = _tokens(ids, [False] * len(ids), tokenizer)
     label: object = "none"
     if example.label is not None:
         label = task.labels[int(example.label)] if task.labels else example.label
