@@ -176,6 +176,10 @@ def test_fingerprints_tell_what_is_trained_apart(tmp_path):
 
 BAD = [
     (chat(USER, {"role": "assistant", "content": ""}), r"messages\[1\]\.content: empty answer"),
+    (chat("hello"), r"messages\[0\]: expected .* got text"),
+    (chat(), "expected a list of at least one message"),
+    (chat(USER), "column messages: no assistant turn"),
+    ({"messages": "nonsense"}, "column messages: expected a JSON list of messages"),
     (chat(USER, {"role": "assistant", "content": " \n"}), r"messages\[1\]\.content: empty answer"),
     (chat(USER, {"role": "assistant", "content": "", "tool_calls": []}), r"messages\[1\]\.content: empty answer"),
     (chat(USER, {"role": "assistant", "content": None}), r"messages\[1\]\.content: expected text, got null"),
@@ -184,6 +188,7 @@ BAD = [
     (chat(USER, {**ANSWER, "weight": 0.5}), r"messages\[1\]\.weight: expected 0 or 1 .*got a number \(0\.5\)"),
     (chat(USER, {**ANSWER, "weight": "0"}), r"messages\[1\]\.weight: expected 0 or 1"),
     (chat(USER, {**ANSWER, "weight": 0, "train": True}), "weight and train name the same thing and differ"),
+    ({"messages": json.dumps([USER, ANSWER])[:-3] + '\\ud800"}]'}, r"expected a JSON list of messages \(.*half of a character"),
     (chat({**USER, "train": True}, ANSWER), r"messages\[0\]\.train: only what the assistant says .*not a turn of user"),
     (chat({**USER, "tool_calls": [call({})]}, ANSWER), r"messages\[0\]\.tool_calls: only the assistant calls tools"),
     (chat({**USER, "reasoning": "hm"}, ANSWER), r"messages\[0\]\.reasoning: only the assistant has reasoning"),

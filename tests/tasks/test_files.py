@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import load_data
+from duallora.tasks.metrics import OF_KIND
 
 GOOD = '{"prompt": "p%d", "completion": "c%d"}'
 
@@ -31,37 +32,32 @@ def rows_of(task):
     return [*task.splits["train"], *task.splits["validation"]]
 
 
-def test_formats_are_detected_by_their_columns(tmp_path):
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    cases = {
-        "prompt-completion": ({"prompt": "p", "completion": "c", "extra": 1}, "generate"),
-        "messages": ({"messages": chat}, "generate"),
-        "alpaca": ({"instruction": "i", "input": "", "output": "o"}, "generate"),
-        "classification": ({"premise": "x", "hypothesis": "y", "label": "no"}, "classify"),
-    }
-    for name, (row, kind) in cases.items():
-        other = row | {"label": "yes"} if "label" in row else row
-        task = load_data(write(tmp_path / f"{name}.jsonl", json.dumps(row) + "\n" + json.dumps(other)))
-        assert (task.format, task.kind) == (name, kind)
-        assert len(rows_of(task)) == 2
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-@pytest.mark.parametrize("columns", [["text"], ["sentence"], ["text1", "text2"], ["premise", "hypothesis"]])
-def test_every_pair_of_text_columns_is_taken_and_labels_are_numbered_in_order(tmp_path, columns):
-    rows = [dict.fromkeys(columns, f"t{index}") | {"label": "b" if index % 2 else "a"} for index in range(4)]
-    task = load_data(write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))), eval_fraction=0.5)
-    assert task.labels == ("a", "b")
-    found = {example.texts: example.label for example in rows_of(task)}
-    assert found[("t1",) * len(columns)] == 1
-    assert found[("t2",) * len(columns)] == 0
-
-
-def test_numeric_classes_keep_their_order_and_fractions_are_targets(tmp_path):
-    lines = ["text,label", "a,10", "b,9", "c,2"]
-    assert load_data(write(tmp_path / "n.csv", "\n".join(lines))).labels == ("2", "9", "10")
-    task = load_data(write(tmp_path / "f.csv", "\n".join([*lines, "d,2.5"])))
-    assert task.kind == "regress"
-    assert sorted(example.label for example in rows_of(task)) == [2.0, 2.5, 9.0, 10.0]
+@pytest.mark.parametrize(
+    ("name", "row", "other"),
+    [
+        ("prompt-completion", {"prompt": "p", "completion": "c", "extra": 1}, {}),
+        ("messages", {"messages": CHAT}, {}),
+        ("messages", {"conversations": CHAT}, {}),
+        ("alpaca", {"instruction": "i", "input": "", "output": "o"}, {}),
+        ("classification", {"text": "t", "label": "b"}, {"label": "a"}),
+        ("classification", {"sentence": "t", "label": "b"}, {"label": "a"}),
+        ("classification", {"text1": "t", "text2": "t", "label": "b"}, {"label": "a"}),
+        ("classification", {"sentence1": "t", "sentence2": "t", "label": "b"}, {"label": "a"}),
+        ("classification", {"premise": "t", "hypothesis": "t", "label": "b"}, {"label": "a"}),
+    ],
+)
+def test_a_format_is_detected_by_its_columns(tmp_path, name, row, other):
+    rows = [row, row | other]
+    task = load_data(write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))), eval_data=str(tmp_path / "x.jsonl"))
+    kind = "classify" if other else "generate"
+    assert (task.format, task.kind, task.metrics, len(task.splits["train"])) == (name, kind, OF_KIND[kind], 2)
+    if other:
+        assert task.labels == ("a", "b")
+        texts = tuple(value for key, value in row.items() if key != "label")
+        assert [(one.texts, one.label) for one in task.splits["train"]] == [(texts, 1), (texts, 0)]
 
 
 def test_one_label_that_is_no_number_is_a_fault_among_targets(tmp_path):
@@ -152,37 +148,19 @@ def test_at_most_twenty_faults_are_listed_and_all_are_counted(tmp_path):
         load_data(write(tmp_path / "none.jsonl", "{\n{\n"), bad_rows="skip")
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([{"role": "asistant", "content": "x"}], r"messages\[0\]\.role: unknown role 'asistant'.*did you mean assist"),
-        ([{"role": "user", "content": None}], r"messages\[0\]\.content: expected text, got null"),
-        (["hello"], r"messages\[0\]: expected .* got text"),
-        ([], r"expected a list of at least one message"),
-        ([{"role": "user", "content": "x"}], r"no assistant turn"),
-        ("nonsense", r"expected a JSON list"),
-    ],
-)
-def test_faults_in_chats(tmp_path, messages, message):
-    good = {"messages": [{"role": "assistant", "content": "a"}]}
-    rows = [good, good, {"messages": messages}]
-    with pytest.raises(DataError, match=rf"m\.jsonl:3, column {message}|m\.jsonl:3, column messages: {message}"):
-        load_data(write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows))))
-
-
-@pytest.mark.parametrize(
-    ("head", "row", "column"),
-    [("prompt,completion", "p,{}", "completion"), ("instruction,input,output", "p,q,{}", "output")],
-)
-def test_a_blank_answer_cell_is_a_bad_row(tmp_path, head, row, column):
-    """CSV has no null: "prompt," is a row whose answer is missing, and training on it would teach silence."""
-    lines = [head, *(row.format(answer) for answer in ("a", "", "b", "  "))]
-    path = write(tmp_path / "blank.csv", "\n".join(lines) + "\n")
-    with pytest.raises(
-        DataError, match=rf"2 bad rows of 4(.|\n)*blank\.csv:3, column {column}: empty answer"
-    ) as caught:
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_blank_answer_is_a_bad_row(tmp_path, suffix):
+    """CSV has no null: "a," is a row whose output is missing, and training on it would teach silence."""
+    rows = [{"instruction": "i", "output": output} for output in ("a", "", "b", "  ")]
+    lines = (
+        ["instruction,output", *(f"i,{row['output']}" for row in rows)] if suffix == "csv" else map(json.dumps, rows)
+    )
+    path, first = write(tmp_path / f"blank.{suffix}", "\n".join(lines) + "\n"), 2 if suffix == "csv" else 1
+    message = (
+        rf"2 bad rows of 4(.|\n)*:{first + 1}, column output: empty answer(.|\n)*:{first + 3}, column output: empty"
+    )
+    with pytest.raises(DataError, match=message):
         load_data(path)
-    assert f"blank.csv:5, column {column}: empty answer" in str(caught.value)
     assert sorted(example.answer for example in rows_of(load_data(path, bad_rows="skip"))) == ["a", "b"]
 
 
@@ -252,14 +230,11 @@ def test_a_table_is_read_however_it_is_written(tmp_path, suffix, separator, note
     assert sorted(row.where.rpartition(":")[2] for row in rows_of(task)) == ["2", "3", "4"]
 
 
-def test_a_separator_inside_the_text_is_no_separator(tmp_path):
+def test_a_separator_inside_the_text_is_none_and_a_carriage_return_among_line_feeds_ends_no_line(tmp_path):
     task = load_data(write(tmp_path / "t.csv", "text,label\na;b;c,x\nd|e,y\n"))
     assert {row.texts for row in rows_of(task)} == {("a;b;c",), ("d|e",)}
     with pytest.raises(DataError, match="has the columns question;answer, which fit none"):
         load_data(write(tmp_path / "t.csv", "question;answer\na;b\n"))
-
-
-def test_a_carriage_return_among_line_feeds_ends_no_line(tmp_path):
     task = load_data(write(tmp_path / "t.csv", b'text,label\n"a\rb",x\n"c",y\n'))
     assert {row.texts for row in rows_of(task)} == {("a\rb",), ("c",)}
     content = "\r".join(good_lines(3)).encode("utf-16")
@@ -301,11 +276,11 @@ def test_lists_that_are_no_list_of_rows_are_refused(tmp_path):
 
 
 def test_columns_that_nothing_is_made_of_are_named(tmp_path):
-    task = load_data(write(tmp_path / "t.csv", "id,text,label,when\n1,a,x,0\n2,b,y,0\n"))
+    path = write(tmp_path / "t.csv", "id,text,label,when\n1,a,x,0\n2,b,y,0\n")
+    task = load_data(path)
     assert task.notes[1:] == ("columns not used: id, when",)
-    assert task.source == str(tmp_path / "t.csv")
-    task = load_data(write(tmp_path / "t.csv", "id,text,label,when\n1,a,x,0\n2,b,y,0\n"), ignore_keys=["id", "when"])
-    assert task.notes[1:] == ()
+    assert task.source == path
+    assert load_data(path, ignore_keys=["id", "when"]).notes[1:] == ()
 
 
 def test_missing_empty_and_unknown_files(tmp_path):
@@ -400,12 +375,3 @@ def test_fingerprint_is_of_the_rows_and_not_of_their_place(tmp_path):
     assert prints[0] == prints[1]
     lines[2] = lines[2].replace("c2", "c3")
     assert load_data(write(tmp_path / "x.jsonl", "\n".join(lines))).fingerprint("train") != prints[0]
-
-
-def test_metrics_of_the_three_kinds(tmp_path):
-    task = load_data(write(tmp_path / "g.jsonl", "\n".join(good_lines(4))), eval_fraction=0.5)
-    rows = task.splits["validation"]
-    assert task.metrics([rows[0].answer + " ", "x"], rows)["exact_match"] == 50.0
-    task = load_data(write(tmp_path / "c.csv", "text,label\na,x\nb,y\nc,x\nd,y\n"), eval_fraction=0.5)
-    rows = task.splits["train"]
-    assert task.metrics([0, 0], rows)[task.main_metric] == 100.0 * sum(example.label == 0 for example in rows) / 2
