@@ -40,11 +40,9 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
         ["recipe.yaml:2", "train.lerning_rate", "did you mean train.learning_rate?"],
     ),
     ("unknown section", "adaptor:\n  r: 8", ["recipe.yaml:1", "unknown key adaptor", "did you mean adapter?"]),
-    ("key of another section", "model:\n  learning_rate: 1e-4", ["recipe.yaml:2", "did you mean train.learning_rate?"]),
     ("leaf at the top level", "r: 8", ["recipe.yaml:1", "did you mean adapter.r?"]),
     ("ambiguous leaf at the top", "batch_size: 8", ["did you mean train.batch_size or eval.batch_size?"]),
     ("a name of PEFT", "adapter:\n  lora_alpha: 8", ["recipe.yaml:2", "did you mean adapter.alpha?"]),
-    ("a name of transformers", "train:\n  num_train_epochs: 3", ["did you mean train.epochs?"]),
     (
         "a key of an earlier version",
         "adapter:\n  start: runs/x",
@@ -68,30 +66,21 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ),
     ("hopeless key", "zzzz: 1", ["recipe.yaml:1", "unknown key zzzz", "model, adapter, data"]),
     ("rank 0", "adapter:\n\n  r: 0", ["recipe.yaml:3", "adapter.r: 0", "integer from 1 to 65536"]),
-    ("negative rank", "adapter: {r: -4}", ["recipe.yaml:1", "adapter.r: -4"]),
     ("rank 10^9", "adapter: {r: 1000000000}", ["adapter.r: 1000000000", "to 65536"]),
     ("fractional rank", "adapter: {r: 8.0}", ["adapter.r: 8.0", "integer"]),
     ("rank in quotes", 'adapter: {r: "8"}', ['adapter.r: "8"', "remove the quotes"]),
     ("rank true", "adapter: {r: true}", ["adapter.r: true", "integer"]),
     ("alpha 0", "adapter: {alpha: 0}", ["adapter.alpha: 0", "finite number > 0 or null"]),
     ("alpha NaN", "adapter: {alpha: .nan}", ["adapter.alpha: nan", "finite"]),
-    ("alpha inf", "adapter: {alpha: .inf}", ["adapter.alpha: inf", "finite"]),
-    ("alpha overflow", "adapter: {alpha: 1e999}", ["adapter.alpha: inf"]),
-    ("negative learning rate", "train:\n  learning_rate: -1e-4", ["recipe.yaml:2", "-0.0001", "> 0"]),
     ("number with a unit", "train: {learning_rate: 1e-4x}", ['"1e-4x"', "finite number"]),
     ("list for a number", "train: {batch_size: [8]}", ["train.batch_size: [8]", "integer >= 1"]),
-    ("dropout 1", "adapter: {duallora_dropout: 1}", ["adapter.duallora_dropout: 1", "< 1"]),
     ("max_length 7", "data: {task: e2e, max_length: 7}", ["data.max_length: 7", "from 8"]),
     ("yes for true", "train: {gradient_checkpointing: yes}", ['"yes"', "true or false", "YAML 1.2"]),
     ("unknown option", "adapter: {ste_clip: hard}", ['"hard"', '"chain", "update" or "none"']),
-    ("number for a name", "model:\n  name: 7", ["recipe.yaml:2", "model.name: 7", "text", "quotes"]),
-    ("empty name", 'model: {name: ""}', ['model.name: ""', "text"]),
     ("NUL in a path", 'output: "a\\0b"', ["output:", "text"]),
     ("rank 0 in a pattern", "adapter: {rank_pattern: {q: 0}}", ['adapter.rank_pattern: {"q": 0}', "mapping"]),
     ("no target", "adapter: {target_modules: []}", ["adapter.target_modules: []", "non-empty"]),
-    ("negative seed", "seed: -1", ["recipe.yaml:1", "seed: -1"]),
     ("section is a value", "model: gpt2", ["recipe.yaml:1", "model is a section", "model.name"]),
-    ("root is a list", "- a", ["recipe.yaml:1", "expected a mapping"]),
     (
         "both data sources",
         "data:\n  path: a\n  task: b",
@@ -109,22 +98,16 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("residual with fixed signs", "adapter: {warmup: residual, direction: fixed}", ["adapter.warmup", "ramp"]),
     ("three ranks", "adapter: {rank_pattern: {q: [1, 2, 3]}}", ["[1, 2, 3]", "2-item list"]),
     ("key twice", "train:\n  epochs: 1\n  seed: 1\n  epochs: 2", ["recipe.yaml:4", "epochs is set twice", "line 2"]),
-    ("section twice", "seed: 1\nseed: 2", ["recipe.yaml:2", "seed is set twice"]),
     ("key twice in a pattern", "adapter:\n  rank_pattern: {q: 1, q: 2}", ["recipe.yaml:2", "q is set twice"]),
     ("merge key", "<<: {seed: 1}", ["recipe.yaml:1", "merge keys"]),
     ("key that is a list", "? [a]\n: 1", ["recipe.yaml:1", "not text"]),
     ("python tag", "seed: !!python/object/apply:os.system [ls]", ["recipe.yaml:1", "seed", "tag", "not accepted"]),
-    ("own tag", "seed: !x 1", ["recipe.yaml:1", "tag !x"]),
     ("open bracket", "seed: [1", ["recipe.yaml:1", "not valid YAML"]),
     ("tab", "train:\n\tepochs: 1", ["recipe.yaml:2", "not valid YAML"]),
-    ("colon in a colon", "a: b: c", ["recipe.yaml:1", "not valid YAML"]),
-    ("two documents", "seed: 1\n---\nseed: 2", ["not valid YAML"]),
     ("alias", "seed: &x 1\noutput: *x", ["recipe.yaml:2", "aliases (*) are not accepted"]),
-    ("control character", b"seed: \x00", ["recipe.yaml", "not valid YAML"]),
     ("not UTF-8", b"seed: 1\nmodel: {name: \xff}", ["recipe.yaml:2", "UTF-8", "0xff"]),
     ("an integer of 5000 digits", "seed: " + "9" * 5000, ["recipe.yaml:1", "seed", "cannot be read"]),
     ("too deep", "adapter: {rank_pattern: " + "[" * 1000 + "}", ["nested too deeply"]),
-    ("alias to itself", "adapter: {target_modules: &x [*x]}", ["recipe.yaml:1", "aliases (*) are not accepted"]),
     ("a data file", "seed: 1 #" + "x" * (1 << 16), ["recipe.yaml", "larger than"]),
 ]
 
@@ -149,13 +132,10 @@ BAD_OVERRIDES = [
     ("lerning_rate=1", ["--set lerning_rate=1", "did you mean train.learning_rate?"]),
     ("batch_size=8", ["ambiguous", "train.batch_size or eval.batch_size"]),
     ("lr=2e-4", ["did you mean train.learning_rate?"]),
-    ("data-dir=x", ["did you mean data.data_dir?"]),
     ("learning_rate", ["expected KEY=VALUE"]),
-    ("=3", ["expected KEY=VALUE"]),
     ("train=3", ["train is a section", "train.epochs"]),
     ("train.learning_rate=fast", ['train.learning_rate: "fast"', "finite number > 0"]),
     ("r='8'", ["adapter.r", "remove the quotes"]),
-    ("r=[8", ["--set r=[8", "not valid YAML"]),
     ("r=!!python/name:os.system", ["tag"]),
     ("start=x", ["--set start=x: unknown key start; it is now adapter.init_from"]),
     ("adapter.warmup_steps=1e30", ["adapter.warmup_steps: 1e+30", 'integer >= 0 or "auto"']),
@@ -163,7 +143,6 @@ BAD_OVERRIDES = [
     ("alpha=" + "9" * 400, ["adapter.alpha", "finite number > 0"]),
     ("chat_template_kwargs=3", ["data.chat_template_kwargs: 3", "expected mapping of names to any value or null"]),
     ("r=", ["adapter.r: null", "integer"]),
-    ("rank_pattern.q=0", ["adapter.rank_pattern", '{"q": 0}']),
     ("rank_pattern.=4", ["unknown key rank_pattern."]),
     ("data.path=mine.csv", ["--set data.path=mine.csv", "--set data.task=e2e", "keep one"]),
 ]
@@ -216,6 +195,13 @@ def test_many_problems_are_cut_off(tmp_path):
         load_recipe(path)
 
 
+def test_flags_name_themselves_in_errors():
+    with pytest.raises(ConfigError, match=r"--data, --task: data\.path"):
+        load_recipe(data="a.csv", task="e2e")
+    with pytest.raises(ConfigError, match="--seed: seed: -1"):
+        load_recipe(task="e2e", seed=-1)
+
+
 def test_later_sources_win(tmp_path):
     """defaults < file < --set < flags, key by key."""
     path = write(tmp_path, "seed: 1\nmodel: {name: file, dtype: bfloat16}\ntrain: {epochs: 2}\ndata: {task: e2e}\n")
@@ -224,39 +210,26 @@ def test_later_sources_win(tmp_path):
     assert (recipe.train.epochs, recipe.train.batch_size, recipe.train.learning_rate) == (2.0, 3, 1e-3)
 
 
-def test_flags_name_themselves_in_errors():
-    with pytest.raises(ConfigError, match=r"--data, --task: data\.path"):
-        load_recipe(data="a.csv", task="e2e")
-    with pytest.raises(ConfigError, match="--seed: seed: -1"):
-        load_recipe(task="e2e", seed=-1)
-
-
-def test_a_data_source_on_the_command_line_replaces_the_files(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "overrides", "flags", "expected"),
+    [
+        ("data: {task: e2e, data_dir: d, max_length: 99}", [], {"data": "m.csv"}, {"path": "m.csv", "task": None, "data_dir": None, "max_length": 99}),
+        ("data: {path: m.csv, eval_path: n.csv, format: alpaca}", ["task=boolq"], {}, {"path": None, "eval_path": None, "format": None, "task": "boolq"}),
+        ("train: {lr_warmup_ratio: 0.2}", ["lr_warmup_steps=10"], {"task": "e2e"}, {"lr_warmup_steps": 10, "lr_warmup_ratio": None}),
+        ("", ["lr_warmup_steps=10"], {"task": "e2e"}, {"lr_warmup_steps": 10, "lr_warmup_ratio": None}),
+        ("", [], {"task": "e2e"}, {"lr_warmup_steps": None, "lr_warmup_ratio": "auto"}),
+        ("adapter: {rank_pattern: {q: 8, v: 8}}", ["rank_pattern.q=4"], {"task": "e2e"}, {"rank_pattern": {"q": 4, "v": 8}}),
+        ("", ["rank_pattern.layers.0.q=4", "adapter.rank_pattern.^x$=2", "alpha_pattern.v=1"], {"task": "e2e"},
+         {"rank_pattern": {"layers.0.q": 4, "^x$": 2}, "alpha_pattern": {"v": 1.0}}),
+    ],
+)  # fmt: skip
+def test_what_a_later_source_excludes_goes_and_its_entries_join_those_of_the_file(
+    tmp_path, file, overrides, flags, expected
+):
     """A recipe for one data set is used on another without editing it."""
-    path = write(tmp_path, "data: {task: e2e, data_dir: d, max_length: 99}\n")
-    recipe = load_recipe(path, data="mine.csv")
-    assert (recipe.data.path, recipe.data.task, recipe.data.data_dir, recipe.data.max_length) == (
-        "mine.csv",
-        None,
-        None,
-        99,
-    )
-    path = write(tmp_path, "data: {path: mine.csv, eval_path: more.csv, format: alpaca}\n")
-    recipe = load_recipe(path, ["task=boolq"])
-    assert (recipe.data.path, recipe.data.eval_path, recipe.data.format, recipe.data.task) == (
-        None,
-        None,
-        None,
-        "boolq",
-    )
-
-
-def test_warmup_steps_replace_the_ratio(tmp_path):
-    assert load_recipe(None, TASK).train.lr_warmup_ratio == "auto"
-    assert load_recipe(None, [*TASK, "lr_warmup_steps=10"]).train.lr_warmup_ratio is None
-    path = write(tmp_path, "train: {lr_warmup_ratio: 0.2}\ndata: {task: e2e}")
-    train = load_recipe(path, ["lr_warmup_steps=10"]).train
-    assert (train.lr_warmup_steps, train.lr_warmup_ratio) == (10, None)
+    recipe = load_recipe(write(tmp_path, file), overrides, **flags)
+    found = {**recipe.data.model_dump(), **recipe.train.model_dump(), **recipe.adapter.model_dump()}
+    assert {key: found[key] for key in expected} == expected
 
 
 def test_yaml_1_2_scalars():
@@ -271,43 +244,23 @@ def test_yaml_1_2_scalars():
     assert recipe.model.revision == "2026-01-01"
 
 
-def test_entries_of_a_mapping_can_be_set_one_by_one():
-    recipe = load_recipe(
-        None, [*TASK, "rank_pattern.layers.0.q_proj=4", "adapter.rank_pattern.^x$=2", "alpha_pattern.v=1"]
-    )
-    assert recipe.adapter.rank_pattern == {"layers.0.q_proj": 4, "^x$": 2}
-    assert recipe.adapter.alpha_pattern == {"v": 1.0}
-
-
-def test_an_entry_set_on_the_command_line_joins_those_of_the_file(tmp_path):
-    path = write(tmp_path, "adapter: {rank_pattern: {q_proj: 8, v_proj: 8}}\ndata: {task: e2e}")
-    recipe = load_recipe(path, ["rank_pattern.q_proj=4"])
-    assert recipe.adapter.rank_pattern == {"q_proj": 4, "v_proj": 8}
-
-
 def test_a_byte_order_mark_crlf_and_empty_sections_are_fine(tmp_path):
     path = write(tmp_path, b"\xef\xbb\xbfmodel:\r\ndata:\r\n  task: e2e\r\n")
     assert load_recipe(path) == load_recipe(None, TASK)
     assert load_recipe(write(tmp_path, ""), TASK) == load_recipe(None, TASK)
 
 
-def test_recipes_are_frozen_and_strict_in_python():
-    recipe = Recipe(data={"task": "e2e"})
-    with pytest.raises(ValidationError):
-        recipe.seed = 1
-    with pytest.raises(ValidationError):
-        Recipe(data={"task": "e2e"}, seed="1")
-    with pytest.raises(ValidationError):
-        Recipe(data={"task": "e2e"}, color=1)
-
-
-def test_defaults_are_not_shared_between_recipes():
-    """Frozen models hold mutable lists and mappings; one recipe's must not be another's."""
+def test_recipes_are_frozen_strict_and_share_no_defaults():
     first, second = Recipe(data={"task": "e2e"}), Recipe(data={"task": "e2e"})
+    with pytest.raises(ValidationError):
+        first.seed = 1
+    for wrong in ({"seed": "1"}, {"color": 1}):
+        with pytest.raises(ValidationError):
+            Recipe(data={"task": "e2e"}, **wrong)
     first.adapter.rank_pattern["q"] = 1
     first.train.report_to.append("x")
-    assert second.adapter.rank_pattern == {}
-    assert second.train.report_to == ["tensorboard"]
+    assert (second.adapter.rank_pattern, second.train.report_to) == ({}, ["tensorboard"])
+    assert json.loads(json.dumps(recipe_schema()))["additionalProperties"] is False
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20).filter(
@@ -510,14 +463,6 @@ def test_every_setting_is_described_and_its_default_is_allowed():
         assert "\n" not in description
         assert recipes.allowed(key)
     load_recipe(None, TASK)
-
-
-def test_the_schema_is_json_and_refuses_unknown_keys():
-    schema = recipe_schema()
-    assert json.loads(json.dumps(schema)) == schema
-    assert schema["additionalProperties"] is False
-    assert schema["$defs"]["DualLoraSection"]["properties"]["r"]["minimum"] == 1
-    assert "description" in schema["$defs"]["TrainSection"]["properties"]["learning_rate"]
 
 
 def test_the_default_run_folder_names_model_and_data():
