@@ -6,7 +6,7 @@ Also the one place that loads an adapter for use, and refuses one that is damage
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -189,25 +189,15 @@ def _finite(loss: float, split: str) -> float:
     return loss
 
 
-def loss_on(
-    model: Any,
-    tokenizer,
-    rows: Sequence[Mapping[str, Any]],
-    kind: Kind,
-    *,
-    batch_size: int = 16,
-    console: Console | None = None,
-    processes: Processes = ALONE,
-) -> float:
+def loss_on(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], kind: Kind, **how: Any) -> float:
     """The loss alone, over rows of `encode_split`: per trained token (generate) or per row.
 
-    The same to the bit in one process and in several, which share the batches out.
+    The same to the bit in one process and in several. ``how``: batch_size, console and processes, as `evaluate` has them.
     """
-    shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
     with inference(model), _folded_on_cpu(model):
         if kind == "generate":
-            return answer_loss(model, tokenizer, rows, **shared)
-        return _row_loss(classify(model, tokenizer, rows, **shared), rows, kind)
+            return answer_loss(model, tokenizer, rows, **how)
+        return _row_loss(classify(model, tokenizer, rows, **how), rows, kind)
 
 
 def select(task: Task, split: str, limit: int | None = None) -> list[Example]:
@@ -220,18 +210,9 @@ def select(task: Task, split: str, limit: int | None = None) -> list[Example]:
     return examples
 
 
-def answer_loss(
-    model: Any,
-    tokenizer,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int = 16,
-    console: Console | None = None,
-    processes: Processes = ALONE,
-) -> float:
+def answer_loss(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **how: Any) -> float:
     """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
-    shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
-    return metrics.get("loss").value(_answers(log_likelihoods(model, tokenizer, rows, **shared), rows), ())
+    return metrics.get("loss").value(_answers(log_likelihoods(model, tokenizer, rows, **how), rows), ())
 
 
 def _answers(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:
@@ -248,55 +229,42 @@ def _by_example(answers: Sequence[Answer], examples: Sequence[int]) -> list[Answ
     return list(whole.values())
 
 
-def log_likelihoods(
-    model: Any,
-    tokenizer,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int = 16,
-    console: Console | None = None,
-    processes: Processes = ALONE,
-) -> list[float]:
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **how: Any) -> list[float]:
     """The log-likelihood of each row's trained tokens given what stands before them, in nats, in the order of ``rows``.
 
     Rows that differ in their last token alone, or end where another goes on, share one pass through the model: the
     options of a question cost hardly more than one answer.
     """
     check_room(model, tokenizer, row=longest(rows))
-    collate = Collator(tokenizer)
     guests = _sharing(rows)
     hosts = list(guests)
-    batches = [
-        [hosts[index] for index in batch]
-        for batch in _by_length([len(rows[host]["input_ids"]) for host in hosts], batch_size)
-    ]
-    found: dict[int, float] = {}
     seen = reads_labels(model)
-    with torch.no_grad(), _bar(console, "loss", len(rows), processes) as advance:
-        for _, chosen in _own(batches, processes):
-            batch = _on_device(collate([rows[host] for host in chosen]), model)
-            length = batch["labels"].shape[1]
-            if not seen:
-                batch.pop("labels")
-            # Virtual tokens stand before the text's own.
-            logits = model(**batch).logits[:, -length:-1]
-            # (place in the batch, position, token, row) of each trained token.
-            wanted = [
-                (place, position, label, row)
-                for place, host in enumerate(chosen)
-                for row in guests[host]
-                for position, label in enumerate(rows[row]["labels"][1:])
-                if label != IGNORE
-            ]
-            places, positions, labels, owners = zip(*wanted, strict=True)
-            # Only the trained positions are widened to float32: [trained, vocabulary], not [batch, length, vocabulary].
-            scores = logits[list(places), list(positions)].float()
-            losses = F.cross_entropy(scores, torch.tensor(labels, device=scores.device), reduction="none").tolist()
-            for owner, loss in zip(owners, losses, strict=True):
-                found[owner] = found.get(owner, 0.0) - loss
-            advance(sum(len(guests[host]) for host in chosen))
-    found = _united(found, processes)
-    return [found[row] for row in range(len(rows))]
+
+    def one(batch: dict[str, torch.Tensor], chosen: list[int]) -> Iterator[tuple[int, float]]:
+        length = batch["labels"].shape[1]
+        if not seen:
+            batch.pop("labels")
+        logits = model(**batch).logits[:, -length:-1]  # virtual tokens stand before the text's own
+        # (place in the batch, position, token, row) of each trained token.
+        wanted = [
+            (place, position, label, row)
+            for place, host in enumerate(chosen)
+            for row in guests[hosts[host]]
+            for position, label in enumerate(rows[row]["labels"][1:])
+            if label != IGNORE
+        ]
+        places, positions, labels, owners = zip(*wanted, strict=True)
+        # Only the trained positions are widened to float32: [trained, vocabulary], not [batch, length, vocabulary].
+        scores = logits[list(places), list(positions)].float()
+        losses = F.cross_entropy(scores, torch.tensor(labels, device=scores.device), reduction="none").tolist()
+        found = dict.fromkeys(owners, 0.0)
+        for owner, loss in zip(owners, losses, strict=True):
+            found[owner] -= loss
+        return iter(found.items())
+
+    sizes = [len(guests[host]) for host in hosts]
+    return _over_batches(one, [rows[host] for host in hosts], model, Collator(tokenizer), "loss", sizes=sizes, **how)
 
 
 def _sharing(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
@@ -363,6 +331,7 @@ def _without_end(row: Mapping[str, Any], tokenizer) -> Mapping[str, Any]:
     return {name: values[:-1] for name, values in row.items()}
 
 
+@torch.no_grad()
 def generate(
     model: Any,
     tokenizer,
@@ -390,27 +359,24 @@ def generate(
     ends = end_tokens(model, tokenizer, chat=bool(chats), examples=[*chats[:1], *calls[:1]])
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
-    texts: dict[int, str] = {}
-    batches = _by_length([len(prompt["input_ids"]) for prompt in prompts], batch_size)
+
+    def one(batch: dict[str, torch.Tensor], chosen: list[int]) -> Iterator[tuple[int, str]]:
+        start = batch["input_ids"].shape[1]
+        output = model.generate(
+            **batch,
+            use_cache=True,
+            pad_token_id=collate.fill["input_ids"],
+            eos_token_id=ends,
+            no_repeat_ngram_size=0,
+            logits_processor=LogitsProcessorList([_OwnNGrams(own_ngrams, start)]),
+            **settings,
+        )
+        return zip(chosen, tokenizer.batch_decode(output[:, start:], skip_special_tokens=True), strict=True)
+
     # A decoding step multiplies few rows, so building W' anew in each would cost more than the step itself.
-    with torch.no_grad(), folded(model), _bar(console, "generate", len(prompts), processes) as advance:
-        for _, chosen in _own(batches, processes):
-            batch = _on_device(collate([prompts[index] for index in chosen]), model)
-            output = model.generate(
-                **batch,
-                use_cache=True,
-                pad_token_id=collate.fill["input_ids"],
-                eos_token_id=ends,
-                no_repeat_ngram_size=0,
-                logits_processor=LogitsProcessorList([_OwnNGrams(own_ngrams, batch["input_ids"].shape[1])]),
-                **settings,
-            )
-            answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for index, answer in zip(chosen, answers, strict=True):
-                texts[index] = answer
-            advance(len(chosen))
-    texts = _united(texts, processes)
-    return [texts[index] for index in range(len(prompts))]
+    with folded(model):
+        how: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
+        return _over_batches(one, prompts, model, collate, "generate", **how)
 
 
 def end_tokens(model: Any, tokenizer, *, chat: bool, examples: Sequence[Example] = ()) -> list[int]:
@@ -432,29 +398,16 @@ def end_tokens(model: Any, tokenizer, *, chat: bool, examples: Sequence[Example]
     return sorted(ends)
 
 
-def classify(
-    model: Any,
-    tokenizer,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int = 16,
-    console: Console | None = None,
-    processes: Processes = ALONE,
-) -> torch.Tensor:
+@torch.no_grad()
+def classify(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **how: Any) -> torch.Tensor:
     """Logits [rows, labels] in float32 on the CPU, in the order of ``rows``."""
     check_room(model, tokenizer, row=longest(rows))
-    collate = Collator(tokenizer)
-    batches = _by_length([len(row["input_ids"]) for row in rows], batch_size)
-    logits: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), _bar(console, "classify", len(rows), processes) as advance:
-        for _, chosen in _own(batches, processes):
-            batch = _on_device(collate([rows[index] for index in chosen]), model)
-            batch.pop("labels", None)
-            for index, row in zip(chosen, model(**batch).logits.float().cpu(), strict=True):
-                logits[index] = row
-            advance(len(chosen))
-    logits = _united(logits, processes)
-    return torch.stack([logits[index] for index in range(len(rows))])
+
+    def one(batch: dict[str, torch.Tensor], chosen: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        batch.pop("labels", None)
+        return zip(chosen, model(**batch).logits.float().cpu(), strict=True)
+
+    return torch.stack(_over_batches(one, rows, model, Collator(tokenizer), "classify", **how))
 
 
 @contextmanager
@@ -492,38 +445,36 @@ class _OwnNGrams(LogitsProcessor):
         return scores if self.inner is None else self.inner(input_ids[:, self.start :], scores)
 
 
-def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches of like length, longest first: little padding, and too little memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _over_batches(
+    one: Callable[[dict[str, torch.Tensor], list[int]], Iterable[tuple[int, T]]],
+    rows: Sequence[Mapping[str, Any]],
+    model: Any,
+    collate: Collator,
+    label: str,
+    *,
+    sizes: Sequence[int] | None = None,
+    batch_size: int = 16,
+    console: Console | None = None,
+    processes: Processes = ALONE,
+) -> list[T]:
+    """What ``one(batch, numbers of its rows)`` gives as (number, value), of all batches and processes, by number.
 
-
-def _own(batches: Sequence[list[int]], processes: Processes) -> list[tuple[int, list[int]]]:
-    """(number, batch) of this process's share of the batches."""
-    return list(enumerate(batches))[processes.rank :: processes.world_size]
-
-
-def _united(own: dict[int, T], processes: Processes) -> dict[int, T]:
-    """What all processes have found, by number."""
-    return {number: value for part in processes.all_gather_object(own) for number, value in part.items()}
-
-
-def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    Batches are of like length, longest first: little padding, and too little memory shows at once. ``sizes`` is what each
+    row counts for in the bar.
+    """
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def _bar(console: Console | None, label: str, total: int, processes: Processes) -> Iterator[Any]:
-    if console is None:
-        yield lambda count: None
-        return
+    sizes = sizes or [1] * len(rows)
+    found: dict[int, T] = {}
     done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done = min(total, done + count * processes.world_size)  # the others are about as far as this process
-        update(done)
-
-    with progress_bar(console, label, total) as update:
-        yield advance
+    with progress_bar(console, label, sum(sizes)) if console else nullcontext() as update:
+        for chosen in batches[processes.rank :: processes.world_size]:
+            batch = collate([rows[row] for row in chosen])
+            found.update(one({name: tensor.to(device) for name, tensor in batch.items()}, chosen))
+            # The others are about as far as this process.
+            done = min(sum(sizes), done + sum(sizes[row] for row in chosen) * processes.world_size)
+            if update is not None:
+                update(done)
+    found = {number: value for part in processes.all_gather_object(found) for number, value in part.items()}
+    return [found[number] for number in range(len(found))]
