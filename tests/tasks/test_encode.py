@@ -26,29 +26,12 @@ def trained_text(encoded, tokenizer) -> str:
     return tokenizer.decode([label for label in encoded.labels if label != IGNORE])
 
 
-def test_loss_is_on_answer_and_end_only(tiny_tokenizer):
-    encoded = encode(Example(prompt="2+2=", answer=" four"), tiny_tokenizer, max_length=99)
-    assert tiny_tokenizer.decode(encoded.input_ids) == "2+2= four</s>"
-    assert trained_text(encoded, tiny_tokenizer) == " four</s>"
-    assert encoded.labels[:4] == [IGNORE] * 4
-    assert not encoded.truncated
-
-
 def test_train_on_all_leaves_out_only_what_nothing_predicts(tiny_tokenizer, tiny_bos_tokenizer):
     example = Example(prompt="ab", answer="c")
     plain = encode(example, tiny_tokenizer, max_length=9, train_on="all")
     assert trained_text(plain, tiny_tokenizer) == "bc</s>"
     with_bos = encode(example, tiny_bos_tokenizer, max_length=9, train_on="all")
     assert trained_text(with_bos, tiny_bos_tokenizer) == "abc</s>"
-
-
-def test_bos_only_where_the_tokenizer_sets_one(tiny_tokenizer, tiny_bos_tokenizer):
-    example = Example(prompt="ab", answer="c")
-    assert tiny_tokenizer.decode(encode(example, tiny_tokenizer, max_length=9).input_ids) == "abc</s>"
-    ids = encode(example, tiny_bos_tokenizer, max_length=9).input_ids
-    assert tiny_bos_tokenizer.decode(ids) == "<s>abc</s>"
-    assert ids.count(tiny_bos_tokenizer.bos_token_id) == 1
-    assert encode_prompt(example, tiny_bos_tokenizer, max_length=9) == ids[:3]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +49,9 @@ def test_prompt_is_cut_from_the_left_before_the_answer(tiny_bos_tokenizer, max_l
     assert tiny_bos_tokenizer.decode(encoded.input_ids) == text
     assert trained_text(encoded, tiny_bos_tokenizer) == trained
     assert encoded.truncated == (max_length < 11)
+    if max_length == 11:
+        asked = encode_prompt(Example(prompt="prompt", answer="ans"), tiny_bos_tokenizer, max_length=11)
+        assert tiny_bos_tokenizer.decode(asked) == "<s>prompt"
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,6 +66,7 @@ def test_encoding_never_exceeds_max_length_and_keeps_the_answer_first(
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     kept = min(len(answer_ids), max_length - bos)
     assert encoded.input_ids[len(encoded.input_ids) - kept :] == answer_ids[:kept]
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == bos
     untrainable = not bos and kept == len(encoded.input_ids)  # the very first token has nothing before it
     assert sum(label != IGNORE for label in encoded.labels) == kept - untrainable
 
@@ -93,25 +80,14 @@ CHAT = (
 )
 
 
-def test_chat_trains_every_assistant_turn_up_to_its_end_mark(tiny_tokenizer):
-    encoded = encode(Example(messages=CHAT), tiny_tokenizer, max_length=999)
-    assert trained_text(encoded, tiny_tokenizer) == "Hello!<|im_end|>2<|im_end|>"
-    whole = tiny_tokenizer.apply_chat_template([dict(turn) for turn in CHAT], tokenize=False)
-    assert tiny_tokenizer.decode(encoded.input_ids) == whole
-
-
 def test_a_chat_has_only_the_tokens_its_template_writes(tiny_bos_tokenizer):
     """The template, not the tokenizer, says whether a chat begins with <s>: two of them would be off by one."""
     encoded = encode(Example(messages=CHAT), tiny_bos_tokenizer, max_length=999)
     prompt = encode_prompt(Example(messages=CHAT), tiny_bos_tokenizer, max_length=999)
-    assert tiny_bos_tokenizer.bos_token_id not in [*encoded.input_ids, *prompt]
+    whole = tiny_bos_tokenizer.apply_chat_template([dict(turn) for turn in CHAT], tokenize=False)
+    assert tiny_bos_tokenizer.decode(encoded.input_ids) == whole
+    assert trained_text(encoded, tiny_bos_tokenizer) == "Hello!<|im_end|>2<|im_end|>"
     assert encoded.input_ids[: len(prompt)] == prompt
-
-
-def test_chat_prompt_for_generation_ends_where_the_assistant_begins(tiny_tokenizer):
-    for messages in (CHAT, CHAT[:-1]):
-        ids = encode_prompt(Example(messages=messages), tiny_tokenizer, max_length=999)
-        assert tiny_tokenizer.decode(ids).endswith("1+1?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_chat_whose_template_writes_no_end_mark_is_closed_once(make_tokenizer):
@@ -122,14 +98,6 @@ def test_chat_whose_template_writes_no_end_mark_is_closed_once(make_tokenizer):
     tokenizer = make_tokenizer(chat_template=template)
     encoded = encode(Example(messages=CHAT), tokenizer, max_length=999)
     assert trained_text(encoded, tokenizer) == "Hello!\n2\n</s>"
-
-
-def test_a_template_that_asks_for_a_turn_otherwise_than_it_writes_it_is_refused(make_tokenizer):
-    template = (
-        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"  # the count changes each turn
-    )
-    with pytest.raises(DataError, match=r"chat\.jsonl:7.*writes turn 3 in another way than it asks for it"):
-        encode(Example(messages=CHAT, where="chat.jsonl:7"), make_tokenizer(chat_template=template), max_length=99)
 
 
 def test_chat_without_template_or_refused_by_it_names_the_row(make_tokenizer):

@@ -98,13 +98,6 @@ def test_the_same_rows_give_the_same_task_in_every_file_kind(tmp_path):
     assert {re.sub(r".*:", "", example.where) for example in rows_of(tasks[".csv"])} == {"2", "4", "6", "8", "10"}
 
 
-def test_bom_crlf_and_blank_lines_are_accepted(tmp_path):
-    content = "\ufeff" + "\r\n\r\n".join(good_lines(3)) + "\r\n\n"
-    task = load_data(write(tmp_path / "b.jsonl", content.encode()))
-    assert [example.prompt for example in rows_of(task)][:1] == ["p0"]
-    assert len(rows_of(task)) == 3
-
-
 FAULTS = [
     (b'{"prompt": "p", "completion": }', r", column 31: bad JSON"),
     (b'{"prompt": "p", "complet', r"bad JSON .*the last line is cut off"),
