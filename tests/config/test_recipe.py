@@ -403,7 +403,7 @@ def test_the_fingerprint_does_not_move_between_releases():
     assert fingerprint(Recipe(data={"task": "e2e"})) == FINGERPRINT_OF_THE_DEFAULTS
 
 
-FINGERPRINT_OF_THE_DEFAULTS = "329dd87ffa6c3c625ce89b558be2852d9045d26fe3b01338659d3b82e55bb9ed"
+FINGERPRINT_OF_THE_DEFAULTS = "909705ce6d06f3e6318dece6d90e86cb578f914dfa2b3167e77153443c741728"
 
 
 def test_the_choices_are_those_that_are_implemented():

@@ -194,6 +194,10 @@ def test_a_setting_a_method_does_not_have_is_refused(llama, batch):
         (MethodSpec("corda"), "CorDA starts from data: pass batches="),
         (MethodSpec("loreft", r=100), "at most the layer's width, 36"),
         (MethodSpec("prompt", options={"num_virtual_tokens": 0}), "num_virtual_tokens=0: expected"),
+        (
+            MethodSpec("prefix", options={"num_virtual_tokens": 2048}),
+            "LlamaForCausalLM has 2048 positions, .*: expected fewer",
+        ),
     ]
     for spec, message in cases:
         with pytest.raises(ConfigError, match=message):

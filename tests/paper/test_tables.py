@@ -116,6 +116,8 @@ DIFFER = {
     (3, "", "XNOR-Net", None): (0.83, 1.64),
     (3, "", "Dorefa-Net", None): (0.83, 1.64),
     (5, "", "Setting 3(r=32)", None): (0.83, 0.84),
+    (4, "GPT2-M", "Prefix", None): (0.34, 0.35),
+    (4, "GPT2-L", "Prefix", None): (0.74, 0.77),
     (4, "GPT2-M", "LoRA", 4): (0.39, 0.35),
     (4, "GPT2-M", "LoRA", 8): (0.79, 0.70),
     (4, "GPT2-M", "LoRA+", 8): (0.79, 0.70),
@@ -127,7 +129,7 @@ DIFFER = {
     (4, "GPT2-L", "DoRA", 8): (1.61, 1.56),
     (4, "GPT2-L", "Dual LoRA", 4): (1.47, 1.54),
 }
-UNCOUNTED = {"FFT", "GaLore", "GaRare", "Prefix"}  # everything is trained, or the size is not printed
+UNCOUNTED = {"FFT", "GaLore", "GaRare"}  # everything is trained
 
 
 @pytest.mark.parametrize("study", [s for n, s in PAPER.items() if n.startswith("table")], ids=lambda study: study.name)
@@ -183,9 +185,13 @@ def test_steps_are_those_of_the_scripts():
     assert prepare.schedule(recipe, 8_551 - 855) == (80 * 241, 1157)  # 7,696 / 32 = 240.5; 6 % of 19,280 is 1,156.8
 
 
-def test_table_4_has_loras_own_scale():
-    """LoRA's README: alpha 32 at r = 4, so B A counts eight times; DoRA and Dual LoRA have that alpha, not that of their rank."""
+def test_table_4_trains_as_loras_scripts_do():
+    """Label smoothing 0.1, <|endoftext|> as separator, the printed prefix; LoRA's README: alpha 32 at r = 4, so B A counts eight times; DoRA and Dual LoRA have that alpha, not that of their rank."""
     for name in ("table4-gpt2-m", "table4-gpt2-l"):
         for (_, variant), cell in cells(PAPER[name]).items():
+            recipe = cell.recipe()
+            assert (recipe.train.label_smoothing, recipe.data.task) == (0.1, "e2e_gpt2")
+            if variant == "prefix":
+                assert cost.shape(recipe).trained == {"table4-gpt2-m": 344_064, "table4-gpt2-l": 737_280}[name]
             if variant.startswith(("lora", "dora", "duallora")):
                 assert cell.recipe().adapter.alpha == 32, variant

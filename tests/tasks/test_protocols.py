@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import TASKS, Example, commonsense, e2e, load_task
+from duallora.tasks import TASKS, Example, commonsense, e2e, encode, load_task
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
@@ -313,6 +317,23 @@ def test_e2e_groups_references_by_meaning_outside_training(tmp_path):
     assert task.extract(" A serves B .\nname : C", first) == "A serves B ."
 
 
+def test_e2e_in_loras_own_tokens(tmp_path):
+    """gpt2_encode.py: BPE(meaning) + [50256], BPE(" " + sentence) + [50256]; here with a byte-level BPE that has the same mark."""
+    text = Tokenizer(
+        BPE({"<|endoftext|>": 0, **{c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyzABC:|.\u0120", 1)}}, [])
+    )
+    text.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    text.add_special_tokens(["<|endoftext|>"])
+    mark = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, eos_token=mark, bos_token=mark, pad_token=mark)
+    row = load_task("e2e_gpt2", data_dir=e2e_folder(tmp_path)).splits["train"][0]
+    (encoded,) = encode(row, tokenizer, max_length=64)
+    meaning, sentence = (tokenizer(part)["input_ids"] for part in ("name : A | food : B", " A serves B ."))
+    assert encoded.input_ids == [*meaning, 0, *sentence, 0]
+    assert encoded.labels == [-100] * (len(meaning) + 1) + [*sentence, 0]
+    assert row.references == ("A serves B .",)
+
+
 def test_e2e_lines_without_separator_are_named(tmp_path):
     root = e2e_folder(tmp_path)
     (root / "e2e_nlg" / "valid.txt").write_text("name : A||x\nname : B\nname : C||\n")
@@ -334,7 +355,7 @@ def test_unknown_tasks_and_folders(tmp_path):
         load_task("arc-easy")
     with pytest.raises(DataError, match="which is no folder"):
         load_task("rte", data_dir=tmp_path / "absent")
-    assert len(TASKS) == len(set(TASKS)) == 18
+    assert len(TASKS) == len(set(TASKS)) == 19
 
 
 def test_data_folder_from_the_environment(tmp_path, monkeypatch):

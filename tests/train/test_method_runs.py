@@ -14,7 +14,7 @@ from duallora.config.recipe import recipe_yaml
 from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.store import adapters
-from duallora.train import evaluate, prepare, run
+from duallora.train import evaluate, loop, prepare, run
 
 
 @pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])
@@ -58,6 +58,30 @@ def test_prefix_tuning_resumes_from_its_mlp(kind, make_recipe, console, tmp_path
     end = load_file(stopped / "checkpoints" / "checkpoint-4" / "trained.safetensors")
     assert any("transform" in key and not torch.equal(mid[key], end[key]) for key in mid)
     assert adapters.load_adapter(tmp_path / "run", kind)
+
+
+def test_label_smoothing_is_loras_loss(make_recipe, console):
+    """(1 - s) (-log p_y) + s mean_v (-log p_v) over the trained tokens, in numpy; it trains another adapter, and LoReFT refuses."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 5, generator=generator)
+    labels = torch.tensor([[-100, -100, 3, 1], [-100, 0, 4, -100]])  # two virtual tokens come before
+    shifted = torch.log_softmax(logits.double(), -1)[:, 2:-1].numpy()
+    total = 0.0
+    for row, position, label in ((0, 1, 3), (0, 2, 1), (1, 0, 0), (1, 1, 4)):
+        p = shifted[row, position]
+        total += 0.9 * -p[label] + 0.1 * -p.mean()
+    found = loop.token_loss(0.1, {"logits": logits}, labels, torch.tensor(4))
+    assert float(found) == pytest.approx(total / 4, abs=1e-6)
+    losses = []
+    for smoothing in (0.0, 0.1):
+        recipe = make_recipe(*settings("lora"), "train.max_steps=2", f"train.label_smoothing={smoothing}")
+        losses.append(
+            run.train(recipe.model_copy(update={"output": f"{recipe.output}{smoothing}"}), console=console)["metrics"]
+        )
+    assert losses[0]["loss_before"] == losses[1]["loss_before"]
+    assert losses[0]["loss"] != losses[1]["loss"]
+    with pytest.raises(ConfigError, match=r"train\.label_smoothing=0\.1 takes the labels from the model, and LoReFT"):
+        run.train(make_recipe(*settings("loreft"), "train.label_smoothing=0.1"), console=console)
 
 
 @pytest.mark.parametrize("name", ["vera", "adapter-l"])

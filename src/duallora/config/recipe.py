@@ -260,6 +260,9 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = setting(
         0.0, "AdamW's decoupled weight decay on the factors (HiRA: 0)."
     )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = setting(
+        0.0, "Share of a trained token's or class's target spread evenly over all (LoRA's E2E scripts: 0.1)."
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = setting(1.0, "Gradients are scaled down to this norm; 0 is off.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward: less memory, slower.")
     eval_steps: Count | None = setting(None, "Optimizer steps between evaluations of the loss; null is at the end.")

@@ -30,7 +30,7 @@ def prefix(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """Prefix tuning, or with prefix_projection=False P-tuning v2."""
     _needs_cache(model, spec)
     options = dict(spec.options)
-    check_rank("num_virtual_tokens", options["num_virtual_tokens"])
+    _check_tokens(model, options["num_virtual_tokens"])
     if options["prefix_projection"] and "encoder_hidden_size" not in options:
         options["encoder_hidden_size"] = model.config.hidden_size  # type: ignore[union-attr, attr-defined]
     return get_peft_model(model, PrefixTuningConfig(task_type=spec.task_type, **options))  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def prefix(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
 
 def prompt(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     """Prompt tuning."""
-    check_rank("num_virtual_tokens", spec.options["num_virtual_tokens"])
+    _check_tokens(model, spec.options["num_virtual_tokens"])
     return get_peft_model(model, PromptTuningConfig(task_type=spec.task_type, **spec.options))  # type: ignore[arg-type]
 
 
@@ -63,6 +63,15 @@ def restore_prefix(adapted: Adapted, folder: Path) -> None:
 
 def _trained(adapted: Adapted) -> dict[str, nn.Parameter]:
     return {name: value for name, value in adapted.model.named_parameters() if value.requires_grad}
+
+
+def _check_tokens(model: nn.Module, number: Any) -> None:
+    check_rank("num_virtual_tokens", number)
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if context and number >= context:
+        raise ConfigError(
+            f"num_virtual_tokens={number}: {type(model).__name__} has {context} positions, prompt and answer included: expected fewer"
+        )
 
 
 def _needs_cache(model: nn.Module, spec: MethodSpec) -> None:

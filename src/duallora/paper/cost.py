@@ -100,6 +100,8 @@ FACTS = {
     "e2e": Facts(42_061, 547, 630, 56, 37, 32),
 }
 
+FACTS["e2e_gpt2"] = FACTS["e2e"]
+
 # Models that share the shapes of an architecture the planner knows.
 SAME_SHAPES = {
     "yahma/llama-7b-hf": "llama-7b",

@@ -35,7 +35,7 @@ __all__ = [
     "names",
 ]
 
-TASKS: tuple[str, ...] = ("e2e", *commonsense.NAMES, *glue.PROTOCOLS)
+TASKS: tuple[str, ...] = (*e2e.FORMS, *commonsense.NAMES, *glue.PROTOCOLS)
 _added: dict[str, Callable[[Path | None], Task]] = {}
 
 
@@ -69,6 +69,6 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
     folder = data_folder(data_dir)
     if name in _added:
         return _added[name](folder)
-    if name == "e2e":
+    if name in e2e.FORMS:
         return e2e.load(name, folder)
     return (commonsense if name in commonsense.NAMES else glue).load(name, folder)

@@ -13,6 +13,9 @@ with Java and the official scorer's programs (`official`) METEOR too, and ROUGE-
 Local files: ``e2e_nlg/{train,valid,test}.txt`` as microsoft/LoRA ships them, lines ``name : X | area : Y||sentence``,
 which are tokenized ("city center ."). Without a data folder: tuetschek/e2e_nlg on the hub, whose sentences are not;
 values of the two differ.
+
+The task ``e2e_gpt2`` is the same in LoRA's own tokens, for GPT-2: <|endoftext|> between meaning and sentence, and a space before the
+sentence.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from duallora.tasks.local import find_file
 from duallora.tasks.rows import Faults
 from duallora.tasks.task import LazySplits, Task
 
-SEPARATOR = "\n"
+FORMS = {"e2e": ("\n", ""), "e2e_gpt2": ("<|endoftext|>", " ")}  # between meaning and sentence; before the sentence
 # ``nist`` is the scorer's with ``-p``, as LoRA's scripts call it, and ``nist_perl`` what it prints without.
 METRICS = metrics.Metrics("bleu", "nist", "nist_perl", "rouge_l", "cider", task="e2e")
 metrics.register(metrics.bleu(lowercase=True), task="e2e")
@@ -47,11 +50,12 @@ _ATTRIBUTES = {
 
 def load(name: str, folder: Path | None) -> Task:
     """E2E from ``folder`` or, where it is None, from the hub."""
+    between = "line break" if name == "e2e" else FORMS[name][0]
     return Task(
         name=name,
         kind="generate",
-        splits=LazySplits({split: functools.partial(_read, folder, split) for split in _FILES}),
-        format="E2E (meaning representation, line break, sentence)",
+        splits=LazySplits({split: functools.partial(_read, folder, split, FORMS[name]) for split in _FILES}),
+        format=f"E2E (meaning representation, {between}, sentence)",
         metrics=METRICS,
         main_metric="bleu",
         # LoRA's README, step 2 (its text length 64, beam 10, length penalty 0.8).
@@ -93,11 +97,12 @@ def first_line(text: str) -> str:
     return text.strip().split("\n", 1)[0].strip()
 
 
-def _read(folder: Path | None, split: str) -> tuple[Example, ...]:
+def _read(folder: Path | None, split: str, form: tuple[str, str]) -> tuple[Example, ...]:
+    separator, space = form
     pairs = _hub_pairs(split) if folder is None else _file_pairs(folder, split)
     if split == "train":
         return tuple(
-            Example(prompt=meaning + SEPARATOR, answer=text, references=(text,), where=where)
+            Example(prompt=meaning + separator, answer=space + text, references=(text,), where=where)
             for where, meaning, text in pairs
         )
     grouped: dict[str, list[tuple[str, str]]] = {}
@@ -105,8 +110,8 @@ def _read(folder: Path | None, split: str) -> tuple[Example, ...]:
         grouped.setdefault(meaning, []).append((where, text))
     return tuple(
         Example(
-            prompt=meaning + SEPARATOR,
-            answer=found[0][1],
+            prompt=meaning + separator,
+            answer=space + found[0][1],
             references=tuple(text for _, text in found),
             where=found[0][0],
         )

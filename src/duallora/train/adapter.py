@@ -122,6 +122,11 @@ def check_method(recipe: Recipe, steps: int | None) -> None:
     if method.name == "duallora":
         return
     spec = other(recipe, method, recipe.adapter.model_dump(), "CAUSAL_LM")
+    if recipe.train.label_smoothing and method.rule and getattr(method.rule, "reads_prompt", False):
+        raise ConfigError(
+            f"train.label_smoothing={recipe.train.label_smoothing} takes the labels from the model, and {method.title} finds the "
+            "prompt's tokens by them: expected 0"
+        )
     if method.check is not None:
         method.check(spec, recipe, steps)
 

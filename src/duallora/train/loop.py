@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,33 @@ def has_label(labels: torch.Tensor) -> torch.Tensor:
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
 
 
-def row_loss(kind: Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+def token_loss(smoothing: float, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    """The share of one micro-batch in the mean loss over the trained tokens of a step,
+
+    (1 - s) (-log p_y) + s mean_v (-log p_v),  s = ``smoothing``, v over the whole vocabulary.
+    """
+    labels = labels[:, 1:]
+    trained = labels != IGNORE
+    logits = outputs["logits"][:, -labels.shape[1] - 1 : -1][trained].float()  # virtual tokens come first
+    return F.cross_entropy(logits, labels[trained], reduction="sum", label_smoothing=smoothing) / num_items_in_batch
+
+
+def row_loss(
+    kind: Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
     """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
     learnt = has_label(labels)
     logits, labels = outputs["logits"][learnt].float(), labels[learnt]
     if kind == "classify":
-        return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / num_items_in_batch
     return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum") / num_items_in_batch
+
+
+def training_loss(kind: Kind, smoothing: float) -> Callable[..., torch.Tensor] | None:
+    """The loss of a step's micro-batches; None where it is the model's own."""
+    if kind == "generate":
+        return partial(token_loss, smoothing) if smoothing else None
+    return partial(row_loss, kind, smoothing=smoothing)
 
 
 class LikeLengths(torch.utils.data.Sampler[int]):

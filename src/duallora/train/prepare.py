@@ -61,6 +61,10 @@ def load(recipe: Recipe, console: Console, trained: adapters.Trained | None = No
     if data.holdout:
         task = hold_out(task, data.holdout)
     evaluate.check_scoring(task, recipe.eval.scoring)
+    if recipe.train.label_smoothing and task.kind == "regress":
+        raise ConfigError(
+            f"train.label_smoothing={recipe.train.label_smoothing} spreads a class's target, and {task.name} has numbers: expected 0"
+        )
     if recipe.eval.test and "test" not in task.splits:
         raise ConfigError(
             f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}"

@@ -56,6 +56,7 @@ from duallora.train.loop import (
     nothing_to_learn,
     require_finite,
     row_loss,
+    training_loss,
 )
 
 LAST_STEPS = 10  # whose training loss tells whether anything was learned
@@ -443,7 +444,7 @@ class _Run:
             train_dataset=[*self.rows, nothing_to_learn(self.rows[0], kind)],
             data_collator=Collator(self.tokenizer),
             callbacks=[*callbacks, LogSteps(self.folder.log)] if processes.main else callbacks,
-            compute_loss_func=None if kind == "generate" else partial(row_loss, kind),
+            compute_loss_func=training_loss(kind, recipe.train.label_smoothing),
         )
         trainer.processes, trainer.kind, trainer.method = processes, kind, self.method
         if processes.world_size > 1:
