@@ -77,13 +77,14 @@ def run_folder(tmp_path) -> Path:
 
 
 def test_masks_and_flips_of_a_layer_worked_by_hand():
-    first = update(*ABCD)
-    assert flips.masks(first) == {"open": 2 / 6, "positive": 2 / 6}
-    turned = update(*ABCD[:2], [[-1.0, 0.0, -1.0]], ABCD[3])  # D C = [1 0 1; -2 0 -2]: the first column turns over
-    assert flips.flips(first, turned) == {"flipped": 2 / 6, "flipped_open": 2 / 2}
-    assert flips.flips(turned, turned) == {"flipped": 0.0, "flipped_open": 0.0}
-    closed = update([[0.0, 0.0, 0.0]], *ABCD[1:])
-    assert math.isnan(flips.flips(first, closed)["flipped_open"])
+    opened, positive = flips.masks(update(*ABCD))
+    assert opened.tolist() == [[True, False, False], [True, False, False]]
+    assert positive.tolist() == [[False, False, True], [True, False, False]]
+    _, turned = flips.masks(update(*ABCD[:2], [[-1.0, 0.0, -1.0]], ABCD[3]))  # D C = [1 0 1; -2 0 -2]: its first column
+    assert flips.flips(positive, turned, opened) == {"flipped": 2 / 6, "flipped_open": 2 / 2}
+    assert flips.flips(turned, turned, opened) == {"flipped": 0.0, "flipped_open": 0.0}
+    closed, _ = flips.masks(update([[0.0, 0.0, 0.0]], *ABCD[1:]))
+    assert math.isnan(flips.flips(positive, turned, closed)["flipped_open"])
 
 
 def test_the_course_of_a_run_is_that_of_the_factors_on_disk(run_folder):

@@ -253,16 +253,13 @@ def test_each_cell_has_its_share_of_the_cores_and_a_gpu_of_its_own(fakes, monkey
     assert (fakes.folder / "cells" / "cola-one-seed0.starts").read_text() == "7 3\n"
 
 
-def test_no_gpu_is_found_where_the_driver_is_absent_or_none_may_be_seen(monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert pools.gpus() == []
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert pools.gpus() == []
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: x)'\necho 'GPU 1: H100 (UUID: y)'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    assert pools.gpus() == ["0", "1"]
+@pytest.mark.parametrize(("visible", "found"), [("", []), ("3,-1,GPU-7", ["3", "GPU-7"]), (None, ["0", "1"])])
+def test_the_gpus_are_those_that_the_environment_names_or_all(visible, found, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert pools.gpus() == found
 
 
 # -- what is seen -----------------------------------------------------------------------------------------------------

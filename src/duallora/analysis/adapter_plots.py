@@ -24,10 +24,9 @@ def draw(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
 
 
 def _sources(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["source"], []).append(row)
-    return found
+    return {
+        label: [row for row in rows if row["source"] == label] for label in dict.fromkeys(row["source"] for row in rows)
+    }
 
 
 def _flips(figure: Any, rows: Sequence[Row]) -> Any:
@@ -37,11 +36,11 @@ def _flips(figure: Any, rows: Sequence[Row]) -> Any:
         return None
     figure.set_size_inches(7.2, 2.6)
     left, right = figure.subplots(1, 2)
-    for color, (label, course) in zip(_colors(courses), courses.items(), strict=True):
+    for number, (label, course) in enumerate(courses.items()):
+        style: Any = {"color": PALETTE[number % len(PALETTE)], "markersize": 3, "linewidth": 1.3, "label": label}
         steps = [row["step"] for row in course]
-        flipped = [row.get("flipped_open", 0.0) for row in course]
-        left.plot(steps, flipped, "o-", color=color, markersize=3, linewidth=1.3, label=label)
-        right.plot(steps, [row["open"] for row in course], "o-", color=color, markersize=3, linewidth=1.3, label=label)
+        left.plot(steps, [row.get("flipped_open", 0.0) for row in course], "o-", **style)
+        right.plot(steps, [row["open"] for row in course], "o-", **style)
     left.set(xlabel="step", title="open entries whose sign has flipped since the first state", ylim=(0, None))
     right.set(xlabel="step", title="entries that ReLU(B A) lets through", ylim=(0, 1.02))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -53,27 +52,18 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
     sources = _sources(rows)
     figure.set_size_inches(max(3.3, 2.4 * len(sources)), 2.6)
     panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
+    named: dict[str, Any] = {}  # of LoRA there is dW alone
     for axes, (label, of) in zip(panels, sources.items(), strict=True):
         steps = sorted({row["step"] for row in of})
-        for color, (matrix, title) in zip(PALETTE, MATRICES.items(), strict=False):
+        for color, matrix in zip(PALETTE, MATRICES, strict=False):
             for step in steps:
-                shares = [
-                    row["effective_rank"] / min(row["out"], row["in"])
-                    for row in of
-                    if row["matrix"] == matrix and row["step"] == step
-                ]
-                if shares:
-                    last = step == steps[-1]
-                    axes.plot(
-                        range(len(shares)), shares, "-" if last else ":", color=color, linewidth=1.2,
-                        label=title if last else None,
-                    )  # fmt: skip
+                those = [row for row in of if (row["matrix"], row["step"]) == (matrix, step)]
+                shares = [row["effective_rank"] / min(row["out"], row["in"]) for row in those]
+                last = step == steps[-1]
+                (line,) = axes.plot(range(len(shares)), shares, "-" if last else ":", color=color, linewidth=1.2)
+                named |= {MATRICES[matrix]: line} if shares and last else {}
         axes.set(title=label, xlabel="layer", ylim=(0, 1.02))
     panels[0].set_ylabel("effective rank / min(out, in)")
-    named: dict[str, Any] = {}  # of LoRA there is dW alone
-    for axes in panels:
-        handles, titles = axes.get_legend_handles_labels()
-        named |= dict(zip(titles, handles, strict=True))
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -91,16 +81,8 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
             for marker, step in zip("osv^D*PX" * (len(steps) // 8 + 1), steps, strict=False):
                 chosen = [row for row in points if row["step"] == step]
                 turned, stretched = ([row[name] for row in chosen] for name in ("direction", "magnitude"))
-                axes.scatter(
-                    turned,
-                    stretched,
-                    c=range(len(chosen)),
-                    cmap="viridis",
-                    s=9,
-                    marker=marker,
-                    linewidths=0,
-                    label=step,
-                )
+                style: Any = {"c": range(len(chosen)), "cmap": "viridis", "s": 9, "linewidths": 0}
+                axes.scatter(turned, stretched, marker=marker, label=step, **style)
             x, y = (np.array([row[name] for row in points]) for name in ("direction", "magnitude"))
             if len(points) > 2 and np.ptp(x) > 0:
                 ends = np.array([x.min(), x.max()])
@@ -111,7 +93,3 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
             if len(steps) <= 6:
                 axes.legend(title="step", frameon=False, fontsize=6, title_fontsize=6)
     return figure
-
-
-def _colors(named: Mapping[str, Any]) -> list[str]:
-    return [PALETTE[number % len(PALETTE)] for number in range(len(named))]

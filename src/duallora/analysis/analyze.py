@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from duallora.analysis import adapter_plots, flips, rank
-from duallora.analysis.states import Adapter, states
+from duallora.analysis.states import Adapter, State, states
 from duallora.errors import ConfigError
 from duallora.store import record
 from duallora.terminal import say, shown
@@ -54,44 +54,22 @@ def analyze(
     if axis not in ("out", "in"):
         raise ConfigError(f"--axis {axis}: expected out or in")
     console, folder = console or Console(quiet=True), Path(output)
-    found = {label: states(source) for label, source in labels(sources).items()}
+    found = labels(sources)
+    courses = {label: states(source) for label, source in found.items()}
     tables: dict[str, list[Row]] = {part: [] for part in PARTS if part in chosen}
     told: dict[str, Any] = {}
-    for (label, course), source in zip(found.items(), sources, strict=True):
-        dual = low_rank = False
-        if not course[-1].whole:
-            adapter = Adapter(course[-1])
-            dual, low_rank = bool(adapter.layers()), bool(adapter.low_rank_layers())
-        summary: dict[str, Any] = {"path": str(source), "steps": [state.step for state in course]}
-        if "flips" in tables and dual:
-            rows = flips.course(course)
-            tables["flips"] += _named(label, rows)
-            summary["flips"] = flips.overall(rows)
-            _say_flips(console, label, summary["flips"])
-        if "rank" in tables and (dual or low_rank):
-            rows = [row for state in dict.fromkeys((course[0], course[-1])) for row in rank.table(state)]
-            tables["rank"] += _named(label, rows)
-            summary["rank"] = mean_ranks(rows)
-            for row in summary["rank"]:
-                text = f"{label}, step {row['step']}: {row['matrix']} {row['rank']:.0f}, effective {row['effective_rank']:.0f}"
-                say(console, "rank", f"{text} of {row['largest']:.0f}")
-        if "dynamics" in tables:
-            from duallora.analysis import dynamics  # loads PEFT and the base model
-
-            try:
-                rows = dynamics.course(source, course, axis)  # type: ignore[arg-type]
-            except ConfigError as error:
-                if only is not None:
-                    raise
-                rows = []
-                say(console, "note", f"[yellow]no dynamics of {escape(label)}: {escape(str(error))}[/]")
-            tables["dynamics"] += _named(label, rows)
-            summary["dynamics"] = dynamics.correlations(rows)
-            for row in summary["dynamics"]:
-                if row["step"] is None:
-                    text = f"Pearson {row['pearson']:+.2f}, Spearman {row['spearman']:+.2f} over {row['points']} points"
-                    say(console, "dynamics", f"{label}, {row['module']}: {text}")
-        told[label] = summary
+    for label, course in courses.items():
+        adapter = None if course[-1].whole else Adapter(course[-1])
+        told[label] = {"path": str(found[label]), "steps": [state.step for state in course]}
+        for part, table in tables.items():
+            if part == "dynamics":
+                rows, summary = _dynamics(console, label, found[label], course, axis, asked=only is not None)
+            elif adapter and (adapter.layers() or (part == "rank" and adapter.low_rank_layers())):
+                rows, summary = (_flips if part == "flips" else _rank)(console, label, course)
+            else:
+                continue
+            table += [{"source": label, **row} for row in rows]
+            told[label][part] = summary
     empty = [part for part, rows in tables.items() if not rows]
     if only is None and len(empty) < len(tables):
         tables = {part: rows for part, rows in tables.items() if rows}
@@ -108,6 +86,51 @@ def analyze(
     return result
 
 
+def _flips(console: Console, label: str, course: Sequence[State]) -> tuple[list[Row], list[Row]]:
+    """(rows, summary) of a source, as of the other parts."""
+    rows = flips.course(course)
+    summary = flips.overall(rows)
+    first, last = summary[0], summary[-1]
+    text = f"{label}, step {last['step']}: {last['open']:.1%} open, {last['positive']:.1%} positive"
+    if "flipped" in last:
+        text += f", {last['flipped']:.1%} of the signs flipped since step {first['step']}"
+    say(console, "flips", text)
+    return rows, summary
+
+
+def _rank(console: Console, label: str, course: Sequence[State]) -> tuple[list[Row], list[Row]]:
+    """The summary has means over the layers, by step and matrix; ``largest`` is the mean of min(out, in)."""
+    rows = [row for state in dict.fromkeys((course[0], course[-1])) for row in rank.table(state)]
+    summary: list[Row] = []
+    for step, matrix in dict.fromkeys((row["step"], row["matrix"]) for row in rows):
+        of = [row for row in rows if (row["step"], row["matrix"]) == (step, matrix)]
+        means = {name: sum(row[name] for row in of) / len(of) for name in ("rank", "effective_rank")}
+        largest = sum(min(row["out"], row["in"]) for row in of) / len(of)
+        summary.append({"step": step, "matrix": matrix, **means, "largest": largest, "layers": len(of)})
+        ranks = f"{matrix} {means['rank']:.0f}, effective {means['effective_rank']:.0f} of {largest:.0f}"
+        say(console, "rank", f"{label}, step {step}: {ranks}")
+    return rows, summary
+
+
+def _dynamics(
+    console: Console, label: str, source: Path, course: Sequence[State], axis: str, *, asked: bool
+) -> tuple[list[Row], list[Row]]:
+    from duallora.analysis import dynamics  # loads PEFT and the base model
+
+    try:
+        rows = dynamics.course(source, course, axis)  # type: ignore[arg-type]
+    except ConfigError as error:
+        if asked:
+            raise
+        say(console, "note", f"[yellow]no dynamics of {escape(label)}: {escape(str(error))}[/]")
+        rows = []
+    summary = dynamics.correlations(rows)
+    for row in (row for row in summary if row["step"] is None):
+        text = f"Pearson {row['pearson']:+.2f}, Spearman {row['spearman']:+.2f} over {row['points']} points"
+        say(console, "dynamics", f"{label}, {row['module']}: {text}")
+    return rows, summary
+
+
 def labels(sources: Sequence[Path | str]) -> dict[str, Path]:
     """A name for each source: its folder's, or the run's where the folder is called adapter or model.
 
@@ -122,31 +145,6 @@ def labels(sources: Sequence[Path | str]) -> dict[str, Path]:
             raise ConfigError(f"{found[label]} and {path} would both be {label}: give folders of different names")
         found[label] = path
     return found
-
-
-def mean_ranks(rows: Sequence[Row]) -> list[Row]:
-    """Means over the layers, by step and matrix; ``largest`` is the mean of min(out, in)."""
-    groups: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["step"], row["matrix"]), []).append(row)
-    found = []
-    for (step, matrix), of in groups.items():
-        means = {name: sum(row[name] for row in of) / len(of) for name in ("rank", "effective_rank")}
-        largest = sum(min(row["out"], row["in"]) for row in of) / len(of)
-        found.append({"step": step, "matrix": matrix, **means, "largest": largest, "layers": len(of)})
-    return found
-
-
-def _named(label: str, rows: Sequence[Row]) -> list[Row]:
-    return [{"source": label, **row} for row in rows]
-
-
-def _say_flips(console: Console, label: str, rows: Sequence[Row]) -> None:
-    last = rows[-1]
-    text = f"{label}, step {last['step']}: {last['open']:.1%} open, {last['positive']:.1%} positive"
-    if "flipped" in last:
-        text += f", {last['flipped']:.1%} of the signs flipped since step {rows[0]['step']}"
-    say(console, "flips", text)
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -11,33 +11,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from duallora.analysis.states import Adapter, State, direction, magnitude, module, row_blocks, short
 from duallora.core.equation import Update
 
+SHARES = ("open", "positive", "flipped", "flipped_open", "flipped_since_last")
 Row = dict[str, Any]
 
 
-def masks(update: Update) -> dict[str, float]:
-    """``open`` and ``positive`` of one state of a layer."""
-    opened = positive = 0
-    for block in row_blocks(update):
-        opened += int((magnitude(block) > 0).sum())
-        positive += int((direction(block) > 0).sum())
-    entries = update.shape[0] * update.shape[1]
-    return {"open": opened / entries, "positive": positive / entries}
+def masks(update: Update) -> tuple[Tensor, Tensor]:
+    """(B A > 0, D C > 0) of one state of a layer, [out, in] each."""
+    blocks = [(magnitude(block) > 0, direction(block) > 0) for block in row_blocks(update)]
+    return torch.cat([opened for opened, _ in blocks]), torch.cat([positive for _, positive in blocks])
 
 
-def flips(before: Update, after: Update) -> dict[str, float]:
-    """``flipped`` and ``flipped_open`` between two states of a layer (the latter NaN where nothing is open)."""
-    flipped = opened = both = 0
-    for first, second in zip(row_blocks(before), row_blocks(after), strict=True):
-        turned = (direction(first) > 0) != (direction(second) > 0)
-        active = magnitude(second) > 0
-        flipped += int(turned.sum())
-        opened += int(active.sum())
-        both += int((turned & active).sum())
-    entries = after.shape[0] * after.shape[1]
-    return {"flipped": flipped / entries, "flipped_open": both / opened if opened else float("nan")}
+def flips(before: Tensor, positive: Tensor, opened: Tensor) -> dict[str, float]:
+    """``flipped`` and ``flipped_open`` between two states' D C > 0; ``opened`` is the later one's B A > 0."""
+    turned = before ^ positive
+    return {"flipped": _share(turned), "flipped_open": _share(turned[opened])}
+
+
+def _share(mask: Tensor) -> float:
+    """NaN of no entries."""
+    return int(mask.sum()) / mask.numel() if mask.numel() else float("nan")
 
 
 def course(states: Sequence[State]) -> list[Row]:
@@ -45,35 +43,26 @@ def course(states: Sequence[State]) -> list[Row]:
     rows: list[Row] = []
     adapters = [Adapter(state) for state in states]
     for layer in adapters[0].layers() if adapters else ():
-        first = before = None
+        signs: list[Tensor] = []  # of the first state and of the one before
         for adapter in adapters:
-            update = adapter.update(layer)
-            out, into = update.shape
-            row: Row = {
-                "step": adapter.state.step,
-                "layer": short(layer),
-                "module": module(layer),
-                "entries": out * into,
-            }
-            row |= masks(update)
-            if first is not None and before is not None:
-                row |= flips(first, update)
-                row["flipped_since_last"] = row["flipped"] if before is first else flips(before, update)["flipped"]
-            first, before = first or update, update
+            opened, positive = masks(adapter.update(layer))
+            row: Row = {"step": adapter.state.step, "layer": short(layer), "module": module(layer)}
+            row |= {"entries": positive.numel(), "open": _share(opened), "positive": _share(positive)}
+            if signs:
+                row |= flips(signs[0], positive, opened)
+                row["flipped_since_last"] = _share(signs[-1] ^ positive)
+            signs = [*signs[:1], positive]
             rows.append(row)
     return rows
 
 
-FIGURES = ("open", "positive", "flipped", "flipped_open", "flipped_since_last")
-
-
 def overall(rows: Sequence[Row]) -> list[Row]:
-    """One row a state: the figures over all layers, each weighing as many entries as it has."""
+    """One row a state: the shares over all layers, each weighing as many entries as it has."""
     found = []
     for step in sorted({row["step"] for row in rows}):
         of = [row for row in rows if row["step"] == step]
         summary: Row = {"step": step, "entries": sum(row["entries"] for row in of)}
-        for name in FIGURES:
+        for name in SHARES:
             told = [row for row in of if row.get(name, float("nan")) == row.get(name)]
             # An open entry is what flipped_open counts, so that is what it is averaged over.
             weights = [row["entries"] * (row["open"] if name == "flipped_open" else 1) for row in told]

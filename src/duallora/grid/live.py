@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -36,27 +36,16 @@ class Show:
         self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Show:
-        parts = [
-            f"{len(group)} {word}{'s' * (len(group) != 1)}"
-            for group, word in [
-                (self.study.tasks, "task"),
-                (self.study.variants, "variant"),
-                (self.study.seeds, "seed"),
-            ]
-        ]
-        done = sum(outcome.settled for outcome in self.found.values())
-        self.say(
-            "grid",
-            f"[bold]{escape(self.study.name)}[/]: {' x '.join(parts)}, {self.study.expected(self.found)} cells, {done} done, "
-            f"in [bold]{shown(self.folder)}[/]",
-        )
+        study, done = self.study, sum(outcome.settled for outcome in self.found.values())
+        counts = {"task": len(study.tasks), "variant": len(study.variants), "seed": len(study.seeds)}
+        size = " x ".join(f"{count} {word}{'s' * (count != 1)}" for word, count in counts.items())
+        cells = f"{study.expected(self.found)} cells, {done} done"
+        self.say("grid", f"[bold]{escape(study.name)}[/]: {size}, {cells}, in [bold]{shown(self.folder)}[/]")
         if self.live:
             self.live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self.live:
             self.live.stop()
 
@@ -74,8 +63,10 @@ class Show:
             self.say("diverged", f"[yellow]{cell.name}[/] ({escape((now.error or '').split(';')[0])})")
             return
         self.took.append(took)
-        figure = self._figure(now)
-        self.say("done", f"{cell.name}  {figure}  [dim]{clock(took)}[/]")
+        metric = self.study.metric or now.main_metric or "loss"
+        values = {"validation": now.metrics.get(metric), "test": now.test.get(metric)}
+        told = [f"{split} {metric} {value:.4g}" for split, value in values.items() if isinstance(value, (int, float))]
+        self.say("done", f"{cell.name}  {', '.join(told)}  [dim]{clock(took)}[/]")
 
     def gave_up(self, cell: Cell, reason: str) -> None:
         log = self.folder / CELLS / f"{cell.name}.log"
@@ -93,36 +84,29 @@ class Show:
         if now - self.drawn < TABLE_EVERY if self.live else now - self.spoken < LINE_EVERY:
             return
         self.drawn = self.spoken = now
-        done = sum(cell.name in outcomes and outcomes[cell.name].status == "done" for cell in wanted)
-        diverged = sum(cell.name in outcomes and outcomes[cell.name].diverged for cell in wanted)
-        total = self.study.expected(outcomes)
-        queued = max(0, total - done - diverged - len(running) - len(failed))
+        own = [outcomes[cell.name] for cell in wanted if cell.name in outcomes]
+        done, diverged = sum(one.status == "done" for one in own), sum(one.diverged for one in own)
+        queued = max(0, self.study.expected(outcomes) - done - diverged - len(running) - len(failed))
         places = {name: progress(cell_folder(self.folder, name)) for name in running}
-        left = self._left(queued, places.values())
-        counts = [(queued, "queued", ""), (len(running), "running", "cyan"), (done, "done", "green")]
+        counts = [(queued, "queued", "none"), (len(running), "running", "cyan"), (done, "done", "green")]
         counts += [(diverged, "diverged", "yellow"), (len(failed), "failed", "red")]
-        parts = [
-            f"[{style}]{count} {word}[/]" if style else f"{count} {word}"
-            for count, word, style in counts
-            if count or word in ("queued", "done")
-        ]
-        line = f"{', '.join(parts)}  [dim]{left}[/]"
+        shown_counts = [f"[{style}]{n} {word}[/]" for n, word, style in counts if n or word in ("queued", "done")]
+        line = f"{', '.join(shown_counts)}  [dim]{self._left(queued, places.values())}[/]"
         if not self.live:
             self.say("cells", line)
             return
         head = Table.grid()
         head.add_column(width=LABEL_WIDTH, style="bold cyan")
-        head.add_column()
         head.add_row("cells", line)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column(" " * LABEL_WIDTH, no_wrap=True)
-        for title, side in (("running", "left"), ("step", "right"), ("loss", "right"), ("time", "right")):
-            table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+        for title in ("running", "step", "loss", "time"):
+            justify: Any = "left" if title == "running" else "right"
+            table.add_column(title, justify=justify, no_wrap=True, overflow="ellipsis")
         for name in list(running)[:ROWS]:
             step, steps, loss = places[name]
             where = "starts" if step is None else f"{step}/{steps}"
-            figure = "" if loss is None else f"{loss:.3f}"
-            table.add_row("", name, where, figure, clock(now - self.began[name]))
+            table.add_row("", name, where, "" if loss is None else f"{loss:.3f}", clock(now - self.began[name]))
         if len(running) > ROWS:
             table.add_row("", f"[dim]and {len(running) - ROWS} more[/]")
         self.live.update(Group(head, table, Text("")), refresh=True)
@@ -134,43 +118,33 @@ class Show:
         under_way = sum(1 - (step or 0) / max(steps or 1, 1) for step, steps, _ in places)
         return f"about {clock(each * (queued + under_way) / max(self.workers, len(places)))} left"
 
-    def _figure(self, now: Outcome) -> str:
-        metric = self.study.metric or now.main_metric or "loss"
-        parts = []
-        for split, figures in (("validation", now.metrics), ("test", now.test)):
-            if isinstance(figures.get(metric), (int, float)):
-                parts.append(f"{split} {metric} {figures[metric]:.4g}")
-        return ", ".join(parts)
-
 
 def show_best(console: Console, study: Study, found: Mapping[str, Outcome]) -> dict[str, Any]:
-    """A line for each task and variant with its best search value; returns those, and the mean figures there."""
+    """A line for each task and variant with its best search value; returns those, and the mean metrics there."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("task", "variant", "best", "metric", "validation", "test", "seeds"):
         table.add_column(title, justify="right" if title in ("validation", "test", "seeds") else "left")
     chosen: dict[str, Any] = {}
-    for task in study.tasks:
-        for variant in study.variants:
-            best = study.best(found, task, variant)
-            if best is None:
-                table.add_row(task, variant, "[yellow]open[/]", "", "", "", "")
-                continue
-            cells = [found[cell.name] for cell in study.cells_at(found, task, variant, best) if cell.name in found]
-            done = [cell for cell in cells if cell.status == "done"]
-            metric = study.metric or next((cell.main_metric for cell in done if cell.main_metric), "")
-            means = {}
-            for split, figures in (("validation", [c.metrics for c in done]), ("test", [c.test for c in done])):
-                values = [held[metric] for held in figures if is_number(held.get(metric))]
-                if values:
-                    means[split] = sum(values) / len(values)
-            chosen.setdefault(task, {})[variant] = {"values": dict(best.values), "metric": metric, **means}
-            shown_values = [f"{means[split]:.4g}" if split in means else "" for split in ("validation", "test")]
-            point = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in best.values.items())
-            table.add_row(task, variant, escape(point), metric, *shown_values, f"{len(done)}/{len(study.seeds)}")
+    for task, variant in itertools.product(study.tasks, study.variants):
+        best = study.best(found, task, variant)
+        if best is None:
+            table.add_row(task, variant, "[yellow]open[/]", "", "", "", "")
+            continue
+        cells = [found[cell.name] for cell in study.cells_at(found, task, variant, best) if cell.name in found]
+        done = [cell for cell in cells if cell.status == "done"]
+        metric = study.metric or next((cell.main_metric for cell in done if cell.main_metric), "")
+        means = {}
+        for split, recorded in (("validation", [c.metrics for c in done]), ("test", [c.test for c in done])):
+            if values := [held[metric] for held in recorded if is_number(held.get(metric))]:
+                means[split] = sum(values) / len(values)
+        chosen.setdefault(task, {})[variant] = {"values": dict(best.values), "metric": metric, **means}
+        shown_means = [f"{means[split]:.4g}" if split in means else "" for split in ("validation", "test")]
+        point = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in best.values.items())
+        table.add_row(task, variant, escape(point), metric, *shown_means, f"{len(done)}/{len(study.seeds)}")
     console.print(table)
     if same := ", ".join(task for task in study.tasks if _chosen_on_test(study, found, task)):
         console.print(
-            f"[yellow]{same}: validation and test are the same rows, so the test figures are those that chose: set "
+            f"[yellow]{same}: validation and test are the same rows, so the test metrics are those that chose: set "
             "data.holdout to choose by held-out training rows[/]",
             soft_wrap=True,
         )

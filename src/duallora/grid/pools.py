@@ -101,11 +101,9 @@ def gpus() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name for name in chosen.split(",") if name and name != "-1"]
-    try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(number) for number in range(sum(line.startswith("GPU ") for line in told.splitlines()))]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 class Cluster:
@@ -129,18 +127,12 @@ class Cluster:
         options: dict[str, Any] = {}
         if here:  # nothing goes through the object store but a command and an exit code
             options = {"num_cpus": workers * threads, "object_store_memory": 100 * 2**20}
+        options |= {"include_dashboard": False} if here else {}
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=False if here else None,
-                **options,
-            )
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--ray {address}: {str(error).splitlines()[0]}; expected local, auto or HOST:PORT"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"--ray {address}: {reason}; expected local, auto or HOST:PORT") from error
         self.workers, self.threads = workers, threads
         self.gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         self.task = ray.remote(num_cpus=threads, num_gpus=self.gpu, max_retries=0)(run_cell)
@@ -166,10 +158,7 @@ class Cluster:
         if not self.cells:
             return []
         ready, _ = self.ray.wait(list(self.cells.values()), num_returns=len(self.cells), timeout=0)
-        codes = []
-        for name in [name for name, cell in self.cells.items() if cell in ready]:
-            codes.append((name, self._code(self.cells.pop(name))))
-        return codes
+        return [(name, self._code(self.cells.pop(name))) for name, cell in list(self.cells.items()) if cell in ready]
 
     def _code(self, cell: Any) -> int:
         exceptions = self.ray.exceptions
@@ -198,9 +187,8 @@ class Cluster:
 
 def run_cell(arguments: list[str], log: str, environment: Mapping[str, str], folder: str) -> int:
     """On a worker: Python with ``arguments``, waited for; cancelled, it may save a checkpoint first. Its exit code."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # Ray cancels by it, and a grid under nohup passes it on ignored
+    # Ray cancels by SIGINT, which a grid under nohup passes on ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     running = process(arguments, Path(log), {**os.environ, **environment}, folder)
     try:
         while running.poll() is None:  # wait() would sleep through Ray's way of interrupting

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from duallora import plots
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, is_number
 from duallora.grid import study_plots
 from duallora.grid.summary import AVERAGE, decimals
 from duallora.store import record
 from duallora.tasks import metrics
+from duallora.tasks.metrics import Metric
 
 Summary = Mapping[str, Any]
 Printed = Mapping[str, Any]
@@ -100,243 +101,199 @@ def key_of(summary: Summary) -> str:
 
 def tables(summary: Summary, printed: Sequence[Printed] = ()) -> list[Table]:
     """Every table of a study that there is something to say in."""
-    made = (_metrics(summary), _beside(summary, printed), _differences(summary, printed), _chosen(summary))
-    return [table for table in made if table is not None and table.rows]
+    own = _Tables(summary, printed)
+    made = (own.metrics(), own.beside_the_paper(), own.differences(), own.chosen())
+    return [table for table in made if table.rows]
 
 
-def _columns(summary: Summary) -> list[tuple[str, str, str]]:
-    """(heading, task, metric) of each column: the tasks, or all metrics where there is one task."""
-    tasks = list(dict.fromkeys(row["task"] for row in summary["rows"]))
-    if len(summary["tasks"]) != 1 or not tasks:  # of several tasks one alone may have values yet
-        return [(task, task, "") for task in tasks]
-    (task,) = tasks
-    main = summary["tasks"][task]["metric"]
-    every = dict.fromkeys(name for row in summary["rows"] for name in row["every"])
-    others = [
-        name
-        for name in every
-        if name != main and not metrics.find(name).likelihood and not name.startswith("parse_failure_rate_")
-    ]
-    return [(main, task, "")] + [(name.removeprefix("accuracy_"), task, name) for name in others]
+class _Column(NamedTuple):
+    """A task, or a metric of the only task; ``metric`` "" is the task's own."""
+
+    heading: str
+    task: str
+    metric: str = ""
 
 
-def _digits(summary: Summary, task: str, name: str) -> int:
-    return metrics.find(name or summary["tasks"].get(task, {}).get("metric")).digits
+class _Tables:
+    """The tables of one summary; ``printed`` is what the paper prints for it."""
 
+    def __init__(self, summary: Summary, printed: Sequence[Printed]):
+        self.summary, self.printed, self.reference = summary, printed, summary["reference"]
+        self.lines = {line["variant"]: line for line in printed}
+        self.rows = {(row["variant"], row["task"]): row for row in summary["rows"]}
+        there = {variant for variant, _ in self.rows}
+        self.variants = [variant for variant in summary["study"]["variants"] if variant in there]
+        tasks = list(dict.fromkeys(task for _, task in self.rows))
+        self.columns = [_Column(task, task) for task in tasks]
+        if tasks and len(summary["tasks"]) == 1:  # of several tasks one alone may have values yet
+            main = summary["tasks"][tasks[0]]["metric"]
+            self.columns = [_Column(main, tasks[0])]
+            for name in dict.fromkeys(name for row in summary["rows"] for name in row["every"]):
+                metric = metrics.find(name)
+                failures = bool(metric.group) and not metric.higher_is_better  # answers of a group that say nothing
+                if name != main and not metric.likelihood and not failures:
+                    self.columns.append(_Column(metric.group or name, tasks[0], name))
 
-def _cell(summary: Summary, row: Mapping[str, Any] | None, task: str, name: str) -> Value | None:
-    """Mean and deviation with the interval below; None where nothing was measured."""
-    found = row if row is None or not name else row["every"].get(name)
-    if found is None or found.get("mean") is None:
-        return None
-    digits = _digits(summary, task, name)
-    spread = f" ± {found['sd']:.{digits}f}" if found.get("sd") is not None else ""
-    interval = found.get("interval")
-    below = f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else ""
-    return Value(f"{found['mean']:.{digits}f}{spread}", below)
-
-
-def _metrics(summary: Summary) -> Table | None:
-    """Every variant's metrics and costs; what can be told from the reference is marked."""
-    columns = _columns(summary)
-    told = {(pair["task"], pair["other"]): pair["better"] for pair in summary["pairs"]}
-    best = {column: _best(summary, *column[1:]) for column in columns}
-    ratios = any("cpu_ratio" in row for row in summary["rows"])
-    rows = []
-    for variant in _variants(summary):
-        own = {row["task"]: row for row in summary["rows"] if row["variant"] == variant}
-        cost = own.get(AVERAGE) or next(iter(own.values()))
-        line = [
-            Value(variant, kind="reference" if variant == summary["reference"] else ""),
-            Value(_count(cost.get("parameters", {}).get("trainable"))),
-        ]
-        if ratios:
-            line.append(Value(f"{cost['cpu_ratio']:.2f}" if "cpu_ratio" in cost else ""))
-        for column in columns:
-            _, task, name = column
-            value = _cell(summary, own.get(task), task, name)
-            if value is None:
-                line.append(Value(NONE))
-                continue
-            kind = {"yes": "worse", "no": "better"}.get(told.get((task, variant), ""), "") if not name else ""
-            line.append(value._replace(kind=" ".join(filter(None, (kind, "best" if variant in best[column] else "")))))
-        rows.append(line)
-    head = ["variant", "trained", *(["time / LoRA's"] if ratios else []), *(heading for heading, *_ in columns)]
-    caption = (
-        f"{_what(summary)}; in small print the 95 % interval over other test rows and other seeds. Bold: the best mean."
-    )
-    if summary["pairs"]:
-        caption += (
-            f" ▲ and ▼: better or worse than {summary['reference']}, after Holm's correction; unmarked: cannot be told."
+    def metrics(self) -> Table:
+        """Every variant's metrics and costs; what can be told from the reference is marked."""
+        told = {(pair["task"], pair["other"]): pair["better"] for pair in self.summary["pairs"]}
+        best = {column: self._best(column) for column in self.columns}
+        ratios = any("cpu_ratio" in row for row in self.summary["rows"])
+        rows = []
+        for variant in self.variants:
+            own = [row for (name, _), row in self.rows.items() if name == variant]
+            cost = self.rows.get((variant, AVERAGE), own[0])
+            trained = cost.get("parameters", {}).get("trainable")
+            line = [Value(variant, kind="reference" if variant == self.reference else "")]
+            line.append(Value("" if trained is None else f"{trained:,}"))
+            line += [Value(f"{cost['cpu_ratio']:.2f}" if "cpu_ratio" in cost else "")] if ratios else []
+            for column in self.columns:
+                answer = "" if column.metric else told.get((column.task, variant), "")
+                kinds = {"yes": "worse", "no": "better"}.get(answer, ""), "best" if variant in best[column] else ""
+                value = self._value(variant, column)
+                line.append(value._replace(kind=" ".join(filter(None, kinds))) if value.text != NONE else value)
+            rows.append(line)
+        splits = {facts.get("split") for facts in self.summary["tasks"].values()} - {None}
+        caption = (
+            f"Mean ± standard deviation over seeds on {'validation' if splits == {'validation'} else 'test'} rows, at the value "
+            "chosen on validation rows; in small print the 95 % interval over other test rows and other seeds. Bold: the best mean."
         )
-    return Table("metrics", "Metrics", head, rows, caption)
+        if self.summary["pairs"]:
+            caption += (
+                f" ▲ and ▼: better or worse than {self.reference}, after Holm's correction; unmarked: cannot be told."
+            )
+        head = ["variant", "trained", *["time / LoRA's"] * ratios, *(column.heading for column in self.columns)]
+        return Table("metrics", "Metrics", head, rows, caption)
 
+    def _value(self, variant: str, column: _Column) -> Value:
+        """Mean and deviation with the interval below."""
+        row = self.rows.get((variant, column.task), {})
+        found = row.get("every", {}).get(column.metric, {}) if column.metric else row
+        if found.get("mean") is None:
+            return Value(NONE)
+        digits = self._metric(column).digits
+        spread = f" ± {found['sd']:.{digits}f}" if found.get("sd") is not None else ""
+        low, high = found.get("interval", (None, None))
+        return Value(
+            f"{found['mean']:.{digits}f}{spread}", f"{low:.{digits}f} to {high:.{digits}f}" if low is not None else ""
+        )
 
-def _what(summary: Summary) -> str:
-    splits = {facts.get("split") for facts in summary["tasks"].values()} - {None}
-    rows = "validation rows" if splits == {"validation"} else "test rows"
-    return f"Mean ± standard deviation over seeds on {rows}, at the value chosen on validation rows"
+    def _metric(self, column: _Column) -> Metric:
+        return metrics.find(column.metric or self.summary["tasks"].get(column.task, {}).get("metric"))
 
+    def _best(self, column: _Column) -> set[str]:
+        """The variants with the best mean of a column, ties included."""
+        means = {}
+        for (variant, task), row in self.rows.items():
+            found = row.get("every", {}).get(column.metric, {}) if column.metric else row
+            if task == column.task and found.get("mean") is not None:
+                means[variant] = found["mean"]
+        # The average has its tasks' direction.
+        of = column if column.task in self.summary["tasks"] else _Column("", next(iter(self.summary["tasks"])))
+        higher = self._metric(of).higher_is_better
+        if higher is None or not means:
+            return set()
+        top = (max if higher else min)(means.values())
+        best = {variant for variant, mean in means.items() if mean == top}
+        return best if len(best) < len(means) else set()
 
-def _variants(summary: Summary) -> list[str]:
-    """Those with a row, in the study's order."""
-    there = {row["variant"] for row in summary["rows"]}
-    return [variant for variant in summary["study"]["variants"] if variant in there]
-
-
-def _best(summary: Summary, task: str, name: str) -> set[str]:
-    """The variants with the best mean of a column, ties included."""
-    means = {}
-    for row in summary["rows"]:
-        value = (row["every"].get(name, {}) if name else row).get("mean") if row["task"] == task else None
-        if value is not None:
-            means[row["variant"]] = value
-    first = task if task in summary["tasks"] else next(iter(summary["tasks"]))  # the average has its tasks' direction
-    higher = metrics.find(name or summary["tasks"][first]["metric"]).higher_is_better
-    if higher is None or not means:
-        return set()
-    end = max if higher else min
-    best = {variant for variant, mean in means.items() if mean == end(means.values())}
-    return best if len(best) < len(means) else set()
-
-
-def _count(number: int | None) -> str:
-    return "" if number is None else f"{number:,}"
-
-
-def _beside(summary: Summary, printed: Sequence[Printed]) -> Table | None:
-    """Our metrics and the paper's, for every line it prints; the paper's alone where it has other columns."""
-    lines = {line["variant"]: line for line in printed}
-    if not lines or not summary["rows"]:
-        return None
-    columns = [
-        column for column in _columns(summary) if any(_said(summary, line, column[0]) is not None for line in printed)
-    ]
-    base = summary["study"]["base"].get("model.name")
-    models = ", ".join(dict.fromkeys(line["model"] for line in printed if line.get("model")))
-    rows = []
-    if columns:
-        ours = {(row["variant"], row["task"]): row for row in summary["rows"]}
-        for variant in dict.fromkeys([*lines, *_variants(summary)]):
-            line = lines.get(variant, {})
-            cells = [Value(variant, line.get("method", ""))]
-            for heading, task, name in columns:
-                value = _cell(summary, ours.get((variant, task)), task, name)
-                said = _said(summary, line, heading)
-                cells.append(
-                    Value(
-                        value.text if value else NONE,
-                        f"paper {said:.{_digits(summary, task, name)}f}" if said is not None else "",
-                    )
-                )
-            rows.append(cells)
-        head = [heading for heading, *_ in columns]
-        caption = f"Ours with {base}; small print: the paper's{f' with {models}' if models else ''}. Different models are not comparable."
+    def beside_the_paper(self) -> Table:
+        """Our metrics and the paper's, for every line it prints; the paper's alone where it has other columns."""
+        columns = [
+            one for one in self.columns if any(self._said(line, one.heading) is not None for line in self.printed)
+        ]
+        base = self.summary["study"]["base"].get("model.name")
+        models = ", ".join(dict.fromkeys(line["model"] for line in self.printed if line.get("model")))
+        models = f" with {models}" if models else ""
+        rows = []
+        for variant in dict.fromkeys([*self.lines, *self.variants]) if self.lines and columns else ():
+            line = self.lines.get(variant, {})
+            rows.append([Value(variant, line.get("method", ""))])
+            for column in columns:
+                said = self._said(line, column.heading)
+                small = "" if said is None else f"paper {said:.{self._metric(column).digits}f}"
+                rows[-1].append(self._value(variant, column)._replace(small=small))
+        head, title = [column.heading for column in columns], "Beside the paper"
+        caption = f"Ours with {base}; small print: the paper's{models}. Different models are not comparable."
         if AVERAGE in head:
             caption += " The paper's average is taken here over the columns that are shown."
-    else:
-        head = list(dict.fromkeys(name for line in printed for name in line["values"]))
-        rows = [
-            [
-                Value(line["variant"], line.get("method", "")),
-                *(
-                    Value(f"{line['values'][name]:.{metrics.find(name).digits}f}" if name in line["values"] else NONE)
-                    for name in head
-                ),
-            ]
-            for line in printed
-        ]
-        caption = f"The paper's values alone{f', with {models}' if models else ''}: it reports other tasks than are measured here with {base}."
-    remarks: dict[str, list[str]] = {}
-    for line in printed:
-        for text in filter(None, (line.get("copied"), line.get("note"))):
-            remarks.setdefault(text, []).append(line["variant"])
-    notes = [f"{', '.join(names)}: {text}." for text, names in remarks.items()]
-    return Table(
-        "paper",
-        "Beside the paper" if columns else "What the paper prints",
-        ["variant", *head],
-        rows,
-        " ".join([caption, *notes]),
-    )
+        if not columns and self.rows:
+            title = "What the paper prints"
+            head = list(dict.fromkeys(name for line in self.printed for name in line["values"]))
+            for line in self.printed:
+                values = {name: f"{value:.{metrics.find(name).digits}f}" for name, value in line["values"].items()}
+                rows.append(
+                    [Value(line["variant"], line.get("method", "")), *(Value(values.get(name, NONE)) for name in head)]
+                )
+            comma = "," if models else ""
+            caption = (
+                f"The paper's values alone{comma}{models}: it reports other tasks than are measured here with {base}."
+            )
+        remarks: dict[str, list[str]] = {}
+        for line in self.printed:
+            for text in filter(None, (line.get("copied"), line.get("note"))):
+                remarks.setdefault(text, []).append(line["variant"])
+        notes = [f"{', '.join(names)}: {text}." for text, names in remarks.items()]
+        return Table("paper", title, ["variant", *head], rows, " ".join([caption, *notes]))
 
+    def _said(self, line: Printed, heading: str) -> float | None:
+        """The paper's value of a column; its average is that of the other columns, since ours are not always all of its."""
+        values = line.get("values", {})
+        if len(self.summary["tasks"]) == 1:  # of a table of tasks, whose columns are tasks
+            ((task, facts),) = self.summary["tasks"].items()
+            heading = task if heading == facts["metric"] and heading not in values else heading
+        if heading != AVERAGE:
+            return values.get(heading)
+        names = [column.heading for column in self.columns if column.heading != AVERAGE]
+        others = [name for name in names if metrics.find(name).higher_is_better is not False]
+        return sum(values[name] for name in others) / len(others) if others and {*others} <= values.keys() else None
 
-def _said(summary: Summary, line: Printed, heading: str) -> float | None:
-    """The paper's value of a column; its average is that of the other columns, since ours are not always all of its."""
-    values = line.get("values", {})
-    if len(summary["tasks"]) == 1:  # of a table of tasks, whose columns are tasks
-        ((task, facts),) = summary["tasks"].items()
-        heading = task if heading == facts["metric"] and heading not in values else heading
-    if heading != AVERAGE:
-        return values.get(heading)
-    others = [
-        other
-        for other, *_ in _columns(summary)
-        if other != AVERAGE and metrics.find(other).higher_is_better is not False
-    ]
-    if not others or not all(other in values for other in others):
-        return None
-    return sum(values[other] for other in others) / len(others)
+    def differences(self) -> Table:
+        """The reference minus each other variant: ours with its answer, the paper's below."""
+        pairs = {(pair["other"], pair["task"]): pair for pair in self.summary["pairs"]}
+        tasks = list(dict.fromkeys(task for _, task in pairs))
+        rows = []
+        for other in (variant for variant in self.variants if variant in {name for name, _ in pairs}):
+            rows.append([Value(other)])
+            for task in tasks:
+                pair = pairs.get((other, task))
+                rows[-1].append(self._difference(pair) if pair else Value(NONE))
+        caption = (
+            f"{self.reference} minus the variant of the line, paired by test row and seed, with the 95 % interval. ▲: {self.reference} "
+            "is better, ▼: worse, after Holm's correction; unmarked: cannot be told."
+        )
+        if any("paper" in cell.small for row in rows for cell in row):
+            caption += " Differences of the paper are those of its printed values."
+        return Table("differences", f"{self.reference} against the others", ["variant", *tasks], rows, caption)
 
+    def _difference(self, pair: Mapping[str, Any]) -> Value:
+        low, high = pair["interval"]
+        digits = decimals(low, high, self._metric(_Column("", pair["task"])).digits)
+        column = pair["task"] if len(self.summary["tasks"]) > 1 else self.summary["tasks"][pair["task"]]["metric"]
+        mine, its = (self._said(self.lines.get(name, {}), column) for name in (self.reference, pair["other"]))
+        said = f"; paper {mine - its:+.{digits}f}" if mine is not None and its is not None else ""
+        kind = {"yes": "better", "no": "worse"}.get(pair["better"], "")
+        return Value(f"{pair['mean']:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}{said}", kind)
 
-def _differences(summary: Summary, printed: Sequence[Printed]) -> Table | None:
-    """The reference minus each other variant: ours with its answer, the paper's below."""
-    if not summary["pairs"]:
-        return None
-    reference = summary["reference"]
-    lines = {line["variant"]: line for line in printed}
-    tasks = list(dict.fromkeys(pair["task"] for pair in summary["pairs"]))
-    single = len(summary["tasks"]) == 1
-    rows = []
-    for other in _variants(summary):
-        own = {pair["task"]: pair for pair in summary["pairs"] if pair["other"] == other}
-        if not own:
-            continue
-        cells = [Value(other)]
-        for task in tasks:
-            pair = own.get(task)
-            if pair is None:
-                cells.append(Value(NONE))
-                continue
-            low, high = pair["interval"]
-            digits = decimals(low, high, _digits(summary, task, ""))
-            column = summary["tasks"][task]["metric"] if single else task
-            mine, its = (_said(summary, lines.get(name, {}), column) for name in (reference, other))
-            said = f"; paper {mine - its:+.{digits}f}" if mine is not None and its is not None else ""
-            kind = {"yes": "better", "no": "worse"}.get(pair["better"], "")
-            cells.append(Value(f"{pair['mean']:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}{said}", kind))
-        rows.append(cells)
-    caption = (
-        f"{reference} minus the variant of the line, paired by test row and seed, with the 95 % interval. ▲: {reference} is better, ▼: "
-        "worse, after Holm's correction; unmarked: cannot be told."
-    )
-    if any("paper" in cell.small for row in rows for cell in row):
-        caption += " Differences of the paper are those of its printed values."
-    return Table("differences", f"{reference} against the others", ["variant", *tasks], rows, caption)
-
-
-def _chosen(summary: Summary) -> Table | None:
-    """The value each variant got on each task, with the number of values tried; ◂ and ▸ mark the ends of what was tried."""
-    edges = {(edge["task"], edge["variant"], edge["key"]): edge["end"] for edge in summary["edges"]}
-    tasks = list(dict.fromkeys(row["task"] for row in summary["rows"] if row.get("values")))
-    rows = []
-    for variant in _variants(summary):
-        own = {row["task"]: row for row in summary["rows"] if row["variant"] == variant}
-        cells = [Value(variant)]
-        for task in tasks:
-            values = own.get(task, {}).get("values", {})
-            parts = []
-            for key, value in values.items():
-                mark = {"smallest": " ◂", "greatest": " ▸"}.get(edges.get((task, variant, key), ""), "")
-                name = "" if len(values) == 1 else f"{key.rpartition('.')[2]} "
-                parts.append(f"{name}{value:g}{mark}" if isinstance(value, (int, float)) else f"{name}{value}")
-            cells.append(Value(", ".join(parts) or NONE))
-        rows.append(cells)
-    keys = {key for row in summary["rows"] for key in row.get("values", {})}
-    if not tasks:
-        return None
-    caption = f"{', '.join(sorted(keys))}, chosen on validation rows. ◂ and ▸: the smallest or the greatest value that was tried."
-    return Table("chosen", "Chosen values", ["variant", *tasks], rows, caption)
+    def chosen(self) -> Table:
+        """The value each variant got on each task; ◂ and ▸ mark the ends of what was tried."""
+        marks = {"smallest": " ◂", "greatest": " ▸"}
+        edges = {(edge["task"], edge["variant"], edge["key"]): marks[edge["end"]] for edge in self.summary["edges"]}
+        tasks = list(dict.fromkeys(row["task"] for row in self.summary["rows"] if row.get("values")))
+        rows = []
+        for variant in self.variants if tasks else ():
+            rows.append([Value(variant)])
+            for task in tasks:
+                values = self.rows.get((variant, task), {}).get("values", {})
+                parts = []
+                for key, value in values.items():
+                    name = "" if len(values) == 1 else f"{key.rpartition('.')[2]} "
+                    shown = f"{value:g}{edges.get((task, variant, key), '')}" if is_number(value) else value
+                    parts.append(f"{name}{shown}")
+                rows[-1].append(Value(", ".join(parts) or NONE))
+        keys = ", ".join(sorted({key for row in self.summary["rows"] for key in row.get("values", {})}))
+        caption = f"{keys}, chosen on validation rows. ◂ and ▸: the smallest or the greatest value that was tried."
+        return Table("chosen", "Chosen values", ["variant", *tasks], rows, caption)
 
 
 # -- Markdown ---------------------------------------------------------------------------------------------------------

@@ -7,23 +7,24 @@ what it says, and CELL.json the line of its last start, which tells why it faile
 
 from __future__ import annotations
 
-import json
+import itertools
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from duallora.config.recipe import fingerprint
-from duallora.errors import ConfigError, GridError, Interrupted
+from duallora.errors import ConfigError, GridError, Interrupted, LockedError, LostProcessError, OutOfMemoryError
 from duallora.grid.live import Show
 from duallora.grid.pools import POLL, Local, Pool
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, cell_folder, outcome, outcomes
+from duallora.store.checkpoint import drift
 from duallora.store.lock import locked
 from duallora.store.record import read_json, write_text
 from duallora.store.run_folder import RunFolder
@@ -32,8 +33,13 @@ from duallora.train.launch import Stopping
 Keep = Literal["none", "best", "all"]
 PROGRAM = ("-m", "duallora.cli")
 KEEPS = ("none", "best", "all")
-LOCKED = 6
-LOST = (8, 9, 130, 137, 143)  # out of memory, a process gone, ended from outside: another try may do
+LOST = {  # exit codes after which another try may do
+    OutOfMemoryError.exit_code: OutOfMemoryError.kind,
+    LostProcessError.exit_code: "one of its processes is gone",
+    130: "ended by SIGINT",
+    137: "ended by SIGKILL",
+    143: "ended by SIGTERM",
+}
 LOCK_EVERY = 5.0  # seconds between tries of a cell whose folder a process of an earlier grid still holds
 LOCK_TRIES = 120
 
@@ -79,7 +85,7 @@ def run(
     with ExitStack() as held:
         held.enter_context(locked(folder, STUDY))
         found = outcomes(folder)
-        _refuse_drift(study, found)
+        _refuse_drift(study.wanted(found), found)
         write_text(folder / STUDY, study.yaml())
         (folder / CELLS).mkdir(exist_ok=True)
         pool: Pool
@@ -168,12 +174,13 @@ class _Grid:
                 f"stopped with {done} of {self.study.expected(self.outcomes)} cells done; the same command continues",
             )
         self._tidy(ended=True)
-        return {cell.name: self._outcome(cell.name) for cell in wanted}
+        given_up = {name: Outcome(name, "failed", error=reason) for name, reason in self.failed.items()}
+        return {cell.name: given_up.get(cell.name) or self.outcomes[cell.name] for cell in wanted}
 
     def _wanted(self) -> list[Cell]:
         while True:
             wanted = self.study.wanted(self.outcomes, self.trials.asked if self.trials else None)
-            _refuse_drift_of(wanted, self.outcomes)
+            _refuse_drift(wanted, self.outcomes)
             taken = [cell for cell in wanted if cell.name not in self.outcomes and self._take_over(cell)]
             if not taken:
                 return wanted
@@ -191,9 +198,8 @@ class _Grid:
             shutil.rmtree(rest, ignore_errors=True)
         RunFolder(source).copy_record(beside)
         beside.rename(place)
-        found = outcome(self.folder, cell.name)
-        assert found is not None  # the source has one
-        self.outcomes[cell.name] = found
+        if found := outcome(self.folder, cell.name):
+            self.outcomes[cell.name] = found
         self.show.say("reused", f"{cell.name}: {source}")
         return True
 
@@ -202,29 +208,14 @@ class _Grid:
             return False
         return cell.name not in self.outcomes or not self.outcomes[cell.name].settled
 
-    def _outcome(self, name: str) -> Outcome:
-        if name in self.failed:
-            return Outcome(name, "failed", error=self.failed[name])
-        return self.outcomes[name]
-
     # -- one cell ------------------------------------------------------------------------------------------------------
 
     def _start(self, cell: Cell) -> None:
         place = cell_folder(self.folder.resolve(), cell.name)
         place.write_recipe(cell.recipe(self.folder.resolve()))
         log = place.path.with_name(f"{cell.name}.log")
-        arguments = [
-            *PROGRAM,
-            "train",
-            "-c",
-            str(place.recipe_file),
-            "--resume",
-            "auto",
-            "-o",
-            str(place.path),
-            "--json",
-        ]
-        self.pool.start(cell.name, arguments, log)
+        options = ["-c", str(place.recipe_file), "--resume", "auto", "-o", str(place.path), "--json"]
+        self.pool.start(cell.name, [*PROGRAM, "train", *options], log)
         self.running[cell.name] = cell
         self.show.started(cell)
 
@@ -242,7 +233,7 @@ class _Grid:
             self.outcomes[name] = now
         if self.stopping.number is not None:
             return
-        if code == LOCKED and self.lock_tries[name] < LOCK_TRIES:
+        if code == LockedError.exit_code and self.lock_tries[name] < LOCK_TRIES:
             if not self.lock_tries[name]:
                 self.show.say("waits", f"{name}: a process of an earlier grid still writes to its folder")
             self.lock_tries[name] += 1
@@ -259,7 +250,7 @@ class _Grid:
 
     def _reason(self, name: str, code: int) -> str:
         if code < 0 or code in LOST:
-            return f"{_how(code)}, {self.tries[name] + 1} times" if self.tries[name] else _how(code)
+            return _how(code) + (f", {self.tries[name] + 1} times" if self.tries[name] else "")
         with suppress(OSError, ValueError, KeyError):  # it may have left no line
             return read_json(self.folder / CELLS / f"{name}.json")["error"]
         return f"exit code {code}"
@@ -278,20 +269,17 @@ class _Grid:
             return
         study = self.study
         sources = set() if ended else {own["after"] for own in study.tasks.values() if "after" in own}
-        for task in study.tasks:
-            for variant in study.variants:
-                scores = {}
-                for point in study.points(self.outcomes, task, variant):
-                    scores[point.label] = study.score(self.outcomes, task, variant, point), point
-                top = max((score for score, _ in scores.values() if score is not None), default=None)
-                for score, point in scores.values():
-                    best = score is None or score == top
-                    stay = best if self.keep == "best" else task in sources and best
-                    for cell in study.cells_at(self.outcomes, task, variant, point):
-                        if cell.name in self.outcomes and self.outcomes[cell.name].settled:
-                            place = cell_folder(self.folder, cell.name)
-                            for part in (place.checkpoints, *(() if stay else place.results())):
-                                shutil.rmtree(part, ignore_errors=True)
+        for task, variant in itertools.product(study.tasks, study.variants):
+            points = study.points(self.outcomes, task, variant)
+            scores = [study.score(self.outcomes, task, variant, point) for point in points]
+            top = max((score for score in scores if score is not None), default=None)
+            for point, score in zip(points, scores, strict=True):
+                stay = score in (None, top) and (self.keep == "best" or task in sources)
+                for cell in study.cells_at(self.outcomes, task, variant, point):
+                    if cell.name in self.outcomes and self.outcomes[cell.name].settled:
+                        place = cell_folder(self.folder, cell.name)
+                        for part in (place.checkpoints, *(() if stay else place.results())):
+                            shutil.rmtree(part, ignore_errors=True)
 
 
 def _finished(folders: Sequence[Path | str]) -> dict[str, Path]:
@@ -310,44 +298,21 @@ def _finished(folders: Sequence[Path | str]) -> dict[str, Path]:
 
 def _how(code: int) -> str:
     """How a cell was lost, in words."""
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
-    words = {8: "out of memory", 9: "one of its processes is gone", 137: "ended by SIGKILL"}
-    return words.get(code, f"ended by {signal.Signals(code - 128).name}" if code > 128 else f"exit code {code}")
+    return LOST[code] if code in LOST else f"ended by {signal.Signals(-code).name}"
 
 
-def _refuse_drift(study: Study, found: Mapping[str, Outcome]) -> None:
-    _refuse_drift_of(study.wanted(found), found)
-
-
-def _refuse_drift_of(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> None:
+def _refuse_drift(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> None:
     """ConfigError where a cell on disk was run with other settings than the study now gives it."""
     for cell in cells:
-        before = found[cell.name].recipe if cell.name in found else {}
-        if before:
-            after = cell.recipe().model_dump(mode="json")
+        before = dict(found[cell.name].recipe) if cell.name in found else {}
+        after = cell.recipe().model_dump(mode="json") if before else {}
+        if cell.after and before:  # by its name: the folder may have been moved
             earlier = before["adapter"]["init_from"]
-            if cell.after:  # by its name: the folder may have been moved
-                before = {**before, "adapter": {**before["adapter"], "init_from": earlier and Path(earlier).name}}
-                after["adapter"]["init_from"] = cell.after
-            changed = [
-                f"{key}: {json.dumps(old)} -> {json.dumps(new)}"
-                for key, old, new in _differences(before, after)
-                if key != "output"
-            ]
-            if changed:
-                raise ConfigError(
-                    f"the cell {cell.name} was run with other settings than the study now says:\n  "
-                    + "\n  ".join(changed)
-                    + f"\nset them back, choose another folder with -o, or remove {CELLS}/{cell.name} to run it again"
-                )
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key, *values in _differences(old, new):
-                yield f"{name}.{key}", values[0], values[1]
-        elif old != new:
-            yield name, old, new
+            before["adapter"] = {**before["adapter"], "init_from": earlier and Path(earlier).name}
+            after["adapter"]["init_from"] = cell.after
+        if changed := drift(before, after, free=("output",)):
+            raise ConfigError(
+                f"the cell {cell.name} was run with other settings than the study now says:\n  "
+                + "\n  ".join(changed)
+                + f"\nset them back, choose another folder with -o, or remove {CELLS}/{cell.name} to run it again"
+            )

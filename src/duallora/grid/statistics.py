@@ -50,6 +50,10 @@ class Sample(NamedTuple):
     resampled: np.ndarray
     """On each resampled test set, [R, S]; row b of every method and seed is the same resample."""
 
+    def of(self, columns: Sequence[int]) -> Sample:
+        """Of some of the runs."""
+        return Sample(self.values[columns], self.resampled[:, columns])
+
 
 class Pool(NamedTuple):
     """The standard deviation over seeds that several methods share, and its degrees of freedom."""

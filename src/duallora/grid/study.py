@@ -11,7 +11,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
@@ -27,7 +28,7 @@ from duallora.tasks import metrics
 EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
 RESERVED = ("after", "search")  # names beside the settings of a task or variant
 SHORT = {"train.learning_rate": "lr"}  # in the names of cells
-LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}")
+LABEL, LABEL_WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}"), "letters, digits and . _ + - (60 at most)"
 STUDY = "study.yaml"
 CELLS = "cells"
 
@@ -87,6 +88,7 @@ class Outcome:
 
 
 Outcomes = Mapping[str, Outcome]
+Refuse = Callable[[str, str], None]  # path in the study, what is wrong there
 
 
 class Point(NamedTuple):
@@ -136,24 +138,18 @@ class Study:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        self._check_form(problems)
-        if not problems:
-            known = {"base": dict(self._settings("base", self.base, problems))}
-            for group in ("tasks", "variants"):
-                known[group] = {label: dict(self._settings(f"{group}.{label}", values, problems))
-                                for label, values in getattr(self, group).items()}  # fmt: skip
-            known["search"] = self._search_of("search", self.search, problems)
-            known["space"] = {
-                key: dict(values) for key, values in self._resolved("space", self.space, problems).items()
-            }
-            for name, values in known.items():
-                object.__setattr__(self, name, values)
-            object.__setattr__(self, "seeds", tuple(self.seeds))
-        if not problems:
-            self._check_names(problems)
-            self._check_space(problems)
-        if not problems:
-            self._check_cells(problems)
+
+        def refuse(path: str, message: str) -> None:
+            problems.append(f"{self._where(path)}: {message}")
+
+        for step in (self._check_form, self._resolve_keys, self._check_search, self._check_names):
+            step(refuse)
+            if problems:
+                raise ConfigError(*dict.fromkeys(problems))
+        for task, variant in itertools.product(self.tasks, self.variants):
+            sample = {key: own["choices"][0] if "choices" in own else own["low"] for key, own in self.space.items()}
+            for point in [Point("trial0", sample)] if self.space else self.points({}, task, variant):
+                problems += self._refused(task, variant, point)
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
 
@@ -168,12 +164,10 @@ class Study:
         for task in self.tasks:
             stages: tuple[list[Cell], list[Cell]] = [], []
             for variant in self.variants:
-                points = self.points(outcomes, task, variant, (asked or {}).get((task, variant), ()))
-                for point in points:
-                    stages[0].extend(self._cells(outcomes, task, variant, point, self.seeds[: self.search_seeds]))
-                best = self.best(outcomes, task, variant)
-                if best is not None:
-                    stages[1].extend(self._cells(outcomes, task, variant, best, self.seeds))
+                for point in self.points(outcomes, task, variant, (asked or {}).get((task, variant), ())):
+                    stages[0].extend(self.cells_at(outcomes, task, variant, point, self.seeds[: self.search_seeds]))
+                if best := self.best(outcomes, task, variant):
+                    stages[1].extend(self.cells_at(outcomes, task, variant, best))
             cells |= {cell.name: cell for stage in stages for cell in stage if cell.name not in cells}
         return list(cells.values())
 
@@ -187,25 +181,21 @@ class Study:
 
     def points(self, outcomes: Outcomes, task: str, variant: str, asked: Sequence[Point] = ()) -> list[Point]:
         """The points of the search tried for one task and variant, or to be tried, as far as ``outcomes`` tell."""
-        if self.space:
-            found = {point.label: point for point in asked} | {
-                point.label: point for point in self._trials_run(outcomes, task, variant)
-            }
-            return sorted(found.values(), key=lambda point: int(point.label.removeprefix("trial")))
-        return self._grid(outcomes, task, variant)[0]
+        if not self.space:
+            return self._grid(outcomes, task, variant)[0]
+        found = {point.label: point for point in (*asked, *self._trials_run(outcomes, task, variant))}
+        return sorted(found.values(), key=lambda point: int(point.label.removeprefix("trial")))
 
     def best(self, outcomes: Outcomes, task: str, variant: str) -> Point | None:
         """The point with the best mean metric on validation rows, or None while that is open or if none came through.
 
         A diverged cell counts as the worst; ties go to the middle of the grid, then to the smaller value.
         """
-        if self.space:
-            points = self._trials_run(outcomes, task, variant)
-            scores = [self.score(outcomes, task, variant, point) for point in points]
-            if len([score for score in scores if score is not None]) < self.trials:
-                return None
-            return _best(points, scores, {})
-        return self._grid(outcomes, task, variant)[1]
+        if not self.space:
+            return self._grid(outcomes, task, variant)[1]
+        points = self._trials_run(outcomes, task, variant)
+        scores = [self.score(outcomes, task, variant, point) for point in points]
+        return None if len(points) < self.trials or None in scores else _best(points, scores, {})
 
     def score(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> float | None:
         """The mean metric of a point on validation rows, greater is better; None while its first seeds are not settled.
@@ -221,9 +211,22 @@ class Study:
             scores.append(-math.inf if outcome.diverged else self._value(outcome))
         return sum(scores) / len(scores)
 
-    def cells_at(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> list[Cell]:
-        """The cells of all seeds at one point."""
-        return self._cells(outcomes, task, variant, point, self.seeds)
+    def cells_at(
+        self, outcomes: Outcomes, task: str, variant: str, point: Point, seeds: Sequence[int] | None = None
+    ) -> list[Cell]:
+        """The cells of ``seeds`` (None: all) at one point that can be run: what they come after must be done."""
+        cells = []
+        for seed in self.seeds if seeds is None else seeds:
+            after: str | None = None
+            if (before := self.tasks[task].get("after")) is not None:
+                best = self.best(outcomes, before, variant)
+                after = best and self.cell_name(before, variant, best, seed)
+                if after is None or after not in outcomes or outcomes[after].status != "done":
+                    continue
+            settings = {key: value for key, (value, _) in self._placed(task, variant, point, seed).items()}
+            tags = {"task": task, "variant": variant, "seed": seed, **point.values}
+            cells.append(Cell(self.cell_name(task, variant, point, seed), settings, tags, after))
+        return cells
 
     def cell_name(self, task: str, variant: str, point: Point, seed: int) -> str:
         """``cola-lora-lr0.001-seed0``: no two cells of a study have one name, whatever the case of letters."""
@@ -233,10 +236,8 @@ class Study:
 
     def search_for(self, task: str, variant: str) -> Mapping[str, Sequence[Any]]:
         """The search of one task and variant: the variant's own, else the task's, else the study's."""
-        for own in (self.variants[variant], self.tasks[task]):
-            if "search" in own:
-                return own["search"]
-        return self.search
+        layers = (self.variants[variant], self.tasks[task])
+        return next((own["search"] for own in layers if "search" in own), self.search)
 
     def _grid(self, outcomes: Outcomes, task: str, variant: str) -> tuple[list[Point], Point | None]:
         """(points of the grid as far as it has grown, the best one of it or None while that is open)."""
@@ -257,20 +258,20 @@ class Study:
                 key: value
                 for key, step in steps.items()
                 if (value := _beyond(grid[key], at.values[key], step)) is not None
-                and self._accepts(task, variant, Point(at.label, {**at.values, key: value}))
+                and not self._refused(task, variant, Point(at.label, {**at.values, key: value}))
             }
             if not more or extension == EXTENSIONS:
                 return points, best
             grid = {key: sorted([*values, more[key]]) if key in more else values for key, values in grid.items()}
         raise AssertionError("unreachable")
 
-    def _accepts(self, task: str, variant: str, point: Point) -> bool:
-        """Whether the schema takes a point one step beyond the grid: a dropout does not grow to 1."""
+    def _refused(self, task: str, variant: str, point: Point) -> tuple[str, ...]:
+        """What the recipe's schema has against a point: a dropout does not grow to 1."""
         try:
             assemble([self._placed(task, variant, point, self.seeds[0])])
-        except ConfigError:
-            return False
-        return True
+        except ConfigError as error:
+            return error.problems
+        return ()
 
     def _trials_run(self, outcomes: Outcomes, task: str, variant: str) -> list[Point]:
         """The trials that have left a recipe on disk, in their order."""
@@ -280,12 +281,6 @@ class Study:
             if outcome is not None and outcome.recipe:
                 points.append(Point(f"trial{number}", {key: _held(outcome.recipe, key) for key in self.space}))
         return points
-
-    def _sample(self) -> dict[str, Any]:
-        """Any point of the space."""
-        return {
-            key: values["choices"][0] if "choices" in values else values["low"] for key, values in self.space.items()
-        }
 
     def _value(self, outcome: Outcome) -> float:
         metric = self.metric or outcome.main_metric
@@ -300,41 +295,14 @@ class Study:
             return -math.inf
         return value if metrics.get(metric, outcome.recipe.get("data", {}).get("task")).higher_is_better else -value
 
-    # -- cells ---------------------------------------------------------------------------------------------------------
-
-    def _cells(self, outcomes: Outcomes, task: str, variant: str, point: Point, seeds: Sequence[int]) -> list[Cell]:
-        """Those of ``seeds`` that can be run: what they come after must be done."""
-        cells = []
-        for seed in seeds:
-            after: str | None = None
-            before = self.tasks[task].get("after")
-            if before is not None:
-                best = self.best(outcomes, before, variant)
-                if best is None:
-                    continue
-                after = self.cell_name(before, variant, best, seed)
-                if after not in outcomes or outcomes[after].status != "done":
-                    continue
-            cells.append(self._cell(task, variant, point, seed, after))
-        return cells
-
-    def _cell(self, task: str, variant: str, point: Point, seed: int, after: str | None) -> Cell:
-        settings = {key: value for key, (value, _) in self._placed(task, variant, point, seed).items()}
-        tags = {"task": task, "variant": variant, "seed": seed, **point.values}
-        return Cell(self.cell_name(task, variant, point, seed), settings, tags, after)
-
     def _placed(self, task: str, variant: str, point: Point, seed: int) -> dict[str, Placed]:
-        layers = [
-            ("base", self.base),
-            (f"tasks.{task}", self.tasks[task]),
-            (f"variants.{variant}", self.variants[variant]),
-        ]
-        search = next((path for path, own in reversed(layers[1:]) if "search" in own), "")
-        search = ".".join(filter(None, (search, "space" if self.space else "search")))
-        layers.append((search, point.values))
+        """The settings of a cell, each with its place."""
+        own = {f"tasks.{task}": self.tasks[task], f"variants.{variant}": self.variants[variant]}
+        search = [f"{path}.search" for path, values in own.items() if "search" in values] or ["search"]
+        layers = {"base": self.base, **own, "space" if self.space else search[-1]: point.values}
         placed = [
             {key: (value, self._where(f"{path}.{key}")) for key, value in layer.items() if key not in RESERVED}
-            for path, layer in layers
+            for path, layer in layers.items()
         ]
         return overlay([*placed, {"seed": (seed, self._where("seeds"))}])
 
@@ -344,139 +312,124 @@ class Study:
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
-    def _check_form(self, problems: list[str]) -> None:
-        def refuse(path: str, message: str) -> None:
-            problems.append(f"{self._where(path)}: {message}")
-
-        if not isinstance(self.name, str) or not LABEL.fullmatch(self.name):
-            refuse("name", f"name: {self.name!r} is not accepted; expected letters, digits and . _ + - (60 at most)")
+    def _check_form(self, refuse: Refuse) -> None:
         for group in ("base", "tasks", "variants", "search", "space"):
             if not isinstance(getattr(self, group), Mapping):
-                refuse(group, f"{group}: expected a mapping")
-                return
+                return refuse(group, f"{group}: expected a mapping")
         for group in ("tasks", "variants"):
             if not getattr(self, group):
                 refuse(group, f"{group}: expected at least one")
             for label, values in getattr(self, group).items():
                 if not LABEL.fullmatch(str(label)):
-                    refuse(f"{group}.{label}", f"label {label!r}: expected letters, digits and . _ + - (60 at most)")
+                    refuse(f"{group}.{label}", f"label {label!r}: expected {LABEL_WORDS}")
                 if not isinstance(values, Mapping):
                     refuse(f"{group}.{label}", f"{group}.{label}: expected a mapping of settings")
         seeds = list(self.seeds) if isinstance(self.seeds, Sequence) and not isinstance(self.seeds, str) else []
-        if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
-            refuse("seeds", f"seeds: {self.seeds!r} is not accepted; expected a list of different whole numbers >= 0")
-        if type(self.search_seeds) is not int or not 1 <= self.search_seeds <= max(1, len(seeds)):
-            refuse("search_seeds", f"search_seeds: {self.search_seeds!r} is not accepted; expected 1 to {len(seeds)}")
-        if type(self.trials) is not int or self.trials < 0:
-            refuse("trials", f"trials: {self.trials!r} is not accepted; expected a whole number >= 0")
-        if type(self.extend) is not bool:
-            refuse("extend", f"extend: {self.extend!r} is not accepted; expected true or false")
-        if self.metric is not None and not isinstance(self.metric, str):
-            refuse("metric", f"metric: {self.metric!r} is not accepted; expected the name of a metric")
-        if self.reference is not None and self.reference not in self.variants:
-            refuse("reference", f"reference: no variant {self.reference!r}; it has {', '.join(self.variants)}")
+        whole = all(type(seed) is int and seed >= 0 for seed in seeds)
+        most = max(1, len(seeds))
+        for key, accepted, expected in (
+            ("name", isinstance(self.name, str) and LABEL.fullmatch(self.name), LABEL_WORDS),
+            ("seeds", seeds and whole and len(set(seeds)) == len(seeds), "a list of different whole numbers >= 0"),
+            ("search_seeds", type(self.search_seeds) is int and 1 <= self.search_seeds <= most, f"1 to {most}"),
+            ("trials", type(self.trials) is int and self.trials >= 0, "a whole number >= 0"),
+            ("extend", type(self.extend) is bool, "true or false"),
+            ("metric", self.metric is None or isinstance(self.metric, str), "the name of a metric"),
+            ("reference", self.reference in (None, *self.variants), f"a variant: {', '.join(map(str, self.variants))}"),
+        ):
+            if not accepted:
+                refuse(key, f"{key}: {getattr(self, key)!r} is not accepted; expected {expected}")
 
-    def _settings(self, path: str, values: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    def _resolve_keys(self, refuse: Refuse) -> None:
+        """Every setting under its full dotted key."""
+        resolved: dict[str, Any] = {
+            "base": self._settings("base", self.base, refuse),
+            "search": self._search_of("search", self.search, refuse),
+            "space": {key: dict(values) for key, values in self._resolved("space", self.space, refuse).items()},
+            "seeds": tuple(self.seeds),
+        }
+        for group in ("tasks", "variants"):
+            labels = getattr(self, group).items()
+            resolved[group] = {label: self._settings(f"{group}.{label}", own, refuse) for label, own in labels}
+        for name, values in resolved.items():
+            object.__setattr__(self, name, values)
+
+    def _settings(self, path: str, values: Mapping[str, Any], refuse: Refuse) -> dict[str, Any]:
         """The settings by dotted key; sections written as mappings are opened."""
         flat: dict[str, Any] = {}
         for key, value in values.items():
-            if key in SECTIONS and isinstance(value, Mapping):
-                flat |= {f"{key}.{leaf}": held for leaf, held in value.items()}
-            else:
-                flat[key] = value
+            opened = key in SECTIONS and isinstance(value, Mapping)
+            flat |= {f"{key}.{leaf}": held for leaf, held in value.items()} if opened else {key: value}
+        kept: dict[str, Any] = {}
         for key in [key for key in RESERVED if key in flat and path != "base"]:
-            value = flat.pop(key)
+            kept[key] = value = flat.pop(key)
             if key == "search":
-                yield key, self._search_of(f"{path}.search", value or {}, problems)
+                kept[key] = self._search_of(f"{path}.search", value or {}, refuse)
             elif not path.startswith("tasks.") or value not in self.tasks or "after" in self.tasks[value]:
                 free = ", ".join(task for task, own in self.tasks.items() if "after" not in own)
-                problems.append(
-                    f"{self._where(f'{path}.after')}: after: {value!r} is not accepted; it belongs to a task and names one that "
-                    f"is after no other: {free}"
-                )
-            else:
-                yield key, value
-        yield from self._resolved(path, flat, problems).items()
+                words = f"it belongs to a task and names one that is after no other: {free}"
+                refuse(f"{path}.after", f"after: {value!r} is not accepted; {words}")
+        return {**kept, **self._resolved(path, flat, refuse)}
 
-    def _resolved(self, path: str, values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    def _resolved(self, path: str, values: Mapping[str, Any], refuse: Refuse) -> dict[str, Any]:
         """``values`` under their full dotted keys."""
         found: dict[str, Any] = {}
         for key, value in values.items():
-            where = self._where(f"{path}.{key}")
             full, entry = resolve(str(key))
             name = f"{full}.{entry}" if full and entry else full
             if name is None:
-                problems.append(f"{where}: {entry}")
+                refuse(f"{path}.{key}", entry)
             elif name in ("seed", "output"):
-                problems.append(f"{where}: {name} is the grid's own to set" + "; see seeds" * (name == "seed"))
+                refuse(f"{path}.{key}", f"{name} is the grid's own to set" + "; see seeds" * (name == "seed"))
             elif name in found:
-                problems.append(f"{where}: {name} is set twice; keep one")
+                refuse(f"{path}.{key}", f"{name} is set twice; keep one")
             else:
                 found[name] = value
                 if f"{path}.{key}" in self.places:
                     self.places[f"{path}.{name}"] = self.places[f"{path}.{key}"]
         return found
 
-    def _search_of(self, path: str, search: Any, problems: list[str]) -> dict[str, tuple[Any, ...]]:
+    def _search_of(self, path: str, search: Any, refuse: Refuse) -> dict[str, tuple[Any, ...]]:
         if not isinstance(search, Mapping):
-            problems.append(f"{self._where(path)}: {path}: expected a mapping of keys to lists of values")
+            refuse(path, f"{path}: expected a mapping of keys to lists of values")
             return {}
         found = {}
-        for key, values in self._resolved(path, search, problems).items():
+        for key, values in self._resolved(path, search, refuse).items():
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-                problems.append(
-                    f"{self._where(f'{path}.{key}')}: {key}: {values!r} is not accepted; expected a list of values"
-                )
+                refuse(f"{path}.{key}", f"{key}: {values!r} is not accepted; expected a list of values")
                 continue
             if len({_text(value) for value in values}) < len(values):
-                problems.append(f"{self._where(f'{path}.{key}')}: {key}: two of the values {list(values)} read alike")
+                refuse(f"{path}.{key}", f"{key}: two of the values {list(values)} read alike")
             found[key] = tuple(values)
         return found
 
-    def _check_space(self, problems: list[str]) -> None:
+    def _check_search(self, refuse: Refuse) -> None:
         if self.search and self.space:
-            problems.append(f"{self._where('space')}: search and space exclude each other: keep one")
+            refuse("space", "search and space exclude each other: keep one")
         if self.trials and not self.space:
-            problems.append(
-                f"{self._where('trials')}: trials: {self.trials}, but there is no space to draw them from: write one instead of search, or leave trials (--optuna) out"
-            )
+            remedy = "write one instead of search, or leave trials (--optuna) out"
+            refuse("trials", f"trials: {self.trials}, but there is no space to draw them from: {remedy}")
         if self.space and self.trials < 1:
-            problems.append(f"{self._where('trials')}: a space needs trials: --optuna N, or trials: N")
+            refuse("trials", "a space needs trials: --optuna N, or trials: N")
         for key, values in self.space.items():
             if not _is_space(values):
-                problems.append(
-                    f"{self._where(f'space.{key}')}: {key}: {json.dumps(values, default=str)} is not accepted; expected "
-                    "{low: 1e-4, high: 1e-2, log: true}, {low: 4, high: 32, step: 4} or {choices: [a, b]}"
-                )
+                forms = "{low: 1e-4, high: 1e-2, log: true}, {low: 4, high: 32, step: 4} or {choices: [a, b]}"
+                shown = json.dumps(values, default=str)
+                refuse(f"space.{key}", f"{key}: {shown} is not accepted; expected {forms}")
 
-    def _check_names(self, problems: list[str]) -> None:
+    def _check_names(self, refuse: Refuse) -> None:
         """Cells are told apart by name: what follows task and variant is as many parts, without a hyphen, as keys."""
         seen: dict[str, tuple[tuple[str, str], list[str]]] = {}
         for pair in itertools.product(self.tasks, self.variants):
-            prefix, parts = "-".join(pair).casefold(), [name.casefold() for name in self._name_parts(*pair)]
+            names = ["trial"] if self.space else list(_names(self.search_for(*pair)).values())
+            prefix, parts = "-".join(pair).casefold(), [name.casefold() for name in names]
             for other, (pair_of_other, parts_of_other) in seen.items():
                 (short, short_parts), (long, long_parts) = sorted([(prefix, parts), (other, parts_of_other)])
                 more = long[len(short) + 1 :].split("-") if long.startswith(f"{short}-") else []
                 like_values = [name for name, part in zip(short_parts, more, strict=False) if part.startswith(name)]
                 if short == long or (more and len(like_values) == len(more) == len(short_parts) - len(long_parts)):
-                    problems.append(
-                        f"study {self.name}: task {pair[0]} with variant {pair[1]} and task {pair_of_other[0]} with variant "
-                        f"{pair_of_other[1]} could have a cell of one name; rename one"
-                    )
+                    one, two = (f"task {task} with variant {variant}" for task, variant in (pair, pair_of_other))
+                    refuse("variants", f"{one} and {two} could have a cell of one name; rename one")
             seen[prefix] = pair, parts
-
-    def _name_parts(self, task: str, variant: str) -> list[str]:
-        return ["trial"] if self.space else list(_names(self.search_for(task, variant)).values())
-
-    def _check_cells(self, problems: list[str]) -> None:
-        """Every setting through the recipe's own schema, each problem once and with its place."""
-        for task, variant in itertools.product(self.tasks, self.variants):
-            points = [Point("trial0", self._sample())] if self.space else self.points({}, task, variant)
-            for point in points:
-                try:
-                    assemble([self._placed(task, variant, point, self.seeds[0])])
-                except ConfigError as error:
-                    problems += error.problems
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
@@ -495,24 +448,20 @@ class Study:
         path = path / STUDY if path.is_dir() else path
         content = read_yaml(path, depth=3)
         known = [item.name for item in fields(cls) if item.name != "places"]
-        problems = [
+        if problems := [
             f"{where}: unknown key {key}; known here: {', '.join(known)}"
             for key, (_, where) in content.items()
             if key not in known
-        ]
-        if problems:
+        ]:
             raise ConfigError(*problems)
         places: dict[str, str] = {}
         values = {key: _unplaced(value, where, key, places) for key, (value, where) in content.items()}
-        base = values.get("base")
-        if isinstance(base, str):
-            file = path.parent / base
-            read = read_settings(file)
+        if isinstance(values.get("base"), str):
+            read = read_settings(path.parent / values["base"])
             values["base"] = {key: value for key, (value, _) in read.items() if key not in ("seed", "output")}
             places |= {f"base.{key}": where for key, (_, where) in read.items()}
-        for group in ("base", "tasks", "variants", "search", "space"):
-            if group in values and values[group] is None:
-                values[group] = {}
+        for group in {"base", "tasks", "variants", "search", "space"} & values.keys():
+            values[group] = {} if values[group] is None else values[group]
         for group in ("tasks", "variants"):
             if isinstance(values.get(group), dict):
                 values[group] = {label: {} if own is None else own for label, own in values[group].items()}
@@ -522,18 +471,14 @@ class Study:
     def yaml(self) -> str:
         """The study as YAML that `read` reads back."""
         lines = []
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name == "places" or (item.name in ("space", "trials") and not value):
-                continue
+        for name in (item.name for item in fields(self) if item.name != "places"):
+            value = getattr(self, name)
             if not isinstance(value, Mapping):
-                lines.append(f"{item.name}: {yaml_value(value)}")
-            elif item.name in ("base", "search") or not value:
-                lines.append(f"{item.name}:" + " {}" * (not value))
-                lines += [f"  {_key(key)}: {yaml_value(held)}" for key, held in value.items()]
-            else:
-                lines.append(f"{item.name}:")
-                lines += [f"  {_key(key)}: {yaml_value(dict(held))}" for key, held in value.items()]
+                lines.append(f"{name}: {yaml_value(value)}")
+                continue
+            lines.append(f"{name}:" + " {}" * (not value))
+            for key, held in value.items():
+                lines.append(f"  {_key(key)}: {yaml_value(dict(held) if isinstance(held, Mapping) else held)}")
         return "\n".join(lines) + "\n"
 
 
@@ -558,15 +503,13 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
     if run is None:
         return None
     result = (cell.metrics() if run["status"] == "done" else None) or Metrics()
-    values = dict(result.get("metrics", {}))
-    test = values.pop("test", None) or {}
-    data = result.get("data", {})
+    values, data = dict(result.get("metrics", {})), result.get("data", {})
     return Outcome(
         name,
         run["status"],
         kind=run.get("kind", ""),
+        test=values.pop("test", None) or {},
         metrics=values,
-        test=test,
         parameters=run.get("parameters") or {},
         seconds=_sum(values, "start_seconds", "train_seconds"),
         cpu_seconds=_sum(values, "start_cpu_seconds", "train_cpu_seconds"),
@@ -579,8 +522,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
 
 def _sum(values: Mapping[str, Any], *names: str) -> float | None:
     """What a start from data took is part of what the method costs."""
-    found = [values[name] for name in names if is_number(values.get(name))]
-    return sum(found) if found else None
+    return sum(found) if (found := [values[name] for name in names if is_number(values.get(name))]) else None
 
 
 # -- numbers and names ------------------------------------------------------------------------------------------------
@@ -628,34 +570,27 @@ def _beyond(values: Sequence[float], at: float, step: float) -> float | None:
 
 def _best(points: Sequence[Point], scores: Sequence[float | None], grid: Mapping[str, Sequence[Any]]) -> Point | None:
     """The point of the greatest score; of equal ones the nearest to the middle of the grid, then the first."""
-
-    def off_center(point: Point) -> float:
-        return sum(abs(values.index(point.values[key]) - (len(values) - 1) / 2) for key, values in grid.items())
-
-    ranked = [
-        (score, -off_center(point), -number, point)
-        for number, (point, score) in enumerate(zip(points, scores, strict=True))
-        if score is not None and score > -math.inf
-    ]
+    ranked = []
+    for number, (point, score) in enumerate(zip(points, scores, strict=True)):
+        off_center = sum(abs(own.index(point.values[key]) - (len(own) - 1) / 2) for key, own in grid.items())
+        if score is not None and score > -math.inf:
+            ranked.append((score, -off_center, -number, point))
     return max(ranked)[3] if ranked else None
 
 
 def _product(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
-    names = _names(grid)
-    points = []
+    names, points = _names(grid), []
     for values in itertools.product(*grid.values()):
-        label = "-".join(f"{names[key]}{_text(value)}" for key, value in zip(grid, values, strict=True))
-        points.append(Point(label, dict(zip(grid, values, strict=True))))
+        own = dict(zip(grid, values, strict=True))
+        points.append(Point("-".join(f"{names[key]}{_text(value)}" for key, value in own.items()), own))
     return points
 
 
 def _names(keys: Collection[str]) -> dict[str, str]:
     """What each key of a search is called in the names of cells."""
-    leaves = [key.rpartition(".")[2] for key in keys]
-    return {
-        key: _plain(SHORT.get(key, leaf) if leaves.count(leaf) == 1 else key)
-        for key, leaf in zip(keys, leaves, strict=True)
-    }
+    leaves = {key: key.rpartition(".")[2] for key in keys}
+    alone = {leaf for leaf, count in Counter(leaves.values()).items() if count == 1}
+    return {key: _plain(SHORT.get(key, leaf) if leaf in alone else key) for key, leaf in leaves.items()}
 
 
 def _text(value: Any) -> str:

@@ -13,14 +13,14 @@ import statistics as plain
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from duallora.errors import ConfigError, DataError, IntegrityError, is_number
 from duallora.grid import statistics
 from duallora.grid.statistics import ROUNDS, Estimate, Pool, Sample
-from duallora.grid.study import CELLS, RESERVED, STUDY, Outcome, Outcomes, Point, Study, cell_folder, outcomes
+from duallora.grid.study import CELLS, RESERVED, STUDY, Cell, Outcome, Outcomes, Study, cell_folder, outcomes
 from duallora.store import record
 from duallora.tasks import Example, metrics
 from duallora.tasks.metrics import Metric
@@ -30,27 +30,6 @@ AVERAGE = "average"
 CURVE_POINTS = 40
 CLOSE: dict[str, float] = {"rel_tol": 1e-6, "abs_tol": 1e-6}  # a recorded value and that of the recorded predictions
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
-
-
-class _Runs(NamedTuple):
-    """The finished cells of one task and variant at its best point, by seed."""
-
-    point: Point
-    cells: dict[int, Outcome]
-
-
-class _Spreads(NamedTuple):
-    """Of a task: the pooled spreads over seeds, and the variants whose own is of another kind and is used for them."""
-
-    values: Pool | None
-    differences: Pool | None
-    apart: tuple[str, ...]
-
-    def of(self, variant: str) -> Pool | None:
-        return None if variant in self.apart else self.values
-
-    def between(self, one: str, other: str) -> Pool | None:
-        return None if {one, other} & set(self.apart) else self.differences
 
 
 def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -66,61 +45,45 @@ def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     folder = Path(folder)
     if not (folder / STUDY).is_file():
         raise ConfigError(f"{folder} holds no {STUDY}: expected the folder of `duallora grid` or `duallora reproduce`")
-    study = Study.read(folder)
-    found = outcomes(folder)
+    study, found = Study.read(folder), outcomes(folder)
     wanted = study.wanted(found)
-    best = {pair: _best(study, found, *pair) for pair in ((t, v) for t in study.tasks for v in study.variants)}
-    facts: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    samples: dict[tuple[str, str], tuple[tuple[int, ...], Sample]] = {}
-    spreads: dict[str, _Spreads] = {}
-    for number, task in enumerate(study.tasks):
-        runs = {variant: one for variant in study.variants if (one := best[task, variant]) and one.cells}
-        facts[task], sampled = _sample(folder, study, found, task, runs, rounds, number)
-        if not runs:  # nothing is chosen yet, but the curves of what has run can be shown
-            known = [
-                found[cell.name].main_metric for cell in wanted if cell.tags["task"] == task and cell.name in found
-            ]
-            facts[task]["chosen_by"] = study.metric or next(filter(None, known), None)
-        samples |= {(task, variant): sample for variant, sample in sampled.items()}
-        spreads[task] = _spreads(study, sampled)
-        facts[task]["apart"] = list(spreads[task].apart)
-        rows += [
-            _row(folder, task, variant, one, facts[task], sampled.get(variant), spreads[task].of(variant))
-            for variant, one in runs.items()
-        ]
-    _add_ratios(rows, _by_method(study, best, "lora"))
-    reference = study.reference or _by_method(study, best, "duallora") if len(study.variants) > 1 else None
+    tasks = {
+        task: _Task(folder, study, found, task, rounds=rounds, seed=number) for number, task in enumerate(study.tasks)
+    }
+    rows = [task.row(variant) for task in tasks.values() for variant in task.runs]
+    _add_ratios(rows, _by_method(study, tasks, "lora"))
+    reference = study.reference or _by_method(study, tasks, "duallora") if len(study.variants) > 1 else None
     # The average is over tasks whose metrics have one direction, of the variants with a value on every task.
-    alike = len({metrics.find(own["metric"]).higher_is_better for own in facts.values()}) == 1 < len(study.tasks)
+    alike = len({metrics.find(task.facts["metric"]).higher_is_better for task in tasks.values()}) == 1 < len(tasks)
     whole = [
         variant
         for variant in study.variants
-        if alike and AVERAGE not in study.tasks and all((task, variant) in samples for task in study.tasks)
+        if alike and AVERAGE not in tasks and all(variant in task.samples for task in tasks.values())
     ]
-    pairs = _pairs(study, samples, spreads, reference, facts, reference in whole) if reference else []
-    rows += [_average(study, variant, samples, spreads, rows) for variant in whole]
-    ran = [name for name in (cell.name for cell in wanted) if name in found]
+    pairs = []
+    if reference:
+        over = {name: [task] for name, task in tasks.items()}
+        over |= {AVERAGE: list(tasks.values())} if reference in whole else {}
+        pairs = [pair for name, those in over.items() for pair in _pairs(name, those, reference)]
+    rows += [_average(variant, list(tasks.values()), rows) for variant in whole]
     summary = {
         "kind": KIND,
         "name": study.name,
         "scale": scale,
-        **_provenance(folder, found, ran),
-        "study": _plain(study),
+        **_provenance(folder, [cell.name for cell in wanted if cell.name in found]),
+        "study": _as_json(study),
         "reference": reference,
-        "tasks": facts,
+        "tasks": {name: task.facts for name, task in tasks.items()},
         "rounds": rounds,
         "wanted": len(wanted),
         "done": sum(cell.name in found and found[cell.name].status == "done" for cell in wanted),
-        "cells": [_cell(cell.name, cell.tags, found.get(cell.name)) for cell in wanted],
+        "cells": [_cell(cell, found.get(cell.name)) for cell in wanted],
         "rows": rows,
         "pairs": pairs,
-        "curves": [
-            curve for (task, variant), one in best.items() if one and (curve := _curve(folder, task, variant, one))
-        ],
-        "unequal": _unequal(study, best),
-        "edges": _edges(study, found, best),
-        "open": [list(pair) for pair, one in best.items() if one is None],
+        "curves": [curve for task in tasks.values() for variant in task.runs if (curve := task.curve(variant))],
+        "unequal": _unequal(study, tasks),
+        "edges": [edge for task in tasks.values() for edge in _edges(study, found, task)],
+        "open": [[name, variant] for name, task in tasks.items() for variant, one in task.best.items() if one is None],
     }
     summary["statement"] = statement(summary)
     return _rounded(summary)
@@ -147,8 +110,8 @@ def load(path: Path | str) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} does not exist: expected a study's JSON, or the folder of a grid") from None
     except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
+    if kind != KIND:
         raise ConfigError(f"{path} is of kind {kind!r}: expected a study's JSON, such as results/studies/*.json")
     return [content]
 
@@ -168,24 +131,11 @@ def save(summary: Mapping[str, Any], path: Path | str) -> None:
 # -- what ran ---------------------------------------------------------------------------------------------------------
 
 
-def _best(study: Study, found: Outcomes, task: str, variant: str) -> _Runs | None:
-    point = study.best(found, task, variant)
-    if point is None:
-        return None
-    cells = {}
-    for seed in study.seeds:
-        outcome = found.get(study.cell_name(task, variant, point, seed))
-        if outcome is not None and outcome.status == "done":
-            cells[seed] = outcome
-    return _Runs(point, cells)
-
-
-def _cell(name: str, tags: Mapping[str, Any], outcome: Outcome | None) -> dict[str, Any]:
+def _cell(cell: Cell, outcome: Outcome | None) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": cell.name, "tags": dict(cell.tags), "status": "missing"}
     if outcome is None:
-        return {"name": name, "tags": dict(tags), "status": "missing"}
-    return {
-        "name": name,
-        "tags": dict(tags),
+        return facts
+    return facts | {
         "status": "diverged" if outcome.diverged else outcome.status,
         "metrics": _numbers(outcome.metrics),
         "test": _numbers(outcome.test),
@@ -201,13 +151,14 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if is_number(value)}
 
 
-def _plain(study: Study) -> dict[str, Any]:
-    """The study as JSON has it."""
-    shown = {item.name: getattr(study, item.name) for item in dataclasses.fields(study) if item.name != "places"}
-    return json.loads(json.dumps({key: value for key, value in shown.items() if key != "name"}, default=dict))
+def _as_json(study: Study) -> dict[str, Any]:
+    shown = {item.name: getattr(study, item.name) for item in dataclasses.fields(study)}
+    return json.loads(
+        json.dumps({key: own for key, own in shown.items() if key not in ("name", "places")}, default=dict)
+    )
 
 
-def _provenance(folder: Path, found: Outcomes, names: Iterable[str]) -> dict[str, Any]:
+def _provenance(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """Every version of code, packages and machine among the cells, each with the number of its cells."""
     seen: dict[str, Counter[str]] = {key: Counter() for key in (*PROVENANCE, "base")}
     for name in names:
@@ -221,69 +172,170 @@ def _provenance(folder: Path, found: Outcomes, names: Iterable[str]) -> dict[str
     }
 
 
-def _by_method(study: Study, best: Mapping[tuple[str, str], _Runs | None], method: str) -> str | None:
-    """The variant called ``method``, else the first that trains by it."""
-    if method in study.variants:
-        return method
-    for (_, variant), runs in sorted(best.items(), key=lambda item: list(study.variants).index(item[0][1])):
-        for outcome in runs.cells.values() if runs else ():
-            if outcome.recipe.get("adapter", {}).get("method") == method:
-                return variant
-    return None
+# -- one task ---------------------------------------------------------------------------------------------------------
 
 
-# -- metrics ----------------------------------------------------------------------------------------------------------
+class _Task:
+    """Of one task: each variant's best point, its finished cells there by seed, and their resampled metric.
 
+    ``pool`` and ``pool_between`` are the spreads over seeds that the variants share; those ``apart`` have their own.
+    """
 
-def _sample(
-    folder: Path, study: Study, found: Outcomes, task: str, runs: Mapping[str, _Runs], rounds: int, number: int
-) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], Sample]]]:
-    """(what is known of a task, the resampled values of each variant with their seeds)."""
-    flat = [(variant, seed, outcome) for variant, one in runs.items() for seed, outcome in one.cells.items()]
-    if not flat:
-        return {"metric": study.metric, "chosen_by": study.metric}, {}
-    split = "test" if all(outcome.test for _, _, outcome in flat) else "validation"
-    name = _reported(study, folder, flat[0][2], split)
-    facts: dict[str, Any] = {"metric": name, "chosen_by": study.metric or flat[0][2].main_metric, "split": split}
-    if split == "validation":
-        return {**facts, "note": "no test rows were scored (eval.test)"}, {}
-    metric = _metric(flat[0][2], name)
-    read = [_predictions(folder, outcome.name, metric) for _, _, outcome in flat]
-    examples = read[0][1]
-    for (_, _, outcome), (_, own) in zip(flat, read, strict=True):
-        if own != examples:
-            raise IntegrityError(
-                f"{flat[0][2].name} and {outcome.name} were scored on different test rows: nothing can be compared; remove "
-                "the cells of one of them and run the grid again"
-            )
-    facts |= {"examples": len(examples), "test_is_validation": flat[0][2].same_rows}
-    rounds = rounds if metric.compute is None else min(rounds, statistics.slow_rounds(len(study.variants) - 1))
-    sample = None
-    if metric.statistics or metric.compute:
-        sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=number)
-    for index, (_, _, outcome) in enumerate(flat):
-        recorded: Any = outcome.test.get(metric.name)
-        if not is_number(recorded) or sample is None or not math.isclose(sample.values[index], recorded, **CLOSE):
-            note = f"no intervals: nothing here computes {name} as {outcome.name} recorded it from its predictions"
-            return {**facts, "note": note}, {}
-    assert sample is not None
-    facts["rounds"] = rounds
-    samples = {}
-    for variant, one in runs.items():
-        columns = [index for index, (name, _, _) in enumerate(flat) if name == variant]
-        samples[variant] = tuple(one.cells), Sample(sample.values[columns], sample.resampled[:, columns])
-    return facts, samples
+    def __init__(self, folder: Path, study: Study, found: Outcomes, name: str, *, rounds: int, seed: int):
+        self.folder, self.study, self.name = folder, study, name
+        self.best = {variant: study.best(found, name, variant) for variant in study.variants}
+        self.runs: dict[str, dict[int, Outcome]] = {}
+        for variant, point in self.best.items():
+            cells = {own: found.get(study.cell_name(name, variant, point, own)) for own in study.seeds if point}
+            if done := {own: cell for own, cell in cells.items() if cell is not None and cell.status == "done"}:
+                self.runs[variant] = done
+        self.samples: dict[str, Sample] = {}
+        if self.runs:
+            self.facts = self._take_samples(rounds, seed)
+        else:  # nothing is chosen yet, but the curves of what has run can be shown
+            ran = [found[cell.name] for cell in study.wanted(found) if cell.tags["task"] == name and cell.name in found]
+            main = next((outcome.main_metric for outcome in ran if outcome.main_metric), None)
+            self.facts = {"metric": study.metric, "chosen_by": study.metric or main}
+        whole = {one: own.values for one, own in self.samples.items() if len(own.values) == len(study.seeds)}
+        apart = [list(whole)[index] for index in statistics.outlying(np.stack([*whole.values()]))] if whole else []
+        alike = np.array([values for one, values in whole.items() if one not in apart])
+        self.pool, self.pool_between = (
+            statistics.pool(alike, differences=differences) if whole else None for differences in (False, True)
+        )
+        self.facts["apart"] = apart
 
+    def _take_samples(self, rounds: int, seed: int) -> dict[str, Any]:
+        """Fills ``samples``, and returns what is known of the task."""
+        flat = [(variant, outcome) for variant, own in self.runs.items() for outcome in own.values()]
+        first = flat[0][1]
+        split = "test" if all(outcome.test for _, outcome in flat) else "validation"
+        metric = _metric(first, self._reported(first, split))
+        facts: dict[str, Any] = {
+            "metric": metric.name,
+            "chosen_by": self.study.metric or first.main_metric,
+            "split": split,
+        }
+        if split == "validation":
+            return {**facts, "note": "no test rows were scored (eval.test)"}
+        read = [self._predictions(outcome, metric) for _, outcome in flat]
+        examples = read[0][1]
+        for (_, outcome), (_, own) in zip(flat, read, strict=True):
+            if own != examples:
+                raise IntegrityError(
+                    f"{first.name} and {outcome.name} were scored on different test rows: nothing can be compared; remove "
+                    "the cells of one of them and run the grid again"
+                )
+        facts |= {"examples": len(examples), "test_is_validation": first.same_rows}
+        rounds = rounds if metric.compute is None else min(rounds, statistics.slow_rounds(len(self.study.variants) - 1))
+        sample = None
+        if metric.statistics or metric.compute:
+            sample = statistics.resample(metric, [own for own, _ in read], examples, rounds=rounds, seed=seed)
+        for index, (_, outcome) in enumerate(flat):
+            value: Any = outcome.test.get(metric.name)
+            if sample is None or not is_number(value) or not math.isclose(sample.values[index], value, **CLOSE):
+                note = f"nothing here computes {metric.name} as {outcome.name} recorded it from its predictions"
+                return {**facts, "note": f"no intervals: {note}"}
+        assert sample is not None
+        for variant in self.runs:
+            columns = [index for index, (own, _) in enumerate(flat) if own == variant]
+            self.samples[variant] = sample.of(columns)
+        return {**facts, "rounds": rounds}
 
-def _reported(study: Study, folder: Path, outcome: Outcome, split: str) -> str | None:
-    """What the tables show: the study's metric where rows tell it, else the task's main one."""
-    values = outcome.test if split == "test" else outcome.metrics
-    metric = _metric(outcome, study.metric)
-    if metric.likelihood:
-        there = split == "test" and "tokens" in _lines(folder, outcome.name)[0]
-    else:
-        there = study.metric in values
-    return study.metric if there or outcome.main_metric not in values else outcome.main_metric
+    def _reported(self, outcome: Outcome, split: str) -> str | None:
+        """What the tables show: the study's metric where rows tell it, else the task's main one."""
+        values, name = outcome.test if split == "test" else outcome.metrics, self.study.metric
+        if _metric(outcome, name).likelihood:
+            there = split == "test" and "tokens" in self._lines(outcome)[0]
+        else:
+            there = name in values
+        return name if there or outcome.main_metric not in values else outcome.main_metric
+
+    def _predictions(self, outcome: Outcome, metric: Metric) -> tuple[list[Any], list[Example]]:
+        """(what the metric takes for predictions, the rows) of a cell."""
+        lines = self._lines(outcome)
+        try:
+            examples = [
+                Example(
+                    label=None if "references" in line else line["label"],
+                    references=tuple(line.get("references", ())),
+                    group=line.get("group", ""),
+                )
+                for line in lines
+            ]
+            if metric.likelihood:
+                return [(line["log_likelihood"], line["tokens"]) for line in lines], examples
+            return [line["prediction"] for line in lines], examples
+        except (KeyError, TypeError) as error:
+            raise self._damaged(outcome, f"damaged ({error!r})") from None
+
+    def _lines(self, outcome: Outcome) -> list[dict[str, Any]]:
+        if (found := cell_folder(self.folder, outcome.name).predictions()) is None:
+            raise self._damaged(outcome, "gone")
+        return found
+
+    def _damaged(self, outcome: Outcome, what: str) -> IntegrityError:
+        cell = self.folder / CELLS / outcome.name
+        return IntegrityError(f"the predictions of {cell} are {what}: remove it and run the grid again")
+
+    def spread(self, *variants: str) -> Pool | None:
+        """The pooled spread over seeds of a variant, or of the difference of two."""
+        pooled = self.pool if len(variants) == 1 else self.pool_between
+        return None if {*variants} & {*self.facts["apart"]} else pooled
+
+    def difference(self, one: str, other: str) -> tuple[list[int], Sample] | None:
+        """The seeds that both variants have, and the difference on them; None without any."""
+        seeds = (
+            [list(self.runs[variant]) for variant in (one, other)] if {one, other} <= self.samples.keys() else [[], []]
+        )
+        common = [seed for seed in seeds[0] if seed in seeds[1]]
+        mine, its = (
+            self.samples[variant].of([own.index(seed) for seed in common]) if common else None
+            for variant, own in zip((one, other), seeds, strict=True)
+        )
+        return (common, statistics.difference(mine, its)) if mine and its else None
+
+    def row(self, variant: str) -> dict[str, Any]:
+        point, runs, metric = self.best[variant], self.runs[variant], self.facts["metric"]
+        assert point is not None
+        test = self.facts["split"] == "test"
+        every = [_numbers(outcome.test if test else outcome.metrics) for outcome in runs.values()]
+        values = [own[metric] for own in every if metric in own]
+        first = next(iter(runs.values()))
+        row = {
+            "task": self.name,
+            "variant": variant,
+            "metric": metric,
+            "values": dict(point.values),
+            "seeds": list(runs),
+            "by_seed": values,
+            **_mean_and_sd(values),
+            "validation": _mean(outcome.metrics.get(str(self.facts["chosen_by"])) for outcome in runs.values()),
+            "every": {name: _mean_and_sd([one[name] for one in every if name in one]) for name in every[0]},
+            "parameters": dict(first.parameters),
+            "steps": (cell_folder(self.folder, first.name).facts() or {}).get("steps"),
+            "seconds": _mean(outcome.seconds for outcome in runs.values()),
+            "cpu_seconds": _mean(outcome.cpu_seconds for outcome in runs.values()),
+        }
+        if variant in self.samples:
+            row |= _estimated(statistics.estimate(self.samples[variant], self.spread(variant)))
+        return row
+
+    def curve(self, variant: str) -> dict[str, Any] | None:
+        """Training loss by step, the mean over seeds of the steps that all of them logged, in at most 40 bins."""
+        runs = self.runs[variant]
+        logs = [dict(cell_folder(self.folder, outcome.name).log.losses()) for outcome in runs.values()]
+        steps = sorted(set.intersection(*map(set, logs)))
+        if len(steps) < 2:
+            return None
+        width = math.ceil(len(steps) / CURVE_POINTS)
+        bins = [steps[start : start + width] for start in range(0, len(steps), width)]
+        return {
+            "task": self.name,
+            "variant": variant,
+            "seeds": list(runs),
+            "steps": [own[-1] for own in bins],
+            "loss": [plain.fmean(log[step] for log in logs for step in own) for own in bins],
+        }
 
 
 def _metric(outcome: Outcome, name: str | None) -> Metric:
@@ -291,76 +343,7 @@ def _metric(outcome: Outcome, name: str | None) -> Metric:
     return metrics.find(name, outcome.recipe.get("data", {}).get("task"))
 
 
-def _predictions(folder: Path, name: str, metric: Metric) -> tuple[list[Any], list[Example]]:
-    """(what the metric takes for predictions, the rows) of a cell."""
-    lines = _lines(folder, name)
-    try:
-        examples = [
-            Example(references=tuple(line["references"]), group=line.get("group", ""))
-            if "references" in line
-            else Example(label=line["label"], group=line.get("group", ""))
-            for line in lines
-        ]
-        if metric.likelihood:
-            return [(line["log_likelihood"], line["tokens"]) for line in lines], examples
-        return [line["prediction"] for line in lines], examples
-    except (KeyError, TypeError) as error:
-        place = folder / CELLS / name
-        raise IntegrityError(
-            f"the predictions of {place} are damaged ({error!r}): remove it and run the grid again"
-        ) from None
-
-
-def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    found = cell_folder(folder, name).predictions()
-    if found is None:
-        place = folder / CELLS / name
-        raise IntegrityError(f"the predictions of {place} are gone: remove it and run the grid again")
-    return found
-
-
-def _row(
-    folder: Path,
-    task: str,
-    variant: str,
-    runs: _Runs,
-    facts: Mapping[str, Any],
-    sampled: tuple[tuple[int, ...], Sample] | None,
-    pooled: Pool | None,
-) -> dict[str, Any]:
-    metric, test = facts["metric"], facts.get("split") == "test"
-    every = [_numbers(outcome.test if test else outcome.metrics) for outcome in runs.cells.values()]
-    values = [own[metric] for own in every if metric in own]
-    first = next(iter(runs.cells.values()))
-    row = {
-        "task": task,
-        "variant": variant,
-        "metric": metric,
-        "values": dict(runs.point.values),
-        "seeds": list(runs.cells),
-        "by_seed": values,
-        **_spread(values),
-        "validation": _mean(outcome.metrics.get(str(facts["chosen_by"])) for outcome in runs.cells.values()),
-        "every": {name: _spread([one[name] for one in every if name in one]) for name in every[0]},
-        "parameters": dict(first.parameters),
-        "steps": (cell_folder(folder, first.name).facts() or {}).get("steps"),
-        "seconds": _mean(outcome.seconds for outcome in runs.cells.values()),
-        "cpu_seconds": _mean(outcome.cpu_seconds for outcome in runs.cells.values()),
-    }
-    return {**row, **_estimated(statistics.estimate(sampled[1], pooled))} if sampled else row
-
-
-def _spreads(study: Study, sampled: Mapping[str, tuple[tuple[int, ...], Sample]]) -> _Spreads:
-    """From the variants whose every seed came through."""
-    whole = {name: sample.values for name, (seeds, sample) in sampled.items() if len(seeds) == len(study.seeds)}
-    if not whole:
-        return _Spreads(None, None, ())
-    apart = [list(whole)[index] for index in statistics.outlying(np.stack(list(whole.values())))]
-    alike = np.stack([values for name, values in whole.items() if name not in apart])
-    return _Spreads(statistics.pool(alike, differences=False), statistics.pool(alike, differences=True), tuple(apart))
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _mean_and_sd(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": _mean(values), "sd": plain.stdev(values) if len(values) > 1 else None}
 
 
@@ -373,6 +356,20 @@ def _estimated(estimate: Estimate) -> dict[str, Any]:
     return {name: value for name, value in estimate._asdict().items() if name != "p"}
 
 
+# -- between variants and over tasks ----------------------------------------------------------------------------------
+
+
+def _by_method(study: Study, tasks: Mapping[str, _Task], method: str) -> str | None:
+    """The variant called ``method``, else the first that trains by it."""
+    if method in study.variants:
+        return method
+    for variant in study.variants:
+        cells = (outcome for task in tasks.values() for outcome in task.runs.get(variant, {}).values())
+        if any(outcome.recipe.get("adapter", {}).get("method") == method for outcome in cells):
+            return variant
+    return None
+
+
 def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
     """``cpu_ratio``: processor time of training over that of LoRA on the same task."""
     time = {row["task"]: row["cpu_seconds"] for row in rows if row["variant"] == baseline}
@@ -381,19 +378,11 @@ def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
             row["cpu_ratio"] = row["cpu_seconds"] / time[row["task"]]
 
 
-def _average(
-    study: Study,
-    variant: str,
-    samples: Mapping[tuple[str, str], Any],
-    spreads: Mapping[str, _Spreads],
-    rows: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+def _average(variant: str, tasks: Sequence[_Task], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of a variant over all tasks."""
     own = [row for row in rows if row["variant"] == variant]
     ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
-    estimate = statistics.mean_of(
-        [samples[task, variant][1] for task in study.tasks], [spreads[task].of(variant) for task in study.tasks]
-    )
+    estimate = statistics.mean_of([task.samples[variant] for task in tasks], [task.spread(variant) for task in tasks])
     return {
         "task": AVERAGE,
         "variant": variant,
@@ -405,95 +394,48 @@ def _average(
     }
 
 
-def _pairs(
-    study: Study,
-    samples: Mapping[tuple[str, str], Any],
-    spreads: Mapping[str, _Spreads],
-    reference: str,
-    facts: Mapping[str, Any],
-    average: bool,
-) -> list[dict[str, Any]]:
-    """The reference against every other variant, task by task and over all tasks; Holm's correction within each."""
+def _pairs(name: str, tasks: Sequence[_Task], reference: str) -> list[dict[str, Any]]:
+    """The reference against every other variant over ``tasks``, with Holm's correction among them."""
     pairs = []
-    for task in [*study.tasks, *([AVERAGE] if average else [])]:
-        of_task = []
-        higher = metrics.find(facts[next(iter(study.tasks)) if task == AVERAGE else task]["metric"]).higher_is_better
-        for other in study.variants:
-            tasks = list(study.tasks) if task == AVERAGE else [task]
-            if other == reference or not all((name, who) in samples for name in tasks for who in (reference, other)):
-                continue
-            found = [_paired(samples[name, reference], samples[name, other]) for name in tasks]
-            if not all(seeds for seeds, _ in found):
-                continue
-            differences = [sample for _, sample in found]
-            # Two that predict the same everywhere are one method, whatever the others' seeds do.
-            pools = [
-                spreads[name].between(reference, other) if own.resampled.any() else None
-                for name, own in zip(tasks, differences, strict=True)
-            ]
-            if task == AVERAGE:
-                estimate = statistics.mean_of(differences, pools)
-            else:
-                estimate = statistics.estimate(differences[0], pools[0])
-            pair = {"task": task, "one": reference, "other": other, "seeds": found[0][0], **estimate._asdict()}
-            of_task.append(pair)
-        for pair, p in zip(of_task, statistics.holm([pair["p"] for pair in of_task]), strict=True):
-            gain = pair["mean"] if higher else -pair["mean"]
-            pairs.append({**pair, "p_adjusted": p, "better": statistics.verdict(gain, p)})
+    for other in tasks[0].study.variants:
+        found = [task.difference(reference, other) for task in tasks] if other != reference else [None]
+        those = [one for one in found if one is not None]
+        if len(those) < len(tasks):
+            continue
+        differences = [sample for _, sample in those]
+        # Two that predict the same everywhere are one method, whatever the others' seeds do.
+        pools = [
+            task.spread(reference, other) if own.resampled.any() else None
+            for task, own in zip(tasks, differences, strict=True)
+        ]
+        over_all = name == AVERAGE and tasks[0].name != AVERAGE
+        estimate = statistics.mean_of(differences, pools) if over_all else statistics.estimate(differences[0], pools[0])
+        pairs.append({"task": name, "one": reference, "other": other, "seeds": those[0][0], **estimate._asdict()})
+    higher = metrics.find(tasks[0].facts["metric"]).higher_is_better
+    for pair, p in zip(pairs, statistics.holm([pair["p"] for pair in pairs]), strict=True):
+        pair |= {"p_adjusted": p, "better": statistics.verdict(pair["mean"] if higher else -pair["mean"], p)}
     return pairs
-
-
-def _paired(
-    one: tuple[tuple[int, ...], Sample], other: tuple[tuple[int, ...], Sample]
-) -> tuple[list[int], Sample | Any]:
-    """The seeds both have, and the difference on them."""
-    common = [seed for seed in one[0] if seed in other[0]]
-
-    def of(seeds: tuple[int, ...], sample: Sample) -> Sample:
-        columns = [seeds.index(seed) for seed in common]
-        return Sample(sample.values[columns], sample.resampled[:, columns])
-
-    return common, statistics.difference(of(*one), of(*other)) if common else None
-
-
-def _curve(folder: Path, task: str, variant: str, runs: _Runs) -> dict[str, Any] | None:
-    """Training loss by step, the mean over seeds of the steps that all of them logged, in at most 40 bins."""
-    logs = [dict(cell_folder(folder, outcome.name).log.losses()) for outcome in runs.cells.values()]
-    steps = sorted(set.intersection(*map(set, logs))) if logs else []
-    if len(steps) < 2:
-        return None
-    width = math.ceil(len(steps) / CURVE_POINTS)
-    bins = [steps[start : start + width] for start in range(0, len(steps), width)]
-    return {
-        "task": task,
-        "variant": variant,
-        "seeds": list(runs.cells),
-        "steps": [own[-1] for own in bins],
-        "loss": [plain.fmean(log[step] for log in logs for step in own) for own in bins],
-    }
 
 
 # -- what is equal and what is not ------------------------------------------------------------------------------------
 
 
-def _unequal(study: Study, best: Mapping[tuple[str, str], _Runs | None]) -> dict[str, dict[str, Any]]:
+def _unequal(study: Study, tasks: Mapping[str, _Task]) -> dict[str, dict[str, Any]]:
     """Settings outside of ``adapter`` and the search that differ between variants, and searches that do.
 
     By key, then variant.
     """
     found: dict[str, dict[str, Any]] = {}
-    for task in study.tasks:
+    for name, task in tasks.items():
         settings: dict[str, dict[str, Any]] = {}
-        for variant in study.variants:
-            runs = best[task, variant]
-            recipe = next((outcome.recipe for outcome in runs.cells.values()), None) if runs else None
-            for key, value in _flat(recipe or {}):
+        for variant, runs in task.runs.items():
+            for key, value in _flat(next(iter(runs.values())).recipe):
                 settings.setdefault(key, {})[variant] = value
-        searched = {key for variant in study.variants for key in study.search_for(task, variant)} | set(study.space)
+        searched = {key for variant in study.variants for key in study.search_for(name, variant)} | set(study.space)
         for key, values in settings.items():
             if key not in searched and len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
                 found.setdefault(key, {}).update(values)
-        searches = {variant: _values(study.search_for(task, variant)) for variant in study.variants}
+        searches = {variant: _values(study.search_for(name, variant)) for variant in study.variants}
         if len(set(searches.values())) > 1:
             found.setdefault("search", {}).update(searches)
     return found
@@ -521,19 +463,15 @@ def _short(value: Any) -> str:
     return f"{value:g}" if is_number(value) else str(value)
 
 
-def _edges(study: Study, found: Outcomes, best: Mapping[tuple[str, str], _Runs | None]) -> list[dict[str, Any]]:
+def _edges(study: Study, found: Outcomes, task: _Task) -> Iterator[dict[str, Any]]:
     """Best values that lie at an end of what was tried, where more than one number was."""
-    edges = []
-    for (task, variant), runs in best.items():
-        if runs is None:
-            continue
-        points = study.points(found, task, variant)
-        for key, value in runs.point.values.items():
+    for variant, best in task.best.items():
+        for key, value in best.values.items() if best else ():
+            points = study.points(found, task.name, variant)
             tried = {point.values[key] for point in points if is_number(point.values[key])}
             if len(tried) > 1 and value in (min(tried), max(tried)):
                 end = "smallest" if value == min(tried) else "greatest"
-                edges.append({"task": task, "variant": variant, "key": key, "value": value, "end": end})
-    return edges
+                yield {"task": task.name, "variant": variant, "key": key, "value": value, "end": end}
 
 
 # -- in words ---------------------------------------------------------------------------------------------------------
@@ -541,7 +479,8 @@ def _edges(study: Study, found: Outcomes, best: Mapping[tuple[str, str], _Runs |
 
 def statement(summary: Mapping[str, Any]) -> list[str]:
     """What the data can say and what they cannot, in sentences, from the summary alone."""
-    return [*_completeness(summary), *_protocol(summary), *_comparisons(summary), *_limits(summary)]
+    parts = (_completeness, _protocol, _comparisons, _limits_of_seeds, _limits_of_values, _limits_of_cells)
+    return [sentence for part in parts for sentence in part(summary)]
 
 
 def _completeness(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -550,10 +489,8 @@ def _completeness(summary: Mapping[str, Any]) -> Iterator[str]:
     tail = f"; {diverged} diverged, which counts as the worst value of their search" if diverged else ""
     if done + diverged < wanted or summary["open"]:
         lost = f", {counts['failed']} of them failed" if counts["failed"] else ""
-        yield (
-            f"Not finished: {done} of the {wanted} cells wanted so far are done{tail}, {wanted - done - diverged} are not{lost}. "
-            "What follows may change."
-        )
+        rest = f"{wanted - done - diverged} are not{lost}. What follows may change."
+        yield f"Not finished: {done} of the {wanted} cells wanted so far are done{tail}, {rest}"
     else:
         yield f"All {wanted} cells have run{tail}."
     if summary["open"]:
@@ -561,22 +498,20 @@ def _completeness(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _protocol(summary: Mapping[str, Any]) -> Iterator[str]:
-    study = summary["study"]
-    seeds = len(study["seeds"])
+    study, how = summary["study"], ""
     if study["space"]:
         how = f"{study['trials']} trials drawn by Optuna for each variant and task"
+    elif study["search"] and "search" in summary["unequal"]:
+        how = "values that differ between variants"
     elif study["search"]:
-        how = f"the same values for every variant and task ({_values(study['search'])}"
-        how += ", one step further while the best lay at the edge)" if study["extend"] else ")"
-        if "search" in summary["unequal"]:
-            how = "values that differ between variants"
-    else:
-        how = ""
-    first = f"with {study['search_seeds']} seed{'s' * (study['search_seeds'] > 1)}"
+        grows = ", one step further while the best lay at the edge" * study["extend"]
+        how = f"the same values for every variant and task ({_values(study['search'])}{grows})"
+    means = f"values are means over {_count(len(study['seeds']), 'seed')}"
     if how:
-        yield f"Search: {how}, chosen on validation rows {first}; values are means over {_count(seeds, 'seed')} at the chosen value."
+        first = _count(study["search_seeds"], "seed")
+        yield f"Search: {how}, chosen on validation rows with {first}; {means} at the chosen value."
     else:
-        yield f"Nothing was tuned; values are means over {_count(seeds, 'seed')}."
+        yield f"Nothing was tuned; {means}."
     if differing := {key: values for key, values in summary["unequal"].items() if key != "search"}:
         parts = [f"{key} ({_grouped(values)})" for key, values in differing.items()]
         yield f"Beyond the method and the search, the variants differ in {'; '.join(parts)}."
@@ -590,26 +525,20 @@ def _grouped(values: Mapping[str, Any]) -> str:
 
 
 def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
-    for task in dict.fromkeys(pair["task"] for pair in summary["pairs"]):
+    words = {"yes": "is better than", "no": "is worse than", "cannot be said": "cannot be told from"}
+    counts = Counter(pair["task"] for pair in summary["pairs"])
+    for task in counts:
         pairs = [pair for pair in summary["pairs"] if pair["task"] == task]
-        reference = pairs[0]["one"]
-        facts = summary["tasks"].get(task, {})
-        where = f"Over all tasks, {reference}" if task == AVERAGE and not facts else (
-            f"{task} ({facts.get('metric')}, {facts.get('examples'):,} test rows): {reference}"
-        )  # fmt: skip
-        parts = []
-        for answer, words in (("yes", "is better than"), ("no", "is worse than")):
-            if those := [pair for pair in pairs if pair["better"] == answer]:
-                parts.append(f"{words} {', '.join(map(_difference, those))}")
-        if those := [pair for pair in pairs if pair["better"] == "cannot be said"]:
-            parts.append(f"cannot be told from {', '.join(map(_difference, those))}")
-        yield f"{where} {'; '.join(parts)}."
-    if summary["pairs"]:
-        count = max(Counter(pair["task"] for pair in summary["pairs"]).values())
+        facts = summary["tasks"].get(task)
+        rows = f"{task} ({facts['metric']}, {facts['examples']:,} test rows): " if facts else "Over all tasks, "
+        told = {answer: [_difference(pair) for pair in pairs if pair["better"] == answer] for answer in words}
+        parts = [f"{words[answer]} {', '.join(those)}" for answer, those in told.items() if those]
+        yield f"{rows}{pairs[0]['one']} {'; '.join(parts)}."
+    if counts:
         yield (
             "In brackets the 95 % interval of the difference over other test rows and other seeds. A difference counts where its "
-            f"p-value is below 5 % after Holm's correction for the comparisons on one task (at most {count}), so an interval "
-            "without 0 may still not."
+            f"p-value is below 5 % after Holm's correction for the comparisons on one task (at most {max(counts.values())}), so an "
+            "interval without 0 may still not."
         )
 
 
@@ -619,15 +548,13 @@ def decimals(low: float, high: float, usual: int = 1) -> int:
 
 
 def _difference(pair: Mapping[str, Any]) -> str:
-    low, high = pair["interval"]
-    digits = decimals(low, high)
-    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (pair["mean"], low, high))
+    digits = decimals(*pair["interval"])
+    mean, low, high = (f"{round(value, digits) + 0.0:+.{digits}f}" for value in (pair["mean"], *pair["interval"]))
     return f"{pair['other']} ({mean} [{low}, {high}])"
 
 
-def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
-    study = summary["study"]
-    seeds = len(study["seeds"])
+def _limits_of_seeds(summary: Mapping[str, Any]) -> Iterator[str]:
+    rows, seeds = summary["rows"], len(summary["study"]["seeds"])
     if seeds == 1:
         yield "One seed: the intervals allow for other test rows and say nothing of how much another seed would change."
     elif seeds < 5 and summary["pairs"]:
@@ -636,43 +563,41 @@ def _limits(summary: Mapping[str, Any]) -> Iterator[str]:
             "it is about equally large for all of them, or take a variant's own where that is larger."
         )
     most = {
-        task: max((len(row["seeds"]) for row in summary["rows"] if row["task"] == task), default=0)
-        for task in summary["tasks"]
+        task: max((len(row["seeds"]) for row in rows if row["task"] == task), default=0) for task in summary["tasks"]
     }
     if seeds > 1 and (alone := [task for task, count in most.items() if count == 1]):
         yield f"{', '.join(alone)}: one seed so far, so the intervals allow for other test rows alone."
     for task, facts in summary["tasks"].items():
-        sds = {row["variant"]: row.get("sd") for row in summary["rows"] if row["task"] == task}
         if apart := facts.get("apart"):
-            usual = math.sqrt(plain.fmean(sd**2 for name, sd in sds.items() if sd is not None and name not in apart))
+            sds = {row["variant"]: row["sd"] for row in rows if row["task"] == task and row.get("sd") is not None}
+            usual = math.sqrt(plain.fmean(sd**2 for name, sd in sds.items() if name not in apart))
             named = " and ".join(f"{name} (sd {sds[name]:.2f})" for name in apart)
             yield (
-                f"On {task} {named} {'varies' if len(apart) == 1 else 'vary'} more over seeds than the others ({usual:.2f}; Cochran's test): "
-                "each has its own spread, from few seeds, and the others are pooled without it."
+                f"On {task} {named} {'varies' if len(apart) == 1 else 'vary'} more over seeds than the others ({usual:.2f}; Cochran's "
+                "test): each has its own spread, from few seeds, and the others are pooled without it."
             )
-    same = [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]
-    if same:
+
+
+def _limits_of_values(summary: Mapping[str, Any]) -> Iterator[str]:
+    if same := [task for task, facts in summary["tasks"].items() if facts.get("test_is_validation")]:
         yield f"{', '.join(same)}: validation and test are the same rows, so the metrics are those that chose the values: too good by that."
     for task, facts in summary["tasks"].items():
         if facts.get("note"):
             yield f"{task}: {facts['note']}."
-    if summary["edges"]:
-        edges = [
-            f"{edge['variant']} on {edge['task']} ({edge['key']}={_short(edge['value'])})" for edge in summary["edges"]
-        ]
+    if edges := [
+        f"{own['variant']} on {own['task']} ({own['key']}={_short(own['value'])})" for own in summary["edges"]
+    ]:
         yield f"At the edge of what was tried, so perhaps not the best: {', '.join(edges)}."
-    short = [row for row in summary["rows"] if "seeds" in row and len(row["seeds"]) < seeds]
-    lost = {
-        (cell["tags"]["task"], cell["tags"]["variant"], cell["tags"]["seed"])
-        for cell in summary["cells"]
-        if cell["status"] == "diverged"
-    }
-    for row in short:
-        gone = [
-            seed for seed in study["seeds"] if seed not in row["seeds"] and (row["task"], row["variant"], seed) in lost
-        ]
-        if gone:
-            yield f"{row['variant']} on {row['task']} diverged at its chosen value with seed {', '.join(map(str, gone))}: its mean is over the others."
+
+
+def _limits_of_cells(summary: Mapping[str, Any]) -> Iterator[str]:
+    diverged = [cell["tags"] for cell in summary["cells"] if cell["status"] == "diverged"]
+    lost = {(tags["task"], tags["variant"], tags["seed"]) for tags in diverged}
+    for row in summary["rows"]:
+        missing = [seed for seed in summary["study"]["seeds"] if seed not in row.get("seeds", [seed])]
+        if gone := [str(seed) for seed in missing if (row["task"], row["variant"], seed) in lost]:
+            where = f"{row['variant']} on {row['task']}"
+            yield f"{where} diverged at its chosen value with seed {', '.join(gone)}: its mean is over the others."
     for key, words in (
         ("commit", "versions of the code"),
         ("device", "machines"),

@@ -54,14 +54,13 @@ class Trials:
         A pair one of whose cells has ``failed`` for good is not gone on with.
         """
         self._tell(outcomes)
-        open_pairs = [
-            pair
-            for pair, points in self.asked.items()
-            if len(points) < self.study.trials
-            and not any(
-                self.study.cell_name(*pair, point, seed) in failed for point in points for seed in self._seeds()
-            )
-        ]
+        first = self.study.seeds[: self.study.search_seeds]
+
+        def is_open(pair: tuple[str, str]) -> bool:
+            names = (self.study.cell_name(*pair, point, seed) for point in self.asked[pair] for seed in first)
+            return len(self.asked[pair]) < self.study.trials and not any(name in failed for name in names)
+
+        open_pairs = [pair for pair in self.asked if is_open(pair)]
         if not open_pairs:
             return False
         pair = min(open_pairs, key=lambda pair: len(self.asked[pair]))
@@ -85,9 +84,6 @@ class Trials:
                     study.tell(trial.number, score)
                 elif score is not None:
                     study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
-
-    def _seeds(self) -> tuple[int, ...]:
-        return tuple(self.study.seeds[: self.study.search_seeds])
 
 
 def _distribution(optuna: Any, values: Mapping[str, Any]) -> Any:

@@ -187,8 +187,8 @@ def rotate(folder: Path, keep: int | None) -> None:
             kept += 1
 
 
-def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for each setting whose change would make a resumed run another run.
+def drift(before: Mapping[str, Any], after: Mapping[str, Any], free: tuple[str, ...] = FREE_KEYS) -> list[str]:
+    """``key: old -> new`` for each setting but the ``free`` ones, whose change does not make a resumed run another run.
 
     Smaller batches and as much more accumulation are the same run: the rows of each optimizer step are the same.
     """
@@ -196,7 +196,7 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     same = _step_rows(old) == _step_rows(new)
     changed = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS + (STEP if same else ())):
+        if old.get(key) != new.get(key) and not key.startswith(free + (STEP if same else ())):
             changed.append(f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}")
     return changed
 

@@ -46,6 +46,8 @@ class Metric:
     """Decimals in tables."""
     likelihood: bool = False
     """Whether it is of the model's likelihood: it takes (log-likelihood, tokens) of the right answers for predictions."""
+    group: str = ""
+    """The `Example.group` whose rows it is taken of; of all rows where it is empty."""
 
     def value(self, predictions: Sequence, examples: Sequence[Example]) -> float:
         """Of n predictions and their examples; 0 of none."""
@@ -84,7 +86,8 @@ class Metric:
             assert compute is not None
             return compute(*_take([at for at, row in enumerate(examples) if row.group == group], predictions, examples))
 
-        return replace(self, name=f"{self.name}_{group}", statistics=statistics and masked, compute=compute and part)
+        name = f"{self.name}_{group}"
+        return replace(self, name=name, group=group, statistics=statistics and masked, compute=compute and part)
 
 
 def _take(places: Sequence[int], predictions: Sequence, examples: Sequence[Example]) -> tuple[list, list[Example]]:
