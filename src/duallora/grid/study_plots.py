@@ -237,12 +237,13 @@ def _sensitivity(task: str, figure: Any, summary: Summary, look: Mapping[str, In
     if not searched or metric is None:
         return False
     chosen = {row["variant"]: row.get("values", {}) for row in _of(summary["rows"], task)}
-    reference = summary.get("reference")
+    reference: Any = summary.get("reference")
+    beside = searched.get(reference, ("", []))
     columns = _columns(len(searched), legend=False)
     panels = _panels(figure, len(searched), height=1.75, sharex=True, sharey=True)
     for number, (axes, (variant, (key, cells))) in enumerate(zip(panels, searched.items(), strict=True)):
-        if variant != reference and searched.get(reference, ("",))[0] == key:
-            axes.plot(*_line(summary, key, searched[reference][1], metric), color="#9A9A9A", linewidth=1)
+        if variant != reference and beside[0] == key:
+            axes.plot(*_line(summary, key, beside[1], metric), color="#9A9A9A", linewidth=1)
         own = {"color": look[variant].color, "marker": look[variant].marker, "linestyle": ""}
         axes.plot(*_line(summary, key, cells, metric), color=look[variant].color, linewidth=1.6)
         hollow = {"markersize": 5, "markerfacecolor": "none", "markeredgewidth": 0.7, "alpha": 0.8}
