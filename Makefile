@@ -59,7 +59,7 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 	$(BIN)/duallora bench step
 	$(BIN)/duallora bench kernel
 	$(BIN)/duallora bench merge
-	$(BIN)/duallora bench report
+	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.docs    ## the site, into site/
 	$(BIN)/zensical build --clean

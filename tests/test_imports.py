@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "plan": {"plan", "store", "errors", "terminal", "__root__"},
     "paper": {"paper", "grid", "export", "train", "store", "config", "tasks", "methods", "plan", "errors", "terminal"},
     "analysis": {"analysis", "store", "tuner", "core", "plots", "errors", "terminal"},
-    "bench": {"bench", "store", "tasks", "ops", "core", "plots", "errors", "terminal", "__root__"},
+    "bench": {"bench", "store", "tasks", "ops", "core", "errors", "terminal", "__root__"},
     "lm_eval": {"store", "errors"},
     "__main__": {"cli", "__root__"},
 }

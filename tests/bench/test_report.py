@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from duallora import cli
-from duallora.bench import methods, report
-from duallora.bench.targets import TARGETS, verdicts, words
+from duallora.bench import methods
 from duallora.errors import ConfigError, IntegrityError
 
 ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("bench_report", ROOT / "benchmarks" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+TARGETS, verdicts, words = report.TARGETS, report.verdicts, report.words
 FACTS = {
     "commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"},
     "device": "a processor", "threads": 2, "backend": "cpu",
@@ -178,15 +181,12 @@ def write(results: dict, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_no_figure_is_shown_while_a_backend_is_wrong(results, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_no_figure_is_shown_while_a_backend_is_wrong(results, tmp_path):
     results["kernel"]["cells"] = [kernel_cell(error=2e-6)]
-    write(results, tmp_path / "results" / "bench")
+    write(results, tmp_path / "results")
     (tmp_path / "README.md").write_text(page := "<!-- bench:summary -->\n<!-- /bench:summary -->\n")
     with pytest.raises(IntegrityError, match="cpu was wrong at 2048"):
-        report.load(tmp_path / "results" / "bench")
-    assert cli.run(["bench", "report"]) == 4
-    assert "cpu was wrong" in capsys.readouterr().err
+        report.report(tmp_path / "results", tmp_path)
     assert (tmp_path / "README.md").read_text() == page
 
 
@@ -200,10 +200,8 @@ def test_the_command_fills_pages_and_draws_the_floor(results, tmp_path, capsys):
     write(results, tmp_path / "results")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "performance.md").write_text((ROOT / "docs" / "performance.md").read_text())
-    line = ["bench", "report", "--results", str(tmp_path / "results"), "--root", str(tmp_path)]
-    assert cli.run([*line, "--json"]) == 0
-    payload = json.loads(capsys.readouterr().out)
-    assert len(payload["targets"]) == len(TARGETS)
+    report.report(tmp_path / "results", tmp_path)
+    assert capsys.readouterr().out.count(", target ") == len(TARGETS)
     text = (tmp_path / "docs" / "performance.md").read_text()
     assert "Not measured yet" not in text
     assert "| bf16-added | 0, 1 | 1.5000 / 1.2500 |" in text
@@ -213,20 +211,20 @@ def test_the_command_fills_pages_and_draws_the_floor(results, tmp_path, capsys):
         assert f">{label}<" in drawn
         assert "duallora" in drawn
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert cli.run(line) == 0  # once more changes nothing, the plots included
+    report.report(tmp_path / "results", tmp_path)  # once more changes nothing, the plots included
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_without_results_the_command_says_what_to_run(tmp_path, capsys):
-    assert cli.run(["bench", "report", "--results", str(tmp_path)]) == 2
-    assert "duallora bench layer" in capsys.readouterr().err
+def test_without_results_it_says_what_to_run(tmp_path):
+    with pytest.raises(ConfigError, match="duallora bench layer"):
+        report.report(tmp_path, tmp_path)
 
 
 def test_the_pages_show_what_the_results_say():
-    """`duallora bench report` was run after the last measurement, and nobody touched its tables since."""
+    """benchmarks/report.py was run after the last measurement, and nobody touched its tables since."""
     results = report.load(ROOT / "results" / "bench")
     found = report.pages(ROOT)
-    assert {page.name for page in found} >= {"gpu.md", "performance.md", "results.md"}
+    assert {page.name for page in found} >= {"gpu.md", "performance.md"}
     for page in found:
         text = page.read_text()
-        assert report.fill(text, results) == text, f"{page.name}: run `duallora bench report`"
+        assert report.fill(text, results) == text, f"{page.name}: run benchmarks/report.py"

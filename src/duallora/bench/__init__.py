@@ -5,5 +5,5 @@
 
 Competitors run interleaved in one process, so that whatever slows the machine slows all of them; what is reported is
 ratios of medians, with quartiles. Each finished cell is written at once, and a run that is started again skips the
-cells it finds (`duallora.bench.store`). `duallora.bench.report` turns the JSON into the tables of the docs.
+cells it finds (`duallora.bench.store`). benchmarks/report.py turns the JSON into the tables of the docs.
 """

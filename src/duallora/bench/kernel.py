@@ -71,20 +71,22 @@ def bench(
         {"width": width, "rank": rank, "dtype": dtype, "dora": dora}
         for width, rank, dtype, dora in itertools.product(widths, ranks, dtypes, (False, True))
     ]
-    todo = [key for key in keys if red(store.find(key)) != {}]
-    say(console, "cells", f"{len(todo)} of {len(keys)} to measure{store.replaces()}")
-    wrong: dict[str, Any] = {}
-    for number, key in enumerate(todo, 1):
-        cell = store.add(key, measure(backends, key, where, rounds=rounds, seconds=seconds))
-        say(console, f"{number}/{len(todo)}", summary(cell))
-        wrong |= {f"{name} at {_words(key)}": errors for name, errors in (red(cell) or {}).items()}
+
+    def one(key: Mapping[str, Any]) -> dict[str, Any]:
+        return measure(backends, key, where, rounds=rounds, seconds=seconds)
+
+    done = store.measure(keys, one, summary, console, is_done=lambda cell: red(cell) == {})
+    wrong = [
+        f"{name} at {_words(key)}: {', '.join(f'{what} {error:.1e}' for what, error in errors.items())}"
+        for key in keys
+        for name, errors in (red(store.find(key)) or {}).items()
+    ]
     if wrong:
-        lines = [f"{place}: {', '.join(f'{k} {v:.1e}' for k, v in errors.items())}" for place, errors in wrong.items()]
         raise IntegrityError(
             f"wrong results; relative errors of at most {LIMITS} were expected, so no time is reported for\n"
-            + "\n".join(lines)
+            + "\n".join(wrong)
         )
-    return {"output": str(output), "measured": len(todo), "skipped": len(keys) - len(todo), "dropped": store.dropped}
+    return done
 
 
 def red(cell: Mapping[str, Any] | None) -> dict[str, dict[str, float]] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from duallora.bench import methods
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, back_to_back, captured, figures, interleave
 from duallora.ops import dual_linear
-from duallora.terminal import clock, quiet_libraries, say
 
 DEFAULT = {"widths": (576, 1024, 2048), "tokens": (512, 2048), "ranks": (16,)}  # about ten minutes on two cores
 FULL = {"widths": (576, 1024, 2048, 4096), "tokens": (512, 2048, 8192), "ranks": (8, 16, 32)}
@@ -43,23 +42,18 @@ def bench(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measures every cell of the grid that ``output`` lacks; at most ``rounds`` rounds and about ``seconds`` a cell."""
-    console = console or Console()
     where = default_device(device)
-    store = Store(output, "layer", where)
     grid: list[dict[str, Any]] = [
         {"width": width, "tokens": n, "rank": rank, "dtype": dtype}
         for width, n, rank, dtype in itertools.product(widths, tokens, ranks, dtypes)
     ]
-    todo = [key for key in grid if store.find(key) is None]
-    say(console, "cells", f"{len(todo)} of {len(grid)} to measure{store.replaces()}")
-    for number, key in enumerate(todo, 1):
-        begin = time.monotonic()
+
+    def one(key: Mapping[str, Any]) -> dict[str, Any]:
         # Compiling takes longer than all the rest of a cell.
         compiles = key["width"] in DEFAULT["widths"] and key["tokens"] == 2048 and key["rank"] in DEFAULT["ranks"]
-        with quiet_libraries():
-            cell = store.add(key, measure(**key, rounds=rounds, seconds=seconds, device=where, compiles=compiles))
-        say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
-    return {"output": str(output), "measured": len(todo), "skipped": len(grid) - len(todo), "dropped": store.dropped}
+        return measure(**key, rounds=rounds, seconds=seconds, device=where, compiles=compiles)
+
+    return Store(output, "layer", where).measure(grid, one, summary, console)
 
 
 def summary(cell: dict[str, Any]) -> str:
@@ -175,7 +169,7 @@ def _add_compiled(
 def saved_bytes(layer: nn.Module, x: Tensor, dY: Tensor) -> int:
     """Bytes autograd keeps from forward to backward, parameters and x left out."""
     seen: dict[int, int] = {}
-    known = {tensor.data_ptr() for tensor in _resident(layer)} | {x.data_ptr()}
+    known = {tensor.data_ptr() for tensor in (x, *layer.parameters(), *layer.buffers())}
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in known:
@@ -185,8 +179,3 @@ def saved_bytes(layer: nn.Module, x: Tensor, dY: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x).backward(dY)
     return sum(seen.values())
-
-
-def _resident(layer: nn.Module) -> Iterator[Tensor]:
-    yield from layer.parameters()
-    yield from layer.buffers()

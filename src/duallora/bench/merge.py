@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from duallora.bench import methods
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, figures, interleave
 from duallora.store.models import load_model
-from duallora.terminal import clock, quiet_libraries, say
 
 COPY = "copy of the weights"
 VERBS = ("merge", "unmerge", "merge_and_unload")
@@ -34,18 +32,10 @@ def bench(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Measures what ``output`` lacks: merging in each of ``dtypes``."""
-    console = console or Console()
     where = default_device(device)
-    store = Store(output, "merge", where)
     keys: list[dict[str, Any]] = [{"model": model, "rank": rank, "what": "merge", "dtype": dtype} for dtype in dtypes]
-    todo = [key for key in keys if store.find(key) is None]
-    say(console, "cells", f"{len(todo)} of {len(keys)} to measure{store.replaces()}")
-    for number, key in enumerate(todo, 1):
-        begin = time.monotonic()
-        with quiet_libraries():
-            cell = store.add(key, merging(key, where, rounds=rounds, seconds=seconds))
-        say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
-    return {"output": str(output), "measured": len(todo), "skipped": len(keys) - len(todo), "dropped": store.dropped}
+    store = Store(output, "merge", where)
+    return store.measure(keys, lambda key: merging(key, where, rounds=rounds, seconds=seconds), summary, console)
 
 
 def summary(cell: dict[str, Any]) -> str:
@@ -54,17 +44,17 @@ def summary(cell: dict[str, Any]) -> str:
     return f"{key['dtype']}: {', '.join(ratios)} x one copy"
 
 
-def _base(key: dict[str, Any], device: torch.device) -> Any:
+def _base(key: Mapping[str, Any], device: torch.device) -> Any:
     model, _ = load_model(key["model"], "generate", dtype=key["dtype"])
     return model.to(device).requires_grad_(False)
 
 
-def _adapters(key: dict[str, Any]) -> dict[str, methods.Method]:
+def _adapters(key: Mapping[str, Any]) -> dict[str, methods.Method]:
     known = methods.methods(key["rank"], "all-linear", getattr(torch, key["dtype"]))
     return {name: known[name] for name in (methods.EXACT, methods.LORA)}
 
 
-def merging(key: dict[str, Any], device: torch.device, *, rounds: int, seconds: float) -> dict[str, Any]:
+def merging(key: Mapping[str, Any], device: torch.device, *, rounds: int, seconds: float) -> dict[str, Any]:
     """merge_adapter, unmerge_adapter and merge_and_unload of all linear layers, and a copy of the same weights."""
     base = _base(key, device)
     subjects: dict[str, Subject] = {}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,6 @@ from duallora.bench import memory, methods
 from duallora.bench.scene import Scene, Stage
 from duallora.bench.store import Store, default_device
 from duallora.bench.timing import Subject, figures, interleave
-from duallora.terminal import clock, quiet_libraries, say
 
 DTYPES = ("float32", "bfloat16")
 
@@ -48,28 +46,22 @@ def bench(
 
     Memory is not asked for on masked batches, whose shape is an accident of the rows drawn.
     """
-    console = console or Console()
     where = default_device(device)
     store = Store(output, "step", where)
     with_memory = with_memory and memory.can_measure(where)
-    keys = [{name: value for name, value in asdict(scene).items() if name != "device"} for scene in chosen]
-    todo = [key for key in keys if not _is_whole(store.find(key), with_memory and not key["masked"])]
-    say(console, "cells", f"{len(todo)} of {len(keys)} to measure{store.replaces()}")
-    for number, key in enumerate(todo, 1):
-        begin = time.monotonic()
+
+    def is_whole(cell: dict[str, Any] | None) -> bool:
+        asked = with_memory and cell is not None and not cell["cell"]["masked"]
+        return cell is not None and (not asked or "peak_bytes" in cell["methods"][methods.LORA])
+
+    def one(key: Mapping[str, Any]) -> dict[str, Any]:
         scene = Scene(**key, device=str(where))
-        with quiet_libraries():
-            cell = store.find(key) or store.add(key, measure(scene, rounds=rounds, seconds=seconds))
-        say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
-        if with_memory and not scene.masked:
-            begin = time.monotonic()
-            store.add(key, {**cell, "methods": with_peaks(asdict(scene), cell["methods"])})
-            say(console, "memory", f"of {len(cell['methods'])} methods  [dim]{clock(time.monotonic() - begin)}[/]")
-    return {"output": str(output), "measured": len(todo), "skipped": len(keys) - len(todo), "dropped": store.dropped}
+        cell = store.find(key) or store.add(key, measure(scene, rounds=rounds, seconds=seconds))
+        peaks = with_memory and not scene.masked
+        return {**cell, "methods": with_peaks(asdict(scene), cell["methods"])} if peaks else cell
 
-
-def _is_whole(cell: dict[str, Any] | None, with_memory: bool) -> bool:
-    return cell is not None and (not with_memory or "peak_bytes" in cell["methods"][methods.LORA])
+    keys = [{name: value for name, value in asdict(scene).items() if name != "device"} for scene in chosen]
+    return store.measure(keys, one, summary, console, is_done=is_whole)
 
 
 def summary(cell: dict[str, Any]) -> str:

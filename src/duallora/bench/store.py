@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from duallora.core.equation import Update
 from duallora.errors import ConfigError, IntegrityError
 from duallora.ops.backends import pick
 from duallora.store import record
+from duallora.terminal import clock, quiet_libraries, say
 
 PACKAGE = Path(__file__).parents[1]
 # What must agree before a cell measured earlier stands beside a new one. Not the commit: one that leaves the package
@@ -42,11 +45,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def source_digest(package: Path = PACKAGE) -> str:
-    """sha256 over every source file but those that only present results: the code whose speed was measured."""
+    """sha256 over every source file but the verbs': the code whose speed was measured."""
     total = hashlib.sha256()
     for path in sorted(package.rglob("*")):
-        presents = path.parent.name == "cli" or path.stem in ("report", "plots", "targets")
-        if path.is_file() and path.suffix in (".py", ".cpp", ".h") and not presents:
+        if path.is_file() and path.suffix in (".py", ".cpp", ".h") and path.parent.name != "cli":
             total.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return total.hexdigest()
 
@@ -70,9 +72,27 @@ class Store:
         if same:
             self.content["cells"] = cells
 
-    def replaces(self) -> str:
-        """Words for the console where cells fell out."""
-        return f"; {self.dropped} of another machine or other code are replaced" if self.dropped else ""
+    def measure(
+        self,
+        keys: Sequence[Mapping[str, Any]],
+        measure: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        summary: Callable[[dict[str, Any]], str],
+        console: Console | None,
+        *,
+        is_done: Callable[[dict[str, Any] | None], bool] = lambda cell: cell is not None,
+    ) -> dict[str, Any]:
+        """Measures every key whose cell is not done, writes each at once, and returns how many."""
+        console = console or Console()
+        todo = [key for key in keys if not is_done(self.find(key))]
+        replaced = f"; {self.dropped} of another machine or other code are replaced" if self.dropped else ""
+        say(console, "cells", f"{len(todo)} of {len(keys)} to measure{replaced}")
+        for number, key in enumerate(todo, 1):
+            begin = time.monotonic()
+            with quiet_libraries():
+                cell = self.add(key, measure(key))
+            say(console, f"{number}/{len(todo)}", f"{summary(cell)}  [dim]{clock(time.monotonic() - begin)}[/]")
+        skipped = len(keys) - len(todo)
+        return {"output": str(self.path), "measured": len(todo), "skipped": skipped, "dropped": self.dropped}
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         return next((cell for cell in self.content["cells"] if cell["cell"] == dict(key)), None)

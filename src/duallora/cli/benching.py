@@ -214,24 +214,3 @@ def bench_merge(
         device=device,
         console=console.results,
     )
-
-
-@bench_app.command("report")
-def bench_report(
-    results: Annotated[
-        Path, typer.Option("--results", metavar="DIR", help="Folder of layer.json, step.json, kernel.json, merge.json.")
-    ] = BENCH,
-    root: Annotated[
-        Path, typer.Option("--root", metavar="DIR", help="Checkout whose README.md and docs/ are filled in.")
-    ] = Path(),
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw docs/img/bench-*.svg (matplotlib).")] = True,
-    json: Json = False,
-    debug: Debug = False,
-) -> dict[str, Any]:
-    """Write the tables and plots of the docs from the results, and say which target is met.
-
-    [dim]Example:[/]  duallora bench report
-    """
-    from duallora.bench.report import report as run_report
-
-    return run_report(results, root, plots=plots, console=console.results)

@@ -1,23 +1,23 @@
-"""The tables of the docs, from the JSON alone: a page holds ``<!-- bench:NAME -->`` marks, and the text between is made here.
+"""The tables and plots of the docs from results/bench/*.json alone: ``python benchmarks/report.py``.
 
-What has not been measured leaves the text of its mark as it is.
+A page holds ``<!-- bench:NAME -->`` marks, and the text between is made here; what has not been measured leaves it as
+it is. What the project set itself to reach, and what the results say of it, is a table too.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
-
+from duallora import plots as style
 from duallora.bench import kernel, layer, merge, methods
+from duallora.bench.scene import Scene
 from duallora.bench.store import read
-from duallora.bench.targets import Results, Verdict, cells, ratio, verdicts, words
 from duallora.errors import ConfigError, IntegrityError
 from duallora.store import record
-from duallora.terminal import say, shown
 
 NAMES = ("layer", "step", "kernel", "merge")
 QUALITY = "quality"  # written by benchmarks/quality.py: runs, not cells
@@ -50,29 +50,21 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def report(folder: Path, root: Path, *, plots: bool = True, console: Console | None = None) -> dict[str, Any]:
+def report(folder: Path, root: Path, *, plots: bool = True) -> None:
     """Fills the marks of README.md and docs/*.md below ``root`` and draws docs/img/bench-*.svg."""
-    console = console or Console()
     results = load(folder)
     if not any(results[name] for name in (*NAMES, QUALITY)):
         raise ConfigError(f"{folder} holds no results: run `duallora bench layer` (step, kernel, merge) first")
-    changed = []
     for page in pages(root):
         text = page.read_text(encoding="utf-8")
         if (filled := fill(text, results)) != text:
             record.write_text(page, filled)
-            changed.append(str(page))
-            say(console, "tables", f"{shown(page)}")
-    if plots:
-        from duallora.bench.plots import draw
-
-        for path in draw(results, root / "docs" / "img"):
-            say(console, "plot", f"{shown(path)}")
-    found = verdicts(results)
-    for verdict in found:
+            print("tables ", page)
+    for path in draw(results, root / "docs" / "img") if plots else ():
+        print("plot   ", path)
+    for verdict in verdicts(results):
         label = "-" if not verdict.cells else "met" if verdict.met == verdict.cells else "missed"
-        say(console, label, f"{verdict.what}: {_worst(verdict)}, target {verdict.target}")
-    return {"pages": changed, "targets": [verdict._asdict() for verdict in found]}
+        print(f"{label:8}{verdict.what}: {_worst(verdict)}, target {verdict.target}")
 
 
 def pages(root: Path) -> list[Path]:
@@ -334,12 +326,6 @@ def _list(cell: Mapping[str, Any]) -> str:
     return ", ".join(f"{text} {value:.2f}" for text, value in found.items() if value is not None)
 
 
-def pointer(results: Results) -> str | None:
-    if not results["layer"]:
-        return None
-    return "A layer, a training step, its memory, merging and generation: [Performance](performance.md)."
-
-
 TABLES: dict[str, Callable[[Results], str | None]] = {
     "machine": machine,
     "targets": targets,
@@ -350,5 +336,219 @@ TABLES: dict[str, Callable[[Results], str | None]] = {
     "gpu": gpu,
     "quality": quality,
     "summary": summary,
-    "pointer": pointer,
 }
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+Results = Mapping[str, Mapping[str, Any]]  # "layer", "step", "kernel", "merge" -> the file's content, {} where absent
+Cells = Iterator[tuple[str, dict[str, Any]]]
+Values = dict[str, float]  # where -> ratio
+
+
+class Verdict(NamedTuple):
+    """``worst`` of all cells the target speaks of and where; ``met`` in how many of them. None: not measured."""
+
+    what: str
+    target: str
+    worst: float | None
+    where: str
+    met: int
+    cells: int
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    found = []
+    for what, limit, inclusive, measure in TARGETS:
+        values = measure(results)
+        where = max(values, key=lambda name: values[name], default="")
+        met = sum(value <= limit if inclusive else value < limit for value in values.values())
+        target = f"{'<=' if inclusive else '<'} {limit:g}" if limit != 1 else "< 1"
+        found.append(Verdict(what, target, values.get(where), where, met, len(values)))
+    return found
+
+
+def cells(results: Results, name: str) -> Cells:
+    """(words for it, cell) of every cell of that benchmark, in the order they were measured."""
+    for cell in results.get(name, {}).get("cells", []):
+        yield words(cell["cell"]), cell
+
+
+def words(key: Mapping[str, Any]) -> str:
+    """The cell's key for people: ``2048 x 2048, r 16, fp32``; ``bf16, checkpointing``."""
+    parts = []
+    if "width" in key:
+        parts.append(f"{key['width']} x {key['tokens']}" if "tokens" in key else str(key["width"]))
+        parts.append(f"r {key['rank']}")
+    parts.append({"float32": "fp32", "bfloat16": "bf16"}[key["dtype"]])
+    if "batch" in key:
+        parts.append(f"batch {key['batch']}")
+    if "width" not in key:  # a whole model
+        parts += [str(key["model"])] if key["model"] != Scene.model else []
+        parts += [f"r {key['rank']}"] if key["rank"] != Scene.rank else []
+    if "rows" in key and (key["rows"], key["length"]) != (Scene.rows, Scene.length):
+        parts.append(f"{key['rows']} x {key['length']} tokens")
+    parts += [name for name in ("checkpointing", "masked", "dora") if key.get(name)]
+    return ", ".join(parts)
+
+
+def ratio(cell: Mapping[str, Any], name: str, over: str) -> float | None:
+    """Median time of ``name`` over that of ``over`` in one cell; None where either did not run."""
+    found = cell["methods"]
+    if name not in found or over not in found:
+        return None
+    return found[name]["median_s"] / found[over]["median_s"]
+
+
+def _over(benchmark: str, name: str, over: str, only: Callable[[dict], bool] = lambda key: True):
+    def measure(results: Results) -> Values:
+        values = {where: ratio(cell, name, over) for where, cell in cells(results, benchmark) if only(cell["cell"])}
+        return {where: value for where, value in values.items() if value is not None}
+
+    return measure
+
+
+def _both(*measures: tuple[str, Callable[[Results], Values]]) -> Callable[[Results], Values]:
+    def measure(results: Results) -> Values:
+        return {f"{name}, {where}": value for name, one in measures for where, value in one(results).items()}
+
+    return measure
+
+
+def _large(dtype: str) -> Callable[[dict], bool]:
+    return lambda key: key["dtype"] == dtype and key["tokens"] >= 2048 and key["width"] >= 1024 and key["rank"] == 16
+
+
+def _peaks(results: Results) -> Values:
+    return {
+        where: cell["methods"][methods.EXACT]["peak_ratio_to_lora"]
+        for where, cell in cells(results, "step")
+        if "peak_ratio_to_lora" in cell["methods"][methods.EXACT]
+    }
+
+
+def _merge(results: Results) -> Values:
+    return {
+        where: cell["methods"][f"{methods.EXACT}: merge"]["ratio_to_copy"]["median"]
+        for where, cell in cells(results, "merge")
+        if cell["cell"]["what"] == "merge"
+    }
+
+
+def _against(rival: str) -> Callable[[Results], Values]:
+    return _both(
+        ("layer", _over("layer", methods.EXACT, rival)),
+        ("step", _over("step", methods.EXACT, rival)),
+    )
+
+
+_LAYER = "layer, {}, n >= 2048, d = k >= 1024, r = 16: time / three GEMMs"
+_STEP = "SmolLM2 step / PEFT LoRA step, {}"
+# what, limit, whether the limit itself will do, how it is measured
+TARGETS: list[tuple[str, float, bool, Callable[[Results], Values]]] = [
+    (_LAYER.format("fp32"), 1.15, True, _over("layer", methods.EXACT, methods.FLOOR, _large("float32"))),
+    (_LAYER.format("bf16"), 1.30, True, _over("layer", methods.EXACT, methods.FLOOR, _large("bfloat16"))),
+    ("layer and step / PEFT DoRA, equal parameters", 1, False, _against(methods.DORA)),
+    ("layer and step / PEFT HiRA, equal parameters", 1, False, _against(methods.HIRA)),
+    (_STEP.format("equal parameters, exact"), 1.40, True, _over("step", methods.EXACT, methods.LORA)),
+    (_STEP.format("`gradient_tokens=0.25`"), 1.20, True, _over("step", methods.sampled(0.25), methods.LORA)),
+    (_STEP.format("`gradient_tokens=0.125`"), 1.10, True, _over("step", methods.sampled(0.125), methods.LORA)),
+    ("peak memory of a step above the model / PEFT LoRA's", 1.02, True, _peaks),
+    ("`fast_dora`: SmolLM2 step / PEFT DoRA step", 0.75, True, _over("step", methods.FAST_DORA, methods.DORA)),
+    ("`fast_dora`: SmolLM2 step / PEFT LoRA step", 1.15, True, _over("step", methods.FAST_DORA, methods.LORA)),
+    ("merge all layers / copy the same weights once", 3, True, _merge),
+]
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+COLOURS = {
+    methods.EXACT: "#D55E00",
+    methods.sampled(0.25): "#E69F00",
+    methods.PLAIN: "#999999",
+    methods.LORA: "#0072B2",
+    methods.DORA: "#009E73",
+    methods.FAST_DORA: "#56B4E9",
+    methods.HIRA: "#CC79A7",
+}  # of plots.PALETTE
+FLOOR_COLOUR = "#000000"
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Writes the plots whose results are there."""
+    with style.figures() as Figure:
+        figures = {
+            "bench-layer.svg": _layer_plot(Figure(figsize=(6.6, 2.9), layout="constrained"), results),
+            "bench-step.svg": _step_plot(Figure(figsize=(6.6, 3.2), layout="constrained"), results),
+        }
+        return [style.save(figure, folder / name) for name, figure in figures.items() if figure is not None]
+
+
+def _layer_plot(figure: Any, results: Results) -> Any:
+    """Time over the three products by width, n = 2048, r = 16; one panel a dtype. None without such cells."""
+    found = [cell for _, cell in cells(results, "layer") if cell["cell"]["rank"] == 16]
+    found = sorted((c for c in found if c["cell"]["tokens"] == 2048), key=lambda cell: cell["cell"]["width"])
+    if not found:
+        return None
+    dtypes = [dtype for dtype in ("float32", "bfloat16") if any(c["cell"]["dtype"] == dtype for c in found)]
+    for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):
+        of = [cell for cell in found if cell["cell"]["dtype"] == dtype]
+        for name, color in COLOURS.items():
+            points = [(cell["cell"]["width"], ratio(cell, name, methods.FLOOR)) for cell in of]
+            points = [(width, value) for width, value in points if value is not None]
+            if points:
+                bold = 2.2 if name == methods.EXACT else 1.1
+                axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, linewidth=bold, label=name)
+        axes.axhline(1, color=FLOOR_COLOUR, linestyle="--", linewidth=1, label="floor: three GEMMs")
+        axes.set(xscale="log", xlabel="width (d = k)", title=f"{dtype}, 2048 tokens")
+        axes.set_xticks([cell["cell"]["width"] for cell in of], [str(cell["cell"]["width"]) for cell in of])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("time / time of the three GEMMs")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def _step_plot(figure: Any, results: Results) -> Any:
+    """Bars of time (fp32, bf16) and of peak memory (fp32) over LoRA's, with the floor of the time as a line."""
+    found = {where: cell for where, cell in cells(results, "step") if where in ("fp32", "bf16")}
+    if not found:
+        return None
+    panels: list[tuple[str, dict[str, float], float | None]] = []
+    for where, cell in found.items():
+        times = {name: ratio(cell, name, methods.LORA) or 0.0 for name in cell["methods"] if name != methods.FLOOR}
+        panels.append((f"time / LoRA's, {where}", times, ratio(cell, methods.FLOOR, methods.LORA)))
+    for where, cell in found.items():
+        peaks = {name: one["peak_ratio_to_lora"] for name, one in cell["methods"].items() if "peak_bytes" in one}
+        if peaks:
+            peaks.pop(methods.FLOOR, None)
+            panels.append((f"peak memory / LoRA's, {where}", peaks, None))
+            break
+    names = list(dict.fromkeys(name for _, values, _ in panels for name in values))[::-1]
+    for axes, (title, values, floor) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
+    ):
+        colors = [COLOURS.get(name, "#BBBBBB") for name in names]
+        bars = axes.barh(names, [values.get(name, 0.0) for name in names], color=colors)
+        axes.bar_label(bars, [f"{values[name]:.2f}" if name in values else "" for name in names], padding=2, fontsize=7)
+        if floor is not None:
+            axes.axvline(floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1)
+            axes.text(floor, len(names) - 0.4, "floor", ha="center", va="bottom", fontsize=7)
+        axes.set_title(title, pad=12)
+        axes.margins(x=0.15)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results/bench"))
+    parser.add_argument("--root", type=Path, default=Path(), help="checkout whose README.md and docs/ are filled in")
+    parser.add_argument("--no-plots", action="store_true")
+    arguments = parser.parse_args()
+    report(arguments.results, arguments.root, plots=not arguments.no_plots)
+
+
+if __name__ == "__main__":
+    main()
