@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -66,7 +65,7 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-class _RegisterWithPeft(MetaPathFinder):
+class _RegisterWithPeft:
     """Registers the method right after ``peft`` has been imported by somebody, then steps aside.
 
     A mere look-up of ``peft`` (transformers and accelerate ask whether it is installed) must leave it in place.
@@ -104,4 +103,4 @@ def _register() -> None:
 if "peft" in sys.modules:
     _register()
 else:
-    sys.meta_path.insert(0, _RegisterWithPeft())
+    sys.meta_path.insert(0, _RegisterWithPeft())  # type: ignore[arg-type]

@@ -1,10 +1,11 @@
 """What the verbs share: the program they belong to, the options that several of them take."""
 
-from __future__ import annotations
-
 import os
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -12,6 +13,7 @@ import duallora
 from duallora import console
 from duallora.config import Dtype as Dtype
 
+F = TypeVar("F", bound=Callable[..., Any])
 OUTPUT = "Output"
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object as the only line on stdout.", rich_help_panel=OUTPUT)
@@ -52,6 +54,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,
 )
+
+
+def verb(group: typer.Typer = app, name: str | None = None) -> Callable[[F], F]:
+    """Makes a function a command of ``group``, with --json and --debug, which `duallora.cli.run` sees to."""
+
+    def register(function: F) -> F:
+        @wraps(function)
+        def command(**options: Any) -> Any:
+            return function(**{key: value for key, value in options.items() if key not in added})
+
+        own = signature(function).parameters
+        more = [
+            Parameter("json", Parameter.KEYWORD_ONLY, default=False, annotation=Json),
+            Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug),
+        ]
+        added = {one.name: one.annotation for one in more if one.name not in own}
+        command.__signature__ = Signature([*own.values(), *(one for one in more if one.name in added)])  # type: ignore[attr-defined]
+        command.__annotations__ = {**function.__annotations__, **added}
+        group.command(name)(command)
+        return function
+
+    return register
 
 
 def _version(wanted: bool) -> None:

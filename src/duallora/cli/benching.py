@@ -1,7 +1,5 @@
 """The verbs of ``duallora bench``."""
 
-from __future__ import annotations
-
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from duallora import console
-from duallora.cli.app import Debug, Json, app, refuse_unwritable
+from duallora.cli.app import app, refuse_unwritable, verb
 
 BENCH = Path("results/bench")
 
@@ -42,7 +40,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
-@bench_app.command("layer")
+@verb(bench_app, "layer")
 def bench_layer(
     width: Annotated[
         list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
@@ -62,8 +60,6 @@ def bench_layer(
     seconds: Seconds = 25.0,
     device: Device = None,
     output: ResultFile = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """One layer, forward and backward, beside the three bare products and PEFT's methods; about ten minutes.
 
@@ -87,7 +83,7 @@ def bench_layer(
     )
 
 
-@bench_app.command("step")
+@verb(bench_app, "step")
 def bench_step(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
@@ -110,8 +106,6 @@ def bench_step(
     seconds: Seconds = 240.0,
     device: Device = None,
     output: ResultFile = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """A training step of SmolLM2, all linear layers adapted, against PEFT's methods: time and peak memory.
 
@@ -144,7 +138,7 @@ def bench_step(
     )
 
 
-@bench_app.command("kernel")
+@verb(bench_app, "kernel")
 def bench_kernel(
     width: Annotated[
         list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out; may be repeated. 576 to 4096.")
@@ -157,8 +151,6 @@ def bench_kernel(
     seconds: Seconds = 10.0,
     device: Device = None,
     output: ResultFile = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Check each backend of this device against float64, then time its two passes; exit code 4 where one is wrong.
 
@@ -182,7 +174,7 @@ def bench_kernel(
     )
 
 
-@bench_app.command("merge")
+@verb(bench_app, "merge")
 def bench_merge(
     model: Annotated[
         str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
@@ -193,8 +185,6 @@ def bench_merge(
     seconds: Seconds = 90.0,
     device: Device = None,
     output: ResultFile = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Merge and unmerge all of SmolLM2 beside a copy of its weights; five minutes.
 

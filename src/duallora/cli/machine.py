@@ -1,7 +1,5 @@
 """Verbs about machines: doctor looks at this one, plan at those a training would need."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -9,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from duallora import console
-from duallora.cli.app import Debug, Json, app
+from duallora.cli.app import verb
 
 
 class PlanMethod(str, Enum):
@@ -18,8 +16,8 @@ class PlanMethod(str, Enum):
     duallora = "duallora"
 
 
-@app.command()
-def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+@verb()
+def doctor() -> dict[str, Any]:
     """Check this machine: versions, method, devices, memory, disk, built-in models, data; with the fix for each gap.
 
     [dim]Example:[/]  duallora doctor
@@ -41,7 +39,7 @@ def doctor(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     return {"usable": usable, "checks": [check._asdict() for check in checks], "exit_code": 0 if usable else 2}
 
 
-@app.command()
+@verb()
 def plan(
     model: Annotated[
         str,
@@ -78,8 +76,6 @@ def plan(
     ] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
     padded: Annotated[bool, typer.Option("--padded", help="Rows of unequal length: attention takes a mask.")] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Predict memory per GPU for LoRA, DoRA and Dual LoRA, and which distribution strategy fits; no download, no GPU.
 

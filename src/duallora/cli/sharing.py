@@ -1,7 +1,5 @@
 """Verbs that bring an adapter to others: serve, chat, convert, check, card, push."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -13,19 +11,17 @@ from duallora import console
 from duallora.cli.app import (
     Data,
     DataDir,
-    Debug,
     Dtype,
     Json,
     Lenient,
     TaskName,
-    app,
     refuse_misspelt,
     refuse_unwritable,
+    verb,
 )
-from duallora.cli.training import held_out, what_to_score, with_labels_of
 
 
-@app.command()
+@verb()
 def serve(
     context: typer.Context,
     sources: Annotated[
@@ -43,7 +39,6 @@ def serve(
         int, typer.Option("--rank", min=1, metavar="N", help="Of the LoRAs that several adapters become.")
     ] = 64,
     json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Merge an adapter, or convert several, into a cache, and start vLLM or `transformers serve` on it.
 
@@ -68,13 +63,11 @@ def serve(
     return ready
 
 
-@app.command()
+@verb()
 def chat(
     context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, model, or hub id.")],
     flags: Annotated[list[str] | None, typer.Argument(metavar="[-- ...]", help="For transformers chat.")] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Talk to an adapter in the terminal, by `transformers chat`; what follows -- goes to it.
 
@@ -88,7 +81,7 @@ def chat(
     return {"source": source, "exit_code": serving.chat(source, flags or (), console=console.results)}
 
 
-@app.command()
+@verb()
 def convert(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the LoRA.")],
@@ -121,8 +114,6 @@ def convert(
         Path | None, typer.Option("--result", metavar="FILE", help="Write the conversion's measures as JSON.")
     ] = None,
     lenient: Lenient = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Turn an adapter into a plain LoRA of one rank, for PEFT, vLLM, SGLang and llama.cpp; says what each layer keeps.
 
@@ -146,7 +137,7 @@ def convert(
     scores = None
     scored: dict[str, Any] = {}
     if evaluate or task is not None or data is not None:
-        scores, scored = _scores(adapter, task, data, data_dir, split, limit, num_beams)
+        scores, scored = _scores(adapter, num_beams, task=task, data=data, data_dir=data_dir, split=split, limit=limit)
     payload = conversion.convert(
         adapter,
         output,
@@ -169,7 +160,7 @@ def convert(
     return payload
 
 
-@app.command()
+@verb()
 def check(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run, adapter or LoRA folder, or hub id.")],
     base: Annotated[
@@ -180,8 +171,6 @@ def check(
         typer.Option("--target", help="Fail unless this engine takes the adapter."),
     ] = None,
     files_only: Annotated[bool, typer.Option("--files-only", help="Look at the files alone; load no model.")] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Is an adapter whole, finite, for this base; what does it change, and which serving engine takes it?
 
@@ -203,7 +192,7 @@ BaseModel = Annotated[
 ]
 
 
-@app.command()
+@verb()
 def card(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
     output: Annotated[
@@ -224,8 +213,6 @@ def card(
     ] = None,
     data_dir: DataDir = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a card that was edited by hand.")] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Write the hub's README.md of an adapter: how to load it, its data, settings, seeds and metrics with intervals.
 
@@ -249,7 +236,7 @@ def card(
     )
 
 
-@app.command()
+@verb()
 def push(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
     repo: Annotated[
@@ -263,8 +250,6 @@ def push(
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Check the files alone beforehand; load no model.")
     ] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Show exactly what would go to the hub: adapter, card, lora-rNN/ conversions; --upload sends it.
 
@@ -291,37 +276,15 @@ def _for_the_engine(context: typer.Context, words: list[str]) -> tuple[list[str]
     return words[: len(words) - behind], words[len(words) - behind :]
 
 
-def _scores(
-    source: str,
-    task: str | None,
-    data: str | None,
-    data_dir: Path | None,
-    split: str | None,
-    limit: int | None,
-    num_beams: int | None,
-) -> tuple[Any, dict[str, Any]]:
+def _scores(source: str, num_beams: int | None, **what: Any) -> tuple[Any, dict[str, Any]]:
     """(a function of model and tokenizer that gives the task's metrics, what it scores on)."""
-    from duallora.config.recipe import EvalSection
-    from duallora.train import evaluate as evaluation
+    from duallora.train.score import choose
 
-    chosen, recipe, own = what_to_score(task, data, data_dir, source)
-    split = split or held_out(chosen)
-    limit = limit or (recipe.data.eval_limit if recipe and own else None)
-    examples = evaluation.select(chosen, split, limit)
-    settings = recipe.eval if recipe else EvalSection()
-    generation = settings.generation(num_beams=num_beams)
+    chosen = choose(source, console.results, **what)
+    generation = chosen.settings.generation(num_beams=num_beams)
 
     def scores(model: Any, tokenizer: Any) -> dict[str, float]:
-        return evaluation.evaluate(
-            model,
-            tokenizer,
-            with_labels_of(model, chosen, split, examples),
-            split=split,
-            batch_size=settings.batch_size,
-            generation=generation,
-            max_length=recipe.data.max_length if recipe else 512,
-            console=console.results,
-        ).metrics
+        return chosen.score(model, tokenizer, generation=generation, console=console.results)[1].metrics
 
-    facts = {"task": chosen.name, "split": split, "rows": len(examples), "generation": generation}
-    return scores, {**facts, "data": {split: chosen.fingerprint(split)}}
+    facts = {"task": chosen.task.name, "split": chosen.split, "rows": len(chosen.examples), "generation": generation}
+    return scores, {**facts, "data": {chosen.split: chosen.task.fingerprint(chosen.split)}}

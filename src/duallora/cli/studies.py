@@ -1,7 +1,5 @@
 """Verbs of many runs: grids of your own, the paper's tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from duallora import console
-from duallora.cli.app import Debug, Json, app
+from duallora.cli.app import verb
 
 SUMMARIES = Path("results/studies")
 
@@ -30,7 +28,7 @@ Reuse = Annotated[
 ]
 
 
-@app.command()
+@verb()
 def grid(
     config: Annotated[
         Path | None,
@@ -51,8 +49,6 @@ def grid(
     ] = 1,
     reuse: Reuse = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell's recipe and list them.")] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Train the same tasks with several settings, search values and seeds; killed or stopped, it goes on where it was.
 
@@ -86,7 +82,7 @@ def grid(
     return {"folder": str(folder), "cells": len(found), "best": chosen}
 
 
-@app.command()
+@verb()
 def reproduce(
     name: Annotated[str, typer.Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, ...")],
     scale: Annotated[
@@ -119,8 +115,6 @@ def reproduce(
         int, typer.Option("--commands", min=0, metavar="N", help="Commands to print; 0 is all of them.")
     ] = 3,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a run at the paper's scale.")] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Run a table or figure of the paper again: its plan with predicted hours, its runs, its values beside the paper's.
 
@@ -173,7 +167,7 @@ def reproduce(
     return {"runs": planned["runs"], "summaries": summaries}
 
 
-@app.command()
+@verb()
 def analyze(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER|RUN...", help="Run folders or adapters' folders.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for tables and plots.")],
@@ -189,8 +183,6 @@ def analyze(
         Literal["out", "in"], typer.Option("--axis", help="Whose norms the dynamics compare: rows or columns of W.")
     ] = "out",
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots (matplotlib).")] = True,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """What training did to adapters: flipped signs, ranks, how far the weights turned and stretched.
 
@@ -207,7 +199,7 @@ def analyze(
     return look(adapters, output, only=only or None, axis=axis, draw=plots, console=console.results)
 
 
-@app.command()
+@verb()
 def report(
     results: Annotated[
         list[Path],
@@ -224,8 +216,6 @@ def report(
             help="The same as Markdown; fills the marks of a file, or of a folder's files, that exist.",
         ),
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Tables beside the paper's numbers, plots, and what the data can and cannot say, on one page that works offline.
 

@@ -1,11 +1,9 @@
 """Verbs around a run: demo, train, eval, merge; its data and its recipe."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -15,9 +13,7 @@ from duallora.cli.app import (
     ConfigFile,
     Data,
     DataDir,
-    Debug,
     Dtype,
-    Json,
     Lenient,
     Model,
     Overrides,
@@ -25,14 +21,8 @@ from duallora.cli.app import (
     app,
     refuse_misspelt,
     refuse_unwritable,
+    verb,
 )
-
-if TYPE_CHECKING:
-    from duallora.config.recipe import Recipe
-    from duallora.store.adapters import Trained
-    from duallora.tasks import Example, Task
-    from duallora.tasks.task import Kind
-    from duallora.train.evaluate import EvalResult
 
 TrainOn = Literal["answer", "all"]
 Into = Literal["auto", "original", "dequantized"]
@@ -47,14 +37,12 @@ app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
 
 
-@app.command()
+@verb()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A small classifier: under 90 seconds.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the run.")] = Path(
         "runs/demo"
     ),
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Train, evaluate and merge a real model on this machine's own Python library; offline, minutes on two cores.
 
@@ -65,7 +53,7 @@ def demo(
     return run_demo(quick=quick, output=output, console=console.results)
 
 
-@app.command()
+@verb()
 def train(
     context: typer.Context,
     config: ConfigFile = None,
@@ -104,8 +92,6 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, data and model, print the plan, train nothing.")
     ] = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Fine-tune a model: on your own file (--data), a hub data set (--data org/name) or a task of the paper (--task).
 
@@ -118,7 +104,9 @@ def train(
     from duallora.config.load import load_recipe
 
     if config is None and data is None and task is None and resume not in ("auto", "never"):
-        config = _recipe_file(Path(resume))
+        from duallora.train.score import recipe_file
+
+        config = recipe_file(resume)
         if config is not None:
             output = output or config.parent  # the recipe's own may name the place before the folder was moved
     chosen = [*(overrides or ()), *([f"adapter.method={method}"] if method else ())]
@@ -150,7 +138,7 @@ def train(
     return result
 
 
-@app.command("eval")
+@verb(app, "eval")
 def evaluate(
     source: Annotated[
         str, typer.Argument(metavar="ADAPTER|MODEL", help="Run, adapter or model folder, hub id, or builtin: name.")
@@ -188,8 +176,6 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write metrics and predictions as JSON.")
     ] = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Score an adapter or a model on a task or on your own file; a run folder alone is scored on its own data.
 
@@ -198,88 +184,27 @@ def evaluate(
       duallora eval runs/arc --task arc_easy --limit 200 -o results.json
       duallora eval builtin:smollm2-135m --data mine.jsonl
     """
-    import time
-
     refuse_misspelt(source)
     if output is not None:
         refuse_unwritable(output)
-    from duallora.config.recipe import EvalSection
-    from duallora.store import adapters, record
-    from duallora.train import chance
-    from duallora.train import evaluate as evaluation
+    from duallora.train import score
 
-    started = time.time()
-    chosen, recipe, own = what_to_score(task, data, data_dir, source)
-    split = split or held_out(chosen)
-    if own and data is not None:
-        console.results.print(
-            f"{escape(data)} is what {escape(source)} was trained on: scored on the run's own {split} rows",
-            soft_wrap=True,
-        )
-    scored = recipe.eval if recipe else EvalSection()
-    batch_size = batch_size or scored.batch_size
-    max_length = max_length or (recipe.data.max_length if recipe else 512)
-    limit = limit or (recipe.data.eval_limit if recipe and own else None)
-    generation = scored.generation(max_new_tokens, num_beams)
-    scoring = scoring or (scored.scoring if own else "generation")
-    evaluation.check_scoring(chosen, scoring)
-    examples = evaluation.select(chosen, split, limit)  # before the model is loaded: a wrong split costs no time
-    model, tokenizer = adapters.load_adapter(source, chosen.kind, dtype=dtype, strict=not lenient)
-    chosen = with_labels_of(model, chosen, split, examples)
-    result = evaluation.evaluate(
-        model,
-        tokenizer,
+    chosen = score.choose(source, console.results, task=task, data=data, data_dir=data_dir, split=split, limit=limit)
+    return score.score(
         chosen,
-        split=split,
+        console.results,
         batch_size=batch_size,
-        generation=generation,
         max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
         scoring=scoring,
-        console=console.results,
+        dtype=dtype,
+        strict=not lenient,
+        output=output,
     )
-    found = chance.of_result(chosen, split, result)
-    at_chance = found.record(chance.REMEDY) if found.at_chance else None
-    payload = {
-        "source": source,
-        "task": chosen.name,
-        "data": chosen.source,
-        "notes": chosen.notes,
-        "split": split,
-        "n": len(result.examples),
-        "truncated": result.truncated,
-        "main_metric": chosen.main_metric,
-        "metrics": result.metrics,
-        "note": result.note,
-        "at_chance": at_chance,
-        "labels": chosen.labels,
-        "predictions": result.predictions,
-    }
-    if output is not None:
-        settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "dtype": dtype, "limit": limit}
-        settings |= generation
-        settings |= {"scoring": scoring} if scoring == "likelihood" else {}
-        more: dict[str, Any] = {
-            key: payload[key]
-            for key in ("source", "task", "split", "n", "truncated", "main_metric", "note", "at_chance", "predictions")
-        }
-        fingerprints = {split: chosen.fingerprint(split)}
-        record.write_json(
-            output,
-            record.result("eval", settings, result.metrics, seeds=(), started=started, data=fingerprints, **more),
-        )
-        payload["output"] = str(output)
-    _show_scores(source, chosen, split, result)  # after the file is written: what goes wrong here costs no scoring
-    if result.note:
-        console.results.print(f"[dim]{escape(result.note)}[/]", soft_wrap=True)
-    if at_chance:
-        said = f"[bold red]{escape(at_chance['message'])}[/]; {escape(at_chance['remedy'])}"
-        console.results.print(said, soft_wrap=True)
-    if output is not None:
-        console.results.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
-    return payload
 
 
-@app.command()
+@verb()
 def merge(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the merged model.")],
@@ -288,8 +213,6 @@ def merge(
         Into,
         typer.Option("--into", help="Of a quantized base: its original weights (auto), or those it was trained on."),
     ] = "auto",
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Fold an adapter into its base model: a standalone model for any transformers program, checked after writing.
 
@@ -301,7 +224,7 @@ def merge(
     return run_merge(adapter, output, dtype=dtype, into=into, console=console.results)
 
 
-@data_app.command("preview")
+@verb(data_app, "preview")
 def data_preview(
     name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to show.")] = 3,
@@ -313,8 +236,6 @@ def data_preview(
     train_on: Annotated[TrainOn | None, typer.Option("--train-on", help="Where the loss is: answer or all.")] = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Show rows as the model sees them: trained tokens in color, ignored tokens dim, special tokens spelt out.
 
@@ -341,7 +262,7 @@ def data_preview(
     }  # fmt: skip
 
 
-@data_app.command("check")
+@verb(data_app, "check")
 def data_check(
     name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
     model: Annotated[
@@ -350,8 +271,6 @@ def data_check(
     max_length: MaxLength = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Read every row, name the bad ones by line, and count tokens: exit code 3 where training would stop.
 
@@ -395,8 +314,8 @@ def data_check(
     return {**about, "labels": task.labels, "splits": splits}
 
 
-@config_app.command("schema")
-def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
+@verb(config_app, "schema")
+def config_schema() -> dict[str, Any]:
     """Print the JSON schema of a recipe, for editors that complete and check YAML.
 
     [dim]Example:[/]  duallora config schema > recipe.schema.json
@@ -410,15 +329,13 @@ def config_schema(json: Json = False, debug: Debug = False) -> dict[str, Any]:
     return {"schema": schema}
 
 
-@config_app.command("show")
+@verb(config_app, "show")
 def config_show(
     config: ConfigFile = None,
     model: Model = None,
     data: Data = None,
     task: TaskName = None,
     overrides: Overrides = None,
-    json: Json = False,
-    debug: Debug = False,
 ) -> dict[str, Any]:
     """Print the resolved recipe as YAML: every setting with its meaning, range and value.
 
@@ -437,7 +354,7 @@ def config_show(
     return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
 
 
-def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tuple[Task, Recipe]:
+def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
     """The task of that name, else the data at that path or hub id, as a run with these settings reads it."""
     from duallora.config.load import load_recipe
     from duallora.tasks import names
@@ -448,53 +365,6 @@ def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tup
     return read(recipe), recipe
 
 
-def held_out(task: Task) -> str:
-    """The split to score on where none is named."""
-    return next(name for name in ("test", "validation", *task.splits) if name in task.splits)
-
-
-ALL_ROWS = "all rows"  # the split of data that came without splits and that nothing here was trained on
-
-
-def what_to_score(
-    task: str | None, data: str | None, data_dir: Path | None, source: str
-) -> tuple[Task, Recipe | None, bool]:
-    """What to evaluate ``source`` on, the recipe of its run, and whether that is what the run was trained on.
-
-    Data the run was trained on are split as the run split them; of other data without splits every row counts. What the
-    rows' labels are is the run's word, not theirs: they may hold one class of many, or whole numbers to regress.
-    """
-    from duallora.errors import ConfigError
-    from duallora.tasks import load_task
-
-    if task is not None and data is not None:
-        raise ConfigError(f"--task {task} and --data {data} exclude each other: keep one")
-    file = _recipe_file(Path(source))
-    if file is None and task is None and data is None:
-        raise ConfigError(f"nothing to evaluate {source} on: name a task (--task e2e) or data (--data mine.jsonl)")
-    from duallora.config.load import load_recipe
-
-    own = file is not None and task is None and data is None
-    recipe = None if file is None else load_recipe(file, data_dir=data_dir if own else None)
-    if recipe is not None and recipe.plugins:
-        from duallora.train import plugins
-
-        plugins.require(recipe.plugins, source)
-    from duallora.store.adapters import trained_for
-
-    trained = trained_for(source)
-    if recipe is not None and (own or (data is not None and _same_data(data, recipe.data.path))):
-        from duallora.train.prepare import load
-
-        return load(recipe, console.results, trained), recipe, True
-    chosen = load_task(task, data_dir=data_dir) if task is not None else _every_row(str(data), recipe, trained)
-    for note in chosen.notes:
-        console.results.print(escape(note), soft_wrap=True)
-    if trained is not None:
-        _refuse_other_kind(source, trained.kind, task or str(data), chosen)
-    return chosen, recipe, False
-
-
 def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
     """The command line without an option and its value."""
     kept, skip = [], False
@@ -503,119 +373,3 @@ def _without_option(name: str, arguments: Sequence[str]) -> list[str]:
             kept.append(argument)
         skip = argument == name and not skip
     return kept
-
-
-def _recipe_file(path: Path) -> Path | None:
-    """The recipe of the run that ``path``, one of its checkpoints or its adapter belongs to."""
-    from duallora.store.run_folder import RunFolder
-
-    run = RunFolder.around(path)
-    return run.recipe_file if run and run.recipe_file.is_file() else None
-
-
-def _same_data(data: str, trained_on: str | None) -> bool:
-    """Whether both name one file, hub data set or built-in, whatever way the path is written."""
-    if trained_on is None:
-        return False
-    return data == trained_on or Path(data).expanduser().resolve() == Path(trained_on).expanduser().resolve()
-
-
-def _every_row(data: str, recipe: Recipe | None, trained: Trained | None) -> Task:
-    """The data with the splits they come with; where they come without, with every row in the split ``ALL_ROWS``."""
-    from dataclasses import replace
-
-    from duallora.tasks import load_data
-
-    if data.startswith("builtin:"):
-        return load_data(data)
-    if recipe is None:
-        task = load_data(data, eval_data=data, trained=trained)
-    else:
-        from duallora.train.prepare import reading
-
-        task = load_data(data, eval_data=data, trained=trained, **reading(recipe.data))
-    rows = task.splits["train"]
-    return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
-
-
-def _refuse_other_kind(source: str, kind: Kind, name: str, task: Task) -> None:
-    """ConfigError where ``source`` was trained for another kind of data."""
-    from duallora.errors import ConfigError
-
-    if kind != task.kind:
-        words = {
-            "generate": "text to generate (prompt-completion, messages or alpaca rows)",
-            "classify": "classes (rows with a label)",
-            "regress": "numbers (rows with a label that is one)",
-        }
-        raise ConfigError(
-            f"{name} holds {words[task.kind]}, but {source} was trained for {words[kind]}: "
-            "evaluate it on data of the kind it was trained for"
-        )
-
-
-def with_labels_of(model: Any, task: Task, split: str, examples: Sequence[Example]) -> Task:
-    """The task reduced to these examples, its classes numbered as the model numbers them.
-
-    A file that lacks one of the classes numbers the others differently than the file the model was trained on.
-    """
-    from dataclasses import replace
-
-    from duallora.errors import ConfigError
-    from duallora.store.adapters import are_stand_ins
-    from duallora.terminal import command
-
-    if task.kind != "generate" and not hasattr(model, "peft_config"):
-        trained = [name for name in model.config.architectures or () if name.endswith("ForSequenceClassification")]
-        if not trained:
-            raise ConfigError(
-                f"{model.name_or_path} has no classification head, so its classes would be drawn by lot; train one first: "
-                f"{command('train', '--model', model.name_or_path)} ..."
-            )
-    if task.kind != "classify":
-        return replace(task, splits={split: examples})
-    names = {str(name): int(index) for index, name in model.config.id2label.items()}
-    if are_stand_ins(list(names)):
-        if len(names) == len(task.labels):
-            return replace(task, splits={split: examples})
-        names = {str(index): index for index in names.values()}  # whole numbers need no names
-    unknown = [label for label in task.labels if label not in names]
-    if unknown:
-        raise ConfigError(f"the data has the classes {', '.join(unknown)}; the model knows {', '.join(names)}")
-    examples = [replace(example, label=names[task.labels[int(example.label or 0)]]) for example in examples]
-    return replace(task, splits={split: examples}, labels=tuple(names))
-
-
-def _show_scores(source: str, task: Task, split: str, result: EvalResult) -> None:
-    import textwrap
-
-    from rich.box import SIMPLE
-    from rich.table import Table
-    from rich.text import Text
-
-    console.results.print(f"{escape(source)} on {escape(task.name)}, {split}", soft_wrap=True)
-    table = Table("metric", box=SIMPLE)
-    table.add_column("value", justify="right")
-    table.add_column("n", justify="right")
-    for name, value in result.metrics.items():
-        style = "bold" if name == task.main_metric else ""
-        table.add_row(name, f"{value:,.4g}", f"{len(result.examples):,}", style=style)
-    console.results.print(table)
-    for prediction, example in list(zip(result.predictions, result.examples, strict=True))[:3]:
-        asked = example.prompt or " | ".join(example.texts) or example.messages[0]["content"]
-        wanted = example.references[0] if example.references else example.label
-        if task.kind == "classify":
-            prediction, wanted = task.labels[prediction], task.labels[int(wanted or 0)]
-        given = _on_a_line(asked)
-        given = given if len(given) <= 160 else "..." + given[-157:]  # the end of a prompt holds the question
-        for label, text in (("given", given), ("predicted", _on_a_line(prediction)), ("expected", _on_a_line(wanted))):
-            console.results.print(
-                Text.assemble((f"{label:<10}", "bold cyan"), textwrap.shorten(text, 160, placeholder=" ..."))
-            )
-        console.results.print()
-
-
-def _on_a_line(value: Any) -> str:
-    """Text on one line, without the control characters that an untrained model may write to the terminal."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return "".join(letter if letter.isprintable() else " " for letter in text)
