@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from duallora.core.equation import dual_delta
-    from duallora.core.gate import advance_gate, gate
-    from duallora.nn import DualLoraLinear
-    from duallora.ops import dual_linear
-    from duallora.ops.fold import folded
-    from duallora.tuner import DualLoraConfig, DualLoraModel, param_groups
-    from duallora.tuner.fast_dora import fast_dora
-    from duallora.tuner.gradient_start import init_from_gradient
-    from duallora.tuner.quantized import dequantize
+    from duallora.core.equation import dual_delta as dual_delta
+    from duallora.core.gate import advance_gate as advance_gate
+    from duallora.core.gate import gate as gate
+    from duallora.nn import DualLoraLinear as DualLoraLinear
+    from duallora.ops import dual_linear as dual_linear
+    from duallora.ops.fold import folded as folded
+    from duallora.tuner import DualLoraConfig as DualLoraConfig
+    from duallora.tuner import DualLoraModel as DualLoraModel
+    from duallora.tuner import param_groups as param_groups
+    from duallora.tuner.fast_dora import fast_dora as fast_dora
+    from duallora.tuner.gradient_start import init_from_gradient as init_from_gradient
+    from duallora.tuner.quantized import dequantize as dequantize
 
 _HOME = {
     "DualLoraConfig": "duallora.tuner",
@@ -39,20 +42,7 @@ _HOME = {
     "param_groups": "duallora.tuner",
 }
 
-__all__ = [
-    "DualLoraConfig",
-    "DualLoraLinear",
-    "DualLoraModel",
-    "advance_gate",
-    "dequantize",
-    "dual_delta",
-    "dual_linear",
-    "fast_dora",
-    "folded",
-    "gate",
-    "init_from_gradient",
-    "param_groups",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

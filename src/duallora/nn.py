@@ -24,15 +24,14 @@ from duallora.core.gate import (
     Gated,
     gated,
     named,
-    never_trained,
-    never_trained_message,
     new_counter,
     track,
     track_copy,
     uncast,
+    warn_never_trained,
     watch_forward,
 )
-from duallora.core.init import draw_factors, layer_seed
+from duallora.core.init import draw_factors, layer_seed, warn_of_rank
 from duallora.core.settings import Settings, check
 from duallora.errors import ConfigError, IntegrityError
 from duallora.ops import check_backend
@@ -105,20 +104,9 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         gradient_tokens: float = 1.0,
         backend: str = "auto",
     ) -> None:
+        check(locals())
         super().__init__()
         _check_base(base)
-        check(
-            {
-                **{"r": r, "r1": r1, "r2": r2, "alpha": alpha, "warmup_steps": warmup_steps, "init_std": init_std},
-                **{"direction_init_std": direction_init_std, "init_seed": init_seed, "magnitude": magnitude},
-                **{
-                    "direction": direction,
-                    "ste_clip": ste_clip,
-                    "gradient_tokens": gradient_tokens,
-                    "backend": backend,
-                },
-            }
-        )
         if direction == "fixed":
             raise ConfigError("direction='fixed': fixed signs exist in duallora.DualLoraConfig alone.")
         check_backend(backend)  # whether it is there: now, not in the first forward
@@ -129,13 +117,7 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         self.options: dict[str, Any] = {"magnitude": magnitude, "direction": direction, "ste_clip": ste_clip}
         self.backend, self.gradient_tokens = backend, gradient_tokens
         self._folded: Tensor | None = None  # W0 + dW, inside duallora.folded
-        limit = min(base.in_features, base.out_features)
-        if max(r1, r2) > limit:
-            warnings.warn(
-                f"rank {max(r1, r2)} is above min(in, out) = {limit} of this layer; a larger rank adds parameters but no "
-                "freedom.",
-                stacklevel=2,
-            )
+        warn_of_rank(max(r1, r2), self.out_features, self.in_features)
         base.requires_grad_(False)
         self._parameters["weight"] = base._parameters["weight"]  # the name itself reads W0 + dW
         self.bias = base.bias
@@ -186,16 +168,14 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """The layer's one gate (see :mod:`duallora.core.gate`)."""
         factors = [self.duallora_A, self.duallora_B, self.duallora_C, self.duallora_D]
-        yield Gate("", self.duallora_step, self.warmup_steps, factors, False, self.family)  # type: ignore[arg-type]
+        yield Gate("", self.duallora_step, self.warmup_steps, factors, False, self.family)
 
     @property
     def weight(self) -> Tensor:
         """W0 + dW, for a parent that reads it instead of calling the layer; W0 is the parameter of this name."""
         if self._folded is not None:
             return self._folded
-        W = self._base_weight()
-        update = self._update()
-        return read_weight(W, lambda: weight(W, None, update, How(backend=self.backend), W.dtype))
+        return read_weight(self._base_weight(), self._built)
 
     def _base_weight(self) -> Tensor:
         W = self._parameters["weight"]
@@ -207,22 +187,24 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         with torch.no_grad():
             return self._update().delta()
 
-    @torch.no_grad()
-    def _whole_weight(self) -> Tensor:
+    def _built(self) -> Tensor:
+        """W0 + dW, differentiable."""
         W = self._base_weight()
         return weight(W, None, self._update(), How(backend=self.backend), W.dtype)
 
+    @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain ``nn.Linear`` with W0 + dW, whose output has the very bits of this layer's."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        linear.weight = nn.Parameter(self._whole_weight(), requires_grad=False)
+        linear.weight = nn.Parameter(self._built(), requires_grad=False)
         linear.bias = self.bias
         return linear
 
+    @torch.no_grad()
     def fold(self, shared: Container[int]) -> None:
         """Keep W0 + dW beside W0 and compute with it."""
-        self._folded = self._whole_weight()
+        self._folded = self._built()
 
     def unfold(self) -> None:
         """Compute with W0 and dW again."""
@@ -232,11 +214,9 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         """y [..., out] for x [..., in]."""
         if self._folded is not None:
             return apply_weight(x, self._folded, self.bias, False)
-        seed = share = None
+        how = How(backend=self.backend)
         if self.gradient_tokens < 1 and self.training:
-            seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-            share = torch.tensor(self.gradient_tokens, device="cpu")
-        how = How("merged", False, self.backend, seed, share)
+            how = how.sampling(self.gradient_tokens)
         return product(x, self._base_weight(), self.bias, None, self._update(), how)
 
     def extra_repr(self) -> str:
@@ -296,14 +276,16 @@ def adapt(model: nn.Module, target_modules: Iterable[str] | None = None, **optio
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The factors and gate counters of ``model``, by full name: what to save."""
-    _name_never_trained(model, "Saving")
+    warn_never_trained("Saving", _layers(model), "")
+    return _own(model)
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if ".duallora_" in f".{name}"}
 
 
-def _name_never_trained(model: nn.Module, verb: str) -> None:
-    layers = [module for module in model.modules() if isinstance(module, DualLoraLinear)]
-    if message := never_trained_message(never_trained(layers, "")):
-        warnings.warn(f"{verb} a Dual LoRA adapter of which {message}", stacklevel=3)
+def _layers(model: nn.Module) -> list[DualLoraLinear]:
+    return [module for module in model.modules() if isinstance(module, DualLoraLinear)]
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -313,7 +295,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         IntegrityError: a tensor is missing, unexpected or of another shape, or the adapter was trained with other
             options.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if ".duallora_" in f".{name}"}
+    own = _own(model)
     missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     options = [n for n in own.keys() & state_dict.keys() if n.endswith("duallora_options")]
     for name in options:
@@ -344,7 +326,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, DualLoraLinear):
         return model.merged()
-    _name_never_trained(model, "Merging")
+    warn_never_trained("Merging", _layers(model), "")
     before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     owners = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, DualLoraLinear)}
     untying = ties.plan(model, before, before | {f"{name}.weight": id(module) for name, module in owners.items()})

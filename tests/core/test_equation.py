@@ -12,9 +12,9 @@ from duallora.core.equation import (
     DIRECTIONS,
     MAGNITUDES,
     STE_CLIPS,
+    Update,
     add_update,
     dual_delta,
-    dual_delta_backward,
     dual_scaling,
     sign,
 )
@@ -55,7 +55,7 @@ def test_gradients_by_hand(ste_clip, dC):
     ]
     leaves = factors()
     autograd = torch.autograd.grad(dual_delta(*leaves, S, ste_clip=ste_clip), leaves, G)
-    dW, *by_hand = dual_delta_backward(G, A, B, C, D, S, ste_clip=ste_clip)
+    dW, *by_hand = Update(A, B, C, D, S, ste_clip=ste_clip).backward(G)
     assert torch.equal(dW, dual_delta(A, B, C, D, S))
     for want, got, got_by_hand in zip(expected, autograd, by_hand, strict=True):
         assert torch.equal(got, want)
@@ -101,7 +101,7 @@ def test_every_option_agrees_with_the_oracle(magnitude, direction, ste_clip):
     dW = dual_delta(*leaves, s, **options, ste_clip=ste_clip)
     torch.testing.assert_close(dW, wanted, rtol=1e-12, atol=1e-12)
     autograd = torch.autograd.grad(dW, present, upstream)
-    dW_by_hand, *by_hand = dual_delta_backward(upstream, *leaves, s, **options, ste_clip=ste_clip)
+    dW_by_hand, *by_hand = Update(*leaves, s, **options, ste_clip=ste_clip).backward(upstream)
     torch.testing.assert_close(dW_by_hand, wanted, rtol=1e-12, atol=1e-12)
     for got, got_by_hand, want in zip(autograd, by_hand, wanted_gradients, strict=False):
         torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
@@ -158,7 +158,7 @@ def test_nan_gradients_stay_nan():
     broken = G.clone()
     broken[0, 0] = float("nan")
     for ste_clip in STE_CLIPS:
-        assert dual_delta_backward(broken, A, B, C, D, S, ste_clip=ste_clip)[3].isnan().any()
+        assert Update(A, B, C, D, S, ste_clip=ste_clip).backward(broken)[3].isnan().any()
 
 
 def test_scaling_and_rounding_once():

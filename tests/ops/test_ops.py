@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from duallora import ops
 from duallora.core.equation import DIRECTIONS, MAGNITUDES, STE_CLIPS, Update
-from duallora.ops import FORMS, build_weight, dual_linear, dual_weight, recompute
-from duallora.ops.autograd import How, _operator, flat
+from duallora.ops import FORMS, build_weight, dual_linear, recompute
+from duallora.ops.autograd import How, _operator, flat, weight
 from duallora.ops.reference import apply_weight
 
 BACKENDS = ["reference", "recompute", "cpu"]  # triton has a file of its own
@@ -273,7 +273,7 @@ def test_the_weights_own_gradient_can_be_differentiated():
     W = W.detach().double()
 
     def penalty(B):
-        y = dual_weight(W, Update(A, B, C, D, 0.3), dtype=torch.float64).sum()
+        y = weight(W, None, Update(A, B, C, D, 0.3), How(), torch.float64).sum()
         return torch.autograd.grad(y, A, create_graph=True)[0].square().sum()
 
     (found,) = torch.autograd.grad(penalty(B), B)
@@ -311,7 +311,7 @@ def test_a_weight_without_a_base_compiles():
     torch._dynamo.reset()
 
     def delta(*factors):
-        return dual_weight(W, Update(*factors, 0.3), minus_base=True, dtype=W.dtype)
+        return weight(W, None, Update(*factors, 0.3), How("delta"), W.dtype)
 
     got, want = torch.compile(delta, fullgraph=True, backend="aot_eager")(*factors), delta(*factors)
     assert torch.equal(got, want)
@@ -321,7 +321,7 @@ def test_a_weight_without_a_base_compiles():
 
 def test_the_weight_has_a_shape_without_values():
     factors = [torch.empty(shape, device="meta") for shape in ((3, 7), (5, 3), (2, 7), (5, 2))]
-    assert dual_weight(None, Update(*factors, 0.3), dtype=torch.float32).shape == (5, 7)
+    assert weight(None, None, Update(*factors, 0.3), How(), torch.float32).shape == (5, 7)
 
 
 def test_compiles_in_one_graph_and_does_not_recompile_when_the_gate_moves():

@@ -5,8 +5,8 @@
     A [r1, in]   B [out, r1]   magnitude group        P = B A  [out, in]      M = s * magnitude(P)
     C [r2, in]   D [out, r2]   direction group        Q = D C  [out, in]      dW = M . direction(Q)
 
-Forward, merge, conversion, analysis and the kernels' tests all call :func:`dual_delta`; backends that do not keep
-the [out, in] tensors for autograd call :func:`dual_delta_backward`, the same formula differentiated by hand.
+Forward, merge, conversion, analysis and the kernels' tests all take it from :class:`Update`; backends that do not keep
+the [out, in] tensors for autograd call :meth:`Update.backward`, the same formula differentiated by hand.
 """
 
 from __future__ import annotations
@@ -97,36 +97,109 @@ def _compute_dtype(A: Tensor) -> torch.dtype:
     return torch.promote_types(A.dtype, torch.float32)
 
 
-def check_arguments(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    magnitude: str,
-    direction: str,
-    ste_clip: str,
-    fixed_sign: Tensor | None,
-) -> None:
-    """Raise ValueError for an unknown option, or for factors whose shapes do not make one [out, in]."""
-    for name, value, allowed in (
-        ("magnitude", magnitude, MAGNITUDES),
-        ("direction", direction, DIRECTIONS),
-        ("ste_clip", ste_clip, STE_CLIPS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
-    groups = {"A": A, "B": B, "fixed_sign": fixed_sign} if direction == "fixed" else {"A": A, "B": B, "C": C, "D": D}
-    shapes = {name: None if t is None else tuple(t.shape) for name, t in groups.items()}
-    fits = all(shape is not None and len(shape) == 2 for shape in shapes.values()) and A.shape[0] == B.shape[1]
-    if fits and direction == "fixed":
-        fits = shapes["fixed_sign"] == (B.shape[0], A.shape[1])
-    elif fits and C is not None and D is not None:
-        fits = C.shape[0] == D.shape[1] and C.shape[1] == A.shape[1] and D.shape[0] == B.shape[0]
-    if not fits:
-        raise ValueError(
-            f"direction={direction!r} got {shapes}: expected A [r1, in], B [out, r1], and C [r2, in], D [out, r2] (with "
-            "'fixed': fixed_sign [out, in])."
+class Update(NamedTuple):
+    """One dW in the making: the arguments of :func:`dual_delta`, as backends hand them around."""
+
+    A: Tensor
+    B: Tensor
+    C: Tensor | None
+    D: Tensor | None
+    scaling: float | Tensor
+    magnitude: str = "relu"
+    direction: str = "ste"
+    ste_clip: str = "chain"
+    fixed_sign: Tensor | None = None
+    initial: Sequence[Tensor] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of dW."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown option, or for factors whose shapes do not make one [out, in]."""
+        for name, allowed in (("magnitude", MAGNITUDES), ("direction", DIRECTIONS), ("ste_clip", STE_CLIPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}.")
+        A, B, C, D = self[:4]
+        fixed = self.direction == "fixed"
+        groups = {"A": A, "B": B, "fixed_sign": self.fixed_sign} if fixed else {"A": A, "B": B, "C": C, "D": D}
+        shapes = {name: None if t is None else tuple(t.shape) for name, t in groups.items()}
+        fits = all(shape is not None and len(shape) == 2 for shape in shapes.values()) and A.shape[0] == B.shape[1]
+        if fits and fixed:
+            fits = shapes["fixed_sign"] == self.shape
+        elif fits and C is not None and D is not None:
+            fits = C.shape[0] == D.shape[1] and (D.shape[0], C.shape[1]) == self.shape
+        if not fits:
+            raise ValueError(
+                f"direction={self.direction!r} got {shapes}: expected A [r1, in], B [out, r1], and C [r2, in], D [out, r2] "
+                "(with 'fixed': fixed_sign [out, in])."
+            )
+
+    def rows(self, rows: slice | Tensor) -> Update:
+        """The update of these output rows alone: B and D are cut, A and C shared."""
+        return self._replace(
+            B=self.B[rows],
+            D=None if self.D is None else self.D[rows],
+            fixed_sign=None if self.fixed_sign is None else self.fixed_sign[rows],
+            initial=[factor[rows] if i % 2 else factor for i, factor in enumerate(self.initial)],
         )
+
+    def delta(self) -> Tensor:
+        """dW [out, in], differentiable in the factors: see :func:`dual_delta`."""
+        A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
+        dtype = _compute_dtype(A)
+        with torch.autocast(A.device.type, enabled=False):
+            M = scaling * _MAGNITUDE[magnitude][0](B.to(dtype) @ A.to(dtype))
+            if direction == "fixed":
+                assert fixed_sign is not None
+                dW = M * fixed_sign.to(dtype)
+            else:
+                assert C is not None
+                assert D is not None
+                Q = D.to(dtype) @ C.to(dtype)
+                dW = M * Q if direction == "identity" else _Directed.apply(M, Q, direction, ste_clip)
+            return dW - self._at_start().delta() if initial else dW
+
+    def _at_start(self) -> Update:
+        """dW(0), of the factors in ``initial``."""
+        A, B, C, D = self.initial
+        return Update(A, B, C, D, self.scaling, self.magnitude, self.direction)
+
+    def backward(self, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(dW, dA, dB, dC, dD) from G = dL/d(dW) [out, in], by hand: Eq. 10 to 12.
+
+            dP = s G . direction(Q) . magnitude'(P)       dB = dP A^T     dA = B^T dP
+            dQ = clip(G . M)  (see clip_direction_gradient)    dD = dQ C^T     dC = D^T dQ
+
+        dW itself comes with them, because a backward that rebuilds it needs both and shares most of the work. All in the
+        dtype :meth:`delta` computes in; agrees with autograd of it to rounding.
+        """
+        A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
+        dtype = _compute_dtype(A)
+        with torch.autocast(A.device.type, enabled=False):
+            G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
+            value, derivative = _MAGNITUDE[magnitude]
+            P = B @ A
+            M = scaling * value(P)
+            slope = scaling * derivative(P)
+            dC = dD = None
+            if direction == "fixed":
+                assert fixed_sign is not None
+                S = fixed_sign.to(dtype)
+            else:
+                assert C is not None
+                assert D is not None
+                C, D = C.to(dtype), D.to(dtype)
+                Q = D @ C
+                S = Q if direction == "identity" else quantize(Q, direction)
+                dQ = clip_direction_gradient(G, M, direction, ste_clip)
+                dC, dD = D.T @ dQ, dQ @ C.T
+            dP = slope.mul_(S).mul_(G)  # in place: these passes over [out, in] are what the backward costs
+            dW = M.mul_(S)
+            if initial:
+                dW -= self._at_start().delta()
+            return dW, B.T @ dP, dP @ A.T, dC, dD
 
 
 def dual_delta(
@@ -161,114 +234,9 @@ def dual_delta(
     Raises:
         ValueError: an unknown option, or factors whose shapes do not fit together.
     """
-    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
-    dtype = _compute_dtype(A)
-    with torch.autocast(A.device.type, enabled=False):
-        M = scaling * _MAGNITUDE[magnitude][0](B.to(dtype) @ A.to(dtype))
-        if direction == "fixed":
-            assert fixed_sign is not None
-            dW = M * fixed_sign.to(dtype)
-        else:
-            assert C is not None
-            assert D is not None
-            Q = D.to(dtype) @ C.to(dtype)
-            dW = M * Q if direction == "identity" else _Directed.apply(M, Q, direction, ste_clip)
-        if initial:
-            A0, B0, C0, D0 = initial
-            dW = dW - dual_delta(A0, B0, C0, D0, scaling, magnitude=magnitude, direction=direction)
-    return dW
-
-
-class Update(NamedTuple):
-    """One dW in the making: the arguments of :func:`dual_delta`, as backends hand them around."""
-
-    A: Tensor
-    B: Tensor
-    C: Tensor | None
-    D: Tensor | None
-    scaling: float | Tensor
-    magnitude: str = "relu"
-    direction: str = "ste"
-    ste_clip: str = "chain"
-    fixed_sign: Tensor | None = None
-    initial: Sequence[Tensor] = ()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of dW."""
-        return self.B.shape[0], self.A.shape[1]
-
-    def rows(self, rows: slice | Tensor) -> Update:
-        """The update of these output rows alone: B and D are cut, A and C shared."""
-        return self._replace(
-            B=self.B[rows],
-            D=None if self.D is None else self.D[rows],
-            fixed_sign=None if self.fixed_sign is None else self.fixed_sign[rows],
-            initial=[factor[rows] if i % 2 else factor for i, factor in enumerate(self.initial)],
-        )
-
-    def delta(self) -> Tensor:
-        """:func:`dual_delta` of it."""
-        A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
-        return dual_delta(
-            A, B, C, D, scaling,
-            magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign, initial=initial,
-        )  # fmt: skip
-
-    def backward(self, G: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """:func:`dual_delta_backward` of it; the dW that comes along counts ``initial`` too."""
-        A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
-        dW, dA, dB, dC, dD = dual_delta_backward(
-            G, A, B, C, D, scaling,
-            magnitude=magnitude, direction=direction, ste_clip=ste_clip, fixed_sign=fixed_sign,
-        )  # fmt: skip
-        if initial:
-            A0, B0, C0, D0 = initial
-            dW -= dual_delta(A0, B0, C0, D0, self.scaling, magnitude=magnitude, direction=direction)
-        return dW, dA, dB, dC, dD
-
-
-def dual_delta_backward(
-    G: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    scaling: float | Tensor,
-    *,
-    magnitude: str = "relu",
-    direction: str = "ste",
-    ste_clip: str = "chain",
-    fixed_sign: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(dW, dA, dB, dC, dD) from G = dL/d(dW) [out, in], by hand: Eq. 10 to 12.
-
-        dP = s G . direction(Q) . magnitude'(P)       dB = dP A^T     dA = B^T dP
-        dQ = clip(G . M)  (see clip_direction_gradient)    dD = dQ C^T     dC = D^T dQ
-
-    dW itself comes with them, because a backward that rebuilds it needs both and shares most of the work. All in the
-    dtype :func:`dual_delta` computes in; agrees with autograd of it to rounding.
-    """
-    dtype = _compute_dtype(A)
-    with torch.autocast(A.device.type, enabled=False):
-        G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
-        value, derivative = _MAGNITUDE[magnitude]
-        P = B @ A
-        M = scaling * value(P)
-        slope = scaling * derivative(P)
-        if direction == "fixed":
-            assert fixed_sign is not None
-            S = fixed_sign.to(dtype)
-            dP = slope.mul_(S).mul_(G)
-            return M.mul_(S), B.T @ dP, dP @ A.T, None, None
-        assert C is not None
-        assert D is not None
-        C, D = C.to(dtype), D.to(dtype)
-        Q = D @ C
-        S = Q if direction == "identity" else quantize(Q, direction)
-        dP = slope.mul_(S).mul_(G)  # in place: these passes over [out, in] are what the backward costs
-        dQ = clip_direction_gradient(G, M, direction, ste_clip)
-        return M.mul_(S), B.T @ dP, dP @ A.T, D.T @ dQ, dQ @ C.T
+    update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
+    update.check()
+    return update.delta()
 
 
 def add_update(W: Tensor, *updates: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class Gate(NamedTuple):
     name: str  # of the adapter
     step: Tensor  # [] float32
     warmup_steps: int  # 0: open from the start
-    factors: list[nn.Parameter]
+    factors: Sequence[Tensor]
     frozen: bool  # True while merged
     family: int = 0  # the same for the layers of one model
 
@@ -133,11 +133,13 @@ def new_counter(step: int = 0, device: torch.device | None = None) -> Tensor:
     return torch.full((), step, dtype=torch.float32, device=device)
 
 
-def uncast(before: Tensor, after: Tensor) -> Tensor:
+def uncast(before: Tensor | None, after: Tensor) -> Tensor:
     """The counter ``after`` a module was cast, moved or loaded: t stays float32, since bfloat16 cannot count past 256."""
     if after.dtype == torch.float32 or after.is_meta:
         return after
-    return (before if before.dtype == torch.float32 and not before.is_meta else after).to(after.device, torch.float32)
+    if before is not None and before.dtype == torch.float32 and not before.is_meta:
+        return before.to(after.device)
+    return after.to(torch.float32)
 
 
 def track(layer: Any) -> None:
@@ -340,25 +342,19 @@ def _expect_steps(layer: Any, adapter: str, watch: _Watch) -> None:
         )
 
 
-def never_trained(layers: Iterable[Any], adapter: str) -> list[str]:
-    """The names of those layers whose factors no optimizer step ever had a gradient for, while others' had."""
+def warn_never_trained(verb: str, layers: Iterable[Any], adapter: str, stacklevel: int = 2) -> None:
+    """Name those layers whose factors no optimizer step ever had a gradient for, while others' had."""
     with torch.no_grad():
         gates = [(x, g) for x in layers for g in x.gates() if g.name == adapter and not g.step.is_meta]
         gates = [(x, g) for x, g in gates if any(p.requires_grad for p in g.factors)]
-        if not gates:
-            return []
-        idle = (torch.stack([g.step.cpu().float() for _, g in gates]) == 0).tolist()
-    return [] if all(idle) else [x.module_name for (x, _), never in zip(gates, idle, strict=True) if never]
-
-
-def never_trained_message(names: list[str]) -> str | None:
-    """What to tell a user whose adapter is saved or merged with such layers; None if there are none."""
-    if not names:
-        return None
-    return (
-        f"{len(names)} adapted layers never got a gradient, so they hold what they started with: {named(names)}. Leave "
-        "them out (exclude_modules), or train on rows that reach them."
-    )
+        steps = torch.stack([g.step.cpu().float() for _, g in gates]).tolist() if gates else []
+    names = [x.module_name for (x, _), step in zip(gates, steps, strict=True) if step == 0]
+    if names and any(steps):
+        warnings.warn(
+            f"{verb} a Dual LoRA adapter of which {len(names)} adapted layers never got a gradient, so they hold what they "
+            f"started with: {named(names)}. Leave them out (exclude_modules), or train on rows that reach them.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _gates_of(model: nn.Module, active_only: bool) -> list[Gate]:

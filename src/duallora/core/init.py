@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ def positive_std(in_features: int, r1: int) -> float:
     destroyed the model.
     """
     return math.sqrt(0.8 * math.pi / (2 * in_features * r1))
+
+
+def warn_of_rank(rank: int, out_features: int, in_features: int, name: str = "", remedy: str = "") -> None:
+    """A warning for a rank above that of any [out, in] matrix."""
+    limit = min(out_features, in_features)
+    if rank > limit:
+        warnings.warn(
+            f"{name}rank {rank} is above min(in, out) = {limit} of this layer; a larger rank adds parameters but no "
+            f"freedom.{remedy}",
+            stacklevel=3,
+        )
 
 
 def draw_factors(

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duallora.core.equation import Update, check_arguments
-from duallora.ops import reference
-from duallora.ops.autograd import How, product, transformed, weight
-from duallora.ops.backends import BACKENDS, check_backend, check_backend_name, pick
+from duallora.core.equation import Update
+from duallora.ops.autograd import How, product, weight
+from duallora.ops.backends import BACKENDS, check_backend, check_backend_name
 
 FORMS = ("merged", "added", "delta")
 
@@ -23,11 +22,11 @@ FORMS = ("merged", "added", "delta")
 def _check(
     W: Tensor | None, update: Update, m: Tensor | None, form: str, fan_in_fan_out: bool, gradient_tokens: float | Tensor
 ) -> None:
-    A, B, C, D, _, magnitude, direction, ste_clip, fixed_sign, _ = update
-    check_arguments(A, B, C, D, magnitude, direction, ste_clip, fixed_sign)
+    update.check()
     expected = update.shape[::-1] if fan_in_fan_out else update.shape
     if W is not None and tuple(W.shape) != expected:
-        raise ValueError(f"W is {tuple(W.shape)}, but A {tuple(A.shape)} and B {tuple(B.shape)} make {expected}.")
+        factors = f"A {tuple(update.A.shape)} and B {tuple(update.B.shape)}"
+        raise ValueError(f"W is {tuple(W.shape)}, but {factors} make {expected}.")
     if form not in FORMS:
         raise ValueError(f"form={form!r} is unknown: choose one of {', '.join(FORMS)}.")
     if m is not None and W is None:
@@ -94,35 +93,6 @@ def dual_linear(
     return product(x, W, b, m, update, How(form, fan_in_fan_out, backend, seed, share))
 
 
-def dual_weight(
-    W: Tensor | None,
-    update: Update,
-    *,
-    m: Tensor | None = None,
-    fan_in_fan_out: bool = False,
-    minus_base: bool = False,
-    dtype: torch.dtype,
-    backend: str = "auto",
-) -> Tensor:
-    """W' = W + dW itself, differentiable in W, m and the factors: for layers whose product is not a matrix product.
-
-    Where a kernel computes it, each entry has the bits that :func:`build_weight` gives it, whatever rows come along.
-
-    Args:
-        W: [out, in], or [in, out] with ``fan_in_fan_out``; None: 0.
-        update: dW; m: as in :func:`dual_linear`.
-        minus_base: W' - W in place of W'.
-        dtype: of the result, rounded once.
-
-    Raises:
-        ValueError: an unknown option, or shapes that do not fit together.
-        RuntimeError: a backend asked for by name cannot run here.
-    """
-    check_backend_name(backend)
-    _check(W, update, m, "merged", fan_in_fan_out, 1.0)
-    return weight(W, m, update, How("delta" if minus_base else "merged", fan_in_fan_out, backend), dtype)
-
-
 @torch.no_grad()
 def build_weight(
     W: Tensor,
@@ -145,8 +115,7 @@ def build_weight(
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     check_backend_name(backend)
     _check(W, update, m, "merged", fan_in_fan_out, 1.0)
-    module = reference if backend == "reference" else pick(backend, update, W.dtype)
-    return module.build_weight(W, update, fan_in_fan_out=fan_in_fan_out, dtype=W.dtype, m=m)[0]
+    return weight(W, m, update, How("merged", fan_in_fan_out, backend), W.dtype)
 
 
-__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear", "dual_weight", "transformed"]
+__all__ = ["BACKENDS", "FORMS", "build_weight", "check_backend", "dual_linear"]

@@ -45,6 +45,14 @@ class How(NamedTuple):
     seed: Tensor | None = None  # [] int64 on the CPU
     gradient_tokens: Tensor | None = None  # [] on the CPU
 
+    def sampling(self, share: float) -> How:
+        """With a share of the tokens for the factors' gradient, to be drawn from torch's generator.
+
+        Under no_grad too: checkpointing repeats the forward from the same state of the generator.
+        """
+        seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
+        return self._replace(seed=seed, gradient_tokens=torch.tensor(share, device="cpu"))
+
 
 def flat(update: Update, how: How) -> tuple[Any, ...]:
     """Both as an operator takes them. A number would be a constant of its graph, so that a moving gate recompiled."""
@@ -151,9 +159,21 @@ def _differentiable_gradients(
     return [next(found) if need else None for need in needed]
 
 
-def _cast(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Contiguous, in the dtype of what they are gradients of."""
-    return [None if f is None else g.to(f.dtype).contiguous() for g, f in zip(gradients, inputs, strict=True)]
+def _options(how: How, dtype: torch.dtype, m: Tensor | None) -> dict[str, Any]:
+    """Of both passes of a kernel."""
+    return {"fan_in_fan_out": how.fan_in_fan_out, "dtype": dtype, "m": m, "minus_base": how.form == "delta"}
+
+
+def _gradients(
+    kernel: Any, G: Tensor, W: Tensor | None, update: Update, norm: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(W', [dm, dA, dB, dC, dD]): contiguous, in the dtype of what they are gradients of; None of what there is not."""
+    m = options["m"]
+    weight, *found, dm = kernel.weight_and_gradients(G, W, update, **options, norm=None if m is None else norm)
+    inputs = [m, *update[:4]]
+    return weight, [
+        None if f is None else g.to(f.dtype).contiguous() for g, f in zip([dm, *found], inputs, strict=True)
+    ]
 
 
 def _base_gradient(
@@ -186,22 +206,19 @@ class _Product(torch.autograd.Function):
         A: Tensor, B: Tensor, C: Tensor | None, D: Tensor | None, update: Update, how: How,
     ) -> Any:  # fmt: skip
         """y; without ``ctx`` (y, norm): norm [out] with m, else None."""
-        form, fan_in_fan_out = how.form, how.fan_in_fan_out
+        merged, fan_in_fan_out = how.form == "merged", how.fan_in_fan_out
         build = pick(how.backend, update, _weight_dtype(x, W)).build_weight
         if b is not None and b.dtype != x.dtype:
             b = b.to(x.dtype)
-        if form == "merged":
-            weight, norm = build(W, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m)
-            # F.linear itself, not apply_weight: a frame less for nearly every layer there is.
-            y = apply_weight(x, weight, b, True) if fan_in_fan_out else F.linear(x, weight, b)
+        base = W if merged or m is not None else None
+        weight, norm = build(base, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m, minus_base=not merged)
+        if merged and not fan_in_fan_out:
+            y = F.linear(x, weight, b)  # itself, not apply_weight: a frame less for nearly every layer there is
+        elif how.form == "added" and W is not None:
+            y = apply_weight(x, W.to(x.dtype), b, fan_in_fan_out)
+            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight if fan_in_fan_out else weight.T)
         else:
-            base = None if m is None else W
-            delta, norm = build(base, update, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m, minus_base=True)
-            if form == "added" and W is not None:
-                y = apply_weight(x, W.to(x.dtype), b, fan_in_fan_out)
-                y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), delta if fan_in_fan_out else delta.T)
-            else:
-                y = apply_weight(x, delta, None, fan_in_fan_out)
+            y = apply_weight(x, weight, b if merged else None, fan_in_fan_out)
         if ctx is None:
             return y, norm
         _keep(ctx, x, W, m, norm, update, how)
@@ -251,16 +268,14 @@ def _backward(
         if keep is not None:
             dY2, x2 = dY2[keep], x2[keep]
         # The weight for dx: in the added form the rounded sum serves, as its error does not accumulate over steps.
-        options = {"fan_in_fan_out": fan_in_fan_out, "dtype": x.dtype, "m": m, "minus_base": form == "delta"}
+        options = _options(how, x.dtype, m)
         weight = None
         if need_dW or need_factors:
             G = _weight_gradient(dY2, x2, tokens, how)
             if need_dW and W is not None:
                 result[1] = _base_gradient(G, m, norm, W, form, fan_in_fan_out)
             if need_factors:
-                given = {} if m is None else {"norm": norm}
-                weight, *factors, dm = kernel.weight_and_gradients(G, W, update, **options, **given)
-                result[2:7] = _cast([dm, *factors], [m, *update[:4]])
+                weight, result[2:7] = _gradients(kernel, G, W, update, norm, options)
         if need_dx:
             if weight is None:
                 weight, _ = kernel.build_weight(W, update, **options)
@@ -372,8 +387,7 @@ class _Weight(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         """W' in the layout of W (W' - W in the form "delta"); without ``ctx`` (W', norm)."""
         build = pick(how.backend, update, dtype if W is None else W.dtype).build_weight
-        options = {"fan_in_fan_out": how.fan_in_fan_out, "dtype": dtype, "m": m, "minus_base": how.form == "delta"}
-        weight, norm = build(W, update, **options)
+        weight, norm = build(W, update, **_options(how, dtype, m))
         if ctx is None:
             return weight, norm
         _keep(ctx, None, W, m, norm, update, how)
@@ -391,9 +405,8 @@ def _weight_gradients(ctx: Any, G: Tensor | None) -> list[Tensor | None]:
         return [None] * 6
     _, W, m, norm, update, how = _kept(ctx)
     need_W, *needed = ctx.needs_input_grad[:6]
-    minus_base = how.form == "delta"
     if _differentiated(G):
-        options = {"fan_in_fan_out": how.fan_in_fan_out, "dtype": ctx.dtype, "m": m, "minus_base": minus_base}
+        options = _options(how, ctx.dtype, m)
         return _differentiable_gradients(
             lambda: reference.build_weight(W, update, **options)[0], (W, m, *update[:4]), (need_W, *needed), G
         )
@@ -413,10 +426,7 @@ def _weight_backward(
 ) -> list[Tensor | None]:
     """[dm, dA, dB, dC, dD]; what does not exist is None."""
     kernel = pick(how.backend, update, dtype if W is None else W.dtype)
-    given = {} if m is None else {"norm": norm}
-    options = {"fan_in_fan_out": how.fan_in_fan_out, "dtype": dtype, "m": m, "minus_base": how.form == "delta"}
-    _, *factors, dm = kernel.weight_and_gradients(G.contiguous(), W, update, **options, **given)
-    return _cast([dm, *factors], [m, *update[:4]])
+    return _gradients(kernel, G.contiguous(), W, update, norm, _options(how, dtype, m))[1]
 
 
 def _weight_body(W, m, *fields):
@@ -460,14 +470,15 @@ _weight_op.register_autograd(
 
 
 def weight(W: Tensor | None, m: Tensor | None, update: Update, how: How, dtype: torch.dtype) -> Tensor:
-    """:func:`duallora.ops.dual_weight` of arguments that are known to fit together."""
-    minus_base = how.form == "delta"
-    if minus_base and m is None:
+    """W' itself (W' - W in the form "delta"; W None is 0), rounded once to ``dtype``; differentiable in W, m and the factors.
+
+    For layers whose product is not a matrix product. Where a kernel computes it, each entry has the same bits whatever
+    rows come along. The arguments are known to fit together.
+    """
+    if how.form == "delta" and m is None:
         W = None
     if how.backend == "reference" or transformed():
-        return reference.build_weight(
-            W, update, fan_in_fan_out=how.fan_in_fan_out, dtype=dtype, m=m, minus_base=minus_base
-        )[0]  # fmt: skip
+        return reference.build_weight(W, update, **_options(how, dtype, m))[0]
     if traced(update.A):
         return _weight_op(W, m, *flat(update, how), dtype)[0]
     update = _as_operators(update)

@@ -1,4 +1,4 @@
-"""The plain form: build W' with :func:`dual_delta` and let autograd write the backward. The oracle of the backends."""
+"""The plain form: build W' with the equation and let autograd write the backward. The oracle of the backends."""
 
 from __future__ import annotations
 

@@ -170,6 +170,21 @@ def _build(
 
 
 @triton.jit
+def _add_rows(matrix, part, row, inside, rank, again, R: tl.constexpr):
+    """Add [ROWS, K] to what the panels before left in those rows of [out, R]; ``again``: whether there were any."""
+    at = matrix + row[:, None] * R + rank[None, :]
+    mask = inside[:, None] & (rank < R)[None, :]
+    tl.store(at, part + tl.load(at, mask=mask & again, other=0.0), mask=mask)
+
+
+@triton.jit
+def _store_columns(matrix, sums, column, inn, rank, R: tl.constexpr):
+    """Write [COLUMNS, K] into those columns of [R, in]."""
+    mask = (column < inn)[:, None] & (rank < R)[None, :]
+    tl.store(matrix + rank[None, :] * inn + column[:, None], sums, mask=mask)
+
+
+@triton.jit
 def _gradients(
     G, W, factors, scaling, ratio, weight, dA, dB, dC, dD,
     out, inn, stripe, panels, g_strides, w_strides, v_strides,
@@ -236,16 +251,10 @@ def _gradients(
                 B_tile *= c[:, None]
             sum_A += _product(tl.trans(U), B_tile.to(OPERAND), GRADIENT)
             sum_C += _product(tl.trans(V), D_tile.to(OPERAND), GRADIENT)
-            part = dB + (group * out * (R1 + R2) + (row0 + row) * R1)[:, None] + rank[None, :]
-            mask = inside[:, None] & (rank < R1)[None, :]
-            tl.store(part, part_B + tl.load(part, mask=mask & (panel > 0), other=0.0), mask=mask)
-            part = dD + (group * out * (R1 + R2) + (row0 + row) * R2)[:, None] + rank[None, :]
-            mask = inside[:, None] & (rank < R2)[None, :]
-            tl.store(part, part_D + tl.load(part, mask=mask & (panel > 0), other=0.0), mask=mask)
-        mask = (at < inn)[:, None] & (rank < R1)[None, :]
-        tl.store(dA + slot * (R1 + R2) * inn + rank[None, :] * inn + at[:, None], sum_A * s, mask=mask)
-        mask = (at < inn)[:, None] & (rank < R2)[None, :]
-        tl.store(dC + slot * (R1 + R2) * inn + rank[None, :] * inn + at[:, None], sum_C, mask=mask)
+            _add_rows(dB + group * out * (R1 + R2), part_B, row0 + row, inside, rank, panel > 0, R1)
+            _add_rows(dD + group * out * (R1 + R2), part_D, row0 + row, inside, rank, panel > 0, R2)
+        _store_columns(dA + slot * (R1 + R2) * inn, sum_A * s, at, inn, rank, R1)
+        _store_columns(dC + slot * (R1 + R2) * inn, sum_C, at, inn, rank, R2)
         tl.debug_barrier()  # the sums in memory are read for the next panel, by whichever thread
 
 

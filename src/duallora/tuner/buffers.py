@@ -24,7 +24,7 @@ class Counters(BufferDict):
         """Counters of another type become float32, from what they were ``before``."""
         for name, after in self._buffers.items():
             if after is not None:
-                self._buffers[name] = uncast(before.get(name, after), after)
+                self._buffers[name] = uncast(before.get(name), after)
 
 
 _ROUNDED = 0.01  # at most this far, as a fraction, is an average of equal seeds from them (bfloat16: 0.004)
@@ -48,8 +48,9 @@ class Seeds(BufferDict):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, buffer in self._buffers.items():
-            seed = self.values_of.get(name)
-            destination[prefix + name] = buffer if seed is None else torch.tensor(seed, device=buffer.device)
+            if buffer is not None and name in self.values_of:
+                buffer = torch.tensor(self.values_of[name], device=buffer.device)
+            destination[prefix + name] = buffer
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self._buffers:

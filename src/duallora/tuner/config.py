@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.peft_types import PeftType
 
-from duallora.core.gate import closed_gate_message, never_trained, never_trained_message, tracked_layers
+from duallora.core.gate import closed_gate_message, tracked_layers, warn_never_trained
 from duallora.core.settings import Settings, check, setting
 from duallora.errors import ConfigError
 
@@ -86,13 +86,15 @@ class DualLoraConfig(PeftConfig, Settings):
         super().save_pretrained(save_directory, **kwargs)
         for adapter in sorted({adapter for _, adapter in mine}):
             layers = [layer for layer, name in mine if name == adapter]
-            if message := never_trained_message(never_trained(layers, adapter)):
-                warnings.warn(f"Saving a Dual LoRA adapter of which {message}", stacklevel=2)
+            warn_never_trained("Saving", layers, adapter)
             steps = [step for layer in layers if not (step := layer.duallora_step[adapter]).is_meta]
-            if self.warmup == "ramp" and steps:
-                message = closed_gate_message(int(max(steps)), self.warmup_steps)
-                if message:
-                    warnings.warn(f"Saving a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
+            if steps and (message := closed_gate_message(int(max(steps)), self.ramp_steps)):
+                warnings.warn(f"Saving a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
+
+    @property
+    def ramp_steps(self) -> int:
+        """Length of the ramp in optimizer steps; 0 without a ramp."""
+        return self.warmup_steps if self.warmup == "ramp" else 0
 
     def ranks(self, pattern_key: str | None = None) -> tuple[int, int]:
         """(r1, r2) of a layer, ``pattern_key`` being its key in ``rank_pattern`` if it has one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from duallora.errors import ConfigError
-from duallora.ops import transformed
+from duallora.ops.autograd import transformed
 from duallora.tuner.layer import DualLoraLayer
 
 
@@ -36,23 +36,21 @@ def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(flat).scatter(0, rank, flat), where.view(ids.shape)
 
 
-class Embedding(DualLoraLayer, nn.Module):
+class Embedding(DualLoraLayer):
     """Dual LoRA on ``nn.Embedding`` and its subclasses, which keep their scales, positions and norms.
 
     The row of ``padding_idx`` stays as it is, like its gradient in the base layer. There is no dropout (ids cannot be
     dropped) and no ``gradient_tokens`` (the gradient is exact). With DoRA the lengths m [V] are those of the rows.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        nn.Module.__init__(self)
-        DualLoraLayer.__init__(self, base_layer)
-        base = self.get_base_layer()
-        self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **kwargs)
+    kinds = (nn.Embedding,)
+    forwards = (nn.Embedding.forward,)
 
-    def _computes(self, base: nn.Module) -> bool:
-        return type(base) is nn.Embedding
+    def _sizes(self, base: Any) -> tuple[int, int]:
+        return base.num_embeddings, base.embedding_dim
+
+    def _runs_base(self) -> bool:
+        return False  # its look-ups are caught instead
 
     def _build(
         self, adapter: str, W: Tensor | None, rows: Tensor | None, dtype: torch.dtype, minus_base: bool = False
@@ -60,7 +58,8 @@ class Embedding(DualLoraLayer, nn.Module):
         if rows is not None and self.duallora_config[adapter].direction == "dorefa":  # a mean over all of dW
             return self._build(adapter, W, None, dtype, minus_base)[rows]
         weight = super()._build(adapter, W, rows, dtype, minus_base)
-        padding = self.get_base_layer().padding_idx
+        layer: Any = self.get_base_layer()
+        padding = layer.padding_idx
         if padding is None:
             return weight
         base = weight.new_zeros(()) if minus_base or W is None else W[padding].detach().to(dtype)
@@ -69,35 +68,32 @@ class Embedding(DualLoraLayer, nn.Module):
             return weight
         return torch.where((rows == padding)[:, None], base, weight)
 
+    def _rows_of(self, table: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+        """``table(rows)[ids]`` of the distinct rows alone."""
+        rows, where = distinct(ids)
+        base: Any = self.get_base_layer()
+        return F.embedding(where, table(rows), scale_grad_by_freq=base.scale_grad_by_freq)
+
     def _looked_up(self, ids: Tensor, W: Tensor, adapters: list[str]) -> Tensor:
         """W'[ids], rounded to the dtype of W as merging rounds it."""
-        rows, where = distinct(ids)
-        table = self._merged_weight(W, adapters, rows)
-        return F.embedding(where, table, scale_grad_by_freq=self.get_base_layer().scale_grad_by_freq)
+        return self._rows_of(lambda rows: self._merged_weight(W, adapters, rows), ids)
 
-    def _added(self, x: Tensor, adapter: str) -> Tensor:
+    def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
         """dW[ids]."""
-        rows, where = distinct(x)
         W = self._base_weight() if self.duallora_config[adapter].use_dora else None
-        options = {"scale_grad_by_freq": self.get_base_layer().scale_grad_by_freq}
-        return F.embedding(where, self._delta(adapter, W, rows), **options)
+        return self._rows_of(lambda rows: self._delta(adapter, W, rows), x)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """y [..., d] for ids [...]; ``adapter_names`` gives each row of the batch an adapter of its own."""
-        if self.disable_adapters or adapter_names is not None:
+        adapters = self._acting()
+        if adapter_names is not None:
             if self.merged:
                 self.unmerge()
-            if adapter_names is None:
-                return self.base_layer(x, *args, **kwargs)
-        adapters = self._acting()
-        added = self._adds(adapters)
-        if adapter_names is None:
-            if not adapters:
-                return self.base_layer(x, *args, **kwargs)
-            if not (added or args or kwargs) and self._is_plain():
-                return self._looked_up(x, self.base_layer.weight, adapters)
-
-        y, seen = self._around(partial(self.base_layer, x, *args, **kwargs), adapters, added, adapter_names)
+        elif not adapters:
+            return self._through_base(x, *args, adapter_names=None, **kwargs)
+        elif not (args or kwargs) and self._is_plain() and not any(map(self._is_beside, adapters)):
+            return self._looked_up(x, self.base_layer.weight, adapters)
+        y, seen = self._around(partial(self.base_layer, x, *args, **kwargs), adapters, adapter_names)
         if not seen:
             raise ConfigError(
                 f"{type(self.get_base_layer()).__name__} does not look its weight up through F.embedding, so Dual LoRA "
@@ -113,18 +109,11 @@ class Embedding(DualLoraLayer, nn.Module):
         return found
 
     def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        adapters = [] if self.disable_adapters else self._acting()
-        if not adapters:
-            return method(*args, **kwargs)
-        return self._around(partial(method, *args, **kwargs), adapters, self._adds(adapters))[0]
-
-    def _adds(self, adapters: list[str]) -> bool:
-        return any(
-            self.duallora_config[a].forward == "added" or (self.merged and a in self.duallora_m) for a in adapters
-        )
+        adapters = self._acting()
+        return self._around(partial(method, *args, **kwargs), adapters)[0] if adapters else method(*args, **kwargs)
 
     def _around(
-        self, call: Callable[[], Any], adapters: list[str], added: bool, adapter_names: list[str] | None = None
+        self, call: Callable[[], Any], adapters: list[str], adapter_names: list[str] | None = None
     ) -> tuple[Any, bool]:
         """What ``call`` gives with each lookup in the base weight made in W0 + dW, or dW added to it; whether one was."""
         seen = False
@@ -137,25 +126,22 @@ class Embedding(DualLoraLayer, nn.Module):
                 if len(ids) == 1:  # positions, the same for all rows of the batch
                     ids, y = (t.expand(len(adapter_names), *t.shape[1:]) for t in (ids, y))
                 return self._add_by_row(ids, y, adapter_names)
-            if not added:
+            if not any(map(self._is_beside, adapters)):
                 return self._looked_up(ids, W, adapters)
             y = found()
-            return y + sum(self._added(ids, adapter) for adapter in adapters).to(y.dtype)
+            return y + reduce(torch.add, [self._added(ids, adapter) for adapter in adapters]).to(y.dtype)
 
-        with _Lookup(self.get_base_layer(), look_up):
+        base: Any = self.get_base_layer()
+        with _Lookup(base, look_up):
             y = call()
         return y, seen
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion writes factors of linear layers only."""
-        return False
 
 
 class _Lookup(TorchFunctionMode):
     """Inside it, ``look_up(ids, weight, found)`` stands for each lookup in the weight of ``base``; ``found()`` is what
     the lookup itself gives. So a subclass keeps what it does around it, and hooks bring the weight as they always do."""
 
-    def __init__(self, base: nn.Module, look_up: Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]) -> None:
+    def __init__(self, base: Any, look_up: Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]) -> None:
         super().__init__()
         self.base, self.look_up = base, look_up
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
 from duallora.ops.dora import dora, dora_over, is_eager, row_norms, row_squares, wide
+from duallora.tuner.layer import is_ordinary, is_untouched
 
 _PROBE = 64  # elements of W0 that are compared to see a write that torch does not count
 
@@ -113,8 +114,10 @@ class FastDoraVariant(DoraLinearVariant):
         self, module: lora.Linear, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any
     ) -> Tensor:
         """The layer's output y [.., out] from x [.., in] (the dtype of the factors) and the base layer's result."""
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        base, magnitude = module.get_base_layer(), module.lora_magnitude_vector[active_adapter]
+        lora_A: Any = module.lora_A[active_adapter]
+        lora_B: Any = module.lora_B[active_adapter]
+        base: Any = module.get_base_layer()
+        magnitude: Any = module.lora_magnitude_vector[active_adapter]
         if not (_is_plain(lora_A) and _is_plain(lora_B) and _is_resident(base, x)):
             # sharded, offloaded or hooked: their owner expects the modules to be called
             return DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
@@ -133,7 +136,8 @@ class FastDoraVariant(DoraLinearVariant):
 
     def _norm(self, module: lora.Linear, adapter: str, Wt: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         """|w_i + s b_i A| [out], float32 at least."""
-        layer, name = module.lora_magnitude_vector[adapter], f"fast-norm-{adapter}"
+        layer: Any = module.lora_magnitude_vector[adapter]
+        name = f"fast-norm-{adapter}"
         # PEFT's own switch (DoraCaching, since 0.19) and store: forgotten when the layer goes to training.
         keep = getattr(peft_dora, "ENABLE_DORA_CACHING", False) and not layer.training
         if keep and (kept := layer._cache_get(name, None)) is not None:
@@ -160,7 +164,7 @@ class FastDoraVariant(DoraLinearVariant):
         if self._squares is not None:
             known, old_key, old_probe, squares = self._squares
             same = known.cdata == storage._cdata and old_key == key
-            if same and (probe is None or torch.equal(probe, old_probe)):
+            if same and (probe is None or old_probe is None or torch.equal(probe, old_probe)):
                 return squares
         squares = row_squares(Wt)
         self._squares = StorageWeakRef(storage), key, None if probe is None else probe.clone(), squares
@@ -169,15 +173,13 @@ class FastDoraVariant(DoraLinearVariant):
 
 def _is_plain(linear: nn.Module) -> bool:
     """An ordinary linear layer that nobody wrapped, hooked or patched."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) in (nn.Linear, Conv1D) and not hooked and "forward" not in vars(linear)
+    return type(linear) in (nn.Linear, Conv1D) and is_untouched(linear)
 
 
-def _is_resident(base: nn.Module, x: Tensor) -> bool:
+def _is_resident(base: Any, x: Tensor) -> bool:
     """W0 is an ordinary tensor beside x: not sharded, offloaded, quantized or a stand-in."""
     W = base.weight
-    plain = type(W) in (Tensor, nn.Parameter) and W.ndim == 2 and W.numel() > 0
-    return plain and W.device == x.device and not W.is_meta
+    return is_ordinary(W) and W.ndim == 2 and W.numel() > 0 and W.device == x.device
 
 
 def _may_overwrite(base: nn.Module, x: Tensor, result: Tensor, A: Tensor, B: Tensor) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duallora.core.gate import named
 from duallora.core.init import layer_seed, positive_std
 from duallora.errors import ConfigError, NonFiniteError
 from duallora.tuner.layer import DualLoraLayer
@@ -123,10 +124,9 @@ def init_from_gradient(
         for adapter in adapters:
             _start(layer, adapter, sketch, signs, magnitudes)
     if blind:
-        shown = ", ".join(blind[:3]) + (" ..." if len(blind) > 3 else "")
         warnings.warn(
             f"{len(blind)} of {len(chosen)} layers saw no gradient in {count} calibration batches and keep their Gaussian "
-            f"start: {shown}. Use batches that reach them.",
+            f"start: {named(blind)}. Use batches that reach them.",
             stacklevel=2,
         )
     return model

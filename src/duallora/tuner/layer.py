@@ -23,7 +23,7 @@ from duallora.core.gate import (
     track_copy,
     watch_forward,
 )
-from duallora.core.init import draw_factors, draw_signs, layer_seed
+from duallora.core.init import draw_factors, draw_signs, layer_seed, warn_of_rank
 from duallora.errors import ConfigError, is_number
 from duallora.ops import check_backend
 from duallora.ops.autograd import How, weight
@@ -43,8 +43,16 @@ def _rebuild_after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
         layer.rebuild_from_seed(adapter)
 
 
-def _ramp_steps(config: DualLoraConfig) -> int:
-    return config.warmup_steps if config.warmup == "ramp" else 0
+def is_ordinary(W: Any) -> bool:
+    """Whether a weight is a plain tensor of numbers, and here: not quantized, on meta, or a shard (DeepSpeed ZeRO-3)."""
+    return type(W) in (nn.Parameter, Tensor) and W.is_floating_point() and not W.is_meta and not hasattr(W, "ds_id")
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody hooked a layer or patched its forward."""
+    return "forward" not in vars(module) and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _put(weight: Tensor, value: Tensor) -> None:
@@ -55,7 +63,7 @@ def _put(weight: Tensor, value: Tensor) -> None:
         weight.data.copy_(value)
 
 
-class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
+class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
     """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
 
     ``duallora_A`` [r1, in], ``duallora_B`` [out, r1], ``duallora_C`` [r2, in], ``duallora_D`` [out, r2] are trained
@@ -70,7 +78,20 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         "duallora_initial", "fixed_signs",
     )  # fmt: skip
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    kinds: tuple[type[nn.Module], ...]  # of base layers
+    forwards: tuple[Any, ...]  # of them: what the layer computes itself
+
+    base_layer: Any  # of any library
+    duallora_A: nn.ParameterDict
+    duallora_B: nn.ParameterDict
+    duallora_C: nn.ParameterDict
+    duallora_D: nn.ParameterDict
+    duallora_m: nn.ParameterDict
+    in_features: int
+    out_features: int
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.duallora_config: dict[str, DualLoraConfig] = {}
         self.r1: dict[str, int] = {}
@@ -93,25 +114,30 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         self.mixed_batch = False  # in a forward whose rows have adapters of their own
         self._folded = False
         self._tied_weight: list[nn.Parameter] = []  # a list, or it would be registered as a parameter of this layer
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        base = self.get_base_layer()
-        self.in_features: int
-        self.out_features: int
-        if isinstance(base, Conv1D):
-            self.in_features, self.out_features = getattr(base.weight, "ds_shape", base.weight.shape)
-        else:
-            self.in_features, self.out_features = quantized.features(base)
+        base: Any = self.get_base_layer()
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.out_features, self.in_features = self._sizes(base)
         self.register_load_state_dict_post_hook(_rebuild_after_load)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
         track(self)
+
+    def _sizes(self, base: Any) -> tuple[int, int]:
+        """(out, in) of the matrix that dW is added to."""
+        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter in self.duallora_A:
             has_factors = f"{prefix}duallora_A.{adapter}" in state_dict
-            if has_factors and f"{prefix}duallora_step.{adapter}" not in state_dict and self._warmup_steps(adapter):
+            if (
+                has_factors
+                and f"{prefix}duallora_step.{adapter}" not in state_dict
+                and (steps := self._ramp_steps(adapter))
+            ):
                 warnings.warn(
                     f"The weights loaded for adapter {adapter!r} hold no step counter (duallora_step; it is a buffer, not "
                     f"a parameter), so its gate stays at step {int(self.duallora_step[adapter])} of "
-                    f"{self._warmup_steps(adapter)}. Save with save_pretrained or state_dict(), or open it with "
+                    f"{steps}. Save with save_pretrained or state_dict(), or open it with "
                     "duallora.advance_gate(model, steps).",
                     stacklevel=2,
                 )
@@ -129,13 +155,13 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         """Add (or replace) one adapter; ``module_name`` picks the layer's own stream of ``config.init_seed``."""
         check_backend(config.backend)
         self.module_name = module_name
-        limit = min(self.in_features, self.out_features)
-        if max(r1, r2) > limit:
-            warnings.warn(
-                f"{module_name}: rank {max(r1, r2)} is above min(in, out) = {limit} of this layer; a larger rank adds "
-                "parameters but no freedom. Lower r, or set rank_pattern for this layer.",
-                stacklevel=2,
-            )
+        warn_of_rank(
+            max(r1, r2),
+            self.out_features,
+            self.in_features,
+            f"{module_name}: ",
+            " Lower r, or set rank_pattern for this layer.",
+        )
         fixed = config.direction == "fixed"
         self.duallora_config[adapter_name] = config
         self.r1[adapter_name], self.r2[adapter_name] = r1, (r1 if fixed else r2)
@@ -166,24 +192,27 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         self.rebuild_from_seed(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    @torch.no_grad()
     def _base_lengths(self, adapter_name: str) -> Tensor:
         """|W0| [out] by output row, as the kernel computes it, so that m (W0 + 0) / |W0 + 0| = W0 at the start."""
         W = self._matrix(self._base_weight())
-        device = self.duallora_A[adapter_name].device
-        if "meta" in (device.type, W.device.type):
+        if "meta" in (self.duallora_A[adapter_name].device.type, W.device.type):
             return torch.empty(self.out_features, device="meta")  # to be loaded
-        factors = [None if f is None else f.detach().to(W.device) for f in self._factors(adapter_name)]
-        m = torch.ones(self.out_features, device=W.device)
+        A, B, C, D = (None if f is None else f.detach().to(W.device) for f in self._factors(adapter_name))
+        assert A is not None
+        assert B is not None
         fixed = self.duallora_config[adapter_name].direction == "fixed"
-        zero = Update(*factors, 0.0, "relu", "identity") if not fixed else Update(*factors[:2], *factors[:2], 0.0)
-        module = pick("auto", zero, W.dtype)
-        _, norm = module.build_weight(W, zero, fan_in_fan_out=self.fan_in_fan_out, dtype=W.dtype, m=m)
-        return norm
+        return self._lengths(W, Update(A, B, A, B, 0.0) if fixed else Update(A, B, C, D, 0.0, "relu", "identity"))
+
+    @torch.no_grad()
+    def _lengths(self, W: Tensor, update: Update) -> Tensor:
+        """|W + dW| [out] by output row."""
+        ones, build = torch.ones(self.out_features, device=W.device), pick("auto", update, W.dtype).build_weight
+        return build(W, update, fan_in_fan_out=self.fan_in_fan_out, dtype=W.dtype, m=ones)[1]
 
     def _base_weight(self) -> Tensor:
         """W0, also while merged; of a quantized base dequantized, in float32."""
-        base, before = self.get_base_layer(), self._base_weight_before_merge
+        base: Any = self.get_base_layer()
+        before = self._base_weight_before_merge
         if isinstance(before, dict):
             return quantized.read_held(base, before)
         if before is not None:
@@ -261,34 +290,32 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
             step, config = self.duallora_step._buffers.get(adapter), self.duallora_config.get(adapter)
             if step is None or config is None:  # another thread is adding or deleting it
                 continue
-            found = [getattr(getattr(self, name), adapter, None) for name in self.adapter_layer_names[:4]]
-            factors = [p for p in found if isinstance(p, Tensor)]
-            yield Gate(adapter, step, _ramp_steps(config), factors, adapter in self.merged_adapters, id(config))
+            factors = [p for p in self._factors(adapter) if isinstance(p, Tensor)]
+            yield Gate(adapter, step, config.ramp_steps, factors, adapter in self.merged_adapters, id(config))
 
-    def _factors(self, adapter: str) -> list[nn.Parameter | None]:
-        """[A, B, C, D]; C and D are None with fixed signs."""
+    def _factors(self, adapter: str) -> list[Any]:
+        """[A, B, C, D], parameters; C and D are None with fixed signs."""
         return [getattr(self._modules[name], adapter, None) for name in self.adapter_layer_names[:4]]
 
-    def _warmup_steps(self, adapter: str) -> int:
-        """Length of the ramp in optimizer steps; 0 without a ramp."""
-        return _ramp_steps(self.duallora_config[adapter])
+    def _ramp_steps(self, adapter: str) -> int:
+        return self.duallora_config[adapter].ramp_steps
 
     def _update(self, adapter: str) -> Update:
         """dW of ``adapter`` at its present gate."""
         config = self.duallora_config[adapter]
         scaling: float | Tensor = self.scaling[adapter]
-        if steps := _ramp_steps(config):
-            scaling = gated(scaling, self.duallora_step[adapter], steps)
+        if steps := config.ramp_steps:
+            scaling = gated(self.scaling[adapter], self.duallora_step[adapter], steps)
             if not torch.compiler.is_compiling():
                 watch_forward(self, adapter)
         signs, initial = None, ()
         if config.direction == "fixed":
             signs = self.fixed_signs[adapter]
         elif config.warmup == "residual" and config.init_weights:
-            initial = [self.duallora_initial[adapter][name] for name in "ABCD"]
-        return Update(
-            *self._factors(adapter), scaling, config.magnitude, config.direction, config.ste_clip, signs, initial
-        )
+            held: Any = self.duallora_initial[adapter]
+            initial = tuple(held[name] for name in "ABCD")
+        A, B, C, D = self._factors(adapter)
+        return Update(A, B, C, D, scaling, config.magnitude, config.direction, config.ste_clip, signs, initial)
 
     def _build(
         self, adapter: str, W: Tensor | None, rows: Tensor | None, dtype: torch.dtype, minus_base: bool = False
@@ -321,18 +348,17 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
         Of a base layer that is quantized, sharded or offloaded it is the stored one, without any dW.
         """
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         W = base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's; GPTQ and its like
-        adapters = [] if self.disable_adapters else self._acting()
-        plain = type(W) in (nn.Parameter, Tensor) and W.is_floating_point() and not (W.is_meta or hasattr(W, "ds_id"))
-        if not adapters or not plain:
+        adapters = self._acting()
+        if not adapters or not is_ordinary(W):
             return W
         return read_weight(W, lambda: self._read(W, adapters))
 
     def _read(self, W: Tensor, adapters: list[str]) -> Tensor:
         """W0 + dW in the layout of the base weight, differentiable."""
         for adapter in adapters:
-            if self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout):
+            if self._drops(adapter):
                 raise ConfigError(
                     f"{self.module_name}: its parent reads this layer's weight instead of calling it, where "
                     f"duallora_dropout={self.duallora_config[adapter].duallora_dropout} cannot act: set it to 0, or name the "
@@ -411,7 +437,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         if not names:
             return
         for adapter in names:
-            message = closed_gate_message(int(self.duallora_step[adapter]), self._warmup_steps(adapter))
+            message = closed_gate_message(int(self.duallora_step[adapter]), self._ramp_steps(adapter))
             if message:
                 warnings.warn(f"Merging a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
         self._merge(names, safe_merge)
@@ -425,9 +451,10 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
                 tensors = [merged, *(f for f in self._factors(adapter) if f is not None)]
                 if not all(torch.isfinite(t).all() for t in tensors):
                     raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        base, before, loss = self.get_base_layer(), self._base_weight_before_merge, None
+        base: Any = self.get_base_layer()
+        before, loss = self._base_weight_before_merge, None
         if quantized.storage(base) is not None:
-            before = before or quantized.hold(base)
+            before = quantized.hold(base) if before is None else before
             loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantize)
         else:
             before = base.weight.data.cpu() if before is None else before
@@ -445,23 +472,24 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        base: Any = self.get_base_layer()
         before = self._base_weight_before_merge
         assert before is not None
         if isinstance(before, dict):
-            quantized.put_back(self.get_base_layer(), before)
+            quantized.put_back(base, before)
         elif self._tied_weight:
-            own, tied = self.get_base_layer().weight, self._tied_weight.pop()
+            own, tied = base.weight, self._tied_weight.pop()
             _put(tied, tied.data.to(own.device, own.dtype))  # in case the model was cast or moved while merged
-            self.get_base_layer().weight = tied
+            base.weight = tied
         else:
-            _put(self.get_base_layer().weight, before)
+            _put(base.weight, before)
         self._base_weight_before_merge = None
         self.merged_adapters = []
 
     def fold(self, shared: Container[int]) -> None:
         """Merge the active adapters where the forward computes with W0 + dW anyway."""
         names, base = self._acting(), self.base_layer
-        if self.disable_adapters or self.merged or not names or not self._is_plain() or self._form(names) != "merged":
+        if self.merged or not names or not self._is_plain() or self._form(names) != "merged":
             return
         if base.weight.numel() == self.out_features * self.in_features:  # else a shard of it is here (FSDP)
             self.shares_weight = self.shares_weight or id(base.weight) in shared
@@ -474,39 +502,53 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
             self.unmerge()
         self._folded = False
 
-    def _computes(self, base: nn.Module) -> bool:
-        """Whether this layer can stand in for the forward of ``base``."""
-        return False
+    # -- the forward -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def computes(cls, base: nn.Module) -> bool:
+        """Whether this layer can stand in for the forward of ``base``; a subclass may have one of its own."""
+        return type(base).forward in cls.forwards
 
     def _is_resident(self) -> bool:
         """Whether the weight of the base layer is plain, and here."""
         base = self.base_layer
-        return (
-            type(W := base.weight) in (nn.Parameter, Tensor)
-            and W.is_floating_point()
-            and not W.is_meta
-            and not hasattr(W, "ds_id")  # a DeepSpeed ZeRO-3 shard
-            and "_hf_hook" not in vars(base)  # accelerate's offloading
-        )
+        return is_ordinary(base.weight) and "_hf_hook" not in vars(base)  # accelerate's offloading
 
     def _is_plain(self) -> bool:
         """Whether the base layer is one whose forward this layer can compute from a weight that is plain and resident."""
         base = self.base_layer
-        return (
-            self._computes(base)
-            and self._is_resident()
-            and "forward" not in vars(base)  # patched on the instance
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        )
+        return self.computes(base) and self._is_resident() and is_untouched(base)
 
     def _runs_base(self) -> bool:
-        """Whether the base layer's own forward is to be run on W0 + dW."""
-        return False
+        """Whether the base layer has a forward of its own to run on W0 + dW: Falcon's linear layer, or a router that
+        gives two tensors."""
+        base = self.base_layer
+        return isinstance(base, self.kinds) and not self.computes(base) and self._is_resident()
+
+    def _run_base(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with W0 + dW."""
+        W = self.base_layer.weight
+        weight = self._merged_weight(self._matrix(W), adapters).view(W.shape)
+        return torch.func.functional_call(self.base_layer, {"weight": weight}, args, kwargs)
 
     def _acting(self) -> list[str]:
         """The active adapters whose update the base weight does not hold yet."""
+        if self._disable_adapters:
+            return []
         merged, known = self.merged_adapters, self.duallora_config
         return [adapter for adapter in self.active_adapters if adapter in known and adapter not in merged]
+
+    def _drops(self, adapter: str) -> bool:
+        """Whether the update has an input of its own."""
+        return self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout)
+
+    def _is_beside(self, adapter: str) -> bool:
+        """Whether the update is added to the output: asked for, or since DoRA's lengths are those of W0 + dW, not of what
+        is merged."""
+        return self.duallora_config[adapter].forward == "added" or (self.merged and adapter in self.duallora_m)
+
+    def _all_in_weight(self, adapters: list[str]) -> bool:
+        return not any(self._is_beside(adapter) or self._drops(adapter) for adapter in adapters)
 
     def _form(self, adapters: list[str]) -> str:
         """How to compute the output: "merged" or "added" on the base weight itself, or "apart" through the base layer.
@@ -524,7 +566,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
                     f"forward='merged' needs a plain resident weight, but the base layer is {type(base).__name__} "
                     f"with a {type(getattr(base, 'weight', None)).__name__}: set forward to 'auto' or 'added'."
                 )
-            if not plain or (self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout)):
+            if not plain or self._drops(adapter):
                 return "apart"
             if wanted == "added":
                 form = "added"
@@ -544,15 +586,36 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer):
 
     def _with_update(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
         """The output of these rows with ``adapter``, from that without."""
+        if self._runs_base() and self._all_in_weight([adapter]):
+            return self._run_base([adapter], x)
         return y + self._added(x, adapter).to(y.dtype)
 
-    def _added(self, x: Tensor, adapter: str) -> Tensor:
-        """What ``adapter`` adds to the output."""
+    def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
+        """What ``adapter`` adds to the output; y0 = base_layer(x) where it is known."""
         raise NotImplementedError
 
+    def _through_base(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Any:
+        """The output by way of the base layer's forward, wherever its weight is and whatever acts on it."""
+        if self.merged and (self._disable_adapters or adapter_names is not None):
+            self.unmerge()
+        base, adapters = self.base_layer, self._acting()
+        if adapter_names is not None:
+            return self._add_by_row(x, base(x, *args, **kwargs), adapter_names)
+        if adapters and self._runs_base() and self._all_in_weight(adapters):
+            return self._run_base(adapters, x, *args, **kwargs)
+        y = y0 = base(x, *args, **kwargs)
+        if adapters and not isinstance(y, Tensor):
+            raise ConfigError(
+                f"{self.module_name} is a {type(base).__name__}, whose output is a {type(y).__name__}: Dual LoRA can "
+                "only run it on W0 + dW, without dropout and forward='added'. Set these so, or name it in exclude_modules."
+            )
+        for adapter in adapters:
+            y = y + self._added(x, adapter, y0)
+        return y.to(y0.dtype) if adapters else y
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """dW is additive, so PEFT can approximate it by a LoRA; it is of full rank, so only approximately."""
-        return True
+        """PEFT's conversion writes factors of linear layers only."""
+        return False
 
     def __repr__(self) -> str:
         return "duallora." + super().__repr__()

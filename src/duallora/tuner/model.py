@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import peft
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from duallora import ties
-from duallora.core.gate import never_trained, never_trained_message
+from duallora.core.gate import warn_never_trained
 from duallora.errors import ConfigError
 from duallora.tuner import quantized
 from duallora.tuner.config import DualLoraConfig
-from duallora.tuner.conv import TORCH, Conv, convolves_as_torch
+from duallora.tuner.conv import Conv
 from duallora.tuner.embedding import Embedding
 from duallora.tuner.layer import DualLoraLayer
 from duallora.tuner.linear import Linear
@@ -42,7 +42,7 @@ class DualLoraModel(BaseTuner):
 
     prefix: str = "duallora_"
     tuner_layer_cls = DualLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(*args, **kwargs)
@@ -87,11 +87,11 @@ class DualLoraModel(BaseTuner):
         # PEFT's warns that merging changes tied weights; here the merged layer gets a weight of its own.
         self._find_shared_weights()
 
-    def _check_tied_modules(self, model: nn.Module, peft_config: DualLoraConfig) -> None:
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         if peft_config.modules_to_save:
             super()._check_tied_modules(model, peft_config)
 
-    def _prepare_adapter_config(self, peft_config: DualLoraConfig, model_config: dict) -> DualLoraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             _warn_of_experts(self.model)
         trained = peft_config.bias != "none" and not peft_config.inference_mode
@@ -117,30 +117,27 @@ class DualLoraModel(BaseTuner):
             found |= {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
         return found
 
-    def _require_mergeable(self, adapter_names: list[str] | None) -> None:
+    def _before_merge(self, adapter_names: list[str] | None) -> None:
         """Before the first layer is merged: unloading that fails half way would have lost the adapter of some."""
-        for layer in self._layers():
+        layers = self._layers()
+        for layer in layers:
             if _merges(layer, adapter_names):
                 quantized.require_writable(layer.get_base_layer(), layer.requantize)
-
-    def _name_never_trained(self, adapter_names: list[str] | None) -> None:
-        layers = self._layers()
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
-            if message := never_trained_message(never_trained(layers, adapter)):
-                warnings.warn(f"Merging a Dual LoRA adapter of which {message}", stacklevel=4)
+            warn_never_trained("Merging", layers, adapter, stacklevel=4)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.get("adapter_names")
         layers = self._layers()
         merged = {layer for layer in layers if layer.merged or (merge and _merges(layer, names))}
         if merge:
-            self._require_mergeable(names)
-            self._name_never_trained(names)
+            self._before_merge(names)
         before, after = dict(_tensors(self.model)), dict(_tensors(self.model, merged=merged))
         untying = ties.plan(self.model, before, after)
         with quantized.merge_losses(self.model) as losses, warnings.catch_warnings(), ties.flags_kept(self.model):
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-            unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            unload: Any = super()._unload_and_optionally_merge  # which says that it gives None
+            unloaded = unload(merge, *args, **kwargs)
         for module in list(unloaded.modules()):  # of a layer that stands in several places PEFT unloads one
             for name, child in module._modules.items():
                 if isinstance(child, DualLoraLayer):
@@ -153,13 +150,12 @@ class DualLoraModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """PEFT's; where weights are quantized, one warning says what rounding W0 + dW to their grid loses."""
-        self._require_mergeable(adapter_names)
-        self._name_never_trained(adapter_names)
+        self._before_merge(adapter_names)
         with quantized.merge_losses(self.model) as losses:
             super().merge_adapter(adapter_names, *args, **kwargs)
         quantized.warn_of(losses)
 
-    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
         quantized.keep_exact(model)
         quantized.include_all_linear(peft_config, model)
@@ -174,7 +170,7 @@ class DualLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: DualLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -188,58 +184,18 @@ class DualLoraModel(BaseTuner):
                 f"{current_key!r} is a parameter of a {type(target).__name__}, not a module; Dual LoRA adapts modules. "
                 "Take it out of the targets."
             )
-        rank_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        rank_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         r1, r2 = peft_config.ranks(rank_key)
         arguments: dict[str, Any] = {
-            "config": peft_config,
-            "r1": r1,
-            "r2": r2,
-            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
-            "module_name": current_key,
-        }
+            "config": peft_config, "r1": r1, "r2": r2,
+            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha), "module_name": current_key,
+        }  # fmt: skip
         if isinstance(target, DualLoraLayer):
             target.update_layer(adapter_name, **arguments)
             return
-        base_layer = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        stored = quantized.storage(base_layer)
-        kind: type[Linear] | type[Embedding] | type[Conv] = Linear
-        if isinstance(base_layer, nn.Embedding):
-            kind = Embedding
-        elif isinstance(base_layer, TORCH):
-            kind = Conv
-        elif not isinstance(base_layer, (nn.Linear, Conv1D)) and not quantized.is_quantized_linear(base_layer):
-            raise ConfigError(
-                f"target module {current_key!r} is a {type(target).__name__}; Dual LoRA adapts torch.nn.Linear, Embedding, "
-                "Conv1d, Conv2d, Conv3d and transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
-            )
-        if kind is Embedding and base_layer.max_norm is not None:
-            raise ConfigError(
-                f"target module {current_key!r} has max_norm={base_layer.max_norm}, which rewrites its weight in every "
-                "forward, so that W0 + dW means nothing: set max_norm=None, or name it in exclude_modules."
-            )
-        if kind is Conv and not convolves_as_torch(base_layer) and peft_config.duallora_dropout > 0:
-            raise ConfigError(
-                f"target module {current_key!r} is a {type(base_layer).__name__} with a forward of its own, where "
-                f"duallora_dropout={peft_config.duallora_dropout} cannot act on the dW path alone: set it to 0, or name it "
-                "in exclude_modules."
-            )
-        if stored is None and not isinstance(base_layer, Conv1D) and type(base_layer.weight) is not nn.Parameter:
-            raise ConfigError(
-                f"target module {current_key!r} has a weight of an unknown kind ({type(base_layer.weight).__name__}): "
-                "load the base model unquantized, or quantize it with bitsandbytes, torchao or HQQ."
-            )
-        if stored is not None and stored.read is None and peft_config.use_dora:
-            raise ConfigError(
-                f"target module {current_key!r} is a {stored.name} layer, whose weight cannot be read; use_dora needs its "
-                "row lengths. Set use_dora=False, or load the base model unquantized."
-            )
-        if peft_config.fan_in_fan_out and isinstance(base_layer, nn.Linear):
-            warnings.warn(
-                f"fan_in_fan_out=True has no effect on {current_key!r}: a torch.nn.Linear stores [out, in].",
-                stacklevel=2,
-            )
-        new_module = kind(target, adapter_name, **arguments)
+        base_layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        new_module = _layer_class(base_layer, current_key, peft_config)(target, adapter_name, **arguments)
         new_module.requantize = quantized.requantizer(self.model)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
@@ -305,6 +261,44 @@ class DualLoraModel(BaseTuner):
             "model.set_scale(name, weight) for each, then model.base_model.set_adapter([names]), which merge_and_unload() "
             "writes as well. For one low-rank adapter, approximately: convert each to LoRA and combine those."
         )
+
+
+def _layer_class(base: Any, key: str, config: DualLoraConfig) -> type[DualLoraLayer]:
+    """Which of our layers can take the place of ``base``, the module ``key``; ConfigError where none can."""
+    stored, problem = quantized.storage(base), ""
+    found = next((kind for kind in (Embedding, Conv, Linear) if isinstance(base, kind.kinds)), None)
+    if found is None and not quantized.is_quantized_linear(base):
+        problem = (
+            f"is a {type(base).__name__}; Dual LoRA adapts torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d and "
+            "transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
+        )
+    elif found is Embedding and base.max_norm is not None:
+        problem = (
+            f"has max_norm={base.max_norm}, which rewrites its weight in every forward, so that W0 + dW means nothing: "
+            "set max_norm=None, or name it in exclude_modules."
+        )
+    elif found is Conv and not Conv.computes(base) and config.duallora_dropout > 0:
+        problem = (
+            f"is a {type(base).__name__} with a forward of its own, where duallora_dropout={config.duallora_dropout} "
+            "cannot act on the dW path alone: set it to 0, or name it in exclude_modules."
+        )
+    elif stored is None and not isinstance(base, Conv1D) and type(base.weight) is not nn.Parameter:
+        problem = (
+            f"has a weight of an unknown kind ({type(base.weight).__name__}): load the base model unquantized, or "
+            "quantize it with bitsandbytes, torchao or HQQ."
+        )
+    elif stored is not None and stored.read is None and config.use_dora:
+        problem = (
+            f"is a {stored.name} layer, whose weight cannot be read; use_dora needs its row lengths. Set use_dora=False, "
+            "or load the base model unquantized."
+        )
+    if problem:
+        raise ConfigError(f"target module {key!r} {problem}")
+    if config.fan_in_fan_out and isinstance(base, nn.Linear):
+        warnings.warn(
+            f"fan_in_fan_out=True has no effect on {key!r}: a torch.nn.Linear stores [out, in].", stacklevel=3
+        )
+    return found or Linear
 
 
 def _warn_of_experts(model: nn.Module) -> None:

@@ -79,10 +79,10 @@ def storage(layer: nn.Module) -> Storage | None:
 
 def is_quantized_linear(layer: nn.Module) -> bool:
     """A layer y = x W0^T + b whose W0 is quantized, whatever its class."""
-    return storage(layer) is not None and all(type(n) is int for n in features(layer))
+    return storage(layer) is not None and sizes(layer) is not None
 
 
-def include_all_linear(config: Any, model: nn.Module) -> None:
+def include_all_linear(config: Any, model: Any) -> None:
     """Let ``target_modules="all-linear"``, for PEFT any nn.Linear and Conv1D, name the quantized layers of other classes too."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     others = {
@@ -93,15 +93,17 @@ def include_all_linear(config: Any, model: nn.Module) -> None:
     if others and str(config.target_modules).lower() == "all-linear":
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         others = {name for name in others if not name.startswith(adapted)}
-        config.target_modules = {*_maybe_include_all_linear_layers(config, model).target_modules, *others}
+        every: Any = _maybe_include_all_linear_layers(config, model)
+        config.target_modules = {*every.target_modules, *others}
 
 
-def features(layer: Any) -> tuple[int | None, int | None]:
-    """(in, out) of a linear layer of any library; None where it does not say."""
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        if all(hasattr(layer, name) for name in names):
-            return getattr(layer, names[0]), getattr(layer, names[1])
-    return None, None
+def sizes(layer: Any) -> tuple[int, int] | None:
+    """(out, in) of a linear layer of any library; None where it does not say."""
+    for names in (("out_features", "in_features"), ("outfeatures", "infeatures")):
+        out, into = (getattr(layer, name, None) for name in names)
+        if type(out) is int and type(into) is int:
+            return out, into
+    return None
 
 
 # -- the four that can be read and written -----------------------------------------------------------------------------
@@ -358,8 +360,8 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     Raises:
         ConfigError: an adapter is merged, or a layer cannot be dequantized; nothing was replaced.
     """
-    layers = [(name, module, storage(module)) for name, module in model.named_modules(remove_duplicate=False)]
-    layers = [(name, module, found) for name, module, found in layers if found is not None]
+    every = model.named_modules(remove_duplicate=False)
+    layers = [(name, module, found) for name, module in every if (found := storage(module)) is not None]
     for name, _, found in layers:
         if found.read is None:
             raise ConfigError(f"{name} is a {found.name} layer, which cannot be dequantized; load the original model")
@@ -380,8 +382,12 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         if "hf_quantizer" in vars(module):
             module.hf_quantizer.remove_quantization_config(module)
         if "_weight_conversions" in vars(module):  # how transformers would write back the file of codes it read
-            kept = [c for c in module._weight_conversions if not any(map(_of_quantizer, getattr(c, "operations", ())))]
-            module._weight_conversions = kept or None
+            made = [
+                c
+                for c in module._weight_conversions
+                if any(hasattr(o, "hf_quantizer") for o in getattr(c, "operations", ()))
+            ]
+            module._weight_conversions = [c for c in module._weight_conversions if c not in made] or None
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if flag in vars(module):
                 setattr(module, flag, False)
@@ -399,7 +405,3 @@ def _plain_linear(layer: Any, dtype: torch.dtype) -> nn.Linear:
 
         add_hook_to_module(new, layer._hf_hook)
     return new.train(layer.training)
-
-
-def _of_quantizer(operation: Any) -> bool:
-    return hasattr(operation, "hf_quantizer")
