@@ -225,7 +225,7 @@ def test_without_peft_too(name, tmp_path):
             assert flags(model) == {name in SCALED_WHERE_TIED}
 
 
-@pytest.mark.parametrize("name", ["bart", "bert", "bert-to-bert", "umt5"])
+@pytest.mark.parametrize("name", ["llama", "bart", "bert", "bert-to-bert", "umt5"])
 def test_beside_a_module_that_is_trained_in_full(name, tmp_path):
     """Its copy in modules_to_save was never tied, neither its weight nor, in BERT, its bias."""
     base = build(name)

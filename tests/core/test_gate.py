@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import warnings
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 import duallora
 from duallora.core import gate as gate_module
-from duallora.core.gate import closed_gate_message, gated, new_counter, ramp
+from duallora.core.gate import gated, new_counter, ramp
 from duallora.nn import DualLoraLinear, adapt, merge
 
 
@@ -41,81 +38,6 @@ def test_ramp_is_linear_then_one():
     assert float(ramp(torch.tensor(0), 0)) == 1.0
 
 
-def test_counts_steps_not_backwards():
-    """Accumulation of 4: eight backwards are two steps."""
-    net = model()
-    optimizer = torch.optim.AdamW(trained(net), lr=1e-3)
-    for i in range(8):
-        backward(net)
-        if i % 4 == 3:
-            optimizer.step()
-            optimizer.zero_grad()
-    assert steps(net) == [2, 2]
-    assert duallora.gate(net) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("order", ["ABCD", "DCBA", "CADB"])
-def test_one_optimizer_for_each_factor_is_one_step(order):
-    """As where optimizers run inside the backward: whichever factor comes first, a step counts once."""
-    net = model()
-    factors = {n.rpartition("_")[2]: [] for n, p in net.named_parameters() if p.requires_grad}
-    for n, p in net.named_parameters():
-        if p.requires_grad:
-            factors[n.rpartition("_")[2]].append(p)
-    optimizers = [torch.optim.SGD([p], lr=1e-3) for name in order for p in factors[name]]
-    for expected in (1, 2, 3):
-        net.zero_grad()
-        backward(net)
-        for optimizer in optimizers:
-            optimizer.step()
-        assert steps(net) == [expected, expected]
-
-
-def test_another_optimizer_from_the_middle_on_goes_on_counting():
-    net = model()
-    for _ in range(2):
-        optimizer = torch.optim.SGD(trained(net), lr=1e-3)
-        for _ in range(3):
-            backward(net)
-            optimizer.step()
-    assert steps(net) == [6, 6]
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_skipped_by_grad_scaler_does_not_count(fused):
-    """Eager optimizers are not called on overflow; fused ones are, and skip the update inside."""
-    net = model()
-    optimizer = torch.optim.AdamW(trained(net), lr=1e-3, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for overflow in (False, True, False):
-        optimizer.zero_grad()
-        loss = net(torch.ones(4, 6)).square().sum() * (float("inf") if overflow else 1.0)
-        scaler.scale(loss).backward()
-        before = [p.detach().clone() for p in trained(net)]
-        scaler.step(optimizer)
-        scaler.update()
-        assert overflow == all(torch.equal(p, q) for p, q in zip(trained(net), before, strict=True))
-    assert steps(net) == [2, 2]
-
-
-def test_two_optimizers_for_the_two_groups_count_once():
-    net = model()
-    groups = [[p for n, p in net.named_parameters() if n.endswith(("_A", "_B"))],
-              [p for n, p in net.named_parameters() if n.endswith(("_C", "_D"))]]  # fmt: skip
-    optimizers = [torch.optim.SGD(g, lr=1e-3) for g in groups]
-    backward(net)
-    for optimizer in optimizers:
-        optimizer.step()
-    assert steps(net) == [1, 1]
-
-
-def test_a_strangers_optimizer_does_not_count():
-    net, other = model(), nn.Linear(2, 2)
-    other(torch.ones(1, 2)).sum().backward()
-    torch.optim.SGD(other.parameters(), lr=1e-3).step()
-    assert steps(net) == [0, 0]
-
-
 def test_a_layer_without_gradient_does_not_count():
     net = model()
     optimizer = torch.optim.SGD(trained(net), lr=1e-3)
@@ -139,106 +61,6 @@ def test_a_step_before_the_first_gradient_names_nobody():
         backward(net)
         optimizer.step()
     assert steps(net) == [1, 1]
-
-
-def test_copies_and_pickles_count_for_themselves():
-    net = model()
-    for clone in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):  # noqa: S301
-        optimizer = torch.optim.SGD(trained(clone), lr=1e-3)
-        backward(clone)
-        optimizer.step()
-        assert steps(clone) == [1, 1]
-    assert steps(net) == [0, 0]
-
-
-def lerp_floats(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """The loop of many trainers: over the state dict, floats only."""
-    mine, other = ema.state_dict(), net.state_dict()
-    for name, value in mine.items():
-        if value.is_floating_point():
-            value.lerp_(other[name], 1 - decay)
-
-
-def copy_all(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """The same without looking at types: what is an integer is truncated."""
-    mine, other = ema.state_dict(), net.state_dict()
-    for name, value in mine.items():
-        value.copy_(decay * value + (1 - decay) * other[name])
-
-
-def load_averages(ema: nn.Module, net: nn.Module, decay: float) -> None:
-    """Into a new dict, loaded at the end: what is an integer comes back as a float."""
-    other = net.state_dict()
-    ema.load_state_dict({name: decay * value + (1 - decay) * other[name] for name, value in ema.state_dict().items()})
-
-
-class Averaged:
-    """torch's own."""
-
-    def __init__(self, decay: float) -> None:
-        self.decay, self.model = decay, None
-
-    def __call__(self, ema: nn.Module, net: nn.Module, decay: float) -> None:
-        if self.model is None:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-            self.model = torch.optim.swa_utils.AveragedModel(ema, multi_avg_fn=average, use_buffers=True)
-            self.model.n_averaged.fill_(1)  # begin with the average, not with a copy of net
-            self.model.module = ema
-        self.model.update_parameters(net)
-
-
-@pytest.mark.parametrize("loop", [lerp_floats, copy_all, load_averages, "AveragedModel"])
-def test_a_copy_whose_tensors_are_averaged_computes_what_the_averages_say(loop):
-    """Its factors are averages of the factors, its gate opens with the average number of steps behind them."""
-    decay, warmup_steps, n = 0.8, 5, 20
-    loop = Averaged(decay) if loop == "AveragedModel" else loop
-    net = model(warmup_steps)
-    ema = copy.deepcopy(net)
-    optimizer = torch.optim.AdamW(trained(net), lr=1e-2)
-    factors, mean_step, gates = [p.detach().clone() for p in trained(net)], 0.0, []
-    for t in range(1, n + 1):
-        optimizer.zero_grad()
-        backward(net)
-        optimizer.step()
-        loop(ema, net, decay)
-        factors = [decay * a + (1 - decay) * p.detach() for a, p in zip(factors, trained(net), strict=True)]
-        mean_step = decay * mean_step + (1 - decay) * t
-        gates.append(min(1.0, mean_step / warmup_steps))
-        assert duallora.gate(ema) == pytest.approx(gates[-1], abs=1e-6)
-    assert gates[2] < 1.0 == gates[-1]
-    for layer, four in ((ema[0], factors[:4]), (ema[2], factors[4:])):
-        dW = torch.tensor(oracle.delta(*(f.double().tolist() for f in four), layer.scaling), dtype=torch.float64)
-        torch.testing.assert_close(layer.get_delta_weight().double(), dW, rtol=1e-4, atol=1e-6)
-
-
-def test_a_copy_of_which_only_parameters_are_averaged_says_that_its_gate_is_shut():
-    net = model()
-    teacher = copy.deepcopy(net).eval()
-    optimizer = torch.optim.SGD(trained(net), lr=1e-2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        teacher(torch.ones(1, 6))
-        backward(net)
-        optimizer.step()
-        net(torch.ones(1, 6))
-    for ours, theirs in zip(teacher.parameters(), net.parameters(), strict=True):
-        ours.data.mul_(0.9).add_(theirs.data, alpha=0.1)
-    with pytest.warns(UserWarning, match=r"its gate is where it was, at 0.00: the counter is a buffer"):
-        teacher(torch.ones(1, 6))
-    for ours, theirs in zip(teacher.buffers(), net.buffers(), strict=True):
-        ours.copy_(theirs)
-    assert duallora.gate(teacher) == duallora.gate(net) > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_cast_of_the_model_leaves_the_counter_alone(dtype):
-    """bfloat16 cannot count past 256: 257 would be 256 for ever."""
-    net = model(1000)
-    duallora.advance_gate(net, 257)
-    net.to(dtype)
-    duallora.advance_gate(net, 2)
-    assert [m.duallora_step.dtype for m in net.modules() if isinstance(m, DualLoraLinear)] == [torch.float32] * 2
-    assert steps(net) == [259, 259]
 
 
 def test_a_counter_cast_behind_the_layers_back_counts_on():
@@ -368,28 +190,12 @@ def test_an_optimizer_around_an_optimizer_is_one_step():
     assert steps(net) == [3, 3]
 
 
-def test_the_direction_group_alone_counts_too():
-    net = model()
-    optimizer = torch.optim.SGD([p for n, p in net.named_parameters() if n.endswith(("_C", "_D"))], lr=1e-3)
-    for _ in range(3):
-        backward(net)
-        optimizer.step()
-    assert steps(net) == [3, 3]
-
-
 def test_a_strangers_gates_are_not_ours():
     """Mixtures of experts have a submodule called ``gates``."""
     net = model()
     net.gates = nn.Linear(2, 2)
     net[1].gates = nn.Linear(2, 2)
     assert duallora.gate(net) == 0.0
-
-
-def test_closed_gate_message():
-    assert closed_gate_message(10, 10) is None
-    assert "0.40 (step 4 of 10)" in str(closed_gate_message(4, 10))
-    assert "no effect" in str(closed_gate_message(0, 10))
-    assert closed_gate_message(0, 0) is None
 
 
 def test_the_scaling_of_an_eager_forward_is_a_number_with_the_bits_of_the_ramp():

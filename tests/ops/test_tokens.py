@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from duallora.ops import autograd, dual_linear
 from duallora.ops.tokens import nonzero_rows, sample, token_weights
@@ -118,23 +117,6 @@ def test_without_a_seed_or_with_every_token_the_gradient_is_exact():
         assert torch.equal(torch.autograd.grad(dual_linear(x, W, None, A, B, C, D, 0.3, **options), [A], dY)[0], exact)
     with pytest.raises(ValueError, match=r"gradient_tokens=0: expected a share of the tokens in \(0, 1\]"):
         dual_linear(x, W, None, A, B, C, D, 0.3, gradient_tokens=0)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_draws_the_same_tokens(use_reentrant):
-    x, dY = tokens()
-    (A, B, C, D), W = factors()
-
-    def layer(t):
-        seed = torch.randint(1 << 62, (), dtype=torch.int64)
-        return dual_linear(t, W, None, A, B, C, D, 0.3, gradient_tokens=0.2, seed=seed)
-
-    x.requires_grad_()
-    torch.manual_seed(5)
-    plain = torch.autograd.grad(layer(x), [A], dY)[0]
-    torch.manual_seed(5)
-    checkpoint(layer, x, use_reentrant=use_reentrant).backward(dY)
-    assert torch.equal(A.grad, plain)
 
 
 def test_rows_of_zeros_are_found_exactly():

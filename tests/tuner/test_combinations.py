@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import duallora
 from duallora import DualLoraConfig
@@ -22,23 +23,24 @@ X = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
 class Kinds(nn.Module):
-    """An embedding, two convolutions, two linear layers, one without a bias."""
+    """Two embeddings, one of which scales its rows, two convolutions, two linear layers, one without a bias."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 12, padding_idx=0)
+        self.scaled = Gemma3TextScaledWordEmbedding(50, 12, 0, embed_scale=1.7)
         self.conv = nn.Conv1d(12, 10, 3, padding=1, groups=2)
         self.pool = nn.Conv2d(1, 6, (10, 3))
         self.lin = nn.Linear(6, 7)
         self.out = nn.Linear(7, 5, bias=False)
 
     def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
-        h = torch.tanh(self.conv(self.embed(x).transpose(1, 2)))
+        h = torch.tanh(self.conv((self.embed(x) + self.scaled(x)).transpose(1, 2)))
         h = self.pool(h[:, None])[:, :, 0].mean(2)
         return self.out(torch.tanh(self.lin(h)))
 
 
-TARGETS = ["embed", "conv", "pool", "lin", "out"]
+TARGETS = ["embed", "scaled", "conv", "pool", "lin", "out"]
 
 
 def base() -> Kinds:
@@ -114,6 +116,63 @@ def test_one_merged_and_one_active_still_add(order, options):
     assert torch.equal(model(X), base()(X))
 
 
+VARIANTS = [
+    {},
+    {"use_dora": True},
+    {"warmup": "residual"},
+    {"direction": "fixed"},
+    {"direction": "xnor"},
+    {"direction": "dorefa"},
+    {"direction": "identity"},
+    {"magnitude": "sigmoid"},
+    {"backend": "reference"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*whose gate is not open")
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_layers_of_every_kind_have_the_bits_of_the_unmerged(dtype, options):
+    """In mid-ramp; the base weights come back bit for bit, and dW stays what it was."""
+    model = peft.get_peft_model(base().to(dtype), config(init_seed=1, **{"warmup_steps": 4, **options})).eval()
+    duallora.advance_gate(model, 3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("duallora_B.default", "duallora_m.default")):
+            parameter.data.mul_(1.2)  # off the start of the residual form and of the lengths
+    bases = [layer.get_base_layer() for layer in layers(model)]
+    before, deltas = [b.weight.clone() for b in bases], [x.get_delta_weight("default") for x in layers(model)]
+    want = model(X)
+    assert want.dtype == dtype
+    model.merge_adapter(safe_merge=True)
+    assert torch.equal(model(X), want)
+    assert not any(torch.equal(b.weight, was) for b, was in zip(bases, before, strict=True))
+    assert all(torch.equal(x.get_delta_weight("default"), d) for x, d in zip(layers(model), deltas, strict=True))
+    model.unmerge_adapter()
+    assert all(torch.equal(b.weight, was) for b, was in zip(bases, before, strict=True))
+    assert torch.equal(model(X), want)
+    assert torch.equal(model.merge_and_unload()(X), want)
+
+
+def test_hooks_of_every_kind_of_base_layer_run():
+    model, seen = two(), []
+    want = model(X)
+    for layer in layers(model):
+        layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
+    assert len(seen) == len(TARGETS)
+
+
+def test_every_kind_of_layer_compiles_whole():
+    model = peft.get_peft_model(base(), config(init_seed=1))
+    factors = [p for p in model.parameters() if p.requires_grad]
+    torch._dynamo.reset()
+    y, want = torch.compile(model, fullgraph=True, backend="aot_eager")(X), model(X)
+    assert torch.equal(y, want)
+    dY = torch.randn_like(y)
+    for g, w in zip(*(torch.autograd.grad(t, factors, dY) for t in (y, want)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
 def test_both_merged_have_the_bits_of_both_unmerged():
     model = two()
     want = model(X)
@@ -143,6 +202,11 @@ def test_one_adapter_per_row_on_every_kind_of_layer(options):
         torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="got 2 and 3"):
         model(X, adapter_names=names[:2])
+    with pytest.raises(ValueError, match=r"non-existing adapter.*nobody"):
+        model(X, adapter_names=["nobody", "a", "b"])
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(X, adapter_names=names)
+    model.eval()
     model.merge_adapter()
     with pytest.raises(ValueError, match="when there are merged adapters, please call `unmerge_adapter` first"):
         model(X, adapter_names=names)
@@ -296,12 +360,15 @@ def test_two_adapters_save_and_load_beside_each_other(tmp_path, low_cpu_mem_usag
     assert torch.equal(again(X), want)
 
 
-def test_safe_merge_leaves_every_kind_of_layer_untouched():
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", "ABCD")
+def test_safe_merge_refuses_what_is_not_finite_and_leaves_every_kind_of_layer_untouched(factor, broken):
+    """In whichever factor it sits: a sign hides an infinite one."""
     for target in TARGETS:
         model = peft.get_peft_model(base(), config(target_modules=[target]))
         (layer,) = layers(model)
         before = layer.get_base_layer().weight.clone()
-        layer.duallora_D["default"].data[-1, 0] = float("inf")
+        getattr(layer, f"duallora_{factor}")["default"].data[-1, 0] = broken
         with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
             model.merge_adapter(safe_merge=True)
         assert torch.equal(layer.get_base_layer().weight, before)

@@ -54,6 +54,10 @@ def test_every_field_is_described():
         ({"bias": "some"}, "bias='some'"),
         ({"forward": "merged", "duallora_dropout": 0.1}, 'forward = "merged".*duallora_dropout = 0.1'),
         ({"warmup": "residual", "direction": "fixed"}, 'warmup = "residual" is not defined'),
+        ({"gradient_tokens": 0}, "gradient_tokens=0: expected a finite number > 0 and <= 1"),
+        ({"gradient_tokens": 1.5}, "gradient_tokens=1.5"),
+        ({"gradient_tokens": float("nan")}, "gradient_tokens=nan"),
+        ({"gradient_tokens": 0.5, "backend": "reference"}, "plain autograd, which cannot sample"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
         (
             {"rank_pattern": {"q": [1, 2, 3]}},

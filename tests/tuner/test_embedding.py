@@ -122,21 +122,6 @@ def test_rows_of_the_batch_are_rows_of_the_whole_weight(options):
     torch.testing.assert_close(delta.double(), (whole - W).detach(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", VARIANTS[:-1], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_rows_have_the_bits_of_the_unmerged(dtype, options):
-    model, layer = adapted(nn.Embedding(V, D).to(dtype), **options)
-    before = layer.get_base_layer().weight.clone()
-    want = model(IDS)
-    assert want.dtype == dtype
-    assert not torch.equal(want, F.embedding(IDS, before))
-    layer.merge(safe_merge=True)
-    assert torch.equal(model(IDS), want)
-    layer.unmerge()
-    assert torch.equal(layer.get_base_layer().weight, before)
-    assert torch.equal(model.merge_and_unload()(IDS), want)
-
-
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"forward": "added"}], ids=str)
 def test_the_padding_row_stays_and_gets_no_gradient(options):
     """dW is of low rank inside: without care the row of padding_idx would move as A and C move."""
@@ -219,34 +204,6 @@ def test_a_base_layer_that_looks_up_by_itself_is_refused():
         model(IDS)
 
 
-@pytest.mark.parametrize("kind", [None, "gemma"])
-def test_hooks_of_the_base_layer_run(kind):
-    _, layer = adapted(SUBCLASSES[kind]() if kind else None)
-    want = layer(IDS)
-    seen = []
-    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
-    assert torch.equal(layer(IDS), want)
-    assert seen == [1]
-
-
-@pytest.mark.parametrize("kind", [None, "gemma"])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
-def test_one_adapter_per_row_of_the_batch(kind, options):
-    model, layer = adapted(SUBCLASSES[kind]() if kind else None, **options)
-    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=0, target_modules=["0"], init_std=0.5, **options))
-    model.eval()
-    ids = IDS.repeat(2, 1)[:3]
-    alone = {"__base__": layer.base_layer(ids)}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        alone[name] = model(ids)
-    names = ["other", "__base__", "default"]
-    with model.base_model._enable_peft_forward_hooks(adapter_names=names):
-        mixed = model.base_model.model(ids)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-4)
-
-
 def test_distinct_ids_have_the_same_rows_where_the_graph_is_compiled():
     """The compiled form must not depend on the values for its shapes; dW of an id is then computed once as well."""
     torch._dynamo.reset()
@@ -259,20 +216,6 @@ def test_distinct_ids_have_the_same_rows_where_the_graph_is_compiled():
         rows, where = distinct(ids)
         assert torch.equal(rows[where], ids)
         assert len(rows) == len(ids.unique())
-
-
-@pytest.mark.parametrize("kind", [None, "gemma"])
-def test_compiles_whole(kind):
-    _, layer = adapted(SUBCLASSES[kind]() if kind else None)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    want = layer(IDS)
-    y = compiled(IDS)
-    assert torch.equal(y, want)
-    dY = torch.randn_like(y)
-    got = torch.autograd.grad(y, factors(layer), dY)
-    for g, w in zip(got, torch.autograd.grad(want, factors(layer), dY), strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_leaves_ids_alone_and_conversion_to_lora_is_declined():

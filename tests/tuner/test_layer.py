@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 
@@ -10,28 +9,13 @@ import oracle
 import peft
 import pytest
 import torch
+from adapter_building import AWKWARD, adapted, train
 from torch import nn
 
 import duallora
 from duallora import DualLoraConfig
 from duallora.nn import DualLoraLinear
 from duallora.tuner import Linear
-
-AWKWARD = {"r1": 4, "r2": 3, "alpha": 10, "target_modules": "all-linear", "warmup_steps": 4}
-
-
-def train(model: nn.Module, ids: torch.Tensor, steps: int = 3, lr: float = 1e-2) -> None:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-
-def adapted(base: nn.Module, **options) -> peft.PeftModel:
-    torch.manual_seed(7)
-    return peft.get_peft_model(base, DualLoraConfig(**{**AWKWARD, **options}))
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -100,8 +84,10 @@ def test_merged_output_has_the_bits_of_the_unmerged(llama, ids, dtype, options):
     """After training, in mid-ramp; unmerge then restores the base weight bit for bit."""
     model = adapted(llama(dtype), **options)
     train(model, ids)
+    assert {p.dtype for n, p in model.named_parameters() if "duallora_" in n} == {torch.float32}
     before = base_weights(model)
     want = model(ids).logits
+    assert want.dtype == dtype
     model.merge_adapter(safe_merge=True)
     assert any(not torch.equal(w, before[n]) for n, w in base_weights(model).items())
     assert torch.equal(model(ids).logits, want)
@@ -164,85 +150,6 @@ def test_disabling_gives_the_base_and_unmerges(llama, ids):
     assert not torch.equal(model(ids).logits, want)
 
 
-def test_safe_merge_refuses_nan_and_leaves_the_base(llama, ids):
-    """In whichever factor it sits."""
-    for name in "ABCD":
-        model = adapted(llama())
-        train(model, ids, steps=1)
-        before = base_weights(model)
-        for n, p in model.named_parameters():
-            if f"duallora_{name}" in n:
-                p.data.view(-1)[0] = float("nan")
-        with pytest.raises(
-            ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be bro"
-        ):
-            model.merge_adapter(safe_merge=True)
-        assert all(torch.equal(w, before[n]) for n, w in base_weights(model).items())
-
-
-@pytest.mark.parametrize("forward", ["merged", "added"])
-def test_two_adapters(llama, ids, forward):
-    """Switching, both at once (dW adds), each counting its own steps, deleting one."""
-    model = adapted(llama(), forward=forward)
-    train(model, ids)
-    first = model(ids).logits
-    torch.manual_seed(8)
-    model.add_adapter("other", DualLoraConfig(**{**AWKWARD, "r1": 2, "warmup_steps": 2, "forward": forward}))
-    assert torch.equal(model(ids).logits, first)
-    model.set_adapter("other")
-    train(model, ids, steps=2)
-    other = model(ids).logits
-    assert not torch.equal(other, first)
-    layer = next(m for m in model.modules() if isinstance(m, Linear))
-    assert (int(layer.duallora_step["default"]), int(layer.duallora_step["other"])) == (3, 2)
-
-    model.base_model.set_adapter(["default", "other"])
-    both = model(ids).logits
-    x = torch.randn(2, layer.in_features)
-    summed = layer.base_layer(x) + x @ (layer.get_delta_weight("default") + layer.get_delta_weight("other")).T
-    torch.testing.assert_close(layer(x), summed, rtol=1e-5, atol=1e-5)
-    model.merge_adapter()
-    if forward == "merged":
-        assert torch.equal(model(ids).logits, both)
-    model.unmerge_adapter()
-    model.set_adapter("default")
-    assert torch.equal(model(ids).logits, first)
-    model.delete_adapter("other")
-    assert torch.equal(model(ids).logits, first)
-    assert "other" not in layer.duallora_A
-
-
-def test_one_adapter_per_row(llama, ids):
-    """adapter_names gives each row what its own adapter would; PEFT alone would ignore it silently."""
-    model = adapted(llama())
-    train(model, ids)
-    model.add_adapter("other", DualLoraConfig(**AWKWARD))
-    model.set_adapter("other")
-    train(model, ids, steps=4)
-    model.eval()
-    alone = {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        alone[name] = model(ids).logits
-    with model.disable_adapter():
-        alone["__base__"] = model(ids).logits
-    names = ["other", "__base__", "default"]
-    mixed = model(ids, adapter_names=names).logits
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"non-existing adapter.*nobody"):
-        model(ids, adapter_names=["nobody", "default", "other"])
-    with pytest.raises(ValueError, match="training mode"):
-        model.train()(ids, adapter_names=names)
-
-
-def test_added_form_equals_merged_form_up_to_rounding(llama, ids):
-    merged, added = adapted(llama(), forward="merged"), adapted(llama(), forward="added")
-    for model in (merged, added):
-        train(model, ids)
-    torch.testing.assert_close(merged(ids).logits, added(ids).logits, rtol=1e-4, atol=1e-5)
-
-
 def test_dropout_acts_on_the_update_alone_and_only_in_training(llama, ids):
     """Gate at 0: dropout must not touch the base path. Then eval mode runs the merged form again."""
     base = llama()
@@ -257,28 +164,27 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training(llama, ids):
     assert torch.equal(model(ids).logits, want)
 
 
-def test_forward_takes_the_added_path_where_the_base_is_not_plain(llama):
-    """A hook on the base layer must run; forward="merged" says why it cannot."""
-    for forward, fits in (("auto", True), ("merged", False)):
-        model = adapted(llama(), forward=forward, target_modules=["q_proj"])
-        layer = next(m for m in model.modules() if isinstance(m, Linear))
-        seen = []
-        layer.base_layer.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        x = torch.randn(2, layer.in_features)
-        if fits:
-            layer(x)
+@pytest.mark.parametrize("patch", ["forward hook", "backward hook", "forward"])
+def test_hooks_and_patched_forwards_of_the_base_layer_run(llama, patch):
+    """And forward="merged" says why it cannot be."""
+    for forward in ("auto", "merged"):
+        layer = next(
+            m for m in adapted(llama(), forward=forward, target_modules=["q_proj"]).modules() if isinstance(m, Linear)
+        )
+        base, seen = layer.base_layer, []
+        if patch == "forward":
+            original = base.forward
+            base.forward = lambda x, seen=seen, original=original: seen.append(1) or original(x)
+        else:
+            register = base.register_forward_hook if patch == "forward hook" else base.register_full_backward_hook
+            register(lambda *_, seen=seen: seen.append(1))
+        x = torch.randn(2, layer.in_features, requires_grad=True)
+        if forward == "auto":
+            layer(x).sum().backward()
             assert seen == [1]
         else:
             with pytest.raises(ValueError, match="forward='merged' needs a plain resident weight"):
                 layer(x)
-
-
-def test_bf16_base_keeps_float32_factors(llama, ids):
-    model = adapted(llama(torch.bfloat16))
-    factors = [p for n, p in model.named_parameters() if "duallora_" in n]
-    assert {p.dtype for p in factors} == {torch.float32}
-    train(model, ids)
-    assert model(ids).logits.dtype == torch.bfloat16
 
 
 def test_mixed_methods_in_one_model(llama, ids):
@@ -330,71 +236,3 @@ def test_three_frames_lead_from_a_layer_to_its_product(llama, layer):
     with Spy():
         layer.train()(torch.randn(2, layer.in_features))
     assert frames == ["forward", "product", "forward"]
-
-
-def test_deepcopy_is_independent(llama, ids):
-    model = adapted(llama())
-    clone = copy.deepcopy(model)
-    train(clone, ids)
-    assert duallora.gate(model) == 0
-    assert duallora.gate(clone) == 0.75
-
-
-def test_deleting_a_merged_adapter_takes_it_out(llama, ids):
-    """transformers' delete_adapter does not look: the base weight must not keep a dW nobody can remove."""
-    base = llama()
-    want = base(ids).logits
-    model = adapted(base)
-    train(model, ids)
-    model.add_adapter("other", DualLoraConfig(**AWKWARD))
-    model.set_adapter("other")
-    train(model, ids)
-    other = model(ids).logits
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for layer in (m for m in model.modules() if isinstance(m, Linear)):
-            layer.merge(adapter_names=["default"])
-            layer.merge(adapter_names=["other"])
-            layer.delete_adapter("default")
-            assert layer.merged_adapters == ["other"]
-        assert torch.equal(model(ids).logits, other)
-        for layer in (m for m in model.modules() if isinstance(m, Linear)):
-            layer.delete_adapter("other")
-        assert torch.equal(model(ids).logits, want)
-
-
-def test_an_active_adapter_left_out_of_a_merge_still_acts(llama, ids):
-    model = adapted(llama())
-    train(model, ids)
-    model.add_adapter("other", DualLoraConfig(**AWKWARD))
-    model.set_adapter("other")
-    train(model, ids)
-    model.base_model.set_adapter(["default", "other"])
-    want = model(ids).logits
-    model.merge_adapter(["default"])
-    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
-
-
-def test_backward_hooks_and_patched_forwards_of_the_base_layer_run(llama):
-    for patch in ("hook", "forward"):
-        layer = next(m for m in adapted(llama(), target_modules=["q_proj"]).modules() if isinstance(m, Linear))
-        seen = []
-        if patch == "hook":
-            layer.base_layer.register_full_backward_hook(lambda *_, seen=seen: seen.append(1))
-        else:
-            original = layer.base_layer.forward
-            layer.base_layer.forward = lambda x, seen=seen, original=original: seen.append(1) or original(x)
-        layer(torch.randn(2, layer.in_features, requires_grad=True)).sum().backward()
-        assert seen == [1]
-
-
-def test_torch_transformer_layers():
-    """The encoder's fused path reads the weight in eval mode, which must not bypass the adapter."""
-    torch.manual_seed(0)
-    encoder = nn.TransformerEncoderLayer(12, 2, 16, dropout=0.0, batch_first=True)
-    config = DualLoraConfig(r=4, target_modules=["linear1"], init_weights=False, init_std=0.5)
-    model = peft.get_peft_model(nn.Sequential(encoder), config)
-    x = torch.randn(2, 5, 12)
-    want = model.train()(x)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), want)

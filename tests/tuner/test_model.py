@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 
 import peft
 import pytest
 import torch
+from adapter_building import AWKWARD, adapted, train
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import AutoModelForCausalLM, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import duallora
 from duallora import DualLoraConfig
 from duallora.tuner import Linear, param_groups
-
-AWKWARD = {"r1": 4, "r2": 3, "alpha": 10, "target_modules": "all-linear", "warmup_steps": 4, "task_type": "CAUSAL_LM"}
-
-
-def train(model: nn.Module, ids: torch.Tensor, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-
-def adapted(base: nn.Module, **options) -> peft.PeftModel:
-    torch.manual_seed(7)
-    return peft.get_peft_model(base, DualLoraConfig(**{**AWKWARD, **options}))
 
 
 def layers(model: nn.Module) -> dict[str, Linear]:
@@ -38,7 +23,14 @@ def layers(model: nn.Module) -> dict[str, Linear]:
 
 PEFT = tuple(int(part) for part in peft.__version__.split(".")[:2])
 
-VARIANTS = [{}, {"warmup": "residual"}, {"direction": "fixed"}, {"bias": "duallora_only"}, {"init_weights": False}]
+VARIANTS = [
+    {},
+    {"warmup": "residual"},
+    {"direction": "fixed"},
+    {"bias": "duallora_only"},
+    {"init_weights": False},
+    {"use_dora": True},
+]
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -86,15 +78,6 @@ def test_auto_classes_and_transformers_own_adapter_calls(llama, ids, tmp_path):
     assert not torch.equal(added(ids).logits, llama()(ids).logits)
     added.disable_adapters()
     assert torch.equal(added(ids).logits, llama()(ids).logits)
-
-
-def test_merged_model_is_a_plain_model(llama, ids, tmp_path):
-    model = adapted(llama(), warmup_steps=2)
-    train(model, ids)
-    want = model(ids).logits
-    model.merge_and_unload().save_pretrained(tmp_path)
-    assert not any("duallora" in json.dumps(json.loads(p.read_text())) for p in tmp_path.glob("*.json"))
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
 
 
 def test_targeting(llama):
@@ -152,42 +135,6 @@ def test_modules_to_save(llama, ids, tmp_path):
     model.save_pretrained(tmp_path)
     assert any("lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     assert torch.equal(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
-
-
-def rows(ids: torch.Tensor) -> list[dict]:
-    return [{"input_ids": row, "labels": row} for row in ids.repeat(8, 1)]
-
-
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
-def test_trainer_opens_the_gate_by_itself(llama, ids, tmp_path, checkpointing):
-    """No line of user code: 24 rows, batch 2, accumulation 4 = 3 optimizer steps of 12 micro-batches."""
-    model = adapted(llama(), warmup_steps=6)
-    if checkpointing and checkpointing["use_reentrant"]:
-        model.enable_input_require_grads()  # newer releases of transformers do it themselves
-    arguments = TrainingArguments(
-        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=1, report_to=[],
-        gradient_checkpointing=checkpointing is not None, gradient_checkpointing_kwargs=checkpointing,
-        save_strategy="no", disable_tqdm=True, use_cpu=True, learning_rate=1e-2,
-    )  # fmt: skip
-    Trainer(model, arguments, train_dataset=rows(ids)).train()
-    assert {int(m.duallora_step["default"]) for m in layers(model).values()} == {3}
-    assert duallora.gate(model) == 0.5
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(llama, ids):
-    def gradients(**kwargs) -> list[torch.Tensor]:
-        model = adapted(llama(), warmup_steps=0).train()
-        if kwargs:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad for n, p in model.named_parameters() if "duallora_" in n]
-
-    plain = gradients()
-    assert all(g is not None and g.any() for g in plain)
-    for use_reentrant in (True, False):
-        for g, w in zip(gradients(use_reentrant=use_reentrant), plain, strict=True):
-            torch.testing.assert_close(g, w)
 
 
 def test_compiles_without_recompiling_as_the_gate_moves(llama, ids):

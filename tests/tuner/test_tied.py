@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+from adapter_building import train
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
@@ -19,19 +20,11 @@ from duallora.tuner import DualLoraLayer
 SIDES = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]]
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 2) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-
 def adapted(base: torch.nn.Module, ids: torch.Tensor, targets: list[str], **options) -> peft.PeftModel:
     torch.manual_seed(7)
     config = {"r1": 4, "r2": 3, "alpha": 10, "warmup_steps": 2, "target_modules": targets, "task_type": "CAUSAL_LM"}
     model = peft.get_peft_model(base, DualLoraConfig(**{**config, **options}))
-    train(model, ids)
+    train(model, ids, steps=2)
     return model.eval()
 
 
@@ -167,19 +160,6 @@ def test_other_merged_layers_do_not_keep_the_adapter_from_being_saved(llama, ids
     model.merge_adapter()
     model.save_pretrained(tmp_path)
     assert torch.equal(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=str)
-def test_a_head_that_is_trained_in_full_is_kept_beside_tied_embeddings(llama, ids, tmp_path, targets):
-    """modules_to_save: the head's copy was never tied; the original, which was, goes."""
-    model = adapted(llama(tie_word_embeddings=True), ids, targets, modules_to_save=["lm_head"])
-    want = model(ids).logits
-    with pytest.warns(UserWarning, match=r"model\.embed_tokens and lm_head shared one weight.*tie_word_embeddings"):
-        merged = model.merge_and_unload()
-    assert torch.equal(merged(ids).logits, want)
-    merged.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, want)
 
 
 def test_three_modules_of_one_weight():
