@@ -4,61 +4,27 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 
 import oracle
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_building import factors, one_layer
 from torch import nn
 
 import duallora
 from duallora import DualLoraConfig
-from duallora.tuner.conv import Conv
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*whose gate is not open")
 
 SCALING = 0.75 * 10 / 12**0.5
-
-
-def adapted(base: nn.Module, **options) -> tuple[peft.PeftModel, Conv]:
-    """A convolution at gate 3/4 with factors far from their start."""
-    torch.manual_seed(7)
-    config = {
-        "r1": 4,
-        "r2": 3,
-        "alpha": 10,
-        "warmup_steps": 4,
-        "init_std": 0.5,
-        "direction_init_std": 0.02,
-        "init_seed": 5,
-        "target_modules": ["0"],
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*a larger rank adds")
-        model = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(**{**config, **options}))
-    duallora.advance_gate(model, 3)
-    layer = model.base_model.model[0]
-    if options.get("warmup") == "residual":
-        for name in "ABCD":
-            getattr(layer, f"duallora_{name}")["default"].data.add_(0.1)
-    return model, layer
-
-
-def factors(layer: Conv) -> list[torch.Tensor]:
-    return [getattr(layer, f"duallora_{name}")["default"] for name in "ABCD"]
-
-
-@pytest.fixture(autouse=True)
-def _gate_warnings_are_expected():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*whose gate is not open")
-        yield
 
 
 def test_layer_agrees_with_the_oracle():
     """As a linear layer on the patches that the kernel sees: y, dx and the factors' gradients."""
     geometry = {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 3)}
-    _, layer = adapted(nn.Conv2d(3, 5, (2, 3), **geometry))
+    _, layer = one_layer(nn.Conv2d(3, 5, (2, 3), **geometry))
     x = torch.randn(2, 3, 6, 7, requires_grad=True)
     y = layer(x)
     dY = torch.randn_like(y)
@@ -92,7 +58,7 @@ def test_any_geometry_convolves_with_w0_plus_dw(kind, forward):
     """The expected dW is the oracle's, in the layout of the kernel; the convolution is the base layer's."""
     base, shape = KINDS[kind]()
     want = copy.deepcopy(base)
-    _, layer = adapted(base, forward=forward)
+    _, layer = one_layer(base, forward=forward)
     delta = torch.tensor(oracle.delta(*[f.double().tolist() for f in factors(layer)], SCALING))
     want.weight.data += delta.view(base.weight.shape)
     x = torch.randn(shape)
@@ -112,7 +78,7 @@ def test_dora_scales_whole_kernels():
     layer = model.base_model.model[0]
     torch.testing.assert_close(layer.duallora_m["default"].detach(), base.weight.flatten(1).norm(dim=1).detach())
     torch.testing.assert_close(model(x), want, rtol=1e-6, atol=1e-6)
-    _, layer = adapted(base, use_dora=True)
+    _, layer = one_layer(base, use_dora=True)
     layer.duallora_m["default"].data.mul_(1.5)
     lengths = (base.weight + layer.get_delta_weight("default")).flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, layer.duallora_m["default"].detach())
@@ -133,7 +99,7 @@ class Named(nn.Conv2d):
 def test_a_subclass_runs_its_own_forward_on_w0_plus_dw():
     base = Standardised(3, 4, 3)
     want = copy.deepcopy(base)
-    _, layer = adapted(base)
+    _, layer = one_layer(base)
     want.weight.data += layer.get_delta_weight("default")
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(layer(x), want(x))
@@ -149,22 +115,22 @@ def test_a_subclass_runs_its_own_forward_on_w0_plus_dw():
 def test_what_a_subclass_cannot_do_is_refused():
     """Its forward is not known to be linear, so dW cannot go beside it."""
     with pytest.raises(duallora.errors.ConfigError, match=r"Standardised with a forward of its own.*dropout=0\.1"):
-        adapted(Standardised(3, 4, 3), duallora_dropout=0.1)
-    adapted(Named(3, 4, 3), duallora_dropout=0.1)
-    _, layer = adapted(Standardised(3, 4, 3), forward="added")
+        one_layer(Standardised(3, 4, 3), duallora_dropout=0.1)
+    one_layer(Named(3, 4, 3), duallora_dropout=0.1)
+    _, layer = one_layer(Standardised(3, 4, 3), forward="added")
     with pytest.raises(duallora.errors.ConfigError, match="can only run on W0"):
         layer(torch.randn(1, 3, 5, 5))
 
 
 def test_dropout_acts_on_the_update_alone():
     base, shape = KINDS["2d-groups"]()
-    model, layer = adapted(base, duallora_dropout=0.5)
+    model, layer = one_layer(base, duallora_dropout=0.5)
     x = torch.randn(shape)
     assert not torch.equal(model.train()(x), model(x))
     want = model.eval()(x)
     layer.merge()
     assert torch.equal(model(x), want)
-    _, layer = adapted(KINDS["1d"]()[0], duallora_dropout=0.999999, init_weights=False)
+    _, layer = one_layer(KINDS["1d"]()[0], duallora_dropout=0.999999, init_weights=False)
     layer.train()
     x = torch.randn(KINDS["1d"]()[1])
     assert torch.equal(layer(x), layer.base_layer(x))  # all of the path's input dropped, nothing of the base layer's
@@ -172,7 +138,7 @@ def test_dropout_acts_on_the_update_alone():
 
 def test_autocast_and_merging_agree():
     base, shape = KINDS["2d-groups"]()
-    model, layer = adapted(base)
+    model, layer = one_layer(base)
     x = torch.randn(shape)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = model(x)
@@ -198,7 +164,7 @@ def test_sampled_gradients_do_not_apply_and_conversion_to_lora_is_declined():
     x, dY = torch.randn(shape), torch.randn(2, 9, 6)
     gradients = []
     for options in ({}, {"gradient_tokens": 0.1}):
-        _, layer = adapted(copy.deepcopy(base), **options)
+        _, layer = one_layer(copy.deepcopy(base), **options)
         gradients.append(torch.autograd.grad(layer.train()(x), factors(layer), dY))
     assert all(torch.equal(g, w) for g, w in zip(*gradients, strict=True))
     assert not layer.supports_lora_conversion()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import oracle
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_building import factors, one_layer
 from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -18,50 +18,18 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 import duallora
 from duallora import DualLoraConfig
 from duallora.core.equation import dual_delta
-from duallora.tuner.embedding import Embedding, distinct
+from duallora.tuner.embedding import distinct
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*whose gate is not open")
 
 V, D = 100, 63
 IDS = torch.tensor([[3, 3, 3, 99, 5], [0, 7, 3, 5, 98]])  # 3 four times, 5 twice
 
 
-def adapted(base: nn.Module | None = None, seed: int = 7, **options) -> tuple[peft.PeftModel, Embedding]:
-    """An embedding at gate 3/4 with factors far from their start."""
-    torch.manual_seed(seed)
-    base = base or nn.Embedding(V, D)
-    config = {
-        "r1": 4,
-        "r2": 3,
-        "alpha": 10,
-        "warmup_steps": 4,
-        "init_std": 0.5,
-        "direction_init_std": 0.02,
-        "init_seed": 11,
-        "target_modules": ["0"],
-    }
-    model = peft.get_peft_model(nn.Sequential(base), DualLoraConfig(**{**config, **options}))
-    duallora.advance_gate(model, 3)
-    layer = model.base_model.model[0]
-    if options.get("warmup") == "residual":
-        for name in "ABCD":
-            getattr(layer, f"duallora_{name}")["default"].data.add_(0.3 * torch.randn(1))
-    return model, layer
-
-
-def factors(layer: Embedding) -> list[torch.Tensor]:
-    return [p["default"] for n in "ABCD" if "default" in (p := getattr(layer, f"duallora_{n}"))]
-
-
-@pytest.fixture(autouse=True)
-def _gate_warnings_are_expected():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*whose gate is not open")
-        yield
-
-
 @pytest.mark.parametrize("ste_clip", ["chain", "update"])
 def test_layer_agrees_with_the_oracle_where_the_clip_acts_on_the_sum_over_occurrences(ste_clip):
     """One-hot rows times W' in float64 loops. Clipping each occurrence on its own would give id 3 four times too much."""
-    _, layer = adapted(ste_clip=ste_clip)
+    _, layer = one_layer(nn.Embedding(V, D), ste_clip=ste_clip)
     y = layer(IDS)
     dY = torch.randn_like(y)
     A, B, C, D_ = (f.detach() for f in factors(layer))
@@ -93,7 +61,7 @@ VARIANTS = [
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_rows_of_the_batch_are_rows_of_the_whole_weight(options):
     """y and all gradients as from the whole W' [V, d]; the means of xnor (a row) and dorefa (all) are not the batch's."""
-    _, layer = adapted(**options)
+    _, layer = one_layer(nn.Embedding(V, D), **options)
     leaves = factors(layer) + list(layer.duallora_m.values())
     y = layer(IDS)
     dY = torch.randn_like(y)
@@ -127,7 +95,7 @@ def test_the_padding_row_stays_and_gets_no_gradient(options):
     """dW is of low rank inside: without care the row of padding_idx would move as A and C move."""
     base = nn.Embedding(V, D, padding_idx=5)
     base.weight.data[5] = 0.5
-    model, layer = adapted(base, **options)
+    model, layer = one_layer(base, **options)
     y = model(IDS)
     assert torch.equal(y[0, 4], torch.full((D,), 0.5))
     y[IDS == 5].sum().backward()
@@ -139,8 +107,8 @@ def test_the_padding_row_stays_and_gets_no_gradient(options):
 
 
 def test_gradients_are_scaled_by_frequency_where_the_base_layer_asks_for_it():
-    _, plain = adapted()
-    _, scaled = adapted(nn.Embedding(V, D, scale_grad_by_freq=True))
+    _, plain = one_layer(nn.Embedding(V, D))
+    _, scaled = one_layer(nn.Embedding(V, D, scale_grad_by_freq=True))
     dY = 1e-3 * torch.randn(2, 5, D)  # below the clip, so that the gradient is linear in it
     counts = torch.tensor([(i == IDS).sum() for i in IDS.flatten()]).view(2, 5, 1)
     want = torch.autograd.grad(plain(IDS), factors(plain), dY / counts)
@@ -150,7 +118,7 @@ def test_gradients_are_scaled_by_frequency_where_the_base_layer_asks_for_it():
 
 def test_max_norm_is_refused():
     with pytest.raises(duallora.errors.ConfigError, match=r"'0' has max_norm=1\.0, which rewrites.*set max_norm=None"):
-        adapted(nn.Embedding(V, D, max_norm=1.0))
+        one_layer(nn.Embedding(V, D, max_norm=1.0))
 
 
 class Normed(nn.Embedding):
@@ -178,10 +146,10 @@ def test_a_subclass_does_to_the_adapted_rows_what_it_does_to_its_own(kind, dtype
     """A scale or a norm acts on W0 + dW: to the bit what the subclass itself gives with the merged weight."""
     base = SUBCLASSES[kind]().to(dtype)
     merged = copy.deepcopy(base)
-    model, layer = adapted(base)
+    model, layer = one_layer(base)
     merged.weight.data = (base.weight.float() + layer.get_delta_weight("default")).to(dtype)
     assert torch.equal(model(IDS), merged(IDS))
-    _, added = adapted(copy.deepcopy(base), forward="added")
+    _, added = one_layer(copy.deepcopy(base), forward="added")
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(added(IDS), merged(IDS), rtol=tolerance, atol=tolerance * 8)
 
@@ -189,7 +157,7 @@ def test_a_subclass_does_to_the_adapted_rows_what_it_does_to_its_own(kind, dtype
 def test_positions_worked_out_inside_the_base_layer_are_adapted():
     """OPT's takes an attention mask, not ids."""
     base = OPTLearnedPositionalEmbedding(V - 2, D)
-    _, layer = adapted(copy.deepcopy(base))
+    _, layer = one_layer(copy.deepcopy(base))
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     want = copy.deepcopy(base)
     want.weight.data += layer.get_delta_weight("default")
@@ -199,7 +167,7 @@ def test_positions_worked_out_inside_the_base_layer_are_adapted():
 
 def test_a_base_layer_that_looks_up_by_itself_is_refused():
     """Rather than left silently unadapted."""
-    model, _ = adapted(Unseen(V, D))
+    model, _ = one_layer(Unseen(V, D))
     with pytest.raises(duallora.errors.ConfigError, match=r"Unseen does not look its weight up through F\.emb"):
         model(IDS)
 
@@ -219,7 +187,7 @@ def test_distinct_ids_have_the_same_rows_where_the_graph_is_compiled():
 
 
 def test_dropout_leaves_ids_alone_and_conversion_to_lora_is_declined():
-    model, layer = adapted(duallora_dropout=0.9)
+    model, layer = one_layer(nn.Embedding(V, D), duallora_dropout=0.9)
     assert torch.equal(model.train()(IDS), model.eval()(IDS))
     assert not layer.supports_lora_conversion()
     assert repr(layer).startswith("duallora.Embedding(")

@@ -17,17 +17,11 @@ from duallora import DualLoraConfig
 from duallora.nn import DualLoraLinear
 from duallora.tuner import Linear
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*whose gate is not open")
+
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer" in n}
-
-
-@pytest.fixture(autouse=True)
-def _gate_warnings_are_expected():
-    """Most of these adapters are merged and saved in mid-ramp on purpose; test_model.py checks the warnings."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*whose gate is not open")
-        yield
 
 
 @pytest.mark.parametrize("warmup", ["ramp", "residual"])

@@ -67,9 +67,9 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
     """What every Dual LoRA layer holds, per adapter: factors, gate counter, options.
 
     ``duallora_A`` [r1, in], ``duallora_B`` [out, r1], ``duallora_C`` [r2, in], ``duallora_D`` [out, r2] are trained
-    (no C and D with ``direction="fixed"``), and with ``use_dora`` the lengths ``duallora_m`` [out]. ``duallora_step`` counts optimizer steps; ``duallora_seed`` is the seed of
-    what is rebuilt rather than saved: the initial factors (``warmup="residual"``) or the signs (``"fixed"``), held
-    in ``duallora_initial``.
+    (no C and D with ``direction="fixed"``), and with ``use_dora`` the lengths ``duallora_m`` [out]. ``duallora_step``
+    counts optimizer steps; ``duallora_seed`` is the seed of what is rebuilt rather than saved: the initial factors
+    (``warmup="residual"``), held in ``duallora_initial``, or the signs (``"fixed"``), in ``fixed_signs``.
     """
 
     adapter_layer_names = ("duallora_A", "duallora_B", "duallora_C", "duallora_D", "duallora_m")
@@ -128,17 +128,13 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter in self.duallora_A:
-            has_factors = f"{prefix}duallora_A.{adapter}" in state_dict
-            if (
-                has_factors
-                and f"{prefix}duallora_step.{adapter}" not in state_dict
-                and (steps := self._ramp_steps(adapter))
-            ):
+            has = {name: f"{prefix}{name}.{adapter}" in state_dict for name in ("duallora_A", "duallora_step")}
+            steps = self._ramp_steps(adapter)
+            if steps and has["duallora_A"] and not has["duallora_step"]:
                 warnings.warn(
                     f"The weights loaded for adapter {adapter!r} hold no step counter (duallora_step; it is a buffer, not "
-                    f"a parameter), so its gate stays at step {int(self.duallora_step[adapter])} of "
-                    f"{steps}. Save with save_pretrained or state_dict(), or open it with "
-                    "duallora.advance_gate(model, steps).",
+                    f"a parameter), so its gate stays at step {int(self.duallora_step[adapter])} of {steps}. Save with "
+                    "save_pretrained or state_dict(), or open it with duallora.advance_gate(model, steps).",
                     stacklevel=2,
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -520,8 +516,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         return self.computes(base) and self._is_resident() and is_untouched(base)
 
     def _runs_base(self) -> bool:
-        """Whether the base layer has a forward of its own to run on W0 + dW: Falcon's linear layer, or a router that
-        gives two tensors."""
+        """Whether the base layer has a forward of its own to run on W0 + dW: Falcon's, or a router's of two outputs."""
         base = self.base_layer
         return isinstance(base, self.kinds) and not self.computes(base) and self._is_resident()
 
@@ -543,8 +538,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         return self.training and isinstance(self.duallora_dropout[adapter], nn.Dropout)
 
     def _is_beside(self, adapter: str) -> bool:
-        """Whether the update is added to the output: asked for, or since DoRA's lengths are those of W0 + dW, not of what
-        is merged."""
+        """Whether the update is added to the output: asked for, or DoRA's, whose lengths are not of what is merged."""
         return self.duallora_config[adapter].forward == "added" or (self.merged and adapter in self.duallora_m)
 
     def _all_in_weight(self, adapters: list[str]) -> bool:
