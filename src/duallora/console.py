@@ -8,6 +8,7 @@ lacks is replaced, never fatal (`replace_unencodable`).
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,8 @@ def exit_code_for(error: BaseException) -> int:
         return 7
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
         return 2  # a path in the command is wrong; missing data files raise DataError
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of a path that begins with ~
         return 2
     return 2 if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii" else 1

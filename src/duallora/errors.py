@@ -11,7 +11,14 @@ from typing import Any
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # What torch's and safetensors' writers say of the same, and torch's allocators of memory, in errors without a number.
-DISK_WORDS = ("iostream error", "PytorchStreamWriter", "No space left", "os error 28", "File too large")
+DISK_WORDS = (
+    "iostream error",
+    "PytorchStreamWriter",
+    "inline_container",
+    "No space left",
+    "os error 28",
+    "File too large",
+)
 MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
 
 

@@ -38,15 +38,10 @@ def compare(folder: Path, long: bool, callbacks: Any = tuple, resume: Any = None
     """{row of the matrix: tried, survived} for a Trainer with these callbacks and this way to find its checkpoint."""
     model = folder / "model"
     harness.build_model(model)
-    count = 0
 
     def run(output: Path, **how: Any) -> harness.Result:
-        nonlocal count
-        count += 1
         rate = how.pop("rate", 1e-3)
-        return fork(
-            lambda: train(model, output, tuple(callbacks()), rate, resume), folder / "logs" / f"{count}.txt", **how
-        )
+        return fork(lambda: train(model, output, tuple(callbacks()), rate, resume), **how)
 
     straight = folder / "straight"
     assert run(straight).code == 0

@@ -107,8 +107,8 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise IntegrityError(f"{error}; restore it, or delete it to load without its checks") from None
     kinds = {"files": dict, "base": dict, "labels": list}
-    wrong = [name for name, kind in kinds.items() if not isinstance(told.get(name) or kind(), kind)]
-    if wrong or not all(isinstance(record, dict) for record in (told.get("files") or {}).values()):
+    wrong = [name for name, kind in kinds.items() if not isinstance(told.get(name, kind()), kind)]
+    if wrong or not all(isinstance(record, dict) for record in told.get("files", {}).values()):
         name = wrong[0] if wrong else "files"
         raise IntegrityError(
             f"{path} is damaged: {name}={str(told[name])[:40]}; restore it, or delete it to load without its checks"
@@ -268,9 +268,15 @@ def check_files(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, tuple[int
     compare_with_recorded(folder, sidecar)
     try:
         with safe_open(weights, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+            shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+            whole = {name: found.get_dtype() for name, found in slices.items() if found.get_dtype()[0] in "IUC"}
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(f"{weights} is not a whole safetensors file ({error}); take a fresh copy of it") from None
+    for name, dtype in whole.items():
+        if len(shapes[name]) > 1:  # counters are whole numbers, factors never
+            raise IntegrityError(f"{weights}: {name} is stored as {dtype}, expected floating-point numbers")
+    return shapes
 
 
 def _differs(folder: Path, files: Mapping[str, Any]) -> str | None:
