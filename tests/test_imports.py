@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "ties": {"errors"},
     "nn": {"ties", "ops", "core", "errors"},
     "tuner": {"tuner", "ties", "ops", "core", "errors"},
-    "methods": {"methods", "tuner", "errors"},
+    "methods": {"methods", "tuner", "core", "errors"},
     "config": {"config", "core", "errors", "terminal"},
     "tasks": {"tasks", "errors"},
     "store": {"store", "config", "tasks", "tuner", "errors", "folders", "terminal"},

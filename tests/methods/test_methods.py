@@ -14,6 +14,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from duallora import methods
 from duallora.config.load import load_recipe
+from duallora.config.recipe import recipe_yaml
 from duallora.errors import ConfigError
 from duallora.methods import Method, MethodSpec, apply
 from duallora.methods.rule import Rule, attach
@@ -202,6 +203,20 @@ def test_a_setting_a_method_does_not_have_is_refused(llama, batch):
     for spec, message in cases:
         with pytest.raises(ConfigError, match=message):
             apply(llama(), spec)
+
+
+def test_a_recipe_without_a_rank_has_the_authors():
+    """Shown in the resolved recipe, and the same as in Python; a rank that is named stays."""
+    authors = {
+        "adapter-p": 256, "vera": 256, "adapter-l": 224, "galore": 4, "garare": 4, "loreft": 8, "mora": 8, "delta-lora": 8,
+        "hira": 32,
+    }  # fmt: skip
+    for name in methods.names():
+        recipe = load_recipe(None, [f"adapter.method={name}"], task="rte")
+        assert recipe.adapter.r == methods.get(name).defaults.get("r"), name
+        assert recipe.adapter.r == authors.get(name, recipe.adapter.r), name
+    assert f"r: {authors['vera']}" in recipe_yaml(load_recipe(None, ["adapter.method=vera"], task="rte"))
+    assert load_recipe(None, ["adapter.method=vera", "r=64"], task="rte").adapter.r == 64
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from duallora.config import Dtype
 from duallora.config.yaml import show, yaml_value
-from duallora.core.settings import MAX_INT, Settings, contradictions, hints
+from duallora.core.settings import MAX_INT, RANKS, Settings, contradictions, hints
 from duallora.errors import ConfigError
-
-RANK = Settings.r  # of every method that has one, where the recipe names none
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]  # no control characters: names and paths
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -98,7 +96,7 @@ def _of_dual_lora() -> dict[str, Any]:
 def _of_others() -> dict[str, Any]:
     """The settings that mean the same for every method that has them."""
     means = {
-        "r": f"Rank; null is {RANK} where the method has one.",
+        "r": "Rank; null is the method's own, from its authors (docs/methods.md).",
         "alpha": "Scale of the update, by the method's own formula; null is its default.",
         "duallora_dropout": "Dropout on the input of the method's own path; null is its default.",
         "target_modules": "Modules to adapt, as for Dual LoRA; null is where the method's paper puts it, else all-linear.",
@@ -156,6 +154,13 @@ class OtherSection(_SettingsOfOthers):
     """The adapter of another method (docs/methods.md); null is the method's own."""
 
     options: dict[Text, Any] = setting({}, "Settings of the method beyond these, such as {lr_ratio: 16} of lora+.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _authors_rank(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("r") is None and values.get("method") in RANKS:
+            values = {**values, "r": RANKS[values["method"]]}
+        return values
 
 
 def is_of_another(method: Any) -> bool:

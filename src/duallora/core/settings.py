@@ -20,6 +20,12 @@ from duallora.errors import ConfigError, is_number
 MAX_RANK = 65536
 MAX_INT = 2**31 - 1
 
+# method of duallora.methods -> its rank (or width) where none is named; docs/methods.md says where each is from.
+RANKS = {
+    "lora": 16, "lora+": 16, "dora": 16, "corda": 16, "hira": 32, "randlora": 32, "vera": 256, "mora": 8, "delta-lora": 8,
+    "flora-core": 8, "loreft": 8, "galore": 4, "garare": 4, "flora-optimizer": 8, "adapter-p": 256, "adapter-l": 224,
+}  # fmt: skip
+
 
 class Range(NamedTuple):
     """The values that a number may take; None is no bound. The names are pydantic's and annotated_types'."""

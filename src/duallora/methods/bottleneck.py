@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from duallora.core.settings import RANKS
 from duallora.errors import ConfigError, check_positive
 from duallora.methods import Method
 from duallora.methods.rule import Rule, RuleConfig, attach
@@ -73,7 +74,7 @@ ADAPTER_P = Method(
     equation="W0 x + s U tanh(D x)",
     attach=attach,
     defaults={
-        "r": 256, "dropout": 0.0, "target_modules": ["up_proj", "down_proj"], "scale": 1.0, "init": "bert",
+        "r": RANKS["adapter-p"], "dropout": 0.0, "target_modules": ["up_proj", "down_proj"], "scale": 1.0, "init": "bert",
     },  # LLM-Adapters
     no_merge=NO_MERGE,
     rule=Parallel,
@@ -84,7 +85,11 @@ ADAPTER_L = Method(
     paper="2004.03829",
     equation="y + U relu(D LN(y) + b) + c, y = block(x)",
     attach=attach,
-    defaults={"r": 224, "dropout": 0.0, "target_modules": None},  # 224: the LoRA paper's count for GPT2-M
+    defaults={
+        "r": RANKS["adapter-l"],
+        "dropout": 0.0,
+        "target_modules": None,
+    },  # 224: the LoRA paper's count for GPT2-M
     no_merge=NO_MERGE,
     rule=AfterBlock,
 )

@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from duallora.core.settings import RANKS
 from duallora.errors import check_positive, check_rank
 from duallora.methods import Method
 from duallora.methods.rule import Rule, RuleConfig, attach
@@ -46,7 +47,7 @@ FLORA_CORE = Method(
     equation="W0 + s A G B^T",
     attach=attach,
     defaults={
-        "r": 8,
+        "r": RANKS["flora-core"],
         "dropout": 0.0,
         "target_modules": "all-linear",
         "scale": 1.0,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from duallora.core.settings import RANKS
 from duallora.errors import ConfigError, check_positive, check_steps
 from duallora.methods import Method, MethodSpec
 from duallora.methods.rule import Rule, RuleConfig, attach
@@ -99,7 +100,7 @@ DELTA_LORA = Method(
     equation="W[t+1] = W[t] + lambda (alpha/r) (B[t+1] A[t+1] - B[t] A[t])",
     attach=attach,
     defaults={
-        "r": 8, "alpha": lambda r: 2 * r, "target_modules": "all-linear", "lambda_": 2.0, "K": 500,
+        "r": RANKS["delta-lora"], "alpha": lambda r: 2 * r, "target_modules": "all-linear", "lambda_": 2.0, "K": 500,
     },
     check=check,
     rule=DeltaLoRA,

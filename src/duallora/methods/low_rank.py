@@ -26,6 +26,7 @@ from peft import LoraConfig, RandLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from duallora.core.settings import RANKS
 from duallora.errors import ConfigError
 from duallora.methods import Method, MethodSpec, starts
 
@@ -96,7 +97,7 @@ def vera(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
 
 
 _LORA = {
-    "r": 16,
+    "r": RANKS["lora"],
     "alpha": lambda r: 2 * r,
     "dropout": 0.0,
     "target_modules": "all-linear",
@@ -116,19 +117,19 @@ DORA = Method(
 )  # fmt: skip
 HIRA = Method(
     "hira", "HiRA", "OpenReview TwJrTz9cRS", "W0 + W0 . (B A)", hira,
-    {"r": 32, "dropout": 0.0, "target_modules": "all-linear"},
+    {"r": RANKS["hira"], "dropout": 0.0, "target_modules": "all-linear"},
 )  # fmt: skip
 RANDLORA = Method(
     "randlora", "RandLoRA", "2502.00987", "W0 + sum_j B_j L_j A_j G_j", randlora,
-    {"r": 32, "alpha": lambda r: 20 * r, "dropout": 0.0, "target_modules": "all-linear"},
+    {"r": RANKS["randlora"], "alpha": lambda r: 20 * r, "dropout": 0.0, "target_modules": "all-linear"},
 )  # fmt: skip
 VERA = Method(
     "vera", "VeRA", "2310.11454", "W0 + diag(b) B diag(d) A", vera,
-    {"r": 256, "dropout": 0.0, "target_modules": "all-linear"},
+    {"r": RANKS["vera"], "dropout": 0.0, "target_modules": "all-linear"},
 )  # fmt: skip
 CORDA = Method(
     "corda", "CorDA", "2406.05223", "LoRA from the SVD of W E[x x^T]", lora,
-    {"r": 16, "alpha": lambda r: r, "dropout": 0.0, "target_modules": "all-linear", "init_lora_weights": "corda"},
+    {"r": RANKS["corda"], "alpha": lambda r: r, "dropout": 0.0, "target_modules": "all-linear", "init_lora_weights": "corda"},
     **_FILES,
 )  # fmt: skip
 METHODS = {m.name: m for m in (LORA, LORA_PLUS, DORA, HIRA, RANDLORA, VERA, CORDA)}

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from duallora.core.settings import RANKS
 from duallora.errors import ConfigError
 from duallora.methods import Method
 from duallora.methods.rule import Rule, RuleConfig, attach
@@ -94,7 +95,12 @@ MORA = Method(
     paper="2405.12130",
     equation="W0 x + f_decomp(M f_comp(x))",
     attach=attach,
-    defaults={"r": 8, "dropout": 0.0, "target_modules": "all-linear", "kind": "rotation"},  # r, kind: authors' README
+    defaults={
+        "r": RANKS["mora"],
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "kind": "rotation",
+    },  # r, kind: authors' README
     rule=MoRA,
 )
 METHODS = {"mora": MORA}

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from transformers.pytorch_utils import Conv1D
 
+from duallora.core.settings import RANKS
 from duallora.errors import ConfigError, check_positive, check_rank
 from duallora.methods import Method, MethodSpec, trained
 from duallora.tuner.quantized import storage
@@ -308,18 +309,18 @@ def check_flora(spec: MethodSpec, recipe: Any, steps: int | None) -> None:
 FULL = Method("full", "Full fine-tuning", "1711.05101", "W <- W - lr AdamW(G)", attach, whole=True)
 GALORE = Method(
     "galore", "GaLore", "2403.03507", "W <- W - lr scale Adam(G P^T) P, P from the SVD of G", attach,
-    {"r": 4, "target_modules": "all-linear", "gap": 500, "scale": 4.0, "projection": "svd", "seed": 0},
+    {"r": RANKS["galore"], "target_modules": "all-linear", "gap": 500, "scale": 4.0, "projection": "svd", "seed": 0},
     groups=groups, optimizer=projected_optimizer, whole=True,
 )  # fmt: skip
 GARARE = Method(
     "garare", "GaRare", "OpenReview pxclAomHat", "GaLore with random P", attach,
-    {"r": 4, "target_modules": "all-linear", "gap": 500, "scale": 1.0, "projection": "gaussian", "seed": 0},
+    {"r": RANKS["garare"], "target_modules": "all-linear", "gap": 500, "scale": 1.0, "projection": "gaussian", "seed": 0},
     groups=groups, optimizer=projected_optimizer, whole=True,
 )  # fmt: skip
 FLORA_OPTIMIZER = Method(
     "flora-optimizer", "Flora (gradient compressor)", "2402.03293", "Adafactor, momentum kept as M P^T", attach,
     {
-        "r": 8, "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True,
+        "r": RANKS["flora-optimizer"], "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True,
         "accumulation_rank": None, "seed": 0,
     },
     groups=groups, optimizer=flora_optimizer, whole=True, check=check_flora,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from duallora.core.settings import RANKS
 from duallora.errors import ConfigError, check_steps
 from duallora.methods import Method
 from duallora.methods.rule import Rule, RuleConfig, attach
@@ -73,7 +74,7 @@ LOREFT = Method(
     paper="2404.03592",
     equation="h + R^T (W h + b - R h)",
     attach=attach,
-    defaults={"r": 8, "dropout": 0.0, "target_modules": None, "first": 7, "last": 7, "init": "linear"},
+    defaults={"r": RANKS["loreft"], "dropout": 0.0, "target_modules": None, "first": 7, "last": 7, "init": "linear"},
     no_merge="it edits the activations of the prompt's tokens, not a weight. Keep it as an adapter.",
     rule=LoReFT,
 )

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 from duallora import methods
-from duallora.config.recipe import RANK, DataSection, Recipe
+from duallora.config.recipe import DataSection, Recipe
 from duallora.errors import ConfigError
 from duallora.plan.architectures import config_of
 from duallora.plan.planner import Gpus, Planner
@@ -282,4 +282,4 @@ def _count(recipe: Recipe, kind: Literal["generate", "classify"], config: Any) -
 def _rank(recipe: Recipe) -> int:
     """Columns of the factors of one module: Dual LoRA has two groups."""
     adapter = recipe.adapter
-    return (adapter.r1 or adapter.r) + (adapter.r2 or adapter.r) if adapter.method == "duallora" else adapter.r or RANK
+    return (adapter.r1 or adapter.r) + (adapter.r2 or adapter.r) if adapter.method == "duallora" else adapter.r or 0

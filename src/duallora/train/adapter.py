@@ -13,7 +13,7 @@ from safetensors.torch import load_model as load_model_weights
 
 import duallora
 from duallora import methods
-from duallora.config.recipe import RANK, RUNS_OWN, Recipe
+from duallora.config.recipe import RUNS_OWN, Recipe
 from duallora.errors import ConfigError, IntegrityError
 from duallora.methods import starts
 from duallora.store import adapters
@@ -98,8 +98,6 @@ def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_t
     """
     values = {name: fields[name] for name in ("r", "alpha", "target_modules")} | {"dropout": fields["duallora_dropout"]}
     has_modules = "target_modules" in method.defaults
-    if values["r"] is None and "r" in method.defaults:
-        values["r"] = RANK
     if values["target_modules"] is None and has_modules and not method.rule:
         values["target_modules"] = "all-linear"
     options = dict(recipe.adapter.options)
