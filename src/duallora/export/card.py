@@ -39,6 +39,15 @@ PIPELINES = {"generate": "text-generation", "classify": "text-classification", "
 AUTO_CLASSES = {"generate": "AutoModelForCausalLM"}
 TOKENIZER = "tokenizer_config.json"
 RESAMPLES = 1000
+CITATION = """## Citation
+
+```bibtex
+@misc{duallora,
+  title = {Dual LoRA},
+  note = {arXiv:2512.03402},
+  url = {https://arxiv.org/abs/2512.03402}
+}
+```"""
 CONVERSION = re.compile(r"lora-r\d+")
 
 
@@ -46,21 +55,13 @@ def card(
     adapter: str | Path,
     output: str | Path | None = None,
     *,
-    base_model: str | None = None,
-    repo: str | None = None,
-    license: str | None = None,
-    language: str | None = None,
-    datasets: Sequence[str] = (),
-    results: Sequence[str | Path] = (),
-    data_dir: str | Path | None = None,
     force: bool = False,
     console: Console | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Writes the card to ``output`` (README.md of the adapter) and returns ``{"output", "base_model", "metadata", ...}``.
 
-    ``base_model`` is the hub id where the adapter names a folder of this machine. ``results`` are files of
-    ``duallora eval -o``, beside those found in the run folder; a metric gets a bootstrap interval where its predictions
-    can be scored again (the task's data are here and are the same).
+    ``options`` are those of `build`.
 
     Raises:
         ConfigError: no adapter, no hub id for the base model, or a card that was edited by hand and no ``force``.
@@ -69,26 +70,18 @@ def card(
     console = console or Console()
     folder = adapter_folder(adapter)
     path = Path(output) if output is not None else folder / "README.md"
-    text, metadata, notes = build(
-        folder,
-        base_model=base_model,
-        repo=repo,
-        license=license,
-        language=language,
-        datasets=datasets,
-        results=results,
-        data_dir=data_dir,
-    )
+    text, metadata, notes = build(folder, **options)
     if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8")):
         raise ConfigError(
             f"{path} was edited by hand or written by another tool; --force overwrites it, or choose -o FILE"
         )
+    base = str(metadata["base_model"])
     record.write_text(path, text)
-    validate(path, str(metadata["base_model"]))
+    validate(path, base)
     for note in notes:
         say(console, "note", escape(note))
-    say(console, "card", f"[bold]{shown(path)}[/], base model {escape(str(metadata['base_model']))}")
-    return {"output": str(path), "base_model": metadata["base_model"], "metadata": metadata, "notes": notes}
+    say(console, "card", f"[bold]{shown(path)}[/], base model {escape(base)}")
+    return {"output": str(path), "base_model": base, "metadata": metadata, "notes": notes}
 
 
 def build(
@@ -102,7 +95,12 @@ def build(
     results: Sequence[str | Path] = (),
     data_dir: str | Path | None = None,
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """(the card's text, its front matter, what a person should still see to) for the adapter in ``folder``."""
+    """(the card's text, its front matter, what a person should still see to) for the adapter in ``folder``.
+
+    ``base_model`` is the hub id where the adapter names a folder of this machine, ``repo`` where the adapter will lie.
+    ``results`` are files of ``duallora eval -o``, beside those found in the run folder; a metric gets a bootstrap interval
+    where its predictions can be scored again (the task's data are here and are the same).
+    """
     settings = untrusted.read(folder)
     sidecar, run = adapters.read_sidecar(folder), _run(folder)
     local = settings.get("base_model_name_or_path") or sidecar.get("base", {}).get("name")
@@ -137,7 +135,17 @@ def build(
         notes.append("no licence is named: choose one with --license (apache-2.0, mit, ...)")
     if not found:
         notes.append("no data set is named: --dataset org/name if it is on the hub")
-    body = _body(folder, settings, sidecar, run, base, str(local), kind, repo, scores, others)
+    parts = [
+        f"# {repo.partition('/')[2] if repo else _title(folder, task)}",
+        f"A [Dual LoRA](https://arxiv.org/abs/2512.03402) adapter for [{base}](https://huggingface.co/{base}). Each adapted "
+        "weight is W0 + s ReLU(B A) . Sign(D C): one pair of factors says how far an entry moves, the other in which direction.",
+        _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ())), (folder / TOKENIZER).is_file()),
+        _plain_lora(others, repo or "ORG/NAME"),
+        _training(settings, sidecar, run, str(local)),
+        _scores(scores),
+        CITATION,
+    ]
+    body = "\n\n".join(part for part in parts if part) + "\n"
     text = f"---\n{data.to_yaml()}\n---\n\n{body}"
     return f"{text}\n{_mark(text)}\n", data.to_dict(), notes
 
@@ -202,14 +210,10 @@ def validate(path: Path, base_model: str) -> None:
         data = ModelCard.load(path).data
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"{path}: the front matter cannot be read back: {error}") from error
-    expected = {"library_name": "peft", "base_model": base_model}
-    wrong = [
-        f"{key} is {data.get(key)!r}, expected {value!r}" for key, value in expected.items() if data.get(key) != value
-    ]
-    if data.get("pipeline_tag") not in PIPELINES.values():
-        wrong.append(f"pipeline_tag is {data.get('pipeline_tag')!r}")
-    if wrong:
-        raise IntegrityError(f"{path}: {'; '.join(wrong)}")
+    expected = {"library_name": ["peft"], "base_model": [base_model], "pipeline_tag": sorted({*PIPELINES.values()})}
+    for key, values in expected.items():
+        if data.get(key) not in values:
+            raise IntegrityError(f"{path}: {key} is {data.get(key)!r}, expected {' or '.join(values)}")
 
 
 def _mark(text: str) -> str:
@@ -250,31 +254,27 @@ def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, 
 
 def _results(folder: Path, files: Sequence[str | Path], task: str, data_dir: str | Path | None) -> list[dict[str, Any]]:
     """The metrics of ``duallora eval -o`` files: those named, and those in the run folder that are of this adapter."""
+    named = list(map(Path, files))
     own = [path for place in (folder, folder.parent) for path in sorted(place.glob("*.json")) if _run(folder)]
     found = []
-    for path in dict.fromkeys([*map(Path, files), *own]):
-        named = path in map(Path, files)
+    for path in dict.fromkeys([*named, *own]):
         try:
             result = record.read_json(path)
-        except (OSError, ValueError) as error:
-            if named:
-                raise ConfigError(f"{path} is no result of duallora eval -o: {error}") from None
-            continue
+        except (OSError, ValueError):
+            result = None
         if not isinstance(result, dict) or result.get("kind") != "eval" or "metrics" not in result:
-            if named:
-                raise ConfigError(f"{path} is no result of duallora eval -o; expected its kind to be 'eval'")
+            if path in named:
+                raise ConfigError(f"{path} is no result of duallora eval -o; expected JSON whose kind is 'eval'")
             continue
         source = adapters.find(result["source"]) if Path(str(result.get("source"))).is_dir() else None
-        if not named and (source is None or source.resolve() != folder.resolve()):
+        if path not in named and (source is None or source.resolve() != folder.resolve()):
             continue
-        examples = _examples(result, data_dir)
         intervals = {}
-        if examples is not None:
+        if (known := _examples(result, data_dir)) is not None:
             main = result["main_metric"]
-            intervals[main] = interval(examples[0], main, result["predictions"], examples[1])
-        found.append(
-            {key: result.get(key) for key in ("task", "split", "n", "metrics", "recipe")} | {"intervals": intervals}
-        )
+            intervals[main] = interval(known[0], main, result["predictions"], known[1])
+        facts = {key: result.get(key) for key in ("task", "split", "n", "metrics", "recipe")}
+        found.append({**facts, "intervals": intervals})
     return found
 
 
@@ -323,33 +323,6 @@ def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, 
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _body(
-    folder: Path,
-    settings: dict[str, Any],
-    sidecar: dict[str, Any],
-    run: dict[str, Any],
-    base: str,
-    local: str,
-    kind: str,
-    repo: str | None,
-    scores: list[dict[str, Any]],
-    others: dict[str, tuple[Path, dict[str, Any]]],
-) -> str:
-    title = repo.partition("/")[2] if repo else _title(folder, str(sidecar.get("task") or ""))
-    parts = [
-        f"# {title}",
-        f"A [Dual LoRA](https://arxiv.org/abs/2512.03402) adapter for [{base}](https://huggingface.co/{base}). Each adapted "
-        "weight is W0 + s ReLU(B A) . Sign(D C): one pair of factors says how far an entry moves, the other in which direction.",
-        _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ())), (folder / TOKENIZER).is_file()),
-        _plain_lora(others, base, repo or "ORG/NAME"),
-        _training(settings, sidecar, run, local),
-        _scores(scores),
-        "## Citation\n\n```bibtex\n@misc{duallora,\n  title = {Dual LoRA},\n  note = {arXiv:2512.03402},\n"
-        "  url = {https://arxiv.org/abs/2512.03402}\n}\n```",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
 def _usage(base: str, kind: str, repo: str, labels: int, own_tokenizer: bool) -> str:
     auto = AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification")
     extra = f", num_labels={labels or 1}" if kind != "generate" else ""
@@ -370,7 +343,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo if own_tokenizer else base}")
 ```"""
 
 
-def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], base: str, repo: str) -> str:
+def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], repo: str) -> str:
     if not others:
         return ""
     lines = [

@@ -81,11 +81,12 @@ def check(
         config, shapes = _files(report, folder)
         if shapes and config:
             _targets(report, config, shapes, target)
-            if not report.broken and not files_only:
+            if not report.errors and not files_only:
                 _model(report, adapter, base, config)
     first = next((finding.exit_code for finding in report.findings if finding.exit_code), 0)
-    outcome = "[green]the adapter is sound[/]" if not first else "[red]the adapter is not to be used as it is[/]"
+    outcome = "[red]the adapter is not to be used as it is[/]" if first else "[green]the adapter is sound[/]"
     console.print(f"{shown(folder)}: {outcome}", soft_wrap=True)
+    targets = {name: {"accepted": not found.reasons, **found._asdict()} for name, found in report.targets.items()}
     return {
         "ok": not first,
         "exit_code": first,
@@ -93,9 +94,7 @@ def check(
         "method": str((config or {}).get("peft_type")),
         "base": base or (config or {}).get("base_model_name_or_path"),
         "findings": [finding._asdict() for finding in report.findings],
-        "targets": {
-            name: {"accepted": verdict.accepted, **verdict._asdict()} for name, verdict in report.targets.items()
-        },
+        "targets": targets,
         "effect": report.effect,
     }
 
@@ -123,12 +122,7 @@ class _Report:
         self.findings: list[Finding] = []
         self.targets: dict[str, Verdict] = {}
         self.effect: dict[str, float] | None = None
-        self.errors: list[DualLoraError] = []
-
-    @property
-    def broken(self) -> bool:
-        """Whether something failed that makes loading the adapter pointless; a target's refusal does not."""
-        return any(finding.exit_code and finding.name not in TARGETS for finding in self.findings)
+        self.errors: list[DualLoraError] = []  # what makes loading it pointless; a target's refusal does not
 
     def add(self, name: str, status: str, message: str, exit_code: int = 0) -> None:
         finding = Finding(name, status, message, exit_code)
@@ -162,7 +156,7 @@ def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[s
         untrusted.check_patterns(config, {_module(name) for name in shapes}, where)
         settings = adapters.read_config(folder)
         say(escape(f"{config.get('peft_type')} on {settings.base_model_name_or_path}, {len(shapes)} tensors"))
-    if report.broken:
+    if report.errors:
         return None, None
     with report.step("values") as say:
         dtypes, gates = _values(folder / adapters.WEIGHTS)
@@ -211,19 +205,16 @@ def _model(report: _Report, adapter: str | Path, base: str | None, config: Mappi
         kind = adapters.adapter_kind(adapter)
         model, tokenizer = adapters.load_adapter(adapter, kind, base=base)
         recorded = adapters.read_sidecar(adapters.find(adapter) or Path()).get("base", {}).get("fingerprint")
-        weights = (
-            f"the weights it was trained on ({recorded[:16]}...)" if recorded else "no recorded weights to compare"
-        )
-        say(f"every tensor fits; {weights}")
+        known = f"the weights it was trained on ({recorded[:16]}...)" if recorded else "no recorded weights to compare"
+        say(f"every tensor fits; {known}")
     if model is None:
         return
-    alive = True
+    alive = bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
     with report.step("layers") as say:
         dead, total = _dead_layers(model)
-        if total and len(dead) == total:
-            alive = bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
-            if not alive:
-                raise IntegrityError(f"the adapter has no effect: dW = 0 in all {total} layers")
+        alive = alive or len(dead) < total or not total
+        if not alive:
+            raise IntegrityError(f"the adapter has no effect: dW = 0 in all {total} layers")
         if dead:
             report.add("layers", "note", escape(f"dW = 0 in {len(dead)} of {total} layers (first: {dead[0]})"))
         else:
@@ -246,13 +237,13 @@ def _model(report: _Report, adapter: str | Path, base: str | None, config: Mappi
 
 
 def _dead_layers(model: PeftModel) -> tuple[list[str], int]:
-    """Names of the layers whose dW is zero everywhere, and how many were looked at."""
+    """Names of the layers whose dW is zero everywhere, and how many were looked at; BOFT's are no matrices."""
     dead, total = [], 0
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer) and hasattr(module, "get_delta_weight"):
             with torch.no_grad():
                 dW = module.get_delta_weight("default")
-            if isinstance(dW, Tensor):  # BOFT's is a rotation and a scale
+            if isinstance(dW, Tensor):
                 total += 1
                 dead += [] if bool(dW.any()) else [name]
     return dead, total
@@ -282,9 +273,7 @@ def compare(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
 
 def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     """vLLM 0.33: vllm/lora/peft_helper.py, lora_model.py, config/lora.py."""
-    if refusal := _not_a_lora(config):
-        return Verdict([refusal], "")
-    reasons = _missing(config, ("r", "lora_alpha", "target_modules"))
+    reasons = []
     for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"):
         if config.get(key):
             reasons.append(f"{key}={config[key]!r} is refused")
@@ -299,18 +288,14 @@ def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     flag = vllm_rank(config)
     if flag == 0:
         reasons.append(f"rank {_largest_rank(config)} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
-    reasons += _convolutions(shapes)
-    if reasons:
-        return Verdict(reasons, "")
     size = f" --max-lora-rank {flag}" if flag > VLLM_DEFAULT_RANK else ""
-    return Verdict([], f"vllm serve BASE --enable-lora{size} --lora-modules NAME=FOLDER")
+    start = f"vllm serve BASE --enable-lora{size} --lora-modules NAME=FOLDER"
+    return _verdict(config, shapes, ("r", "lora_alpha", "target_modules"), reasons, start)
 
 
 def sglang(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     """SGLang main, August 2026: python/sglang/srt/lora/lora_config.py, lora.py."""
-    if refusal := _not_a_lora(config):
-        return Verdict([refusal], "")
-    reasons = _missing(config, ("r", "lora_alpha", "target_modules"))
+    reasons = []
     if config.get("use_dora"):
         reasons.append("use_dora=True: DoRA's lengths are not applied")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
@@ -328,35 +313,36 @@ def sglang(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
         alone = [m for m in modules if m.endswith(needs) and m.removesuffix(needs) + needed not in modules]
         if alone:
             reasons.append(f"{needs} is adapted without {needed} in {len(alone)} layers, and they are stacked")
-    reasons += _convolutions(shapes)
-    if reasons:
-        return Verdict(reasons, "")
-    return Verdict([], "python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME=FOLDER")
+    start = "python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME=FOLDER"
+    return _verdict(config, shapes, ("r", "lora_alpha", "target_modules"), reasons, start)
 
 
 def llamacpp(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     """llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.h (scale = lora_alpha / rank of the tensor)."""
-    if refusal := _not_a_lora(config):
-        return Verdict([refusal], "")
-    reasons = _missing(config, ("lora_alpha",))
+    reasons = []
     if any("lora_embedding" in name for name in shapes):
         reasons.append("embeddings are adapted, and PEFT's layout of them is not the one its converter expects")
-    strange = [
-        name
-        for name in shapes
-        if not re.search(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_layernorm|\.norm", name)
-    ]
-    if strange:
+    known = r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_layernorm|\.norm"
+    if strange := [name for name in shapes if not re.search(known, name)]:
         reasons.append(f"{len(strange)} tensors are no lora_A or lora_B (first: {strange[0]}), so the converter exits")
-    reasons += _convolutions(shapes)
-    if not reasons:
+    if config.get("lora_alpha") is not None and not reasons:
         ranks = {_module(name): shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight")}
         reasons += [wrong for module, rank in ranks.items() if (wrong := _other_scale(config, module, rank))][:1]
-    if reasons:
-        return Verdict(reasons, "")
-    return Verdict(
-        [], "python convert_lora_to_gguf.py --base BASE_FOLDER FOLDER; llama-server -m BASE.gguf --lora FOLDER.gguf"
-    )
+    start = "python convert_lora_to_gguf.py --base BASE_FOLDER FOLDER; llama-server -m BASE.gguf --lora FOLDER.gguf"
+    return _verdict(config, shapes, ("lora_alpha",), reasons, start)
+
+
+def _verdict(
+    config: Mapping[str, Any], shapes: Shapes, needed: tuple[str, ...], reasons: list[str], start: str
+) -> Verdict:
+    """What holds for every engine before its own ``reasons``; ``start`` where there are none."""
+    if refusal := _not_a_lora(config):
+        return Verdict([refusal], "")
+    missing = [key for key in needed if config.get(key) is None]
+    convolutions = [_module(name) for name, shape in shapes.items() if "lora_" in name and len(shape) > 2]
+    every = [f"adapter_config.json lacks {', '.join(missing)}"] if missing else []
+    every += reasons + ([f"convolutions are adapted ({convolutions[0]})"] if convolutions else [])
+    return Verdict(every, "" if every else start)
 
 
 TARGETS: dict[str, Callable[[Mapping[str, Any], Shapes], Verdict]] = {
@@ -375,11 +361,6 @@ def _not_a_lora(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def _missing(config: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    missing = [key for key in keys if config.get(key) is None]
-    return [f"adapter_config.json lacks {', '.join(missing)}"] if missing else []
-
-
 def vllm_rank(config: Mapping[str, Any]) -> int:
     """The smallest --max-lora-rank that holds every rank the configuration names; 0 where none does."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= _largest_rank(config)), 0)
@@ -388,11 +369,6 @@ def vllm_rank(config: Mapping[str, Any]) -> int:
 def _largest_rank(config: Mapping[str, Any]) -> int:
     ranks = (config.get("r"), *(config.get("rank_pattern") or {}).values())
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)
-
-
-def _convolutions(shapes: Shapes) -> list[str]:
-    found = [_module(name) for name, shape in shapes.items() if "lora_" in name and len(shape) > 2]
-    return [f"convolutions are adapted ({found[0]})"] if found else []
 
 
 def _other_scale(config: Mapping[str, Any], module: str, rank: int) -> str | None:

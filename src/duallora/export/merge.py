@@ -81,14 +81,7 @@ def merge(
         if not hasattr(model.base_model, "merge_and_unload"):
             raise ConfigError(f"{adapter} holds virtual tokens, inputs and no weights: there is nothing to merge")
         before = probe(model, tokenizer)
-        try:
-            merged = cast(PeftModel, model).merge_and_unload(safe_merge=True)
-        except ConfigError as error:
-            raise ConfigError(f"{adapter} cannot be merged: {error}") from error
-        except ValueError as error:
-            raise NonFiniteError(f"{adapter} cannot be merged: {error}") from error
-        if dtype != "auto":
-            merged = merged.to(getattr(torch, dtype))
+        merged = _folded_in(model, adapter, dtype)
         if kind == "generate":  # engines read what ends an answer there: in a chat, what closes a turn
             ends = evaluate.end_tokens(merged, tokenizer, chat=bool(tokenizer.chat_template))
             merged.generation_config.eos_token_id = ends or None
@@ -131,6 +124,16 @@ def merge(
     )
     say(console, "merged", f"[bold]{shown(output)}[/] ({size(total)}, {facts['dtype']}), loads with plain transformers")
     return {"output": str(output), **facts}
+
+
+def _folded_in(model: Any, adapter: str | Path, dtype: str) -> Any:
+    try:
+        merged = cast(PeftModel, model).merge_and_unload(safe_merge=True)
+    except ConfigError as error:
+        raise ConfigError(f"{adapter} cannot be merged: {error}") from error
+    except ValueError as error:
+        raise NonFiniteError(f"{adapter} cannot be merged: {error}") from error
+    return merged if dtype == "auto" else merged.to(getattr(torch, dtype))
 
 
 def _on_plain_weights(adapter: str | Path, kind: Kind, into: Into) -> tuple[Any, Any, str, list[torch.Tensor]]:
