@@ -266,8 +266,13 @@ def test_layers_hold_whole_weights_only_while_they_compute():
 
 @pytest.mark.parametrize(
     ("curve", "calls"),
-    [(lambda n: 3 * n - 100, 3), (lambda n: n * n + n - 900, 40), (lambda n: max(n, 9 * n - 700) - 90, 40)],
-    ids=["linear", "square", "kinked"],
+    [
+        (lambda n: 3 * n - 100, 3),
+        (lambda n: n * n + n - 900, 40),
+        (lambda n: max(n, 9 * n - 700) - 90, 40),
+        (lambda n: n, 1),
+    ],
+    ids=["linear", "square", "kinked", "none fits"],
 )
 @pytest.mark.parametrize("limit", [1, 2, 29, 30, 31, 80, 4096])
 def test_the_largest_that_fits_is_found_in_few_steps(curve, calls, limit):
@@ -280,10 +285,6 @@ def test_the_largest_that_fits_is_found_in_few_steps(curve, calls, limit):
 
     assert largest(over, limit) == max((n for n in range(1, limit + 1) if curve(n) <= 0), default=0)
     assert len(asked) <= calls
-
-
-def test_nothing_fits_where_one_does_not():
-    assert largest(lambda n: n, 5) == 0
 
 
 def test_a_fitting_batch_fits_and_the_next_does_not():

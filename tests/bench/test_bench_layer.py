@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from duallora import cli, console
+from duallora import cli
 from duallora.bench import layer, methods
 
 CPU = torch.device("cpu")
@@ -80,19 +80,7 @@ def test_the_bytes_saved_for_the_backward_leave_out_x_and_parameters():
     assert layer.saved_bytes(nn.Sequential(plain, nn.Sigmoid()), x, dY) == 7 * 16 * 4
 
 
-def test_what_is_in_the_file_is_not_measured_again(tiny):
-    said, first = tiny(widths=[16])
-    assert said["measured"] == 1
-    said, second = tiny()
-    assert (said["measured"], said["skipped"]) == (1, 1)
-    assert second["cells"][0] == first["cells"][0]
-    assert [cell["cell"]["width"] for cell in second["cells"]] == [16, 24]
-    for fact in ("versions", "device", "threads", "source", "seeds"):
-        assert second[fact] is not None
-    assert "commit" in second  # None outside a checkout
-
-
-def test_an_interrupted_run_keeps_the_cells_it_finished(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_the_cells_it_finished_and_goes_on(tiny, tmp_path, monkeypatch):
     measure = layer.measure
 
     def stop_at_24(**options):
@@ -104,10 +92,14 @@ def test_an_interrupted_run_keeps_the_cells_it_finished(tiny, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         tiny()
     monkeypatch.setattr(layer, "measure", measure)
-    said, content = tiny()
+    first = json.loads((tmp_path / "layer.json").read_text())
+    said, second = tiny()
     assert (said["measured"], said["skipped"]) == (1, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["layer.json"]
-    assert len(content["cells"]) == 2
+    assert second["cells"][0] == first["cells"][0]
+    assert [cell["cell"]["width"] for cell in second["cells"]] == [16, 24]
+    assert None not in [second[fact] for fact in ("versions", "device", "threads", "source", "seeds")]
+    assert "commit" in second  # None outside a checkout
 
 
 @pytest.mark.parametrize("fact", ["source", "threads", "device", "versions"])
@@ -117,16 +109,6 @@ def test_figures_of_other_code_or_another_machine_are_measured_again(fact, tiny,
     said, content = tiny(widths=[16])
     assert (said["measured"], said["dropped"]) == (1, 2)
     assert [cell["cell"]["width"] for cell in content["cells"]] == [16]
-
-
-def test_the_command_line_runs_it_and_says_what_came_of_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    line = "bench layer --width 16 --tokens 5 --rank 2 --dtype float32 --rounds 3 --device cpu -o out/l.json --json"
-    assert cli.run(line.split()) == 0
-    payload = json.loads(capsys.readouterr().out)
-    console.use_json(False)
-    assert (payload["status"], payload["measured"]) == ("done", 1)
-    assert json.loads((tmp_path / "out" / "l.json").read_text())["kind"] == "bench-layer"
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,8 @@ def test_layers_too_small_or_of_another_rank_do_not_count_for_the_floor_but_do_a
     assert verdict_of(results, "layer, fp32").cells == 2
     rival = verdict_of(results, "PEFT DoRA, equal")
     assert (rival.worst, rival.where, rival.met, rival.cells) == (1.25, "layer, 576 x 2048, r 16, fp32", 8, 9)
-
-
-def test_as_fast_as_a_rival_is_not_faster(results):
-    results["layer"]["cells"] = [layer_cell(1024, "float32", 2.0)]
-    results["step"] = {}
-    assert verdict_of(results, "PEFT DoRA, equal").met == 0
-    assert verdict_of(results, "PEFT HiRA, equal").met == 1
+    results["layer"]["cells"], results["step"] = [layer_cell(1024, "float32", 2.0)], {}
+    assert verdict_of(results, "PEFT DoRA, equal").met == 0  # as fast is not faster
 
 
 def test_the_table_of_targets_says_no_and_where(results):
@@ -151,14 +146,7 @@ def test_tables_hold_the_ratios(results):
 def test_cells_off_the_defaults_are_told_apart():
     """Two cells under one name would be one, and the worse of them might be the one that vanished."""
     key = step_cell("float32", 5.0)["cell"]
-    others = [
-        {"rank": 16},
-        {"rows": 4},
-        {"model": "mine"},
-        {"checkpointing": True},
-        {"masked": True},
-        {"dtype": "bfloat16"},
-    ]
+    others = [{"rank": 16}, {"rows": 4}, {"model": "mine"}, {"masked": True}, {"dtype": "bfloat16"}]
     assert words(key) == "fp32"
     assert len({words(key), *(words({**key, **other}) for other in others)}) == 1 + len(others)
     assert words({**key, "rank": 16, "rows": 4}) == "fp32, r 16, 4 x 128 tokens"

@@ -97,18 +97,15 @@ def test_a_full_batch_has_no_zero_rows_and_a_masked_one_says_how_many(scene):
     assert masked["trained_share"] + masked["padding_share"] < 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_measurement(scene):
+def test_a_loss_that_is_not_finite_ends_the_measurement_and_a_method_that_is_not_there_is_named(scene):
     stage = Stage(scene())
+    with pytest.raises(ConfigError, match="'nonesuch': expected one of three GEMMs, peft lora"):
+        stage.trial("nonesuch")
     trial = stage.trial(methods.LORA)
     with torch.no_grad():
         next(iter(stage.base.parameters())).fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="peft lora"):
         trial.step()
-
-
-def test_a_method_that_is_not_there_is_named(scene):
-    with pytest.raises(ConfigError, match="'nonesuch': expected one of three GEMMs, peft lora"):
-        Stage(scene()).trial("nonesuch")
 
 
 def test_the_scenes_asked_for():
@@ -137,9 +134,8 @@ def test_the_command_line_measures_time_then_memory_and_goes_on(tiny_causal_fold
     monkeypatch.setattr(memory, "measured", measured)
     monkeypatch.setattr(memory, "can_measure", lambda device: True)
     monkeypatch.chdir(tmp_path)
-    line = (
-        f"bench step --model {tiny_causal_folder} --rank 2 --rows 2 --length 16 --dtype float32 --rounds 3 --device cpu"
-    )
+    sizes = "--rank 2 --rows 2 --length 16 --dtype float32 --rounds 3 --device cpu"
+    line = f"bench step --model {tiny_causal_folder} {sizes}"
     assert cli.run([*line.split(), "--no-memory"]) == 0
     content = json.loads((tmp_path / "results/bench/step.json").read_text())
     assert asked == []

@@ -64,10 +64,7 @@ def test_a_sound_adapter_passes_and_its_effect_is_measured(run_folder, console):
     adapted, tokenizer = adapters.load_adapter(run_folder, "generate")
     base = AutoModelForCausalLM.from_pretrained(report["base"]).eval()
     with torch.no_grad():
-        ids = [
-            tokenizer(text, return_tensors="pt", return_token_type_ids=False)["input_ids"]
-            for text in checking.merge.PROBES
-        ]
+        ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in checking.merge.PROBES]
         new, old = (torch.cat([model(i).logits[0] for i in ids]).double() for model in (adapted, base))
     assert report["effect"]["max"] == pytest.approx(float((new - old).abs().max()), rel=1e-6)
     assert report["effect"]["mean"] == pytest.approx(float((new - old).abs().mean()), rel=1e-6)
@@ -181,16 +178,6 @@ def test_another_base_is_noticed_by_its_weights(run_folder, tiny_causal_folder, 
     assert checking.check(run_folder, base=str(tiny_causal_folder))["ok"]
 
 
-def test_a_flipped_bit_is_noticed_by_the_recorded_hash(run_folder, tmp_path):
-    folder = Path(shutil.copytree(run_folder / "adapter", tmp_path / "adapter"))
-    content = bytearray((folder / "adapter_model.safetensors").read_bytes())
-    content[-5] ^= 4
-    (folder / "adapter_model.safetensors").write_bytes(content)
-    report = checking.check(folder)
-    assert findings(report) == {"files": ("failed", 4)}
-    assert "damaged" in message(report, "files")
-
-
 CANARY = "raise SystemExit('imported')"
 HOSTILE = {
     "rank": ({"r": 10**9}, "r=1000000000"),
@@ -203,10 +190,7 @@ HOSTILE = {
     "pattern key": ({"alpha_pattern": {"(.*.*)*!": 3}}, "take more than"),
     "no regular expression": ({"target_modules": "(q_proj"}, "no regular expression"),
     "long pattern": ({"exclude_modules": "q" * 10**5}, "100,000 characters"),
-    "many patterns": (
-        {"rank_pattern": {f"layer{i}": 2 for i in range(10**4)}},
-        "module patterns, expected at most 5,000",
-    ),
+    "many patterns": ({"rank_pattern": {f"layer{i}": 2 for i in range(10**4)}}, "patterns, expected at most 5,000"),
 }
 
 
@@ -240,15 +224,12 @@ def test_deep_and_huge_json_is_refused(mine):
     assert findings(checking.check(mine)) == {"files": ("failed", 4)}
 
 
-def test_convert_is_as_wary_as_check(mine, tmp_path):
+def test_every_verb_that_loads_an_adapter_is_as_wary(mine, tmp_path):
+    with pytest.raises(ConfigError, match="r=1000000000"):
+        adapters.load_adapter(change_config(mine, r=10**9), "generate")
     (mine / "adapter_config.json").write_text('{"a":' + "[" * 100_000)
     with pytest.raises(ConfigError, match="nested too deeply"):
         convert.convert(mine, tmp_path / "lora", rank=1)
-
-
-def test_every_verb_that_loads_an_adapter_has_the_same_guard(mine):
-    with pytest.raises(ConfigError, match="r=1000000000"):
-        adapters.load_adapter(change_config(mine, r=10**9), "generate")
 
 
 def test_a_native_adapter_is_sent_to_convert_or_merge(native):
