@@ -59,21 +59,6 @@ def test_a_layer_is_what_the_oracle_says(llama, forward, backend):
         torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
 
 
-def test_conv1d_agrees_with_linear(gpt2, ids):
-    """GPT-2's [in, out] weights: the norm is per output all the same."""
-    model = adapted(gpt2(), target_modules=["c_attn"])
-    layer = layers(model)[0]
-    W = layer.base_layer.weight.T.double()
-    factors = [f.detach() for f in layer._factors("default")]
-    dW = duallora.dual_delta(*(f.double() for f in factors), layer.scaling["default"])
-    m = layer.duallora_m["default"].detach().double()
-    want = (W + dW) * (m / (W + dW).norm(dim=1))[:, None]
-    with torch.no_grad():
-        merged = layer._merged_weight(layer.base_layer.weight, ["default"])
-    torch.testing.assert_close(merged.T.double(), want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer.get_delta_weight("default").T.double(), want - W, rtol=1e-4, atol=1e-6)
-
-
 def test_dropout_acts_on_the_update_alone(llama):
     """In expectation over masks the output is that without dropout; in evaluation it is equal."""
     model = adapted(llama(), duallora_dropout=0.5)
