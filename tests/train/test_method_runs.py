@@ -60,6 +60,54 @@ def test_prefix_tuning_resumes_from_its_mlp(kind, make_recipe, console, tmp_path
     assert adapters.load_adapter(tmp_path / "run", kind)
 
 
+@pytest.mark.parametrize("optimizer", ["galore", "garare", "flora"])
+def test_the_papers_orthogonal_optimizers_train_dual_loras_factors(
+    optimizer, make_recipe, console, tmp_path, interrupted
+):
+    """The gate opens, the loss falls, every factor moves, and a resumed run ends to the bit."""
+    own = [
+        "adapter.r1=12",
+        "adapter.r=9",
+        "train.max_steps=30",
+        f"train.optimizer={optimizer}",
+        "train.logging_steps=1",
+    ]
+    own += [f"train.learning_rate={0.2 if optimizer == 'flora' else 1e-2}"]
+    whole = run.train(make_recipe(*own), console=console)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    gates = [line["gate"] for line in lines if "gate" in line]
+    assert gates[0] < 1
+    assert gates[-1] == 1
+    assert whole["metrics"]["loss"] < whole["metrics"]["loss_before"] - 0.01
+    stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=28)
+    run.train(make_recipe(*own, output=stopped), resume="auto", console=console)
+    first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "run", stopped))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["adapter.method=full"], r"galore with adapter\.method=full: .* it is adapter\.method=galore"),
+        (["adapter.method=garare"], r"galore with adapter\.method=garare"),
+        ([*settings("vera"), "adapter.alpha=null"], "no matrix that VeRA trains is larger on both sides"),
+        ([*settings("lora"), "adapter.r=4"], "projects onto rank 4, and no matrix that LoRA trains"),
+        ([*settings("lora"), "train.optimizer=galore_adamw"], r"train\.optimizer=galore_adamw: .*galore"),
+    ],
+)
+def test_where_a_projection_makes_no_sense_it_is_refused(own, message, make_recipe, console):
+    plain = [
+        "adapter.r1=null",
+        "adapter.warmup_steps=auto",
+        "adapter.r=null",
+        "adapter.alpha=null",
+        "adapter.duallora_dropout=null",
+    ]
+    recipe = make_recipe(*plain, "train.optimizer=galore", *own)
+    with pytest.raises(ConfigError, match=message):
+        run.train(recipe, console=console)
+
+
 def test_label_smoothing_is_loras_loss(make_recipe, console):
     """(1 - s) (-log p_y) + s mean_v (-log p_v) over the trained tokens, in numpy; it trains another adapter, and LoReFT refuses."""
     generator = torch.Generator().manual_seed(0)

@@ -277,7 +277,10 @@ class TrainSection(Section):
     report_to: list[Text] = setting(
         ["tensorboard"], "Trackers, as transformers names them (tensorboard, trackio, wandb, mlflow); [] is none."
     )
-    optimizer: Text = setting("adamw_torch", "Optimizer, as transformers' optim argument names it.")
+    optimizer: Text = setting(
+        "adamw_torch",
+        "Optimizer, as transformers' optim argument names it, or galore, garare, flora over the method's factors.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -19,9 +19,12 @@
   these as in the authors' code, r = 8 and beta1 = 0.9 ours. With ``accumulation_rank`` r_a (off, as there) several backward passes
   add up as sum_i G_i P_a, P_a ~ N(0, 1/r_a) anew in each step, which takes their sum P_a^T for G. (Not FLoRA: see ``core_space.py``.)
 
-All parameters are trained; what is not targeted (embeddings, norms, head) gets plain AdamW (Flora: Adafactor with whole momentum).
+As methods: all parameters are trained; what is not targeted (embeddings, norms, head) gets plain AdamW (Flora: Adafactor with whole momentum).
 States are float32 whatever the weights are, and load from a state_dict as they were, so a resumed run is the same to the bit.
 The whole model is saved.
+
+As optimizers (``train.optimizer=galore``, :func:`over_factors`) they take the trained matrices of another method, Dual LoRA's factors
+among them, with the same settings.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -306,6 +309,33 @@ def check_flora(spec: MethodSpec, recipe: Any, steps: int | None) -> None:
         )
 
 
+def over_factors(name: str, groups: Iterable[Mapping[str, Any]], title: str) -> Optimizer:
+    """The optimizer of the method ``OPTIMIZERS[name]``, with its own settings, over optimizer groups of another method's parameters.
+
+    Matrices [m, n] with min(m, n) above its rank are projected, all else is not.
+
+    Raises:
+        ConfigError: nothing is; ``title`` is the method's name in it.
+    """
+    settings = dict(METHODS[OPTIMIZERS[name]].defaults)
+    rank = settings.pop("r")
+    del settings["target_modules"]
+    apart: list[dict[str, Any]] = []
+    for group in groups:
+        matrices = [p for p in group["params"] if p.ndim == 2 and min(p.shape) > rank]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in group["params"] if id(p) not in chosen]
+        apart += [{**group, "params": own, "rank": r} for own, r in ((matrices, rank), (rest, 0)) if own]
+    if not any(group["rank"] for group in apart):
+        raise ConfigError(
+            f"train.optimizer={name} projects onto rank {rank}, and no matrix that {title} trains is larger on both sides: expected a "
+            "higher adapter.r, or another optimizer"
+        )
+    kind: Any = Flora if name == "flora" else ProjectedAdamW
+    return kind(apart, apart[0]["lr"], **settings)
+
+
+OPTIMIZERS = {"galore": "galore", "garare": "garare", "flora": "flora-optimizer"}
 FULL = Method("full", "Full fine-tuning", "1711.05101", "W <- W - lr AdamW(G)", attach, whole=True)
 GALORE = Method(
     "galore", "GaLore", "2403.03507", "W <- W - lr scale Adam(G P^T) P, P from the SVD of G", attach,

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback
 
 from duallora import methods
 from duallora.errors import ConfigError, NonFiniteError
+from duallora.methods.projected import over_factors
 from duallora.store import checkpoint
 from duallora.store.processes import ALONE, Processes
 from duallora.store.run_folder import Log
@@ -40,6 +41,7 @@ class RunTrainer(Trainer):
     processes = ALONE
     kind: Kind = "generate"
     method: methods.Adapted | None = None
+    projected = ""  # one of `OPTIMIZERS`, over the method's factors
     tokens = 0
     step_tokens = 0
     step_loss = 0.0
@@ -49,12 +51,17 @@ class RunTrainer(Trainer):
         if self.optimizer is None and self.method is not None:
             own, options = self.method.method, self.method.spec.options
             rates = self.args.learning_rate, self.args.weight_decay
-            if own.optimizer is not None:
+            if self.projected:
+                self.optimizer = over_factors(self.projected, self._spared(self.method.groups(*rates)), own.title)
+            elif own.optimizer is not None:
                 self.optimizer = self.method.optimizer(*rates)
             elif own.groups is not None and options.get("direction_lr_ratio") != 1:  # with 1 Trainer's groups will do
                 kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer = kind(self._spared(self.method.groups(*rates)), **settings)
-        return super().create_optimizer(*args, **kwargs)
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except ImportError as error:
+            raise ConfigError(f"train.optimizer={self.args.optim.value}: {error}") from error
 
     def _spared(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """``groups`` with what Trainer's own would spare weight decay (biases, norms) in groups apart."""

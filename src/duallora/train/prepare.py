@@ -16,6 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from duallora import methods
 from duallora.config.recipe import DataSection, Recipe
 from duallora.errors import ConfigError, DataError
+from duallora.methods.projected import OPTIMIZERS
 from duallora.store import adapters
 from duallora.store.positions import check_room
 from duallora.store.processes import ALONE, Processes
@@ -116,7 +117,7 @@ def arguments(
             warmup_steps=lr_warmup,
             weight_decay=options.weight_decay,
             max_grad_norm=options.max_grad_norm,
-            optim=options.optimizer,
+            optim="adamw_torch" if options.optimizer in OPTIMIZERS else options.optimizer,
             gradient_checkpointing=options.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
             seed=recipe.seed,
@@ -172,6 +173,11 @@ def check_settings(recipe: Recipe, processes: Processes = ALONE) -> None:
     arguments(recipe, Path("checkpoints"), steps=1, lr_warmup=0, processes=processes)
     method = methods.get(recipe.adapter.method)
     check_method(recipe, recipe.train.max_steps)
+    if method.whole and recipe.train.optimizer in OPTIMIZERS:
+        raise ConfigError(
+            f"train.optimizer={recipe.train.optimizer} with adapter.method={method.name}: expected another method's factors; over the "
+            f"weights themselves it is adapter.method={OPTIMIZERS[recipe.train.optimizer]}"
+        )
     if method.optimizer and recipe.train.optimizer != type(recipe.train).model_fields["optimizer"].default:
         raise ConfigError(
             f"train.optimizer={recipe.train.optimizer}: {method.title} is an optimizer itself; leave it out"

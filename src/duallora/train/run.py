@@ -34,6 +34,7 @@ from duallora.errors import (
     is_disk_failure,
     is_out_of_memory,
 )
+from duallora.methods.projected import OPTIMIZERS
 from duallora.store import adapters, checkpoint, record
 from duallora.store.lock import locked
 from duallora.store.models import load_model, weights_fingerprint
@@ -447,6 +448,7 @@ class _Run:
             compute_loss_func=training_loss(kind, recipe.train.label_smoothing),
         )
         trainer.processes, trainer.kind, trainer.method = processes, kind, self.method
+        trainer.projected = recipe.train.optimizer if recipe.train.optimizer in OPTIMIZERS else ""
         if processes.world_size > 1:
             ignore_quantized(model)
         if processes.rank:  # each draws its own dropout and tokens
