@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from duallora.errors import ConfigError, DataError
 from duallora.tasks import template
@@ -173,50 +174,27 @@ class Collator:
     """Pads a batch of rows to its longest, on the right unless ``side="left"`` (generation).
 
     Labels that are lists become int64 [batch, length] padded with ``IGNORE``; scalar labels become [batch], int64 for
-    class ids and float32 for targets. ``pad_to_multiple_of`` rounds the length up (8 suits tensor cores).
+    class ids and float32 for targets.
     """
 
-    def __init__(
-        self, tokenizer, *, pad_to_multiple_of: int | None = None, side: Literal["right", "left"] = "right"
-    ) -> None:
-        pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-        self.fill = {
-            "input_ids": pad,
-            "attention_mask": 0,
-            "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
-            "labels": IGNORE,
-        }
-        self.pad_to_multiple_of = pad_to_multiple_of
+    def __init__(self, tokenizer, *, side: Literal["right", "left"] = "right") -> None:
+        pad = next((own for own in (tokenizer.pad_token_id, tokenizer.eos_token_id) if own is not None), 0)
+        types = getattr(tokenizer, "pad_token_type_id", 0)
+        self.fill = {"input_ids": pad, "attention_mask": 0, "token_type_ids": types, "labels": IGNORE}
         self.side = side
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = {
-            key: self._pad([row[key] for row in rows], length, self.fill[key])
-            for key in ("input_ids", "token_type_ids")
-            if key in rows[0]
-        }
-        masks = [row.get("attention_mask") or [1] * len(row["input_ids"]) for row in rows]
-        batch["attention_mask"] = self._pad(masks, length, 0)
-        if "labels" in rows[0]:
-            labels = [row["labels"] for row in rows]
-            if isinstance(labels[0], int | float):
-                whole = all(isinstance(label, int) for label in labels)
-                batch["labels"] = torch.tensor(labels, dtype=torch.int64 if whole else torch.float32)
+        columns = {key: [row[key] for row in rows] for key in self.fill if key in rows[0]}
+        columns.setdefault("attention_mask", [[1] * len(ids) for ids in columns["input_ids"]])
+        batch = {}
+        for key, values in columns.items():
+            if isinstance(values[0], int | float):
+                whole = all(isinstance(value, int) for value in values)
+                batch[key] = torch.tensor(values, dtype=torch.int64 if whole else torch.float32)
             else:
-                batch["labels"] = self._pad(labels, length, IGNORE)
+                tensors = [torch.tensor(value, dtype=torch.int64) for value in values]
+                batch[key] = pad_sequence(tensors, True, self.fill[key], padding_side=self.side)
         return batch
-
-    def _pad(self, values: Sequence[Sequence[int]], length: int, fill: int) -> torch.Tensor:
-        padded = torch.full((len(values), length), fill, dtype=torch.int64)
-        for row, value in zip(padded, values, strict=True):
-            span = slice(length - len(value), length) if self.side == "left" else slice(len(value))
-            row[span] = torch.tensor(value, dtype=torch.int64)
-        return padded
 
 
 def _encode_classification(examples: Sequence[Example], tokenizer, max_length: int) -> tuple[list[dict], Counts]:

@@ -95,8 +95,6 @@ def cider(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     *,
-    order: int = 4,
-    sigma: float = 6,
     tokenize: Tokenize | None = None,
 ) -> float:
     """Mean over rows of CIDEr, 0 to 10: tf-idf cosine of 1- to 4-grams with clipping and a length factor.
@@ -104,7 +102,7 @@ def cider(
     The document frequency of an n-gram is the number of rows one of whose references has it. ``tokenize`` is
     `ptb_tokens` unless given.
     """
-    tokenize = tokenize or ptb_tokens
+    tokenize, order, sigma = tokenize or ptb_tokens, 4, 6.0
     golds = [[_all_ngrams(tokenize(other), order) for other in others] for others in references]
     frequency: Counter[NGram] = Counter()
     for own in golds:
