@@ -99,24 +99,15 @@ def first_line(text: str) -> str:
 
 def _read(folder: Path | None, split: str, form: tuple[str, str]) -> tuple[Example, ...]:
     separator, space = form
-    pairs = _hub_pairs(split) if folder is None else _file_pairs(folder, split)
-    if split == "train":
-        return tuple(
-            Example(prompt=meaning + separator, answer=space + text, references=(text,), where=where)
-            for where, meaning, text in pairs
-        )
-    grouped: dict[str, list[tuple[str, str]]] = {}
-    for where, meaning, text in pairs:
-        grouped.setdefault(meaning, []).append((where, text))
-    return tuple(
-        Example(
-            prompt=meaning + separator,
-            answer=space + found[0][1],
-            references=tuple(text for _, text in found),
-            where=found[0][0],
-        )
-        for meaning, found in grouped.items()
-    )
+    grouped: dict[str, list[tuple[str, str, str]]] = {}
+    for where, meaning, text in _hub_pairs(split) if folder is None else _file_pairs(folder, split):
+        grouped.setdefault(where if split == "train" else meaning, []).append((where, meaning, text))
+    examples = []
+    for own in grouped.values():
+        where, meaning, text = own[0]
+        references = tuple(other for _, _, other in own)
+        examples.append(Example(prompt=meaning + separator, answer=space + text, references=references, where=where))
+    return tuple(examples)
 
 
 def _file_pairs(folder: Path, split: str) -> list[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,8 @@ PROTOCOLS: dict[str, Protocol] = {
 def load(name: str, folder: Path | None) -> Task:
     """One of the eight tasks, from ``folder`` or, where it is None, from the hub."""
     protocol = PROTOCOLS[name]
-    read: Callable[[str], tuple[Example, ...]] = functools.partial(_read, name, protocol, folder)
-    splits = {
-        "train": lambda: read("train.tsv"),
-        "validation": lambda: read(protocol.dev[0]),
-        "test": lambda: tuple(example for file in protocol.dev for example in read(file)),
-    }
+    files = {"train": ("train.tsv",), "validation": protocol.dev[:1], "test": protocol.dev}
+    splits = {split: functools.partial(_read, name, protocol, folder, own) for split, own in files.items()}
     origin = f"{folder} ({protocol.folder})" if folder else f"hub nyu-mll/glue:{name}"
     return Task(
         name=name,
@@ -99,9 +95,12 @@ def load(name: str, folder: Path | None) -> Task:
     )
 
 
-def _read(name: str, protocol: Protocol, folder: Path | None, file: str) -> tuple[Example, ...]:
-    if folder is None:
-        return _read_hub(name, protocol, file)
+def _read(name: str, protocol: Protocol, folder: Path | None, files: Sequence[str]) -> tuple[Example, ...]:
+    read = _read_hub if folder is None else functools.partial(_read_file, folder)
+    return tuple(example for file in files for example in read(name, protocol, file))
+
+
+def _read_file(folder: Path, name: str, protocol: Protocol, file: str) -> list[Example]:
     places = (f"glue/{protocol.folder}", protocol.folder)
     path = find_file(folder, places, (file,), f"{file} of {name}")
     # GLUE's own QQP file holds a few broken lines, which every reader leaves out.
@@ -121,7 +120,7 @@ def _read(name: str, protocol: Protocol, folder: Path | None, file: str) -> tupl
         raise DataError(f"{faults.count} of {faults.count + len(examples)} rows are bad:\n" + "\n".join(faults.kept))
     if note := faults.close(len(examples)):
         logger.warning("%s", note)
-    return tuple(examples)
+    return examples
 
 
 def _half(file: str) -> str:
@@ -150,10 +149,10 @@ def _read_tsv(path: Path, protocol: Protocol, faults: Faults) -> Iterator[tuple[
             yield where, dict(zip(header, fields, strict=False)), line
 
 
-def _read_hub(name: str, protocol: Protocol, file: str) -> tuple[Example, ...]:
-    split = {"train.tsv": "train", "dev.tsv": "validation"}.get(file) or file.replace("dev", "validation")[:-4]
+def _read_hub(name: str, protocol: Protocol, file: str) -> list[Example]:
+    split = file.removesuffix(".tsv").replace("dev", "validation")
     rows: Sequence[Mapping[str, Any]] = load_hub("nyu-mll/glue", name)[split]
-    return tuple(
+    return [
         Example(
             texts=tuple(row[column] for column in protocol.hub_columns),
             label=row["label"],
@@ -161,4 +160,4 @@ def _read_hub(name: str, protocol: Protocol, file: str) -> tuple[Example, ...]:
             where=f"nyu-mll/glue:{name}:{split}:{number}",
         )
         for number, row in enumerate(rows, 1)
-    )
+    ]

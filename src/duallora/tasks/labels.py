@@ -85,21 +85,14 @@ def read_labels(values: Sequence[Any], told: LabelKind | None = None) -> Labels:
     labels = [value for value in values if not is_missing(value)]
     texts = {value.strip() for value in labels if isinstance(value, str) and not isinstance(value, Name)}
     commas = {text for text in texts if _DECIMAL_COMMA.fullmatch(text)}
-    if (
-        commas
-        and told != "classes"
-        and all(_DECIMAL_COMMA.fullmatch(text) or _NUMBER.fullmatch(text) for text in texts)
-    ):
+    if commas and told != "classes" and all(_NUMBER.fullmatch(text) for text in texts - commas):
         raise DataError(
             f"the column label holds numbers with a decimal comma, such as {min(commas)}; write them with a point, or set "
             "data.labels=classes where they are names"
         )
     nothing = frozenset(text for text in texts if text.lower() in _NOTHING)
     said = [value for value in labels if not (isinstance(value, str) and value.strip() in nothing)]
-    if all(number(value) is not None for value in said):
-        labels = said
-    else:
-        nothing = frozenset()
+    labels, nothing = (said, nothing) if all(number(value) is not None for value in said) else (labels, frozenset())
     found = [value for value in map(number, labels) if value is not None and math.isfinite(value)]
     # One label in ten may be no number: it is a fault of its row, not a sign that 3.8 is the name of a class.
     fractions = any(value % 1 for value in found) and len(found) >= 0.9 * len(labels)

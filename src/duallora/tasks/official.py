@@ -80,8 +80,8 @@ def meteor(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[S
             ]
             _ask(program, ["EVAL", *counts])  # the first row's own value
             for _ in counts[1:]:
-                _answer(program)
-            return 100.0 * float(_answer(program))  # the last is the whole's
+                _ask(program)
+            return 100.0 * float(_ask(program))  # the last is the whole's
         finally:
             program.kill()
             with suppress(BrokenPipeError):
@@ -92,22 +92,18 @@ def _plain(text: Sequence[str]) -> str:
     return " ".join(text).replace("|||", "").replace("  ", " ")
 
 
-def _ask(program: subprocess.Popen[str], fields: Sequence[str]) -> str:
+def _ask(program: subprocess.Popen[str], fields: Sequence[str] = ()) -> str:
+    """The next line of the program, after one of ``fields`` is written to it where there are any."""
     assert program.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended: there is no answer
-        program.stdin.write(" ||| ".join(fields) + "\n")
-        program.stdin.flush()
-    return _answer(program)
-
-
-def _answer(program: subprocess.Popen[str]) -> str:
     assert program.stdout is not None
-    line = program.stdout.readline()
-    if not line:
-        raise DataError(
-            "METEOR's program ended without an answer: it needs up to 2 GB of memory and a Java of version 8 or later"
-        )
-    return line.strip()
+    with suppress(BrokenPipeError):  # it has ended: there is no answer
+        program.stdin.write(" ||| ".join(fields) + "\n" * bool(fields))
+        program.stdin.flush()
+    if line := program.stdout.readline():
+        return line.strip()
+    raise DataError(
+        "METEOR's program ended without an answer: it needs up to 2 GB of memory and a Java of version 8 or later"
+    )
 
 
 def _home() -> Path:
