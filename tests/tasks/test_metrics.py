@@ -48,12 +48,6 @@ def test_matthews_is_the_confusion_matrix_formula():
     assert value("matthews", [1, 1, 1], [1, 0, 1]) == 0.0  # one class only: nothing learnt
 
 
-def test_f1_counts_the_positive_class():
-    gold, guess = [1, 1, 0, 0, 0], [1, 0, 1, 1, 0]  # tp 1, fp 2, fn 1
-    assert value("f1", guess, gold) == pytest.approx(100 * 2 * 1 / (2 * 1 + 2 + 1))
-    assert value("f1", [0], [0]) == 0.0
-
-
 def test_the_metrics_of_each_kind_of_data():
     found = OF_KIND["classify"]([0, 2, 2, 1], labeled([0, 2, 1, 1]))
     assert found == {"accuracy": 75.0, "macro_f1": pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)}

@@ -37,18 +37,6 @@ def test_whitespace_and_special_tokens_are_visible(task, tiny_bos_tokenizer):
     assert "prompt-completion" in text
 
 
-def test_only_trained_tokens_are_green(task, tiny_bos_tokenizer):
-    text = render(preview(task, tiny_bos_tokenizer, rows=1, max_length=99), color=True)
-    first = text.split("trained")[0]
-    green = [part.split("m", 1) for part in first.split("\x1b[") if "m" in part]
-    trained = "".join(body for code, body in green if "32" in code.split(";"))
-    ignored = "".join(body for code, body in green if code.split(";")[0] == "2" and "32" not in code.split(";"))
-    assert "one" in trained
-    assert "</s>" in trained
-    assert "Q" not in trained
-    assert "Q" in ignored
-
-
 FORGETS = (
     "{% if tools %}{{ 'Tools: ' + tools[0].function.name + '<|im_end|>' }}{% endif %}{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + ' ' }}{% if loop.last %}{{ m.reasoning_content or '' }}{% endif %}{{ m.content }}"

@@ -266,22 +266,14 @@ def test_glue_metrics(tmp_path):
 
 
 def test_mnli_test_scores_both_development_sets_together_and_apart(tmp_path):
+    root = tmp_path / "mismatched"  # the name of a folder says nothing of the rows
     header = "index\tsentence1\tsentence2\tgold_label"
-    glue_file(tmp_path, "MNLI", "dev_matched.tsv", [header, "0\ta\tb\tneutral", "1\ta\tb\tcontradiction"])
-    glue_file(tmp_path, "MNLI", "dev_mismatched.tsv", [header, "0\tc\td\tentailment", "1\tc\td\tneutral"])
-    task = load_task("mnli", data_dir=tmp_path)
+    glue_file(root, "MNLI", "dev_matched.tsv", [header, "0\ta\tb\tneutral", "1\ta\tb\tcontradiction"])
+    glue_file(root, "MNLI", "dev_mismatched.tsv", [header, "0\tc\td\tentailment", "1\tc\td\tneutral"])
+    task = load_task("mnli", data_dir=root)
     assert len(task.splits["validation"]) == 2
     values = task.metrics([1, 2, 0, 0], task.splits["test"])
     assert values == {"accuracy": 75.0, "accuracy_matched": 100.0, "accuracy_mismatched": 50.0}
-
-
-def test_a_folder_called_mismatched_does_not_change_mnlis_halves(tmp_path):
-    header = "index\tsentence1\tsentence2\tgold_label"
-    root = tmp_path / "mismatched"
-    glue_file(root, "MNLI", "dev_matched.tsv", [header, "0\ta\tb\tneutral"])
-    glue_file(root, "MNLI", "dev_mismatched.tsv", [header, "0\tc\td\tentailment"])
-    task = load_task("mnli", data_dir=root)
-    assert task.metrics([1, 1], task.splits["test"])["accuracy_matched"] == 100.0
 
 
 def test_glue_from_the_hub(monkeypatch):
@@ -350,15 +342,12 @@ def test_e2e_hub_meanings_read_as_in_the_files():
     )
 
 
-def test_unknown_tasks_and_folders(tmp_path):
+def test_unknown_tasks_and_folders_and_the_folder_of_the_environment(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="unknown task 'arc-easy'; nearest: arc_easy"):
         load_task("arc-easy")
     with pytest.raises(DataError, match="which is no folder"):
         load_task("rte", data_dir=tmp_path / "absent")
     assert len(TASKS) == len(set(TASKS)) == 19
-
-
-def test_data_folder_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("DUALLORA_DATA", str(e2e_folder(tmp_path)))
     assert len(load_task("e2e").splits["validation"]) == 2
 

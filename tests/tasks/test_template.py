@@ -14,7 +14,7 @@ import pytest
 
 from duallora.errors import DataError
 from duallora.tasks import IGNORE, Example, encode, encode_prompt, encode_split
-from duallora.tasks.chats import from_messages, from_prompt_completion
+from duallora.tasks.chats import from_messages
 from duallora.tasks.encode import with_written_answer
 
 WHOLE = 10**6
@@ -208,13 +208,6 @@ def test_a_turn_without_weight_is_read_and_not_learnt(make_tokenizer):
     assert prompt.endswith("q2<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(DataError, match=r"turn 2, which has weight 0.*data\.train_on=answer"):
         trained(row, make_tokenizer(chat_template=FORGETS), train_on="all")
-
-
-def test_a_prompt_of_messages_is_context(make_tokenizer):
-    tokenizer = make_tokenizer(chat_template=CHATML)
-    row = {"prompt": [user("q1"), says("a1"), user("q2")], "completion": [says("a2")]}
-    (encoded,) = encode(from_prompt_completion(row, ""), tokenizer, max_length=WHOLE)
-    assert texts([encoded], tokenizer)[0][1] == "a2<|im_end|>"
 
 
 def test_what_the_template_marks_as_generated_is_what_is_trained(make_tokenizer):
