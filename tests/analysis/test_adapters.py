@@ -31,14 +31,8 @@ def update(*factors) -> Update:
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=24,
-        intermediate_size=27,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {"hidden_size": 24, "intermediate_size": 27, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=67, num_hidden_layers=2, **sizes)
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -287,15 +281,8 @@ def test_a_model_trained_as_a_whole_has_dynamics_of_every_linear_layer(tiny_caus
     sidecar = {"kind": "generate", "steps": 7, "base": {"name": str(tiny_causal_folder)}}
     (folder / "duallora.json").write_text(json.dumps(sidecar))
     found = analyze.analyze([tmp_path / "full"], tmp_path / "out", only=["dynamics"], draw=False)["sources"]["full"]
-    assert {row["module"] for row in found["dynamics"]} <= {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
+    every = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {row["module"] for row in found["dynamics"]} <= every
     with (tmp_path / "out" / "dynamics.csv").open() as file:
         rows = {row["layer"]: row for row in csv.DictReader(file)}
     assert len(rows) == 14

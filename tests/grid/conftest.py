@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from study_cells import made_up, two_tasks, work_off
+from study_cells import made_up, run_all, two_tasks
 
 from duallora.grid import run as engine
 from duallora.grid.study import Study
@@ -58,4 +58,4 @@ def fakes(tmp_path, monkeypatch) -> Fakes:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
-    return work_off(tmp_path_factory.mktemp("grid") / "made-up", two_tasks(), made_up)
+    return run_all(tmp_path_factory.mktemp("grid") / "made-up", two_tasks(), made_up)

@@ -106,7 +106,7 @@ def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6,
     there.write_facts(run)
 
 
-def work_off(
+def run_all(
     folder: Path, study: Study, skill: Callable[[Cell], float | None], *, stop_after: int | None = None
 ) -> Path:
     """Writes every cell that ``study`` wants, stage by stage, or the first ``stop_after`` of them."""

@@ -353,16 +353,8 @@ seeds: [7]
 """
     )
     cell = tmp_path / "grid" / "cells" / "data-duallora-seed7"
-    command = [
-        sys.executable,
-        "-m",
-        "duallora.cli",
-        "grid",
-        "-c",
-        str(tmp_path / "grid.yaml"),
-        "-o",
-        str(tmp_path / "grid"),
-    ]
+    options = ["-c", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "grid")]
+    command = [sys.executable, "-m", "duallora.cli", "grid", *options]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for(lambda: len(log_of(cell)) > 4, first)
     child = record.read_json(cell / "run.json")["pid"]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import study_cells
-from study_cells import GOLD, guesses, made_up, score, two_tasks, work_off, write_cell
+from study_cells import GOLD, guesses, made_up, run_all, score, two_tasks, write_cell
 
 from duallora.errors import ConfigError, DataError, IntegrityError
 from duallora.grid import report, statistics
@@ -83,7 +83,7 @@ def test_pairs_are_seed_by_seed_differences_against_the_reference(summary):
 def test_tasks_are_resampled_apart_however_alike_their_sizes(tmp_path):
     """Two tasks of 150 rows and the same predictions: their mean must be surer than either, by sqrt(2)."""
     tasks = {name: {"data.task": "cola"} for name in ("cola", "twin")}
-    summary = studies.summarize(work_off(tmp_path, two_tasks(tasks=tasks, search={}), lambda cell: 0.8), rounds=3000)
+    summary = studies.summarize(run_all(tmp_path, two_tasks(tasks=tasks, search={}), lambda cell: 0.8), rounds=3000)
     single, whole = (
         np.ptp(row_of(summary, task, "lora")["interval_of_models"]) for task in ("cola", "average")
     )  # fmt: skip
@@ -92,7 +92,7 @@ def test_tasks_are_resampled_apart_however_alike_their_sizes(tmp_path):
 
 def test_methods_with_equal_predictions_cannot_be_told_apart(tmp_path):
     """LoRA and DoRA of the made-up grid predict the same; the summary must not find a winner."""
-    summary = studies.summarize(work_off(tmp_path, two_tasks(reference="lora"), made_up), rounds=500)
+    summary = studies.summarize(run_all(tmp_path, two_tasks(reference="lora"), made_up), rounds=500)
     pair = pair_of(summary, "cola", "dora")
     assert (pair["mean"], pair["interval"], pair["better"]) == (0, [0, 0], "cannot be said")
     assert pair_of(summary, "cola", "duallora")["better"] == "no"
@@ -123,7 +123,7 @@ def test_runs_that_diverged_are_counted_and_their_messages_stay_behind(summary):
 
 def test_an_unfinished_study_says_how_much_of_it_there_is(tmp_path):
     """The grid is killed in its first stage: CoLA's values are all tried with one seed, STS-B's not."""
-    summary = studies.summarize(work_off(tmp_path, two_tasks(), made_up, stop_after=14), rounds=200)
+    summary = studies.summarize(run_all(tmp_path, two_tasks(), made_up, stop_after=14), rounds=200)
     assert summary["done"] == 13  # one diverged
     assert summary["wanted"] == 18 + 2 * 3 + 2  # stage 2 of CoLA, and of LoRA on STS-B
     assert summary["statement"][0].startswith("Not finished: 13 of the 26 cells wanted so far are done; 1 diverged")
@@ -136,7 +136,7 @@ def test_an_unfinished_study_says_how_much_of_it_there_is(tmp_path):
 def test_a_seed_that_diverged_at_the_chosen_value_is_named(tmp_path):
     study = two_tasks(tasks={"cola": {"data.task": "cola"}})
     skill = lambda cell: None if cell.tags["seed"] == 1 and cell.tags["variant"] == "lora" else made_up(cell)  # noqa: E731
-    summary = studies.summarize(work_off(tmp_path, study, skill), rounds=200)
+    summary = studies.summarize(run_all(tmp_path, study, skill), rounds=200)
     assert row_of(summary, "cola", "lora")["seeds"] == [0, 2]
     pair = pair_of(summary, "cola", "lora")
     assert pair["seeds"] == [0, 2]
@@ -160,7 +160,7 @@ def test_a_pair_of_one_seed_is_no_surer_than_the_seeds_of_the_others_let_it_be(t
             return 0.7 if cell.tags["seed"] == 0 else None
         return (0.95, 0.7, 0.85)[cell.tags["seed"]] if cell.tags["variant"] == "dora" else 0.8 + cell.tags["seed"] / 50
 
-    summary = studies.summarize(work_off(tmp_path, study, skill), rounds=2000)
+    summary = studies.summarize(run_all(tmp_path, study, skill), rounds=2000)
     assert pair_of(summary, "cola", "lora")["seeds"] == row_of(summary, "cola", "lora")["seeds"] == [0]
     for found in (pair_of(summary, "cola", "lora"), row_of(summary, "cola", "lora")):
         assert np.ptp(found["interval"]) > 1.5 * np.ptp(found["interval_of_models"])
@@ -173,7 +173,7 @@ def test_many_variants_can_be_told_apart_by_a_metric_without_sums(tmp_path):
         tasks={"stsb": {"data.task": "stsb"}}, variants={**variants, "duallora": {}}, metric="spearman", search={},
         seeds=(0,),
     )  # fmt: skip
-    folder = work_off(tmp_path, study, lambda cell: 0.97 if cell.tags["variant"] == "duallora" else 0.6)
+    folder = run_all(tmp_path, study, lambda cell: 0.97 if cell.tags["variant"] == "duallora" else 0.6)
     assert {pair["better"] for pair in studies.summarize(folder)["pairs"]} == {"yes"}
 
 
@@ -185,11 +185,11 @@ def test_a_variant_whose_seeds_vary_much_more_is_pointed_at_and_not_pooled(tmp_p
     def skill(cell):
         return 0.8 if cell.tags["variant"] != "hira" else (0.55, 0.8, 0.97)[cell.tags["seed"]]
 
-    summary = studies.summarize(work_off(tmp_path / "all", study, skill), rounds=200)
+    summary = studies.summarize(run_all(tmp_path / "all", study, skill), rounds=200)
     assert "On cola hira (sd" in "\n".join(summary["statement"])
     assert summary["tasks"]["cola"]["apart"] == ["hira"]
     calm = replace(study, variants={name: own for name, own in variants.items() if name != "hira"})
-    without = studies.summarize(work_off(tmp_path / "calm", calm, skill), rounds=200)
+    without = studies.summarize(run_all(tmp_path / "calm", calm, skill), rounds=200)
     assert without["tasks"]["cola"]["apart"] == []
     for name in calm.variants:
         assert row_of(summary, "cola", name) == row_of(without, "cola", name)
@@ -202,7 +202,7 @@ def test_what_is_unequal_between_methods_is_said(tmp_path):
         "lora": {"adapter.method": "lora", "train.weight_decay": 0.1, "search": {"train.learning_rate": [1e-3, 3e-3]}},
         "duallora": {},
     }
-    folder = work_off(tmp_path, two_tasks(tasks={"cola": {"data.task": "cola"}}, variants=variants), made_up)
+    folder = run_all(tmp_path, two_tasks(tasks={"cola": {"data.task": "cola"}}, variants=variants), made_up)
     summary = studies.summarize(folder, rounds=200)
     assert summary["unequal"]["train.weight_decay"] == {"lora": 0.1, "duallora": 0.0}
     assert set(summary["unequal"]) == {"train.weight_decay", "search"}
@@ -212,12 +212,9 @@ def test_what_is_unequal_between_methods_is_said(tmp_path):
     assert "lora on cola (train.learning_rate=0.003)" in text  # the best of two values is always at an edge
 
 
-def test_equal_protocols_are_not_complained_of(summary):
+def test_cells_of_several_versions_are_listed(copy, summary):
     assert summary["unequal"] == {}
     assert not any("differ in" in line or "are of" in line for line in summary["statement"])
-
-
-def test_cells_of_several_versions_are_listed(copy):
     rewrite(copy / CELLS / "cola-lora-lr0.001-seed0" / "run.json", commit="c" * 40, dirty=True)
     summary = studies.summarize(copy, rounds=200)
     assert summary["commit"] == [{"value": "a" * 40, "cells": 29}, {"value": "c" * 40, "cells": 1}]
@@ -253,18 +250,13 @@ def test_values_that_do_not_follow_from_the_predictions_get_no_interval(copy):
     assert any("nothing here computes pearson as stsb-lora-lr0.003-seed2" in line for line in summary["statement"])
 
 
-def test_validation_that_is_the_test_is_said(copy):
+def test_validation_that_is_the_test_and_a_study_without_test_rows_are_said(copy):
     for path in (copy / CELLS).glob("cola-*/metrics.json"):
         rewrite(path, data={"validation": "same", "test": "same"})
-    text = "\n".join(studies.summarize(copy, rounds=200)["statement"])
-    assert "cola: validation and test are the same rows" in text
-
-
-def test_a_study_without_test_rows_shows_validation_and_says_so(copy):
+    assert "cola: validation and test are the same rows" in "\n".join(studies.summarize(copy, rounds=200)["statement"])
     for path in (copy / CELLS).glob("*/metrics.json"):
-        content = json.loads(path.read_text())
-        del content["metrics"]["test"]
-        path.write_text(json.dumps(content))
+        metrics = json.loads(path.read_text())["metrics"]
+        rewrite(path, metrics={name: value for name, value in metrics.items() if name != "test"})
     summary = studies.summarize(copy)
     row = row_of(summary, "cola", "duallora")
     assert row["mean"] == pytest.approx(0.9 * score("cola", guesses("cola", 0.9, 77))["matthews"], rel=1e-5)
@@ -277,7 +269,7 @@ def test_metrics_without_sums_and_averages_over_parts_have_intervals_too(tmp_pat
     tasks = {"stsb": {"data.task": "stsb"}, "commonsense": {"data.task": "commonsense"}}
     variants = {"lora": {"adapter.method": "lora"}, "duallora": {}}
     study = two_tasks(tasks=tasks, variants=variants, metric="spearman", search={}, seeds=(0, 1))
-    folder = work_off(tmp_path, study, lambda cell: 0.8 if cell.tags["variant"] == "lora" else 0.95)
+    folder = run_all(tmp_path, study, lambda cell: 0.8 if cell.tags["variant"] == "lora" else 0.95)
     summary = studies.summarize(folder)
     assert summary["tasks"]["stsb"]["metric"] == "spearman"
     assert summary["tasks"]["stsb"]["rounds"] == statistics.ROUNDS_SLOW
@@ -290,7 +282,7 @@ def test_metrics_without_sums_and_averages_over_parts_have_intervals_too(tmp_pat
 
 def test_a_study_by_loss_reports_the_loss_of_answers_and_the_lower_is_better(tmp_path):
     study = two_tasks(tasks={"e2e": {"data.task": "e2e"}}, metric="loss", reference="duallora")
-    folder = work_off(tmp_path, study, made_up)
+    folder = run_all(tmp_path, study, made_up)
     summary = studies.summarize(folder, rounds=500)
     assert summary["tasks"]["e2e"]["metric"] == "loss"
     losses = []
@@ -371,7 +363,7 @@ def test_a_metric_of_a_plug_in_goes_from_scoring_to_the_report(tmp_path, monkeyp
     monkeypatch.setitem(study_cells.METRICS, "toy", load_task("toy").metrics)
     assert score("toy", [1 - label for label in GOLD["toy"]])["missed"] == 150
     monkeypatch.setattr(study_cells, "guesses", lambda task, skill, seed: guesses("cola", skill, seed))
-    folder = work_off(tmp_path / "grid", two_tasks(tasks={"toy": {"data.task": "toy"}}), made_up)
+    folder = run_all(tmp_path / "grid", two_tasks(tasks={"toy": {"data.task": "toy"}}), made_up)
     summary = studies.summarize(folder)
     row, pair = row_of(summary, "toy", "duallora"), pair_of(summary, "toy", "lora")
     assert (row["metric"], row["values"]) == ("missed", {"train.learning_rate": 1e-2})

@@ -33,6 +33,11 @@ def study(**changes) -> Study:
     return Study(**{**given, **changes})
 
 
+def single(**changes) -> Study:
+    """One task and variant."""
+    return study(**{"tasks": {"cola": {"task": "cola"}}, "variants": {"a": {}}, **changes})
+
+
 def done(name: str, score: float, **more) -> Outcome:
     return Outcome(name, "done", metrics={"accuracy": score, "loss": -score}, main_metric="accuracy", **more)
 
@@ -41,7 +46,7 @@ def diverged(name: str) -> Outcome:
     return Outcome(name, "failed", "diverged", error="NonFiniteError: the loss is nan in step 3")
 
 
-def work_off(one: Study, score, order=None) -> dict[str, Outcome]:
+def run_all(one: Study, score, order=None) -> dict[str, Outcome]:
     """Runs what is wanted until nothing is left; ``score(cell)`` is its metric on validation rows, None for NaN."""
     found: dict[str, Outcome] = {}
     for _ in range(1000):
@@ -69,7 +74,7 @@ def test_the_other_seeds_run_at_the_best_value_alone():
     assert {cell.tags["seed"] for cell in first} == {4}
     assert len(first) == 2 * 2 * 4
     peaks = {"lora": 1.1e-3, "duallora": 2.9e-3}
-    found = work_off(one, lambda cell: near(peaks[cell.tags["variant"]])(cell))
+    found = run_all(one, lambda cell: near(peaks[cell.tags["variant"]])(cell))
     later = {name for name in found if not name.endswith("seed4")}
     assert later == {
         f"{task}-{variant}-lr{rate}-seed{seed}"
@@ -85,9 +90,9 @@ def test_what_is_wanted_in_the_end_does_not_depend_on_the_order_in_which_cells_e
         rate = cell.tags[LR]
         return None if rate > 0.05 and cell.tags["task"] == "rte" else near(4e-2)(cell) + hash_of(cell.name)
 
-    straight = work_off(study(), score)
+    straight = run_all(study(), score)
     for seed in range(5):
-        assert work_off(study(), score, random.Random(seed)) == straight
+        assert run_all(study(), score, random.Random(seed)) == straight
 
 
 def hash_of(name: str) -> float:
@@ -106,10 +111,10 @@ def hash_of(name: str) -> float:
 )
 def test_a_grid_grows_by_its_own_factor_until_its_best_value_is_inside(peak, values):
     """By hand: the factor is (0.01 / 0.0003)^(1/3) = 3.218, and values keep one digit as the grid's own."""
-    found = work_off(study(), near(peak))
+    found = run_all(study(), near(peak))
     assert tried(found, "cola-lora") == sorted([3e-4, 1e-3, 3e-3, 1e-2, *values])
     assert tried(found, "rte-duallora") == tried(found, "cola-lora")
-    fixed = work_off(study(extend=False), near(peak))
+    fixed = run_all(study(extend=False), near(peak))
     assert tried(fixed, "cola-lora") == [3e-4, 1e-3, 3e-3, 1e-2]
 
 
@@ -119,65 +124,58 @@ def test_a_grid_grows_by_its_own_factor_until_its_best_value_is_inside(peak, val
 )
 @settings(max_examples=30, deadline=None)
 def test_the_best_value_has_tried_neighbours_on_both_sides_or_the_grid_has_grown_three_times(peak, grid):
-    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: grid})
-    found = work_off(one, near(peak))
+    one = single(search={LR: grid})
+    found = run_all(one, near(peak))
     rates, best = tried(found, "cola"), one.best(found, "cola", "a").values[LR]
     assert -abs(math.log(best / peak)) == max(-abs(math.log(rate / peak)) for rate in rates)
     assert rates[0] < best < rates[-1] or len(rates) == len(grid) + 3
 
 
-def test_whole_numbers_grow_to_whole_numbers_and_stay_in_range():
-    one = study(search={"r": [2, 4]}, variants={"lora": {"method": "lora"}}, tasks={"cola": {"task": "cola"}})
-    names = work_off(one, lambda cell: -cell.tags["adapter.r"])
-    assert {"cola-lora-r1-seed4"} <= names.keys()
-    assert not any("r0" in name for name in names)
-    four = study(search={"r": [1, 2, 3, 4]}, variants={"lora": {"method": "lora"}}, tasks={"cola": {"task": "cola"}})
-    points = four.points(work_off(four, lambda cell: -cell.tags["adapter.r"]), "cola", "lora")
-    assert [point.values["adapter.r"] for point in points] == [1, 2, 3, 4]  # 1 / 1.59 is 1 again
-    drop = study(search={"duallora_dropout": [0.3, 0.6]}, variants={"a": {}}, tasks={"cola": {"task": "cola"}})
-    most = max(
-        float(n.split("dropout")[1].split("-")[0]) for n in work_off(drop, lambda c: c.tags["adapter.duallora_dropout"])
-    )
-    assert most == 0.6  # 1.2 is no dropout
+@pytest.mark.parametrize(
+    ("key", "values", "sign", "tried"),
+    [
+        ("adapter.r", [2, 4], -1, [1, 2, 4]),  # below 1 there is none
+        ("adapter.r", [1, 2, 3, 4], -1, [1, 2, 3, 4]),  # 1 / 1.59 is 1 again
+        ("adapter.duallora_dropout", [0.3, 0.6], 1, [0.3, 0.6]),  # 1.2 is no dropout
+    ],
+)
+def test_a_grid_grows_to_values_that_the_recipe_takes_and_that_are_new(key, values, sign, tried):
+    one = single(search={key: values})
+    points = one.points(run_all(one, lambda cell: sign * cell.tags[key]), "cola", "a")
+    assert [point.values[key] for point in points] == tried
 
 
 def test_two_keys_make_a_product_that_grows_where_its_best_lies_at_an_edge():
-    one = study(
-        search={LR: [1e-3, 2e-3, 4e-3], "weight_decay": [0.1, 0.2, 0.4]},
-        variants={"a": {}}, tasks={"cola": {"task": "cola"}},
-    )  # fmt: skip
-    found = work_off(one, lambda c: -abs(c.tags[LR] - 2e-3) - abs(c.tags["train.weight_decay"] - 0.8))
+    one = single(search={LR: [1e-3, 2e-3, 4e-3], "weight_decay": [0.1, 0.2, 0.4]})
+    found = run_all(one, lambda c: -abs(c.tags[LR] - 2e-3) - abs(c.tags["train.weight_decay"] - 0.8))
     assert len([name for name in found if name.endswith("seed4")]) == 3 * 5
     assert one.best(found, "cola", "a").values == {LR: 2e-3, "train.weight_decay": 0.8}
 
 
 def test_a_diverged_cell_is_the_worst_value_and_a_failed_one_leaves_the_question_open():
-    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}})
-    found = work_off(one, lambda cell: None if cell.tags[LR] > 2e-3 else -1e9 * cell.tags[LR])
+    one = single()
+    found = run_all(one, lambda cell: None if cell.tags[LR] > 2e-3 else -1e9 * cell.tags[LR])
     assert one.best(found, "cola", "a").values == {LR: 9e-6}
     first = {cell.name: done(cell.name, 1.0) for cell in one.wanted({})}
     broken = {**first, "cola-a-lr0.003-seed4": Outcome("cola-a-lr0.003-seed4", "failed", error="DataError: x")}
     assert one.best(broken, "cola", "a") is None
     assert {cell.name for cell in one.wanted(broken)} == set(first)
-
-
-def test_where_every_cell_diverges_the_grid_goes_down_three_times_and_then_gives_up():
-    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}})
-    found = work_off(one, lambda cell: None)
+    # Where every cell diverges the grid goes down three times and then gives up.
+    found = run_all(one, lambda cell: None)
     assert tried(found, "cola") == [9e-6, 3e-5, 9e-5, 3e-4, 1e-3, 3e-3, 1e-2]
     assert one.best(found, "cola", "a") is None
     assert not any(name.endswith("seed0") for name in found)
 
 
 def test_equal_scores_go_to_the_middle_and_do_not_grow_the_grid():
-    one = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-4, 1e-3, 1e-2]})
-    found = work_off(one, lambda cell: 0.0)
+    one = single(search={LR: [1e-4, 1e-3, 1e-2]})
+    found = run_all(one, lambda cell: 0.0)
     assert tried(found, "cola") == [1e-4, 1e-3, 1e-2]
     assert one.best(found, "cola", "a").values == {LR: 1e-3}
 
 
 def test_the_chosen_metric_decides_losses_the_other_way_round_and_nan_is_the_worst():
-    small = study(tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-3, 2e-3]}, extend=False)
+    small = single(search={LR: [1e-3, 2e-3]}, extend=False)
     values = {0.001: {"accuracy": 60.0, "loss": 0.5}, 0.002: {"accuracy": 70.0, "loss": 0.9}}
 
     def best(one: Study, values) -> float:
@@ -194,11 +192,9 @@ def test_the_chosen_metric_decides_losses_the_other_way_round_and_nan_is_the_wor
 
 
 def test_search_seeds_are_averaged():
-    one = study(
-        tasks={"cola": {"task": "cola"}}, variants={"a": {}}, search={LR: [1e-3, 2e-3]}, search_seeds=2, extend=False
-    )
+    one = single(search={LR: [1e-3, 2e-3]}, search_seeds=2, extend=False)
     scores = {(1e-3, 4): 9.0, (1e-3, 0): 1.0, (2e-3, 4): 6.0, (2e-3, 0): 5.0}  # means 5.0 and 5.5
-    found = work_off(one, lambda cell: scores.get((cell.tags[LR], cell.tags["seed"]), 0.0))
+    found = run_all(one, lambda cell: scores.get((cell.tags[LR], cell.tags["seed"]), 0.0))
     assert len(found) == 5
     assert one.best(found, "cola", "a").values == {LR: 2e-3}
 
@@ -211,12 +207,12 @@ def test_without_a_search_every_seed_is_wanted_at_once_even_where_one_diverges()
         for variant in ("lora", "duallora")
         for seed in (4, 0, 9)
     }
-    assert len(work_off(one, lambda cell: None if cell.tags["seed"] == 4 else 1.0)) == 12
+    assert len(run_all(one, lambda cell: None if cell.tags["seed"] == 4 else 1.0)) == 12
 
 
 def test_the_expected_number_of_cells_is_what_it_comes_to_where_no_grid_grows():
     one = study(search_seeds=2)
-    found = work_off(one, near(1e-3))
+    found = run_all(one, near(1e-3))
     assert one.expected({}) == len(found) == one.expected(found) == 2 * 2 * (4 * 2 + 1)
 
 
@@ -376,10 +372,12 @@ def test_a_grid_file_takes_a_recipe_as_its_base_and_reads_back_what_is_written(t
         ("2.5e-3]", "'2']", "grid.yaml:11: train.learning_rate: \"2\" is not accepted"),
         ("base: recipe.yaml", "base: none.yaml", "none.yaml: no such file"),
         ("cola: {data.task: cola}", "cola: {data.task: 3}", "grid.yaml:3: data.task: 3 is not accepted"),
+        ("base: recipe.yaml", "base: bad.yaml", "bad.yaml:2: train.max_steps: 0 is not accepted; expected integer >= 1"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_file_is_told_with_its_line(old, new, words, tmp_path):
     (tmp_path / "recipe.yaml").write_text("model: {name: there}\n")
+    (tmp_path / "bad.yaml").write_text("train:\n  max_steps: 0\n")
     (tmp_path / "grid.yaml").write_text(GRID.replace(old, new))
     with pytest.raises(ConfigError) as error:
         Study.read(tmp_path / "grid.yaml")
@@ -391,13 +389,6 @@ def test_a_file_that_is_not_there_is_not_taken_for_a_recipe(tmp_path):
         with pytest.raises(ConfigError, match=rf"{words}.* expected .*grid\.yaml") as error:
             Study.read(path)
         assert "config show" not in str(error.value)  # which writes a recipe
-
-
-def test_a_mistake_in_the_base_recipe_is_told_with_the_recipes_line(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("model: {name: there}\ntrain:\n  max_steps: 0\n")
-    (tmp_path / "grid.yaml").write_text(GRID)
-    with pytest.raises(ConfigError, match=r"recipe.yaml:3: train.max_steps: 0 is not accepted; expected integer >= 1"):
-        Study.read(tmp_path / "grid.yaml")
 
 
 def test_the_grids_of_the_documentation_are_read(tmp_path):

@@ -31,7 +31,7 @@ def study(trials: int, **changes) -> Study:
     return Study(**{**given, "space": SPACE, "trials": trials, **changes})
 
 
-def work_off(one: Study, folder, found=(), *, most: int = 10_000) -> dict[str, Outcome]:
+def run_all(one: Study, folder, found=(), *, most: int = 10_000) -> dict[str, Outcome]:
     """As the engine does with one worker: what is wanted first, and a new trial where nothing is left."""
     folder.mkdir(exist_ok=True)
     trials, found = Trials(one, folder), dict(found)
@@ -57,7 +57,7 @@ def ended(cell) -> Outcome:
 
 def test_each_task_and_variant_has_its_trials_within_the_space_and_the_other_seeds_at_the_best(tmp_path):
     one = study(12)
-    found = work_off(one, tmp_path)
+    found = run_all(one, tmp_path)
     assert len(found) == 2 * (12 + 1)
     for variant in "ab":
         points = one.points(found, "cola", variant)
@@ -74,7 +74,7 @@ def test_each_task_and_variant_has_its_trials_within_the_space_and_the_other_see
 
 
 def test_a_diverged_trial_is_told_as_failed(tmp_path):
-    found = work_off(study(12), tmp_path)
+    found = run_all(study(12), tmp_path)
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNALS / "cola-a.log"))
     )
@@ -86,16 +86,16 @@ def test_a_diverged_trial_is_told_as_failed(tmp_path):
 
 
 def test_a_stopped_search_goes_on_with_the_points_it_would_have_drawn(tmp_path):
-    straight = work_off(study(9), tmp_path / "straight")
-    first = work_off(study(9), tmp_path / "stopped", most=7)
+    straight = run_all(study(9), tmp_path / "straight")
+    first = run_all(study(9), tmp_path / "stopped", most=7)
     Trials(study(9), tmp_path / "stopped").ask(first, ())  # killed before the cell it asked for was done
-    again = work_off(study(9), tmp_path / "stopped", first)
+    again = run_all(study(9), tmp_path / "stopped", first)
     assert again == straight
 
 
 def test_more_trials_go_on_from_those_that_lie_there(tmp_path):
-    few = work_off(study(4), tmp_path)
-    more = work_off(study(7), tmp_path)
+    few = run_all(study(4), tmp_path)
+    more = run_all(study(7), tmp_path)
     assert {name for name in few if "seed3" in name} <= more.keys()
     assert len([name for name in more if "-a-" in name and "seed3" in name]) == 7
 

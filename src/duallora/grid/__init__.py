@@ -1,1 +1,1 @@
-"""Grids of training runs: what they are (`study`), and how they are worked off (`run`)."""
+"""Grids of training runs: what they are (`study`), running them (`run`), and what came out (`summary`, `report`)."""
