@@ -58,7 +58,7 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 	$(BIN)/duallora bench layer
 	$(BIN)/duallora bench step
 	$(BIN)/duallora bench kernel
-	$(BIN)/duallora bench merge
+	$(BIN)/python benchmarks/model_merge.py
 	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.docs    ## the site, into site/

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from duallora import plots as style
-from duallora.bench import kernel, layer, merge, methods
+from duallora.bench import kernel, layer, methods
 from duallora.bench.scene import Scene
 from duallora.bench.store import read
 from duallora.errors import ConfigError, IntegrityError
@@ -24,6 +24,7 @@ QUALITY = "quality"  # written by benchmarks/quality.py: runs, not cells
 GPU = "gpu"  # a folder with the files of a GPU; the others are the CPU's
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>\w+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
 MIB = 1 << 20
+COPY = "copy of the weights"  # benchmarks/model_merge.py
 
 
 def load(folder: Path) -> Results:
@@ -54,7 +55,7 @@ def report(folder: Path, root: Path, *, plots: bool = True) -> None:
     """Fills the marks of README.md and docs/*.md below ``root`` and draws docs/img/bench-*.svg."""
     results = load(folder)
     if not any(results[name] for name in (*NAMES, QUALITY)):
-        raise ConfigError(f"{folder} holds no results: run `duallora bench layer` (step, kernel, merge) first")
+        raise ConfigError(f"{folder} holds no results: run `duallora bench layer` (step, kernel) first")
     for page in pages(root):
         text = page.read_text(encoding="utf-8")
         if (filled := fill(text, results)) != text:
@@ -234,9 +235,9 @@ def merging(results: Results) -> str | None:
     merged = [(where, cell) for where, cell in cells(results, "merge") if cell["cell"]["what"] == "merge"]
     if not merged:
         return None
-    names = [name for name in merged[0][1]["methods"] if name != merge.COPY]
+    names = [name for name in merged[0][1]["methods"] if name != COPY]
     rows = [[n, *(f"{cell['methods'][n]['ratio_to_copy']['median']:.2f}" for _, cell in merged)] for n in names]
-    rows.append(["*one copy, ms*", *(f"{cell['methods'][merge.COPY]['median_s'] * 1e3:.0f}" for _, cell in merged)])
+    rows.append(["*one copy, ms*", *(f"{cell['methods'][COPY]['median_s'] * 1e3:.0f}" for _, cell in merged)])
     return _table(["time / one copy of the weights", *(where for where, _ in merged)], rows)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from duallora import cli
-from duallora.bench import merge, methods
+from duallora.bench import methods
+
+spec = importlib.util.spec_from_file_location(
+    "model_merge", Path(__file__).parents[2] / "benchmarks" / "model_merge.py"
+)
+merge = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(merge)
 
 CPU = torch.device("cpu")
 
@@ -34,8 +41,12 @@ def test_the_verbs_are_timed_from_the_state_they_start_from(key):
     assert len(layers) == 14
 
 
-def test_a_cell_of_merging_is_told_in_copies_of_the_same_weights(key):
-    found = merge.merging(key, CPU, rounds=3, seconds=60)
+def test_a_cell_of_merging_is_told_in_copies_of_the_same_weights(key, tmp_path):
+    output = tmp_path / "merge.json"
+    dtype = key.pop("dtype")
+    assert [merge.bench(output, "cpu", 3, 60.0, **key)["measured"] for _ in range(2)] == [2, 0]
+    key |= {"dtype": dtype, "what": "merge"}
+    (found,) = [cell for cell in json.loads(output.read_text())["cells"] if cell["cell"] == key]
     base = merge._base(key, CPU)
     linear = [m.weight for m in base.modules() if type(m) is torch.nn.Linear and m is not base.get_output_embeddings()]
     assert found["layers"] == len(linear) == 14
@@ -45,12 +56,3 @@ def test_a_cell_of_merging_is_told_in_copies_of_the_same_weights(key):
             one = found["methods"][f"{name}: {verb}"]
             copied = found["methods"][merge.COPY]["median_s"]
             assert one["ratio_to_copy"]["median"] == pytest.approx(one["median_s"] / copied)
-
-
-def test_the_command_line_goes_on_where_it_stopped(tiny_causal_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    line = f"bench merge --model {tiny_causal_folder} --rank 2 --dtype float32 --rounds 3 --device cpu --json"
-    for measured in (1, 0):
-        assert cli.run(line.split()) == 0
-        assert json.loads(capsys.readouterr().out)["measured"] == measured
-    assert len(json.loads((tmp_path / "results/bench/merge.json").read_text())["cells"]) == 1

@@ -71,8 +71,6 @@ def test_right_backends_are_timed(backend, dtype, dora):
     assert kernel.red(cell) == {}
     assert set(it["errors"]) == {"weight", "dA", "dB", "dC", "dD", *(["dm"] if dora else [])}
     assert it["gradients"]["gflops"] == pytest.approx(12 * 5 * 63 * 63 / it["gradients"]["median_s"] / 1e9)
-    size = 4 if dtype == "float32" else 2
-    assert it["build"]["gbytes_per_s"] == pytest.approx(2 * 63 * 63 * size / it["build"]["median_s"] / 1e9)
     assert it["build"]["ratio_to_memcpy"]["median"] > 0
 
 

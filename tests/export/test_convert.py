@@ -349,7 +349,7 @@ def test_files_follow_the_umask(native, tmp_path, umask, mode):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "lora").iterdir()} == {mode}
 
 
-def test_what_cannot_be_converted_is_refused_and_nothing_is_left(native, make_adapter, tmp_path, monkeypatch):
+def test_what_cannot_be_converted_is_refused_and_nothing_is_left(native, full, make_adapter, tmp_path, monkeypatch):
     output = tmp_path / "lora"
     broken = tmp_path / "broken"
     shutil.copytree(native, broken)
@@ -359,6 +359,8 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(native, make_ad
     for error, words, source, options in [
         (NonFiniteError, "dW of .* NaN", broken, {"rank": 2}),
         (ConfigError, "changes no weight", make_adapter(steps=0), {"rank": 2}),
+        (ConfigError, "only Dual LoRA", full[0], {"rank": 2}),
+        (ConfigError, "nothing to convert", base_of(native), {"rank": 2}),
         (ConfigError, "give one of them", native, {}),
         (ConfigError, "give one of them", native, {"rank": 2, "energy": 0.5}),
         (ConfigError, "share of", native, {"energy": math.nan}),
@@ -378,13 +380,6 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(native, make_ad
     with pytest.raises(ConfigError, match="not empty"):
         convert.convert(native, output, rank=2)
     assert [path.name for path in output.iterdir()] == ["mine"]
-
-
-def test_a_plain_lora_or_a_model_is_not_converted(native, full, tmp_path):
-    with pytest.raises(ConfigError, match="only Dual LoRA"):
-        convert.convert(full[0], tmp_path / "again", rank=2)
-    with pytest.raises(ConfigError, match="nothing to convert"):
-        convert.convert(base_of(native), tmp_path / "again", rank=2)
 
 
 def test_the_verb_scores_adapter_base_and_conversion(run_folder, tmp_path, capsys, monkeypatch):

@@ -209,21 +209,11 @@ def measure(
     subjects = {name: Subject(call, times=back_to_back(device)) for name, call in calls.items()}
     times = interleave(subjects, device, rounds=rounds, seconds=seconds)
     measured = figures(times, {"memcpy": MEMCPY, "gemm": GEMM})
-    elements, size = width * width, case.W.element_size()
-    _add_rates(measured[MEMCPY], 0, 2 * elements * size)
-    _add_rates(measured[GEMM], 2 * TOKENS * elements, 0)
+    measured[GEMM]["gflops"] = 2 * TOKENS * width * width / measured[GEMM]["median_s"] / 1e9
     for name in supported:
         if name not in wrong:
-            build, gradients = measured[f"{name} build"], measured[f"{name} gradients"]
-            # B A and D C; the gradients take them again and four products more. W and G are read, W' is written.
-            _add_rates(build, 4 * rank * elements, 2 * elements * size)
-            _add_rates(gradients, 12 * rank * elements, 3 * elements * size)
-            found[name] |= {"build": build, "gradients": gradients}
+            # B A and D C; the gradients take them again and four products more.
+            for what, operations in (("build", 4 * rank * width * width), ("gradients", 12 * rank * width * width)):
+                found[name][what] = one = measured[f"{name} {what}"]
+                one["gflops"] = operations / one["median_s"] / 1e9
     return {"backends": found, "memcpy": measured[MEMCPY], "gemm": measured[GEMM]}
-
-
-def _add_rates(measured: dict[str, Any], operations: int, moved: int) -> None:
-    if operations:
-        measured["gflops"] = operations / measured["median_s"] / 1e9
-    if moved:
-        measured["gbytes_per_s"] = moved / measured["median_s"] / 1e9

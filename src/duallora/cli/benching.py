@@ -172,35 +172,3 @@ def bench_kernel(
         device=device,
         console=console.results,
     )
-
-
-@verb(bench_app, "merge")
-def bench_merge(
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
-    ] = "builtin:smollm2-135m",
-    rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
-    dtype: Dtypes = None,
-    rounds: Rounds = 9,
-    seconds: Seconds = 90.0,
-    device: Device = None,
-    output: ResultFile = None,
-) -> dict[str, Any]:
-    """Merge and unmerge all of SmolLM2 beside a copy of its weights; five minutes.
-
-    [dim]Example:[/]  duallora bench merge --dtype float32
-    """
-    output = output or BENCH / "merge.json"
-    refuse_unwritable(output)
-    from duallora.bench import merge
-
-    return merge.bench(
-        output,
-        model=model,
-        rank=rank,
-        dtypes=[name.value for name in dtype or BenchDtype],
-        rounds=rounds,
-        seconds=seconds,
-        device=device,
-        console=console.results,
-    )

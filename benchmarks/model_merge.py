@@ -1,14 +1,14 @@
-"""Merging and unmerging a whole model beside one copy of its weights."""
+"""Merging and unmerging a whole model beside one copy of its weights: ``python benchmarks/model_merge.py``; five minutes."""
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from duallora.bench import methods
@@ -20,22 +20,12 @@ COPY = "copy of the weights"
 VERBS = ("merge", "unmerge", "merge_and_unload")
 
 
-def bench(
-    output: Path,
-    *,
-    model: str = "builtin:smollm2-135m",
-    rank: int = 8,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
-    rounds: int = 9,
-    seconds: float = 90.0,
-    device: str | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Measures what ``output`` lacks: merging in each of ``dtypes``."""
+def bench(output: Path, device: str | None, rounds: int, seconds: float, **key: Any) -> dict[str, Any]:
+    """Measures what ``output`` lacks: merging in fp32 and bf16; ``key`` is {"model", "rank"}."""
     where = default_device(device)
-    keys: list[dict[str, Any]] = [{"model": model, "rank": rank, "what": "merge", "dtype": dtype} for dtype in dtypes]
+    keys: list[dict[str, Any]] = [{**key, "what": "merge", "dtype": dtype} for dtype in ("float32", "bfloat16")]
     store = Store(output, "merge", where)
-    return store.measure(keys, lambda key: merging(key, where, rounds=rounds, seconds=seconds), summary, console)
+    return store.measure(keys, lambda key: merging(key, where, rounds=rounds, seconds=seconds), summary, None)
 
 
 def summary(cell: dict[str, Any]) -> str:
@@ -102,3 +92,18 @@ def _verbs(model: Any) -> dict[str, Subject]:
         "unmerge": Subject(lambda: model.unmerge_adapter(), before=merged),
         "merge_and_unload": Subject(lambda: spent.pop().merge_and_unload(), before=fresh),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("results/bench/merge.json"))
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--rank", type=int, default=8, help="Dual LoRA's r; LoRA has 2 r")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=90.0, help="after which no further round of a cell is begun")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    bench(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
