@@ -92,11 +92,6 @@ class _Directed(torch.autograd.Function):
         return G * quantize(Q, ctx.direction), clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None
 
 
-def _compute_dtype(A: Tensor) -> torch.dtype:
-    """Half-precision products would flip signs near 0, so the update is computed in float32 at least."""
-    return torch.promote_types(A.dtype, torch.float32)
-
-
 class Update(NamedTuple):
     """One dW in the making: the arguments of :func:`dual_delta`, as backends hand them around."""
 
@@ -115,6 +110,21 @@ class Update(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """(out, in) of dW."""
         return self.B.shape[0], self.A.shape[1]
+
+    def weight_shape(self, fan_in_fan_out: bool) -> tuple[int, int]:
+        """Of W0 + dW as the base layer stores it: (out, in), or (in, out)."""
+        return self.shape[::-1] if fan_in_fan_out else self.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Half-precision products would flip signs near 0, so dW is computed in float32 at least."""
+        return torch.promote_types(self.A.dtype, torch.float32)
+
+    def scaling_tensor(self) -> Tensor:
+        """The scaling as [] on the device of the factors; a number is filled in there, no copy to wait for."""
+        if isinstance(self.scaling, Tensor):
+            return self.scaling
+        return torch.full((), self.scaling, dtype=torch.float32, device=self.A.device)
 
     def check(self) -> None:
         """Raise ValueError for an unknown option, or for factors whose shapes do not make one [out, in]."""
@@ -148,7 +158,7 @@ class Update(NamedTuple):
     def delta(self) -> Tensor:
         """dW [out, in], differentiable in the factors: see :func:`dual_delta`."""
         A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
-        dtype = _compute_dtype(A)
+        dtype = self.dtype
         with torch.autocast(A.device.type, enabled=False):
             M = scaling * _MAGNITUDE[magnitude][0](B.to(dtype) @ A.to(dtype))
             if direction == "fixed":
@@ -176,7 +186,7 @@ class Update(NamedTuple):
         dtype :meth:`delta` computes in; agrees with autograd of it to rounding.
         """
         A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
-        dtype = _compute_dtype(A)
+        dtype = self.dtype
         with torch.autocast(A.device.type, enabled=False):
             G, A, B = G.to(dtype), A.to(dtype), B.to(dtype)
             value, derivative = _MAGNITUDE[magnitude]

@@ -23,7 +23,7 @@ def _check(
     W: Tensor | None, update: Update, m: Tensor | None, form: str, fan_in_fan_out: bool, gradient_tokens: float | Tensor
 ) -> None:
     update.check()
-    expected = update.shape[::-1] if fan_in_fan_out else update.shape
+    expected = update.weight_shape(fan_in_fan_out)
     if W is not None and tuple(W.shape) != expected:
         factors = f"A {tuple(update.A.shape)} and B {tuple(update.B.shape)}"
         raise ValueError(f"W is {tuple(W.shape)}, but {factors} make {expected}.")

@@ -56,7 +56,7 @@ class How(NamedTuple):
 
 def flat(update: Update, how: How) -> tuple[Any, ...]:
     """Both as an operator takes them. A number would be a constant of its graph, so that a moving gate recompiled."""
-    return *update[:4], _scaling_tensor(update), *update[5:9], list(update.initial), *how
+    return *update[:4], update.scaling_tensor(), *update[5:9], list(update.initial), *how
 
 
 def of(fields: Sequence[Any]) -> tuple[Update, How]:
@@ -66,14 +66,7 @@ def of(fields: Sequence[Any]) -> tuple[Update, How]:
 
 def _as_operators(update: Update) -> Update:
     """With the scaling of :func:`flat` where a number would be more exact: a float64 update must not depend on who runs it."""
-    return update._replace(scaling=_scaling_tensor(update)) if update.A.dtype == torch.float64 else update
-
-
-def _scaling_tensor(update: Update) -> Tensor:
-    scaling = update.scaling
-    if isinstance(scaling, Tensor):
-        return scaling
-    return torch.full((), scaling, dtype=torch.float32, device=update.A.device)  # filled there: no copy to wait for
+    return update._replace(scaling=update.scaling_tensor()) if update.A.dtype == torch.float64 else update
 
 
 @functools.cache
@@ -442,8 +435,7 @@ _weight_op = _operator(
 @_weight_op.register_fake
 def _(W, m, *fields):
     update, how = of(fields)
-    shape = update.shape[::-1] if how.fan_in_fan_out else update.shape
-    return update.A.new_empty(shape, dtype=fields[15]), _norm_like(m, update.A)
+    return update.A.new_empty(update.weight_shape(how.fan_in_fan_out), dtype=fields[15]), _norm_like(m, update.A)
 
 
 _weight_backward_op = _operator(

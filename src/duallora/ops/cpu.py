@@ -190,11 +190,6 @@ def _run(
     library().duallora_run(ctypes.byref(job))
 
 
-def _shape(update: Update, fan_in_fan_out: bool) -> tuple[int, int]:
-    out_features, in_features = update.shape
-    return (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
-
-
 def build_weight(
     W: Tensor | None,
     update: Update,
@@ -205,7 +200,7 @@ def build_weight(
     minus_base: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(W', norm): see :mod:`duallora.ops.recompute`, whose contract this follows."""
-    weight = torch.empty(_shape(update, fan_in_fan_out), dtype=dtype, device="cpu")
+    weight = torch.empty(update.weight_shape(fan_in_fan_out), dtype=dtype, device="cpu")
     if m is None:
         _run(W, update, fan_in_fan_out, weight, minus_base)
         return weight, None
@@ -233,7 +228,7 @@ def weight_and_gradients(
     minus_base: bool = False,
 ) -> list[Tensor]:
     """[W', dA, dB, dC, dD, dm]: see :mod:`duallora.ops.recompute`."""
-    shape = _shape(update, fan_in_fan_out)
+    shape = update.weight_shape(fan_in_fan_out)
     weight = torch.empty(shape, dtype=dtype, device="cpu")
     r1, r2 = update.A.shape[0], update.B.shape[1] if update.D is None else update.D.shape[1]
     sizes = ((shape[0], r1), (r1, shape[1]), (shape[0], r2), (r2, shape[1]))

@@ -36,16 +36,8 @@ def _row_blocks(update: Update) -> Iterator[slice]:
 
 def _empty(update: Update, fan_in_fan_out: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(W' to fill, the same seen as [out, in])."""
-    out_features, in_features = update.shape
-    if fan_in_fan_out:
-        weight = update.A.new_empty(in_features, out_features, dtype=dtype)
-        return weight, weight.T
-    weight = update.A.new_empty(out_features, in_features, dtype=dtype)
-    return weight, weight
-
-
-def _wide(update: Update) -> torch.dtype:
-    return torch.promote_types(update.A.dtype, torch.float32)
+    weight = update.A.new_empty(update.weight_shape(fan_in_fan_out), dtype=dtype)
+    return weight, weight.T if fan_in_fan_out else weight
 
 
 def build_weight(
@@ -71,7 +63,7 @@ def build_weight(
     """
     weight, by_rows = _empty(update, fan_in_fan_out, dtype)
     base = None if W is None else (W.T if fan_in_fan_out else W)
-    norm = None if m is None else m.new_empty(m.shape, dtype=_wide(update))
+    norm = None if m is None else m.new_empty(m.shape, dtype=update.dtype)
     for rows in _row_blocks(update):
         V = update.rows(rows).delta()
         if base is not None:
@@ -108,7 +100,7 @@ def weight_and_gradients(
         The rest: as for :func:`build_weight`.
     """
     A, B, C, D = update[:4]
-    wide = _wide(update)
+    wide = update.dtype
     weight, by_rows = _empty(update, fan_in_fan_out, dtype)
     base = None if W is None else (W.T if fan_in_fan_out else W)
     G = G.T if fan_in_fan_out else G

@@ -353,14 +353,11 @@ def _arguments(update: Update, tile: Tile) -> dict[str, Any]:
     assert C is not None
     assert D is not None
     factors = _padded((A, B, C, D))
-    scaling = update.scaling
-    if not isinstance(scaling, Tensor):
-        scaling = torch.full((), scaling, dtype=torch.float32, device=A.device)  # filled there: no copy to wait for
     architecture = _architecture(A.device)
     assert architecture is not None
     return {
         "factors": factors,
-        "scaling": scaling.to(A.device, torch.float32),
+        "scaling": update.scaling_tensor().to(A.device, torch.float32),
         "out": B.shape[0], "inn": A.shape[1],
         "R1": factors[0].shape[0], "R2": factors[2].shape[0], "K": K,
         "MAGNITUDE": update.magnitude, "DIRECTION": update.direction,
@@ -374,11 +371,6 @@ def _ranks(update: Update) -> tuple[int, int, int]:
     """(r1, r2, the larger)"""
     r1, r2 = update.A.shape[0], 0 if update.C is None else update.C.shape[0]
     return r1, r2, max(r1, r2)
-
-
-def _empty_weight(update: Update, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
-    out, inn = update.shape
-    return update.A.new_empty((inn, out) if fan_in_fan_out else (out, inn), dtype=dtype)
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
@@ -440,7 +432,7 @@ def build_weight(
     """
     if m is None and minus_base:
         W, minus_base = None, False
-    weight, norm, ratio = _empty_weight(update, fan_in_fan_out, dtype), None, None
+    weight, norm, ratio = update.A.new_empty(update.weight_shape(fan_in_fan_out), dtype=dtype), None, None
     with torch.cuda.device_of(weight):
         if m is not None:
             squares = _launch_build(W, update, None, fan_in_fan_out, squares=True)
@@ -485,7 +477,7 @@ def weight_and_gradients(
     group = min(panels, math.isqrt(tiles))
     stripe = min(rows, tiles // group)
     groups, stripes = _cdiv(panels, group), _cdiv(rows, stripe)
-    weight = _empty_weight(update, fan_in_fan_out, dtype)
+    weight = update.A.new_empty(update.weight_shape(fan_in_fan_out), dtype=dtype)
     apart = ranks > K or bool(update.initial) or m is not None
     ratio = None if m is None or norm is None else m.to(torch.float32) / norm
     arguments = _arguments(update, tile)
