@@ -115,6 +115,45 @@ def interrupted():
 
 
 @pytest.fixture
+def resumes(make_recipe, console, tmp_path, interrupted):
+    """``resumes(*settings)`` is (result, folder, that of the run stopped after checkpoint ``at``), resumed to the bit."""
+    from of_runs import equal
+    from safetensors.torch import load_file
+
+    from duallora.train import run
+
+    def check(*settings: str, at: int = 2, name: str = "run", make=make_recipe, **options):
+        folder = tmp_path / name
+        whole = run.train(make(*settings, output=folder, **options), console=console)
+        stopped = interrupted(folder, tmp_path / f"{name}-stopped", at=at)
+        again = run.train(make(*settings, output=stopped, **options), resume="auto", console=console)
+        first, second = (load_file(next(Path(each["adapter"]).glob("*model.safetensors"))) for each in (whole, again))
+        assert len(first) > 0
+        assert equal(first, second)
+        assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
+        assert again["metrics"].get("start_rows") == whole["metrics"].get("start_rows")
+        return whole, folder, stopped
+
+    return check
+
+
+@pytest.fixture
+def held_out_loss(console):
+    """``held_out_loss(source, recipe, kind)``: of what is loaded from there, on the recipe's validation rows."""
+    from duallora.store import adapters
+    from duallora.tasks import encode_split
+    from duallora.train import evaluate, prepare
+
+    def loss(source, recipe, kind: str = "generate") -> float:
+        model, tokenizer = adapters.load_adapter(source, kind)
+        rows = evaluate.select(prepare.load(recipe, console), "validation")
+        held_out, _ = encode_split(rows, tokenizer, kind, max_length=64)
+        return evaluate.loss_on(model, tokenizer, held_out, kind)
+
+    return loss
+
+
+@pytest.fixture
 def console():
     """A console whose text the test can read: ``console.file.getvalue()``."""
     import io

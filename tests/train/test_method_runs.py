@@ -14,29 +14,20 @@ from duallora.config.recipe import recipe_yaml
 from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.store import adapters
-from duallora.train import evaluate, loop, prepare, run
+from duallora.train import loop, run
 
 
 @pytest.mark.parametrize("name", ["lora+", "loreft", "delta-lora", "prompt", "p-tuning-v2"])
-def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_recipe, console, tmp_path, interrupted):
+def test_another_method_runs_resumes_to_the_bit_and_is_read_back(
+    name, make_recipe, console, tmp_path, resumes, held_out_loss
+):
     """The rest of the run after a stop at step 2 (optimizer, rates, Delta-LoRA's counter, a prompt's tensors) as the whole one."""
     own = {"lora+": "{lr_ratio: 4}", "delta-lora": "{K: 2}", "prompt": "{num_virtual_tokens: 3}"}.get(name, "{}")
     steps = ["train.max_steps=4", f"adapter.options={own}"]
-    whole = run.train(make_recipe(*settings(name, *steps)), console=console)
-    folder = tmp_path / "run"
-    stopped = interrupted(folder, tmp_path / "stopped", at=2)
-    again = run.train(make_recipe(*settings(name, *steps), output=stopped), resume="auto", console=console)
-    first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, stopped))
-    assert first.keys() == second.keys()
-    assert len(first) > 0
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
-
-    model, tokenizer = adapters.load_adapter(folder, "generate")
+    whole, folder, _ = resumes(*settings(name, *steps))
     assert json.loads((folder / "adapter" / adapters.SIDECAR).read_text())["method"] == name.upper()
-    task = prepare.load(make_recipe(*settings(name)), console)
-    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
-    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=1e-6)
+    found = held_out_loss(folder, make_recipe(*settings(name)))
+    assert found == pytest.approx(whole["metrics"]["loss"], abs=1e-6)
     if name in ("lora+", "delta-lora"):
         assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
     else:
@@ -45,15 +36,11 @@ def test_another_method_runs_resumes_to_the_bit_and_is_read_back(name, make_reci
 
 
 @pytest.mark.parametrize("kind", ["generate", "classify"])
-def test_prefix_tuning_resumes_from_its_mlp(kind, make_recipe, console, tmp_path, interrupted):
+def test_prefix_tuning_resumes_from_its_mlp(kind, tmp_path, resumes):
     """Its adapter holds what the MLP gives; the MLP itself, and a head beside it, lie in the checkpoints alone."""
-    more = [*settings("prefix", "train.max_steps=4", "adapter.options={num_virtual_tokens: 3}")]
-    whole = run.train(make_recipe(*more, kind=kind), console=console)
-    stopped = interrupted(tmp_path / "run", tmp_path / "stopped", at=2)
-    again = run.train(make_recipe(*more, kind=kind, output=stopped), resume="auto", console=console)
-    first, second = (load_file(tmp_path / f / "adapter" / "adapter_model.safetensors") for f in ("run", "stopped"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
+    _, _, stopped = resumes(
+        *settings("prefix", "train.max_steps=4", "adapter.options={num_virtual_tokens: 3}"), kind=kind
+    )
     mid = load_file(stopped / "checkpoints" / "checkpoint-2" / "trained.safetensors")
     end = load_file(stopped / "checkpoints" / "checkpoint-4" / "trained.safetensors")
     assert any("transform" in key and not torch.equal(mid[key], end[key]) for key in mid)

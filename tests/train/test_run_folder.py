@@ -61,7 +61,8 @@ def test_what_is_no_run_is_never_taken_for_one(make_recipe, console, tmp_path, f
 
 def test_a_finished_run_is_finished_only_as_long_as_its_result_is_whole(make_recipe, console, done, trained):
     """The remedy that the error names makes it again to the bit."""
-    assert again(make_recipe, done, console)["adapter"] == str(done.path / "adapter")
+    moved = {"folder": str(done.path), "adapter": str(done.path / "adapter")}
+    assert again(make_recipe, done, console) == {**done.facts()["result"], **moved}
     file = done.path / "adapter" / "adapter_model.safetensors"
     bit_flip(file)
     with pytest.raises(IntegrityError, match=r"adapter_model.safetensors is damaged"):

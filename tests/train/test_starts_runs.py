@@ -44,33 +44,23 @@ def settings(start: str, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("start", [start for start in STARTS if start not in ("olora", "lora-ga")])
 def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
-    start, make_recipe, console, tmp_path, interrupted
+    start, make_recipe, console, tmp_path, resumes, held_out_loss
 ):
     """The factors alone belong to weights that are written nowhere; a second look at the data could differ."""
-    whole = run.train(make_recipe(*settings(start)), console=console)
-    folder = tmp_path / "run"
-    stopped = interrupted(folder, tmp_path / "stopped", at=2)
-    again = run.train(make_recipe(*settings(start), output=stopped), resume="auto", console=console)
-    first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, stopped))
-    assert first.keys() == second.keys()
-    assert len(first) > 0
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
+    whole, folder, stopped = resumes(*settings(start))
     seen = None if start in ("pissa", "olora") else {"eva": 8, "lora-ga": 5, "lora-ga-paper": 5}.get(start, 6)
-    assert whole["metrics"].get("start_rows") == again["metrics"].get("start_rows") == seen
-
-    model, tokenizer = adapters.load_adapter(folder, "generate")
-    task = prepare.load(make_recipe(*settings(start)), console)
-    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
-    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
-    # A checkpoint is an adapter of the untouched base too.
-    mid, _ = adapters.load_adapter(stopped / "checkpoints" / "checkpoint-4", "generate")
-    assert evaluate.loss_on(mid, tokenizer, held_out, "generate") == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
+    assert whole["metrics"].get("start_rows") == seen
+    for source in (
+        folder,
+        stopped / "checkpoints" / "checkpoint-4",
+    ):  # a checkpoint is an adapter of the untouched base too
+        found = held_out_loss(source, make_recipe(*settings(start)))
+        assert found == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
     assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("start", ["pissa", "corda", "eva"])
-def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, console, tmp_path):
+def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, console, tmp_path, held_out_loss):
     """The base that it moves is moved by the other run's start, without a look at this run's data."""
     first = run.train(make_recipe(*settings(start), output=tmp_path / "first"), console=console)
     recipe = make_recipe(
@@ -78,12 +68,8 @@ def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, cons
     )
     again = run.train(recipe, console=console)
     assert again["metrics"].get("start_rows") is None
-    model, tokenizer = adapters.load_adapter(tmp_path / "again", "generate")
-    task = prepare.load(recipe, console)
-    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
-    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(again["metrics"]["loss"], abs=2e-6)
-    begun, _ = adapters.load_adapter(tmp_path / "first", "generate")
-    before = evaluate.loss_on(begun, tokenizer, held_out, "generate")
+    assert held_out_loss(tmp_path / "again", recipe) == pytest.approx(again["metrics"]["loss"], abs=2e-6)
+    before = held_out_loss(tmp_path / "first", recipe)
     assert again["metrics"]["loss_before"] == pytest.approx(before, abs=2e-6)
     assert before != pytest.approx(first["metrics"]["loss_before"], abs=1e-4)
     other = make_recipe(
@@ -149,33 +135,19 @@ def test_lora_ga_of_the_paper_is_the_gradients_singular_vectors(make_recipe, con
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora-ga"])
 def test_a_classifier_with_such_a_start_resumes_to_the_bit_and_begins_from_another(
-    start, make_recipe, console, tmp_path, interrupted
+    start, make_recipe, tmp_path, resumes, held_out_loss
 ):
     """GLUE's way: from MNLI to a task with another head; the head and what modules_to_save names are trained in full."""
     more = [*settings(start), "adapter.modules_to_save=[pooler]"]
-
-    def both_ways(folder, *own, **options):
-        whole = run.train(
-            make_recipe(*more, *own, kind="classify", output=tmp_path / folder, **options), console=console
-        )
-        stopped = interrupted(tmp_path / folder, tmp_path / f"{folder}-stopped", at=2)
-        again = make_recipe(*more, *own, kind="classify", output=stopped, **options)
-        run.train(again, resume="auto", console=console)
-        first, second = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / folder, stopped))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
-        assert {"classifier", "pooler"} <= {part for key in first for part in key.split(".")}
-        return whole
-
-    first = both_ways("mnli")
+    first, folder, _ = resumes(*more, kind="classify", name="mnli")
+    parts = {part for key in load_file(f"{first['adapter']}/adapter_model.safetensors") for part in key.split(".")}
+    assert {"classifier", "pooler"} <= parts
     assert json.loads(Path(first["adapter"], "adapter_config.json").read_text())["r"] == 6
     targets = tmp_path / "targets.jsonl"
     targets.write_text("".join(json.dumps({"text": f"fine {n}", "label": n / 7}) + "\n" for n in range(12)))
-    again = both_ways("stsb", f"adapter.init_from={tmp_path / 'mnli'}", data=targets)
-    model, tokenizer = adapters.load_adapter(again["folder"], "regress")
-    task = prepare.load(make_recipe(*more, kind="classify", data=targets), console)
-    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "regress", max_length=64)
-    assert evaluate.loss_on(model, tokenizer, held_out, "regress") == pytest.approx(again["metrics"]["loss"], abs=1e-6)
+    again, folder, _ = resumes(*more, f"adapter.init_from={folder}", kind="classify", name="stsb", data=targets)
+    found = held_out_loss(folder, make_recipe(*more, kind="classify", data=targets), "regress")
+    assert found == pytest.approx(again["metrics"]["loss"], abs=1e-6)
 
 
 def test_kpm_looks_at_question_answering_rows_and_not_at_the_runs(make_recipe, console, tmp_path, sums, moods):
