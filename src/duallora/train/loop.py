@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import save_model as save_model_weights
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from duallora import methods
 from duallora.errors import ConfigError, NonFiniteError
@@ -61,7 +62,7 @@ class RunTrainer(Trainer):
         try:
             return super().create_optimizer(*args, **kwargs)
         except ImportError as error:
-            raise ConfigError(f"train.optimizer={self.args.optim.value}: {error}") from error
+            raise ConfigError(f"train.optimizer={OptimizerNames(self.args.optim).value}: {error}") from error
 
     def _spared(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """``groups`` with what Trainer's own would spare weight decay (biases, norms) in groups apart."""
