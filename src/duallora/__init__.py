@@ -31,6 +31,7 @@ _HOME = {
     "DualLoraConfig": "duallora.tuner",
     "DualLoraLinear": "duallora.nn",
     "DualLoraModel": "duallora.tuner",
+    "SealedCheckpoints": "duallora.store.sealed",
     "advance_gate": "duallora.core.gate",
     "dequantize": "duallora.tuner.quantized",
     "dual_delta": "duallora.core.equation",
@@ -39,6 +40,7 @@ _HOME = {
     "folded": "duallora.ops.fold",
     "gate": "duallora.core.gate",
     "init_from_gradient": "duallora.tuner.gradient_start",
+    "latest_verified": "duallora.store.sealed",
     "param_groups": "duallora.tuner",
 }
 

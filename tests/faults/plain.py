@@ -1,4 +1,4 @@
-"""The same faults on transformers' own Trainer: one script, resumed as its documentation says."""
+"""The same faults on transformers' own Trainer: one script, resumed as its documentation says, or by what is sealed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+import duallora
 
-def train(model: Path, output: Path, callbacks: tuple[Any, ...] = (), rate: float = 1e-3, resume: Any = None) -> int:
+
+def train(model: Path, output: Path, sealed: bool, rate: float = 1e-3) -> int:
     """A LoRA of the stage's model on fixed tokens, with a checkpoint every SAVE steps."""
     torch.manual_seed(0)
     network = get_peft_model(LlamaForCausalLM.from_pretrained(model), LoraConfig(r=2, target_modules=["q_proj"]))
@@ -27,21 +29,22 @@ def train(model: Path, output: Path, callbacks: tuple[Any, ...] = (), rate: floa
         str(output), max_steps=STEPS, save_steps=SAVE, per_device_train_batch_size=4, learning_rate=rate, report_to=[],
         disable_tqdm=True, use_cpu=True, save_total_limit=3, logging_steps=1,
     )  # fmt: skip
-    trainer = Trainer(network, arguments, train_dataset=data, callbacks=list(callbacks))
-    found = resume(output) if resume else get_last_checkpoint(str(output)) if output.exists() else None
+    trainer = Trainer(network, arguments, train_dataset=data, callbacks=[duallora.SealedCheckpoints()] * sealed)
+    last = get_last_checkpoint(str(output)) if output.exists() else None
+    found = duallora.latest_verified(output) if sealed else last
     trainer.train(resume_from_checkpoint=found)
     network.save_pretrained(str(output / "adapter"))
     return 0
 
 
-def compare(folder: Path, long: bool, callbacks: Any = tuple, resume: Any = None) -> dict[str, dict[str, int]]:
-    """{row of the matrix: tried, survived} for a Trainer with these callbacks and this way to find its checkpoint."""
+def compare(folder: Path, long: bool, sealed: bool = False) -> dict[str, dict[str, int]]:
+    """{row of the matrix: tried, survived} for a Trainer by itself, or with `duallora.SealedCheckpoints`."""
     model = folder / "model"
     harness.build_model(model)
 
     def run(output: Path, **how: Any) -> harness.Result:
         rate = how.pop("rate", 1e-3)
-        return fork(lambda: train(model, output, tuple(callbacks()), rate, resume), **how)
+        return fork(lambda: train(model, output, sealed, rate), **how)
 
     straight = folder / "straight"
     assert run(straight).code == 0

@@ -36,8 +36,14 @@ def main() -> int:
     found, began, started = [], time.monotonic(), time.time()
     try:
         stage = harness.Stage(folder / "stage")
-        beside = plain.compare(folder / "plain", arguments.long) if arguments.rows == [""] else {}
-        print(f"{'':42}{'tried':>6}{'survived':>9}{'lost':>6}{'seconds':>9}   plain Trainer", flush=True)
+        beside, sealed = {}, {}
+        if arguments.rows == [""]:
+            beside = plain.compare(folder / "plain", arguments.long)
+            sealed = plain.compare(folder / "sealed", arguments.long, sealed=True)
+        print(
+            f"{'':42}{'tried':>6}{'survived':>9}{'lost':>6}{'seconds':>9}   plain Trainer, and with SealedCheckpoints",
+            flush=True,
+        )
         for name, row in chosen.items():
             start, cases = time.monotonic(), []
             try:
@@ -46,9 +52,11 @@ def main() -> int:
                 cases.append(harness.Case("the row", False, repr(error)))
             lost = [case for case in cases if not case.survived]
             line = {"row": name, "tried": len(cases), "survived": len(cases) - len(lost), "lost": len(lost)}
-            line |= {"plain_trainer": beside[name]} if name in beside else {}
+            if name in beside:
+                line |= {"plain_trainer": beside[name], "sealed_trainer": sealed[name]}
             found.append(line)
-            trainer = "{survived} of {tried}".format(**beside[name]) if name in beside else ""
+            others = (beside[name], sealed[name]) if name in beside else ()
+            trainer = ", ".join("{survived} of {tried}".format(**other) for other in others)
             seconds = time.monotonic() - start
             print(
                 f"{name:42}{line['tried']:6}{line['survived']:9}{line['lost']:6}{seconds:9.0f}   {trainer}", flush=True

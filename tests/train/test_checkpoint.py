@@ -7,8 +7,7 @@ import torch
 from damage import bit_flip, empty, half, missing
 
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
-from duallora.store import checkpoint, record
-from duallora.train import loop
+from duallora.store import checkpoint, record, sealed
 
 FILES = ("adapter_config.json", checkpoint.WEIGHTS[0], *checkpoint.REQUIRED, *checkpoint.rng_files(1))
 
@@ -18,7 +17,6 @@ def make(folder, step, files=FILES):
     path.mkdir(parents=True)
     for name in files:
         (path / name).write_bytes(f"{name} at {step}".encode() * 50)
-    (path / checkpoint.NEVER_READ).write_bytes(b"pickle")
     checkpoint.commit(path, step=step, fingerprints={"recipe": "r", "data": {"train": "d"}, "base": "b"})
     return path
 
@@ -127,13 +125,12 @@ def test_the_manifest_covers_its_own_step_and_fingerprints(tmp_path):
     assert "damaged" in checkpoint.verify(path)
 
 
-def test_the_pickle_trainer_leaves_is_gone_and_modes_follow_the_umask(tmp_path):
+def test_modes_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         path = make(tmp_path, 3)
     finally:
         os.umask(before)
-    assert not (path / checkpoint.NEVER_READ).exists()
     assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
 
 
@@ -182,8 +179,8 @@ def test_a_non_finite_weight_is_named_and_frozen_ones_do_not_matter():
     model.weight.requires_grad_(False)
     with torch.no_grad():
         model.weight[0, 1] = torch.nan
-    loop.require_finite(model, "step 3")
+    sealed.require_finite(model, "step 3")
     with torch.no_grad():
         model.bias[1] = -torch.inf
     with pytest.raises(NonFiniteError, match=r"bias.*step 3"):
-        loop.require_finite(model, "step 3")
+        sealed.require_finite(model, "step 3")

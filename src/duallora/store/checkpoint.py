@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from duallora.errors import ConfigError, IntegrityError
@@ -22,10 +23,13 @@ from duallora.store.record import flush, follow_umask, fsync_folder, read_json, 
 MANIFEST = "MANIFEST.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")  # one of them: an adapter's, or a whole model's
 REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+# What stands for them where a model is saved whole or in shards, and where FSDP or DeepSpeed save in folders of their own.
+_INSTEAD = {
+    WEIGHTS[0]: r".*\.(safetensors|distcp)",
+    "optimizer.pt": r"optimizer\.(pt|bin)|(optimizer_\d+|global_step\d+)/.+",
+}
 # Trainer and PEFT pick up files of these kinds by name, so a stray one could be loaded in place of a listed one.
 LOADABLE = {".bin", ".pt", ".pth", ".safetensors", ".pkl"}
-# A pickle of Python objects that only old Trainer versions read back; nothing here ever opens it.
-NEVER_READ = "training_args.bin"
 
 # What a resumed run may change: none of it reaches a weight.
 FREE_KEYS = (
@@ -46,13 +50,15 @@ STEP = ("train.batch_size", "train.gradient_accumulation_steps")  # whose produc
 
 def commit(folder: Path, *, step: int, fingerprints: Mapping[str, Any]) -> None:
     """Seals ``folder``: hashes and flushes every file, then writes the manifest that makes it a checkpoint."""
-    (folder / NEVER_READ).unlink(missing_ok=True)
-    follow_umask(folder)
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name != MANIFEST:
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            follow_umask(path)
+            fsync_folder(path)
+        elif path.name != MANIFEST:
             flush(path)
-            files[path.name] = file_record(path)
+            files[path.relative_to(folder).as_posix()] = file_record(path)
+    follow_umask(folder)
     fsync_folder(folder)
     body = {"step": step, **fingerprints, "files": files}
     write_json(folder / MANIFEST, {**body, "digest": _digest(body)})
@@ -73,7 +79,10 @@ def compare_files(folder: Path, files: Mapping[str, Any], ignore: Sequence[Path]
     for name, expected in files.items():
         path = folder / name
         try:
-            own = Path(name).name == name and is_own(path)
+            own = (
+                str(PurePosixPath(name)) == name and not {"..", "/"} & {*PurePosixPath(name).parts} and "\\" not in name
+            )
+            own = own and path.parent.resolve().is_relative_to(folder.resolve()) and is_own(path)
         except (OSError, ValueError):  # no name that a file can have
             own = False
         if not own:
@@ -85,7 +94,7 @@ def compare_files(folder: Path, files: Mapping[str, Any], ignore: Sequence[Path]
         if file_record(path)["sha256"] != expected.get("sha256"):
             return f"{name} is damaged (its sha256 is not the recorded one)"
     for path in sorted(folder.rglob("*")):
-        if path.suffix in LOADABLE and str(path.relative_to(folder)) not in files and path.parent not in ignore:
+        if path.suffix in LOADABLE and path.relative_to(folder).as_posix() not in files and path.parent not in ignore:
             return f"{path.relative_to(folder)} was added after the folder was written"
     return None
 
@@ -120,9 +129,8 @@ def verify(folder: Path) -> str | None:
         return f"{MANIFEST} is damaged"
     if folder.name != f"checkpoint-{manifest['step']}":
         return f"{MANIFEST} is that of step {manifest['step']}: the folder was copied or renamed"
-    weights = next((name for name in WEIGHTS if name in files), WEIGHTS[0])
-    for name in (weights, *REQUIRED, *rng_files(manifest.get("processes", 1))):
-        if name not in files:
+    for name in (WEIGHTS[0], *REQUIRED, *rng_files(manifest.get("processes", 1))):
+        if not any(re.fullmatch(_INSTEAD.get(name, re.escape(name)), found) for found in files):
             return f"{name} was not saved, so an exact resume is impossible"
     return compare_files(folder, files)
 
@@ -177,13 +185,13 @@ def require_resumable(folder: Path) -> tuple[Path | None, list[str]]:
     return path, reasons
 
 
-def rotate(folder: Path, keep: int | None) -> None:
-    """Deletes what is older than the ``keep`` newest whole checkpoints; broken folders do not count as kept."""
+def rotate(folder: Path, keep: int | None, spare: Path | None = None) -> None:
+    """Deletes what is older than the ``keep`` newest whole checkpoints, but ``spare``; broken folders do not count as kept."""
     if keep is None:
         return
     kept = 0
     for _, path in checkpoints(folder):
-        if kept >= keep:
+        if kept >= keep and path.name != (spare and spare.name):
             # The manifest goes first: a kill in between leaves a folder that is plainly not a checkpoint.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

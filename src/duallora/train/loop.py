@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from transformers.training_args import OptimizerNames
 from duallora import methods
 from duallora.errors import ConfigError, NonFiniteError
 from duallora.methods.projected import over_factors
-from duallora.store import checkpoint
 from duallora.store.processes import ALONE, Processes
 from duallora.store.run_folder import Log
 from duallora.tasks import IGNORE
@@ -327,46 +325,3 @@ class StopTraining(Stopping, TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.noted = False
-
-
-class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint Trainer has just written and rotates the old ones (Trainer's own rotation must be off).
-
-    Of several processes each has written the state of its generators; the first one seals when all have.
-    """
-
-    def __init__(self, folder: Path, keep: int | None, fingerprints: Mapping[str, Any], processes: Processes = ALONE):
-        self.folder, self.keep, self.processes = folder, keep, processes
-        self.fingerprints = {**fingerprints, "processes": processes.world_size}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # A folder of this number from an earlier, broken attempt may hold files this save will not overwrite.
-        if control.should_save:
-            stale = self.folder / f"checkpoint-{state.global_step}"
-            if self.processes.main and stale.exists():
-                shutil.rmtree(stale)
-            self.processes.barrier()
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        folder = self.folder / f"checkpoint-{state.global_step}"
-        try:
-            require_finite(model, f"step {state.global_step}")
-        except NonFiniteError:
-            if self.processes.main:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self.processes.barrier()
-        if self.processes.main:
-            checkpoint.commit(folder, step=state.global_step, fingerprints=self.fingerprints)
-            checkpoint.rotate(self.folder, self.keep)
-        self.processes.barrier()  # nobody leaves before it is sealed
-
-
-def require_finite(model: torch.nn.Module, when: str) -> None:
-    """Raises NonFiniteError naming the first trainable weight that holds a NaN or an infinity."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(
-                f"{name} holds NaN or infinite values at {when}; nothing of it was saved. "
-                "Lower train.learning_rate or train.max_grad_norm and resume from the last checkpoint"
-            )

@@ -127,7 +127,7 @@ def arguments(
             logging_nan_inf_filter=False,
             save_strategy="steps",
             save_steps=options.save_steps,
-            save_total_limit=None,
+            save_total_limit=options.save_total_limit,
             report_to=[name for name in options.report_to if name != "tensorboard"],
             run_name=checkpoints.parent.name,
             disable_tqdm=True,

@@ -41,6 +41,7 @@ from duallora.store.models import load_model, weights_fingerprint
 from duallora.store.positions import positions
 from duallora.store.processes import ALONE, Processes
 from duallora.store.run_folder import Facts, Fingerprints, RunFolder
+from duallora.store.sealed import SealedCheckpoints, require_finite
 from duallora.tasks import Collator, Task, encode_split, metrics
 from duallora.terminal import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train import begin, calibration, chance, evaluate, plugins, prepare
@@ -51,11 +52,9 @@ from duallora.train.loop import (
     LogSteps,
     LossDuringTraining,
     RunTrainer,
-    SealCheckpoints,
     ShowTraining,
     StopTraining,
     nothing_to_learn,
-    require_finite,
     row_loss,
     training_loss,
 )
@@ -434,10 +433,9 @@ class _Run:
 
     def _trainer(self, stopping: StopTraining) -> RunTrainer:
         recipe, model, kind, processes = self.recipe, self.method.model, self.task.kind, self.processes
-        keep = recipe.train.save_total_limit
         callbacks: list[TrainerCallback] = [
             stopping,
-            SealCheckpoints(self.folder.checkpoints, keep, self.fingerprints, processes),
+            SealedCheckpoints(self.fingerprints, check_gradients=False),  # FiniteGradients looks, with the loss
         ]
         trainer = RunTrainer(
             model=model,

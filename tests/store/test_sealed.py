@@ -1,0 +1,160 @@
+"""A plain Trainer with SealedCheckpoints: whatever a kill or a damage leaves, the resumed run is the straight one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import duallora
+from duallora.errors import IntegrityError, NonFiniteError
+from duallora.store import checkpoint
+
+STEPS, SAVE = 6, 2
+
+
+def train(model, output, *callbacks, whole=False, **settings):
+    torch.manual_seed(0)
+    network = LlamaForCausalLM.from_pretrained(model)
+    if not whole:
+        network = get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"]))
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 200, (40, 12))]
+    arguments = TrainingArguments(
+        str(output), max_steps=STEPS, save_steps=SAVE, per_device_train_batch_size=4, report_to=[], disable_tqdm=True,
+        use_cpu=True, **{"learning_rate": 1e-3, **settings},
+    )  # fmt: skip
+    trainer = Trainer(network, arguments, train_dataset=rows, callbacks=[duallora.SealedCheckpoints(), *callbacks])
+    trainer.train(resume_from_checkpoint=duallora.latest_verified(output))
+    return {name: weight.detach().clone() for name, weight in network.named_parameters() if weight.requires_grad}
+
+
+def steps(output):
+    return sorted(step for step, _ in checkpoint.checkpoints(output))
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_causal_folder, tmp_path_factory):
+    """(the weights of an uninterrupted run, its folder)"""
+    folder = tmp_path_factory.mktemp("straight")
+    return train(tiny_causal_folder, folder), folder
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", [SAVE, 2 * SAVE])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_save_that_did_not_finish_is_passed_over(step, whole, tiny_causal_folder, tmp_path, monkeypatch, caplog):
+    wanted = train(tiny_causal_folder, tmp_path / "straight", whole=whole)
+    commit = checkpoint.commit
+
+    def killed(folder, **facts):
+        if folder.name == f"checkpoint-{step}":
+            (folder / "optimizer.pt").write_bytes(b"half")
+            raise Killed
+        commit(folder, **facts)
+
+    monkeypatch.setattr(checkpoint, "commit", killed)
+    with pytest.raises(Killed):
+        train(tiny_causal_folder, tmp_path / "run", whole=whole)
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    found = train(tiny_causal_folder, tmp_path / "run", whole=whole)
+    assert f"checkpoint-{step}: MANIFEST.json is missing" in caplog.text
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_killed_process_goes_on_to_the_same_bits(tiny_causal_folder, straight, tmp_path):
+    class Kill(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.on_pre_optimizer_step(args, state, control)
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2 * SAVE + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if not pid:
+        try:
+            train(tiny_causal_folder, tmp_path, Kill())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert steps(tmp_path) == [SAVE, 2 * SAVE]
+    found = train(tiny_causal_folder, tmp_path)
+    assert all(torch.equal(found[name], straight[0][name]) for name in found)
+
+
+def test_every_damage_is_found_and_named(straight, tmp_path, caplog):
+    newest = f"checkpoint-{STEPS}"
+    for name in sorted(path.name for path in (straight[1] / newest).iterdir()):
+        folder = shutil.copytree(straight[1], tmp_path / name)
+        path = folder / newest / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert duallora.latest_verified(folder) == str(folder / f"checkpoint-{STEPS - SAVE}")
+        assert name in caplog.text
+    for path in folder.glob("*/MANIFEST.json"):
+        path.write_text("{}")
+    with pytest.raises(IntegrityError, match="none of the 3 checkpoints"):
+        duallora.latest_verified(folder)
+    assert duallora.latest_verified(tmp_path / "nothing here") is None
+
+
+def test_old_checkpoints_go_only_when_a_new_one_is_whole(tiny_causal_folder, tmp_path):
+    class Look(TrainerCallback):
+        seen: list = []  # noqa: RUF012
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen.append(steps(tmp_path))
+
+        def on_save(self, args, state, control, **kwargs):  # after the seal, as it was added after it
+            self.seen.append(steps(tmp_path))
+
+    train(tiny_causal_folder, tmp_path, Look(), save_total_limit=1)
+    assert Look.seen == [[], [], [2], [2], [2], [4], [4], [4], [6]]
+
+
+def test_weights_without_an_optimizer_are_not_resumed(tiny_causal_folder, tmp_path):
+    train(tiny_causal_folder, tmp_path, save_only_model=True)
+    with pytest.raises(IntegrityError, match=r"optimizer\.pt was not saved, so an exact resume is impossible"):
+        duallora.latest_verified(tmp_path)
+
+
+def test_no_step_with_a_gradient_that_is_not_finite_is_applied(tiny_causal_folder, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.model = model
+            self.weight = next(p for p in model.parameters() if p.requires_grad)
+            self.weight.register_hook(lambda gradient: gradient * (float("nan") if state.global_step == 3 else 1))
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.before = self.weight.detach().clone()
+
+    spoil = Spoil()
+    with pytest.raises(NonFiniteError, match="gradient norm is nan in step 4; the step was not applied"):
+        train(tiny_causal_folder, tmp_path, spoil)
+    assert torch.equal(spoil.weight, spoil.before)
+    assert steps(tmp_path) == [2]
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tiny_causal_folder, tmp_path):
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match="holds NaN or infinite values at step 4"):
+        train(tiny_causal_folder, tmp_path, Spoil())
+    assert steps(tmp_path) == [2]
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
