@@ -47,7 +47,7 @@ faults: $(VENV)/.dev      ## the fault matrix: kills, full disks, damaged and ho
 	$(QUIET) $(BIN)/python tests/faults/run.py
 
 faults-long: $(VENV)/.dev ## the same with hundreds of kills and thousands of damaged files: results/faults.json
-	$(QUIET) $(BIN)/python tests/faults/run.py --long --output results/faults.json
+	$(QUIET) $(BIN)/python tests/faults/run.py --long --output results/faults.json --page docs/reliability.md
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """The fault matrix as a command (``make faults``, ``make faults-long``): a line for each row, results/faults.json.
 
-    python tests/faults/run.py [--long] [--rows WORD ...] [--output FILE]
+    python tests/faults/run.py [--long] [--rows WORD ...] [--output FILE] [--page FILE]
 
 Exit 1 where a case was lost. Every case of a row is injected anew; which are tried does not depend on the machine.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import harness
+import page
 import plain
 import rows
 
@@ -30,6 +31,7 @@ def main() -> int:
         "--rows", nargs="+", default=[""], metavar="WORD", help="rows whose name holds one of these words"
     )
     parser.add_argument("--output", type=Path, help="where the record goes")
+    parser.add_argument("--page", type=Path, help="a page whose table is made of that record")
     arguments = parser.parse_args()
     chosen = {name: row for name, row in rows.MATRIX.items() if any(word in name for word in arguments.rows)}
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -68,9 +70,10 @@ def main() -> int:
     print(f"{sum(line['tried'] for line in found):,} cases in {time.monotonic() - began:.0f} s", flush=True)
     if arguments.output:
         settings = {"long": arguments.long, "steps": harness.STEPS, "save_steps": harness.SAVE}
-        record.write_json(
-            arguments.output, record.result("faults", settings, {"rows": found}, seeds=[0], started=started)
-        )
+        result = record.result("faults", settings, {"rows": found}, seeds=[0], started=started)
+        record.write_json(arguments.output, result)
+        if arguments.page:
+            page.write(arguments.page, result)
     return any(line["lost"] for line in found)
 
 
