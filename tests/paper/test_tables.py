@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from duallora import methods, paper
+from duallora.grid.study import Outcome
 from duallora.paper import cost, printed, reproduce
 from duallora.train import prepare
 
@@ -39,10 +40,14 @@ def test_methods_differ_in_nothing_but_the_adapter(study):
         recipes_of = [found[task, variant].recipe() for variant in study.variants]
         for one, other in itertools.pairwise(recipes_of):
             same = {"adapter": {*FREE, "modules_to_save", *one_has(one, other)}, "train": {"learning_rate"}}
+            if {one.adapter.method, other.adapter.method} & {"galore", "garare"}:  # whose command has none
+                same["train"].add("weight_decay")
             if "full" in (one.adapter.method, other.adapter.method):  # see the test of 16 bits
                 same["model"] = {"dtype"}
             assert one.model_dump(exclude=same) == other.model_dump(exclude=same)
-        assert len({tuple(study.search_for(task, v).get("train.learning_rate", ())) for v in study.variants}) == 1
+        grids = [study.search_for(task, variant)["train.learning_rate"] for variant in study.variants]
+        assert {len(grid) for grid in grids} == {5}  # as many tries for every method, and as far apart
+        assert len({round(grid[-1] / grid[0], 1) for grid in grids}) == 1
         assert recipes_of[0].eval.test
     assert len(study.seeds) >= 3
 
@@ -83,6 +88,12 @@ def test_the_rate_that_a_row_was_published_with_is_among_those_tried():
     for size, tasks in glue.items():
         for task, rate in tasks.items():
             assert rate in PAPER[f"table2-roberta-{size}"].tasks[task]["search"]["train.learning_rate"]
+    authors = {"full": 3e-5, "galore": 3e-5, "garare": 3e-5, "vera-r1024": 1e-2, "randlora-r64": 1e-4}
+    roberta = PAPER["table2-roberta-base"]
+    for task, (variant, rate) in itertools.product(roberta.tasks, authors.items()):
+        label = next(own for own in roberta.variants if own.startswith(variant.partition("-r")[0]))
+        grid = roberta.search_for(task, label)["train.learning_rate"]
+        assert grid[1] <= rate <= grid[-2], (task, variant)  # it lies within, with a step below
     assert {6e-5, 1.2e-4} <= {*PAPER["table2-deberta-xxl"].tasks["sst2"]["search"]["train.learning_rate"]}
 
 
@@ -195,3 +206,28 @@ def test_table_4_trains_as_loras_scripts_do():
                 assert cost.shape(recipe).trained == {"table4-gpt2-m": 344_064, "table4-gpt2-l": 737_280}[name]
             if variant.startswith(("lora", "dora", "duallora")):
                 assert cell.recipe().adapter.alpha == 32, variant
+
+
+@pytest.mark.parametrize(
+    ("scores", "at_chance", "new"),
+    [((0.0,) * 5, True, {2.5e-6}), ((0.1, 0.0, 0.3, 0.2, 0.0), True, {2.5e-6}), ((0.0,) * 5, False, set()), ((0, 0, 0, 0, 3.0), False, {1.6e-4})],
+)  # fmt: skip
+def test_a_search_at_chance_everywhere_goes_down(scores, at_chance, new):
+    """Whatever noise says of the middle; a best value at the edge is followed, as before."""
+    study = PAPER["table2-roberta-base"]
+    rates = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
+
+    def of_full(outcomes):
+        tags = {"task": "cola", "variant": "full"}
+        return {
+            cell.recipe().train.learning_rate: cell
+            for cell in study.wanted(outcomes)
+            if tags.items() <= cell.tags.items()
+        }
+
+    outcomes = {}
+    for rate, score in zip(rates, scores, strict=True):
+        name = of_full({})[rate].name
+        found = {"metrics": {"matthews": score}, "main_metric": "matthews", "at_chance": at_chance}
+        outcomes[name] = Outcome(name, "done", "done", **found)
+    assert of_full(outcomes).keys() - rates == new

@@ -60,7 +60,8 @@ class Outcome:
 
     ``kind`` is how it ended, as run.json has it: done, diverged, out of memory, lost, stopped or failed.
     ``metrics`` are those on validation rows, ``test`` on test rows; ``seconds`` and ``cpu_seconds`` the training's.
-    ``recipe`` is the resolved recipe it ran under, by section; ``same_rows`` whether its validation rows are its test rows.
+    ``recipe`` is the resolved recipe it ran under, by section; ``same_rows`` whether its validation rows are its test rows;
+    ``at_chance`` whether the run found that it learned nothing.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Outcome:
     main_metric: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     same_rows: bool = False
+    at_chance: bool = False
 
     @property
     def diverged(self) -> bool:
@@ -252,8 +254,8 @@ class Study:
             if None in scores:
                 return points, None
             best = _best(points, scores, grid)
-            # Where every cell diverged the smallest values are the ones to go on from.
-            at = best or points[0]
+            # Where every cell diverged or is at chance the smallest values are the ones to go on from.
+            at = points[0] if best is None or self._at_chance(outcomes, task, variant, points) else best
             more = {
                 key: value
                 for key, step in steps.items()
@@ -264,6 +266,11 @@ class Study:
                 return points, best
             grid = {key: sorted([*values, more[key]]) if key in more else values for key, values in grid.items()}
         raise AssertionError("unreachable")
+
+    def _at_chance(self, outcomes: Outcomes, task: str, variant: str, points: Sequence[Point]) -> bool:
+        """Whether no cell of the search has learned anything, as its run found."""
+        names = [self.cell_name(task, variant, at, seed) for at in points for seed in self.seeds[: self.search_seeds]]
+        return all(outcomes[name].diverged or outcomes[name].at_chance for name in names)
 
     def _refused(self, task: str, variant: str, point: Point) -> tuple[str, ...]:
         """What the recipe's schema has against a point: a dropout does not grow to 1."""
@@ -517,6 +524,7 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
         main_metric=result.get("main_metric"),
         recipe=cell.recipe(),
         same_rows="test" in data and data["test"] == data.get("validation"),
+        at_chance=bool(result.get("at_chance")),
     )
 
 

@@ -169,6 +169,9 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
         table = Table(Column("variant", no_wrap=True), box=SIMPLE)
         for heading in ("trained", "of the model", "runs", "predicted h", "predicted GB"):
             table.add_column(heading, justify="right", no_wrap=heading == "trained")
+        own_search = {name: _in_words(own["search"]) for name, own in study.variants.items() if "search" in own}
+        if own_search:
+            table.add_column("search of its own", overflow="fold")
         for variant in study.variants:
             own = [line for line in lines if line["variant"] == variant]
             needs = [line["memory"] for line in own if line["memory"] is not None]
@@ -180,6 +183,7 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
                 variant, f"{own[0]['trained_parameters']:,}", "all" if whole else f"{100 * share:.3f} %",
                 f"{sum(line['runs'] for line in own):,}", f"{sum(line['runs'] * line['hours'] for line in own):,.1f}",
                 gigabytes if fits else f"[red]{gigabytes} no[/]",
+                *([own_search.get(variant, "")] if own_search else []),
             )  # fmt: skip
         console.print(table)
         seeds = f"{len(study.seeds)} seeds, {study.search_seeds} of them at every search value"
@@ -203,8 +207,13 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
 
 
 def _search(study: Study, task: str) -> str:
-    """The values tried on a task, in words."""
-    search = study.search_for(task, next(iter(study.variants)))
+    """The values tried on a task, in words, by the variants without a search of their own."""
+    shared = (variant for variant, own in study.variants.items() if "search" not in own)
+    variant = next(shared, None)
+    return "" if variant is None else _in_words(study.search_for(task, variant))
+
+
+def _in_words(search: Mapping[str, Sequence[Any]]) -> str:
     return "; ".join(f"{key.rpartition('.')[2]} {', '.join(map(_shown, values))}" for key, values in search.items())
 
 
