@@ -33,6 +33,17 @@ ResultFile = Annotated[
     typer.Option("--output", "-o", metavar="FILE", help="Result, written cell by cell; cells it holds are skipped."),
 ]
 
+Model = Annotated[
+    str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
+]
+Rank = Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")]
+Widths = Annotated[
+    list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
+]
+Ranks = Annotated[
+    list[int] | None, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r); may be repeated.")
+]
+
 bench_app = typer.Typer(
     no_args_is_help=True,
     help="Time and memory beside the arithmetic floor and PEFT's methods, as ratios within one run. Needs a quiet machine.",
@@ -40,18 +51,19 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 
+def _target(output: Path | None, name: str) -> Path:
+    output = output or BENCH / f"{name}.json"
+    refuse_unwritable(output)
+    return output
+
+
 @verb(bench_app, "layer")
 def bench_layer(
-    width: Annotated[
-        list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
-    ] = None,
+    width: Widths = None,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", min=1, metavar="N", help="Rows of x; may be repeated.")
     ] = None,
-    rank: Annotated[
-        list[int] | None,
-        typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r); may be repeated."),
-    ] = None,
+    rank: Ranks = None,
     dtype: Dtypes = None,
     full: Annotated[
         bool, typer.Option("--full", help="The whole grid: width to 4096, 512 to 8192 tokens, r 8 to 32; hours.")
@@ -61,12 +73,11 @@ def bench_layer(
     device: Device = None,
     output: ResultFile = None,
 ) -> dict[str, Any]:
-    """One layer, forward and backward, beside the three bare products and PEFT's methods; about ten minutes.
+    """One layer, forward and backward, beside its three matrix products alone and PEFT's methods; about ten minutes.
 
     [dim]Example:[/]  duallora bench layer --width 1024 --width 2048 --tokens 2048 --dtype float32
     """
-    output = output or BENCH / "layer.json"
-    refuse_unwritable(output)
+    output = _target(output, "layer")
     from duallora.bench import layer
 
     sizes = layer.FULL if full else layer.DEFAULT
@@ -85,9 +96,7 @@ def bench_layer(
 
 @verb(bench_app, "step")
 def bench_step(
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
-    ] = "builtin:smollm2-135m",
+    model: Model = "builtin:smollm2-135m",
     dtype: Dtypes = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
     masked: Annotated[
@@ -96,7 +105,7 @@ def bench_step(
     full: Annotated[
         bool, typer.Option("--full", help="Both dtypes, with and without each of these; two hours.")
     ] = False,
-    rank: Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")] = 8,
+    rank: Rank = 8,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Examples in the batch.")] = 8,
     length: Annotated[int, typer.Option("--length", min=8, metavar="N", help="Tokens per example.")] = 128,
     memory: Annotated[
@@ -113,8 +122,7 @@ def bench_step(
 
     [dim]Example:[/]  duallora bench step --dtype float32 --masked
     """
-    output = output or BENCH / "step.json"
-    refuse_unwritable(output)
+    output = _target(output, "step")
     from duallora.bench import step
 
     scenes = step.scenes(
@@ -140,12 +148,8 @@ def bench_step(
 
 @verb(bench_app, "kernel")
 def bench_kernel(
-    width: Annotated[
-        list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out; may be repeated. 576 to 4096.")
-    ] = None,
-    rank: Annotated[
-        list[int] | None, typer.Option("--rank", min=1, metavar="N", help="r of both groups; may be repeated. 16.")
-    ] = None,
+    width: Widths = None,
+    rank: Ranks = None,
     dtype: Dtypes = None,
     rounds: Rounds = 15,
     seconds: Seconds = 10.0,
@@ -158,8 +162,7 @@ def bench_kernel(
 
     [dim]Example:[/]  duallora bench kernel --device cuda -o results/bench/kernel-h100.json
     """
-    output = output or BENCH / "kernel.json"
-    refuse_unwritable(output)
+    output = _target(output, "kernel")
     from duallora.bench import kernel
 
     return kernel.bench(

@@ -42,6 +42,8 @@ from duallora.config import Dtype
 from duallora.errors import ConfigError, DiskError, IntegrityError
 from duallora.folders import cache_folder
 from duallora.store import untrusted
+from duallora.store.checkpoint import file_record
+from duallora.store.record import flush
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
 from duallora.tuner.quantized import keep_exact, stored_tensors
@@ -379,27 +381,21 @@ def _seal(folder: Path, source: dict[str, Any]) -> None:
     mode = (folder / "config.json").stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes 0600 whatever the umask, which would lock others out of a shared cache
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_record(path)["sha256"]}
+        for path in sorted(folder.iterdir())
+    }
     (folder / _MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2) + "\n")
     for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(path)
 
 
 def _is_whole(folder: Path, source: dict[str, Any]) -> bool:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         return manifest["source"] == source and all(
-            (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
+            (folder / name).stat().st_size == entry["bytes"] and file_record(folder / name)["sha256"] == entry["sha256"]
             for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
