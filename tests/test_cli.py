@@ -375,7 +375,7 @@ def trained(tmp_path_factory, tiny_causal_folder, own_data) -> tuple[Path, dict]
     return folder, json.loads(done.stdout)
 
 
-def test_train_ends_with_a_run_folder_and_its_figures(trained):
+def test_train_ends_with_a_run_folder_and_its_metrics(trained):
     from duallora.config.load import load_recipe
 
     folder, payload = trained
@@ -396,7 +396,7 @@ def test_a_dry_run_foretells_the_run_and_writes_nothing(trained, tiny_causal_fol
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_of_a_run_repeats_its_own_figures(trained, capsys):
+def test_eval_of_a_run_repeats_its_own_metrics(trained, capsys):
     """The run's recipe gives data, split, lengths and generation, so the loss is the one training ended with."""
     folder, payload = trained
     assert cli.run(["eval", str(folder), "--json"]) == 0

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from duallora import cli
 from duallora.cli import training
+from duallora.config.recipe import recipe_yaml
 from duallora.console import exit_code_for
 from duallora.errors import ConfigError, Interrupted, LostProcessError
 from duallora.store import adapters, checkpoint, record
@@ -127,10 +128,10 @@ def test_two_processes_train_score_and_write_what_one_does(make_recipe, console,
     assert first["result"] == second["result"] == record.read_json(tmp_path / "two" / "run.json")["result"]
     assert second["said"] == ""
     assert "2 processes" in first["said"]
-    figures, expected = first["result"]["metrics"], alone["metrics"]
-    assert figures["loss_before"] == expected["loss_before"]  # the same batches, added in the same order
-    assert figures["bleu"] == expected["bleu"]
-    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    found, expected = first["result"]["metrics"], alone["metrics"]
+    assert found["loss_before"] == expected["loss_before"]  # the same batches, added in the same order
+    assert found["bleu"] == expected["bleu"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     for ours, theirs in zip(log(tmp_path / "two"), log(tmp_path / "one"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     names = [
@@ -423,7 +424,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(recipe, folder, *more):
-    record.write_text(folder / "r.yaml", run.recipe_yaml(recipe))
+    record.write_text(folder / "r.yaml", recipe_yaml(recipe))
     return [sys.executable, "-m", "duallora.cli", "train", "-c", str(folder / "r.yaml"), "--json", *more]
 
 

@@ -44,7 +44,7 @@ def loss_by_hand(model, tokenizer, examples):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, task, batch_size):
-    """Trainer's own figure is a mean of batch means, in which a token of a short answer weighs more."""
+    """Trainer's own loss is a mean of batch means, in which a token of a short answer weighs more."""
     model, tokenizer = adapters.load_adapter(trained(), "generate")
     result = evaluate.evaluate(
         model, tokenizer, task, split="validation", batch_size=batch_size, max_length=64, generation=SHORT

@@ -373,7 +373,7 @@ def test_a_classifier_trains_its_head_and_accumulation_does_not_change_the_gradi
 
 
 def test_the_test_rows_are_scored_after_training_and_every_prediction_is_kept(make_recipe, console, tmp_path):
-    """The held-out rows are training rows; the figures follow from the predictions on file."""
+    """The held-out rows are training rows; the metrics follow from the predictions on file."""
     folder = tmp_path / "data" / "CoLA"
     folder.mkdir(parents=True)
     for name, count in (("train", 33), ("dev", 9)):
