@@ -337,8 +337,6 @@ def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> PeftM
 
 def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> dict[str, Any]:
     """Writes the sidecar: where this came from, how near it is, the hash of every file; returns what the adapter's says."""
-    (folder / "README.md").unlink(missing_ok=True)
-    record.follow_umask(folder)
     sidecar = adapters.read_sidecar(source)
     kept: dict[str, Any] = {
         key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar
@@ -354,9 +352,8 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
         },
         "conversion": conversion,
         **record.environment(),
-        "files": {path.name: checkpoint.file_record(path) for path in sorted(folder.iterdir())},
     }
-    record.write_json(folder / adapters.SIDECAR, facts)
+    adapters.seal(folder, facts)
     return kept
 
 

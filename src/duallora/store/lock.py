@@ -9,10 +9,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from duallora.errors import LockedError
+from duallora.store.run_folder import FACTS
 
 
 @contextmanager
-def locked(folder: Path, kept: str = "run.json") -> Iterator[None]:
+def locked(folder: Path, kept: str = FACTS) -> Iterator[None]:
     """Holds ``folder`` for this process, and leaves nothing of it behind where the file ``kept`` has not come about.
 
     Raises:

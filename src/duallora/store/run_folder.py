@@ -25,6 +25,7 @@ from duallora.store import checkpoint, record
 if TYPE_CHECKING:
     from duallora.config.recipe import Recipe
 
+FACTS = "run.json"
 LAYOUT = 1  # of run.json; a new number whenever a file of a run is named, or means, something else
 Status = Literal["running", "interrupted", "failed", "done"]
 RESULTS = ("adapter", "model")
@@ -111,7 +112,7 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
-        return (self.path / "run.json").is_file()
+        return (self.path / FACTS).is_file()
 
     # -- run.json ------------------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class RunFolder:
             ConfigError: another version of this package wrote it.
             IntegrityError: it is damaged.
         """
-        file = self.path / "run.json"
+        file = self.path / FACTS
         found = _object(file)
         if found is None:
             return None
@@ -147,7 +148,7 @@ class RunFolder:
         return cast(Facts, found)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        record.write_json(self.path / "run.json", {"layout": LAYOUT, **facts})
+        record.write_json(self.path / FACTS, {"layout": LAYOUT, **facts})
 
     def claim(self, *, resume: bool) -> Facts | None:
         """The facts of the run to go on with, or None where a new one may begin; deletes what a kill left half-written.
@@ -183,7 +184,7 @@ class RunFolder:
         """The settings of the run, by run.json; raises as `facts`, and ConfigError where this version has others."""
         from duallora.config.recipe import recorded
 
-        facts, file = self.facts() or Facts(), self.path / "run.json"
+        facts, file = self.facts() or Facts(), self.path / FACTS
         if "recipe" not in facts:
             raise _damaged(file, "the recipe is missing")
         return recorded(facts["recipe"], str(file))
