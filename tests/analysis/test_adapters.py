@@ -129,10 +129,13 @@ def test_rank_is_numpys_and_effective_rank_knows_its_ends(shape):
     for X in (flat, falling):
         assert rank.of_matrix(torch.from_numpy(X))["rank"] == np.linalg.matrix_rank(X) == 4
     assert rank.of_matrix(torch.from_numpy(flat))["effective_rank"] == pytest.approx(4)
+    tailed = (U * [1.0, 0.5, 1e-3, 1e-8]) @ V.T
+    single = np.linalg.matrix_rank(tailed, tol=max(shape) * np.finfo(np.float32).eps)
+    assert rank.of_matrix(torch.from_numpy(tailed))["rank_float32"] == single == 3
     p = np.array([1.0, 0.5, 1e-3, 1e-4]) / 1.5011
     expected = np.exp(-(p * np.log(p)).sum())
     assert rank.of_matrix(torch.from_numpy(falling))["effective_rank"] == pytest.approx(expected)
-    assert rank.of_matrix(torch.zeros(shape)) == {"rank": 0, "effective_rank": 0.0}
+    assert rank.of_matrix(torch.zeros(shape)) == {"rank": 0, "rank_float32": 0, "effective_rank": 0.0}
 
 
 def test_ranks_are_those_of_the_factors_and_not_of_rounded_weights(tmp_path):
@@ -331,7 +334,16 @@ def test_of_a_lora_there_is_what_it_has_without_being_asked_for(tiny_causal_fold
 
 def test_the_ranks_legend_names_what_any_panel_shows(tmp_path):
     """The first source may be a LoRA, which has dW alone."""
-    row = {"layer": "x", "module": "x", "step": 0, "out": 9, "in": 7, "rank": 3, "effective_rank": 2.5}
+    row = {
+        "layer": "x",
+        "module": "x",
+        "step": 0,
+        "out": 9,
+        "in": 7,
+        "rank": 3,
+        "rank_float32": 2,
+        "effective_rank": 2.5,
+    }
     rows = [{**row, "source": "lora", "matrix": "dW"}]
     rows += [{**row, "source": "dual", "matrix": name} for name in ("magnitude", "direction", "dW")]
     (drawn,) = adapter_plots.draw({"rank": rows}, tmp_path)

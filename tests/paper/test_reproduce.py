@@ -159,6 +159,20 @@ def test_commands_of_a_task_that_waits_say_for_what():
     assert ["adapter.init_from=" in line and "BEST-OF-MNLI" in line for line in lines] == [False] * 5 + [True] * 5
 
 
+def test_the_70b_row_fits_cards_of_80_gb_by_one_setting(capsys):
+    """In bfloat16 no GPU of 80 GB holds it; with a 4-bit base every run fits one, and `--workers 8` gives each its own."""
+    only = ["table1", "--scale", "paper", "--only", "study=table1-llama3-70b-instruct", "--gpu", "h100", "--dry-run"]
+    whole, packed = run(capsys, *only), run(capsys, *only, "--set", "model.quantization=bnb-4bit")
+    needs = [[line["memory"] for line in out["studies"][0]["lines"]] for out in (whole, packed)]
+    assert min(needs[0]) > 140e9
+    assert 35e9 < min(needs[1]) <= max(needs[1]) < 80e9
+    assert all("model.quantization=bnb-4bit" in line for line in packed["commands"])
+    with pytest.raises(ConfigError, match=r"expected KEY=VALUE.*did you mean model.quantization"):
+        reproduce.parts("table1", "paper", settings=["model.quantisation=bnb-4bit"])
+    with pytest.raises(ConfigError, match=r"--set train\.learning_rate: table1-llama-7b has it searched"):
+        reproduce.parts("table1", "paper", settings=["train.learning_rate=1e-3"])
+
+
 def test_only_that_leaves_nothing_names_what_there_is():
     with pytest.raises(ConfigError, match=r"leaves nothing of table3.*variant: dorefa, ste, xnor"):
         reproduce.parts("table3", "mini", ["variant=lora-r8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,12 @@ def _flips(figure: Any, rows: Sequence[Row]) -> Any:
 
 
 def _rank(figure: Any, rows: Sequence[Row]) -> Any:
-    """Effective rank over min(out, in) of each layer at the last state; the first one dotted. A panel a source."""
+    """Over min(out, in), of each layer at the last state, the first one dotted: the effective rank, and below it the rank at
+    float32's tolerance, at float64's dashed. A column a source.
+    """
     sources = _sources(rows)
-    figure.set_size_inches(max(3.3, 2.4 * len(sources)), 2.6)
-    panels = figure.subplots(1, len(sources), squeeze=False, sharey=True)[0]
+    figure.set_size_inches(max(3.3, 2.4 * len(sources)), 4.4)
+    panels, ranks = figure.subplots(2, len(sources), squeeze=False, sharey=True, sharex="col")
     named: dict[str, Any] = {}  # of LoRA there is dW alone
     for axes, (label, of) in zip(panels, sources.items(), strict=True):
         steps = sorted({row["step"] for row in of})
@@ -62,8 +65,19 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
                 last = step == steps[-1]
                 (line,) = axes.plot(range(len(shares)), shares, "-" if last else ":", color=color, linewidth=1.2)
                 named |= {MATRICES[matrix]: line} if shares and last else {}
-        axes.set(title=label, xlabel="layer", ylim=(0, 1.02))
+        axes.set(title=label, ylim=(0, 1.02))
+    for axes, of in zip(ranks, sources.values(), strict=True):
+        last = max(row["step"] for row in of)
+        for (color, matrix), (name, dash) in itertools.product(
+            zip(PALETTE, MATRICES, strict=False), (("rank", "--"), ("rank_float32", "-"))
+        ):
+            shares = [
+                row[name] / min(row["out"], row["in"]) for row in of if (row["matrix"], row["step"]) == (matrix, last)
+            ]
+            axes.plot(range(len(shares)), shares, dash, color=color, linewidth=1.2)
+        axes.set(xlabel="layer")
     panels[0].set_ylabel("effective rank / min(out, in)")
+    ranks[0].set_ylabel("rank / min(out, in)")
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

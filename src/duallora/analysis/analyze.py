@@ -104,10 +104,11 @@ def _rank(console: Console, label: str, course: Sequence[State]) -> tuple[list[R
     summary: list[Row] = []
     for step, matrix in dict.fromkeys((row["step"], row["matrix"]) for row in rows):
         of = [row for row in rows if (row["step"], row["matrix"]) == (step, matrix)]
-        means = {name: sum(row[name] for row in of) / len(of) for name in ("rank", "effective_rank")}
+        means = {name: sum(row[name] for row in of) / len(of) for name in ("rank", "rank_float32", "effective_rank")}
         largest = sum(min(row["out"], row["in"]) for row in of) / len(of)
         summary.append({"step": step, "matrix": matrix, **means, "largest": largest, "layers": len(of)})
-        ranks = f"{matrix} {means['rank']:.0f}, effective {means['effective_rank']:.0f} of {largest:.0f}"
+        ranks = f"{matrix} {means['rank_float32']:.0f} (float32's tolerance), {means['rank']:.0f} (float64's), "
+        ranks += f"effective {means['effective_rank']:.0f} of {largest:.0f}"
         say(console, "rank", f"{label}, step {step}: {ranks}")
     return rows, summary
 

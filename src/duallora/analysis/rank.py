@@ -1,7 +1,7 @@
 """How many dimensions an update has (the paper's Figure 3): rank and effective rank of ReLU(B A), Sign(D C) and dW.
 
 From the factors, in float64: the rank of merged minus base weights in a low precision is that of the rounding. Rank
-counts singular values above s_max max(out, in) eps; effective rank is exp of the entropy of s / sum(s) (Roy and
+counts singular values above s_max max(out, in) eps, with float64's eps and, as ``rank_float32``, with float32's; effective rank is exp of the entropy of s / sum(s) (Roy and
 Vetterli, EUSIPCO 2007), which tells a spectrum that is flat from one that has a tail.
 """
 
@@ -29,13 +29,14 @@ def effective_rank(S: Tensor) -> float:
 
 
 def of_matrix(X: Tensor, terms: float = 0.0) -> dict[str, float]:
-    """``rank`` and ``effective_rank`` of a matrix; the tolerance is numpy's and torch's, with ``terms`` in s_max's place where
+    """``rank``, ``rank_float32`` and ``effective_rank`` of a matrix; the tolerance is numpy's and torch's, with ``terms`` in s_max's place where
     that is larger: the size of what was summed into X, of which the rounding is left where it cancels.
     """
     S = spectrum(X)
-    tolerance = max(float(S.max()), terms) * max(X.shape) * torch.finfo(torch.float64).eps
-    above = S[S.gt(tolerance)]
-    return {"rank": len(above), "effective_rank": effective_rank(above)}
+    least = max(float(S.max()), terms) * max(X.shape)
+    above = S[S.gt(least * torch.finfo(torch.float64).eps)]
+    single = int(S.gt(least * torch.finfo(torch.float32).eps).sum())
+    return {"rank": len(above), "rank_float32": single, "effective_rank": effective_rank(above)}
 
 
 def table(state: State) -> list[Row]:

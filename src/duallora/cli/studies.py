@@ -102,6 +102,10 @@ def reproduce(
         list[str] | None,
         typer.Option("--only", metavar="KIND=NAME", help="task=cola, variant=lora-r16 or study=...; may be repeated."),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of every run, such as model.quantization=bnb-4bit."),
+    ] = None,
     workers: Workers = 1,
     ray: Ray = None,
     keep: Keep = "best",
@@ -123,12 +127,13 @@ def reproduce(
     [dim]Examples:[/]
       duallora reproduce table2 --scale mini --only task=cola
       duallora reproduce table1 --scale paper --dry-run --gpu h100
+      duallora reproduce table1 --scale paper --only study=table1-llama3-70b-instruct --set model.quantization=bnb-4bit --workers 8
     """
     from duallora.errors import ConfigError
     from duallora.paper import reproduce as table
     from duallora.terminal import command
 
-    chosen = table.parts(name, scale, only or (), output)
+    chosen = table.parts(name, scale, only or (), output, settings or ())
     if result is not None and len(chosen) > 1:
         raise ConfigError(f"--result names one file, and {name} has {len(chosen)} studies: choose one by --only study=")
     planned = table.plan(chosen, gpu or ("cpu" if scale == "mini" else "a100-80gb"))
@@ -153,7 +158,9 @@ def reproduce(
         found = run(part.study, part.folder, console=console.results, **options)
         summary = studies.summarize(part.folder, scale=scale)
         whole = SUMMARIES / f"{part.study.name}-{scale}.json"
-        file = result or (part.folder / "summary.json" if only else whole)  # a part does not take the whole one's place
+        file = result or (
+            part.folder / "summary.json" if only or settings else whole
+        )  # a part does not take the whole one's place
         studies.save(summary, file)
         _show(page.tables(summary, table.printed_lines(part.study.name)))
         for sentence in summary["statement"]:

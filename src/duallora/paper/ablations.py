@@ -1,4 +1,4 @@
-"""What Tables 3, 5, 6 and Figures 2 and 3 vary: Dual LoRA alone, on LLaMA-7B under Table 1's settings.
+"""What Tables 3, 5, 6 and Figures 2 and 3 vary: Dual LoRA, on one LLaMA under Table 1's settings.
 
 At mini scale they share one setting too: MiniLM on SST-2 and STS-B, those with many variants on STS-B alone, which tells
 them apart better. `ablations` is ours: the choices that the paper leaves open (warm-up, start values) and the sampled
@@ -14,10 +14,7 @@ from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.paper.table1 import TARGETS, commonsense
 from duallora.paper.table2 import MINI_BASE, MINI_HEAD, MINI_TARGETS, MINI_TASKS
-from duallora.paper.variants import PLAIN_START, duallora
-
-_MODEL = "llama-7b"
-
+from duallora.paper.variants import PLAIN_START, duallora, methods
 
 _MINI_TASKS = ("sst2", "stsb")
 
@@ -28,11 +25,13 @@ def study(
     variants: Mapping[str, Mapping[str, Any]],
     reference: str,
     mini_tasks: Sequence[str] = _MINI_TASKS,
+    model: str = "llama-7b",
+    beside: Sequence[tuple[str, int]] = (),
 ) -> Study:
-    """Variants of Dual LoRA under the table's name: label -> what each changes."""
+    """Variants of Dual LoRA under the table's name, label -> what each changes, and other methods ``beside`` them."""
     if scale == "paper":
-        return commonsense(name, _MODEL, duallora(TARGETS, variants), reference)
-    return mini(name, variants, reference, mini_tasks)
+        return commonsense(name, model, duallora(TARGETS, variants) | methods(beside, TARGETS), reference)
+    return mini(name, variants, reference, mini_tasks, beside=beside)
 
 
 def mini(
@@ -41,12 +40,16 @@ def mini(
     reference: str,
     mini_tasks: Sequence[str] = _MINI_TASKS,
     seeds: Sequence[int] = (0, 1, 2),
+    beside: Sequence[tuple[str, int]] = (),
 ) -> Study:
     """MiniLM under the settings of Table 2's mini scale, without the losses on the way; the rates are ours."""
-    base = {**MINI_BASE, **PLAIN_START, "train.eval_steps": None}
+    own_start = {} if beside else PLAIN_START  # which other methods have no part in
+    base = {**MINI_BASE, **own_start, "train.eval_steps": None}
     tasks = {task: MINI_TASKS[task] for task in mini_tasks}
     search = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
-    changed = {label: {**MINI_HEAD, **own} for label, own in duallora(MINI_TARGETS, variants).items()}
+    dual = {**MINI_HEAD, **(PLAIN_START if beside else {})}
+    changed = {label: {**dual, **own} for label, own in duallora(MINI_TARGETS, variants).items()}
+    changed |= methods(beside, MINI_TARGETS, MINI_HEAD)
     return Study(name, base, tasks, changed, search=search, seeds=seeds, reference=reference)
 
 

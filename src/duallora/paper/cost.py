@@ -219,16 +219,19 @@ def memory(recipe: Recipe, gpu: Gpu) -> float | None:
     adapter = recipe.adapter
     planner = _planner(
         recipe.model.name, recipe.model.dtype, recipe.train.gradient_checkpointing,
-        _rank(recipe) // 2, repr(adapter.target_modules or "all-linear"), gpu.memory,
+        _rank(recipe) // 2, repr(adapter.target_modules or "all-linear"), gpu.memory, recipe.model.quantization,
     )  # fmt: skip
     return planner.need(method, "single", recipe.train.batch_size, recipe.data.max_length).total
 
 
 @cache
-def _planner(model: str, dtype: str, checkpointing: bool, rank: int, targets: str, gigabytes: float) -> Planner:
+def _planner(
+    model: str, dtype: str, checkpointing: bool, rank: int, targets: str, gigabytes: float, packed: str | None
+) -> Planner:
     options: dict[str, Any] = {"rank": rank, "targets": ast.literal_eval(targets), "checkpointing": checkpointing}
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return Planner(config_of(SAME_SHAPES.get(model, model)), Gpus(1, gigabytes), dtype=kind, **options)
+    form: Any = "none" if packed is None else "4bit" if packed == "bnb-4bit" else "8bit"
+    return Planner(config_of(SAME_SHAPES.get(model, model)), Gpus(1, gigabytes), form, dtype=kind, **options)
 
 
 def facts(recipe: Recipe) -> Facts:

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from duallora import terminal as progress
-from duallora.config.yaml import yaml_value
+from duallora.config.load import resolve
+from duallora.config.yaml import plain_value, yaml_value
 from duallora.errors import ConfigError
 from duallora.grid.study import CELLS, EXTENSIONS, Cell, Study
 from duallora.paper import printed, studies
@@ -42,13 +43,16 @@ class Part:
         return self.study.tasks[task].get("after")
 
 
-def parts(name: str, scale: str, only: Sequence[str] = (), folder: Path | None = None) -> list[Part]:
-    """The studies of a table, reduced to ``only`` (``task=cola``, ``variant=lora-r16``, ``study=table2-roberta-base``).
+def parts(
+    name: str, scale: str, only: Sequence[str] = (), folder: Path | None = None, settings: Sequence[str] = ()
+) -> list[Part]:
+    """The studies of a table, reduced to ``only`` (``task=cola``, ``variant=lora-r16``, ``study=table2-roberta-base``), with
+    ``settings`` of every run changed (``model.quantization=bnb-4bit``).
 
     Raises:
-        ConfigError: no such table or scale, or nothing is left.
+        ConfigError: no such table, scale or setting, or nothing is left.
     """
-    wanted = _read_only(only)
+    wanted, changed = _read_only(only), _read_settings(settings)
     found = studies(name, scale)
     folder = folder or Path("runs") / f"{name}-{scale}"
     chosen = []
@@ -59,7 +63,17 @@ def parts(name: str, scale: str, only: Sequence[str] = (), folder: Path | None =
         variants = _pick(study.variants, wanted.get("variant"))
         if tasks and variants:
             reference = study.reference if study.reference in variants else None
-            reduced = replace(study, tasks=tasks, variants=variants, reference=reference)
+            reduced = replace(
+                study, base={**study.base, **changed}, tasks=tasks, variants=variants, reference=reference
+            )
+            for kind, layers in (
+                ("searched", [study.search]),
+                ("set by tasks or variants", [*tasks.values(), *variants.values()]),
+            ):
+                if taken := sorted(changed.keys() & {key for layer in layers for key in layer}):
+                    raise ConfigError(
+                        f"--set {taken[0]}: {study.name} has it {kind}; expected a setting that all runs share"
+                    )
             chosen.append(Part(reduced, folder if len(found) == 1 else folder / study.name))
     if not chosen:
         have = {
@@ -70,6 +84,19 @@ def parts(name: str, scale: str, only: Sequence[str] = (), folder: Path | None =
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in have.items())
         raise ConfigError(f"--only {' '.join(only)} leaves nothing of {name}. It has {listed}")
     return chosen
+
+
+def _read_settings(settings: Iterable[str]) -> dict[str, Any]:
+    found = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        field, why = resolve(key.strip())
+        if not equals or field is None or why:
+            raise ConfigError(
+                f"--set {text}: expected KEY=VALUE, such as model.quantization=bnb-4bit" + f"; {why}" * bool(why)
+            )
+        found[field] = plain_value(value, f"--set {text}")
+    return found
 
 
 def _read_only(only: Iterable[str]) -> dict[str, list[str]]:
