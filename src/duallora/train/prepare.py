@@ -137,7 +137,10 @@ def arguments(
             push_to_hub=False,
         )
     except ValueError as error:
-        raise ConfigError(f"transformers does not accept these settings: {error}") from error
+        raise ConfigError(
+            f"transformers does not accept train.optimizer={options.optimizer}, train.lr_scheduler={options.lr_scheduler} "
+            f"and the rest of train: {error}"
+        ) from error
     # transformers would put a batch on each GPU it sees, and the steps would be of other sizes than the recipe's.
     found._n_gpu = min(found.n_gpu, 1)
     return found
