@@ -70,6 +70,12 @@ class NonFiniteError(DualLoraError):
     kind = "diverged"
 
 
+class DivergedError(NonFiniteError):
+    """The loss of a step is far above the usual, and the recipe says to stop."""
+
+    kind = "diverged"
+
+
 class LockedError(DualLoraError):
     """Another process is writing to this folder."""
 

@@ -300,7 +300,7 @@ def out_of_memory(stage: Stage, long: bool) -> Row:
     """The allocators' own words and MemoryError: the batch halves and the run ends in the same bits, or exit 8."""
     from duallora.train.loop import RunTrainer
 
-    step = RunTrainer.training_step
+    compute = RunTrainer.compute_loss
     for error in (
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
@@ -309,12 +309,12 @@ def out_of_memory(stage: Stage, long: bool) -> Row:
         for most in (1, 0):
 
             def patch(error: BaseException = error, most: int = most) -> None:
-                def training_step(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+                def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
                     if len(inputs["input_ids"]) > most:
                         raise error
-                    return step(self, model, inputs, *args)
+                    return compute(self, model, inputs, *args, **kwargs)
 
-                RunTrainer.training_step = training_step  # type: ignore[method-assign]
+                RunTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
 
             folder = stage.place()
             name = f"{type(error).__name__}, rows that fit: {most}"

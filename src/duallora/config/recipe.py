@@ -270,6 +270,13 @@ class TrainSection(Section):
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = setting(1.0, "Gradients are scaled down to this norm; 0 is off.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward: less memory, slower.")
+    auto_batch: bool = setting(
+        False, "Out of memory: half as many rows at once and on, with the same rows in each optimizer step."
+    )
+    on_spike: Literal["warn", "rollback", "stop"] = setting(
+        "warn",
+        "A step's loss of ten times the usual: say so; go back to the last checkpoint and leave it out; or stop.",
+    )
     eval_steps: Count | None = setting(None, "Optimizer steps between evaluations of the loss; null is at the end.")
     save_steps: Count = setting(100, "Optimizer steps between checkpoints.")
     save_total_limit: Count | None = setting(2, "Checkpoints kept, the oldest go first; null keeps all.")

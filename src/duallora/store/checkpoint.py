@@ -42,6 +42,7 @@ FREE_KEYS = (
     "train.logging_steps",
     "train.eval_steps",
     "train.report_to",
+    "train.auto_batch",
     "model.revision",
 )
 

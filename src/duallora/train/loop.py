@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from duallora import methods
-from duallora.errors import ConfigError, NonFiniteError
+from duallora.errors import ConfigError, DivergedError, NonFiniteError, is_out_of_memory
 from duallora.methods.projected import over_factors
 from duallora.store.processes import ALONE, Processes
 from duallora.store.run_folder import Log
@@ -44,7 +47,14 @@ class RunTrainer(Trainer):
     tokens = 0
     step_tokens = 0
     step_loss = 0.0
+    auto_batch = False
+    rows_at_once = 0  # of a micro-batch, where memory has run out; 0: all of them
+    halved: Callable[[int], None] = staticmethod(lambda rows: None)  # is told of each halving
     logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.pending: list[dict[str, torch.Tensor]] = []  # the micro-batches of the step under way
+        super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None and self.method is not None:
@@ -76,11 +86,41 @@ class RunTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_tokens += int(inputs["attention_mask"].sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.pending.append(inputs)
+        todo, loss = [inputs], torch.tensor(0.0)
+        while todo:
+            try:
+                loss = self._by_parts(model, todo[0], num_items_in_batch)
+            except Exception as error:
+                rows = min(self.rows_at_once or self.args.train_batch_size, len(todo[0]["input_ids"]))
+                if not (self.auto_batch and is_out_of_memory(error) and rows > 1):
+                    raise
+                self.rows_at_once = rows // 2
+            else:
+                del todo[0]
+                continue
+            # What the step has added up so far is incomplete: all of it again.
+            model.zero_grad()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.halved(self.rows_at_once)
+            todo = list(self.pending)
         self.step_loss += float(loss)
         if self.processes.world_size == 1:  # several stop together: see FiniteGradients
             self.require_finite("loss", self.step_loss)
         return loss
+
+    def _by_parts(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
+        """The summed loss of a micro-batch, of which ``rows_at_once`` rows at a time are in memory."""
+        rows = len(inputs["input_ids"])
+        size = self.rows_at_once or rows
+        parts = [{key: value[at : at + size] for key, value in inputs.items()} for at in range(0, rows, size)]
+        if len(parts) == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        return torch.stack(
+            [super(RunTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
+        ).sum()
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -231,10 +271,68 @@ class FiniteGradients(TrainerCallback):
         told = trainer.processes.all_gather([trainer.step_loss, trainer.step_tokens])
         trainer.tokens += round(sum(tokens for _, tokens in told))
         trainer.step_tokens = 0
+        trainer.pending.clear()
         trainer.step_loss = sum(loss for loss, _ in told) / len(told)
         trainer.require_finite("loss", trainer.step_loss)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         trainer.require_finite("grad_norm", float(torch.nn.utils.get_total_norm(gradients)))
+
+
+class Rollback(Exception):
+    """Training is to go on from the last checkpoint."""
+
+
+class Spikes(TrainerCallback):
+    """Looks at the loss of each step before it is applied, against the median of the last ``WINDOW``.
+
+    ``on_spike`` is the recipe's; ``left_out`` holds the steps that are not learned from, whose gradients are dropped.
+    ``leave_out(step)`` notes one more and says whether there is a checkpoint to go back to; without one the step alone is
+    left out. Comes after `FiniteGradients`, which gathers the loss.
+    """
+
+    WINDOW, LEAST, TIMES, FLOOR = 50, 10, 10.0, 0.01
+
+    def __init__(
+        self, trainer: RunTrainer, on_spike: str, left_out: Collection[int], leave_out: Callable[[int], bool],
+        tell: Callable[[str], None],
+    ):  # fmt: skip
+        self.trainer, self.on_spike, self.left_out, self.leave_out, self.tell = (
+            trainer,
+            on_spike,
+            left_out,
+            leave_out,
+            tell,
+        )
+        self.losses: deque[float] = deque(maxlen=self.WINDOW)
+        self.found: list[int] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        step, loss = state.global_step + 1, self.trainer.step_loss
+        if step in self.left_out:
+            self._drop(model)
+            return
+        usual = statistics.median(self.losses) if len(self.losses) >= self.LEAST else math.inf
+        if loss <= self.TIMES * max(usual, self.FLOOR):
+            self.losses.append(loss)
+            return
+        self.found.append(step)
+        said = f"the loss of step {step} is {loss:.3g}, where {usual:.3g} is usual"
+        if self.on_spike == "stop":
+            raise DivergedError(
+                f"{said}; the step was not applied. Lower train.learning_rate (it is {args.learning_rate:g}), look at its "
+                "rows, or set train.on_spike to warn or rollback; earlier checkpoints are intact"
+            )
+        self.tell(said)
+        if self.on_spike == "rollback":
+            if self.leave_out(step):
+                raise Rollback
+            self._drop(model)
+
+    @staticmethod
+    def _drop(model: Any) -> None:
+        """The optimizer passes over what has no gradient."""
+        for parameter in model.parameters():
+            parameter.grad = None
 
 
 class LossDuringTraining(TrainerCallback):

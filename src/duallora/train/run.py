@@ -26,6 +26,7 @@ from duallora.config.recipe import Recipe, default_output, fingerprint
 from duallora.errors import (
     ConfigError,
     DiskError,
+    DivergedError,
     DualLoraError,
     IntegrityError,
     Interrupted,
@@ -51,14 +52,17 @@ from duallora.train.loop import (
     FiniteGradients,
     LogSteps,
     LossDuringTraining,
+    Rollback,
     RunTrainer,
     ShowTraining,
+    Spikes,
     StopTraining,
     nothing_to_learn,
     row_loss,
     training_loss,
 )
 
+MAX_LEFT_OUT = 5  # steps whose loss was a spike
 LAST_STEPS = 10  # whose training loss tells whether anything was learned
 
 
@@ -224,6 +228,7 @@ class _Run:
             steps=self.steps,
             loss_before=before.get("loss_before") if same_rows else None,
             init=before.get("init") or self.init,
+            left_out=before.get("left_out", []),
         )
 
     def _write_facts(self, **facts: Any) -> None:
@@ -411,25 +416,61 @@ class _Run:
             # Trainer would take one more step here if the last one was not the last of its epoch.
             load_weights(self.method, resume_from)
             return log.summary()
-        trainer = self._trainer(stopping)
-        show = ShowTraining(self.console, trainer)
-        trainer.add_callback(FiniteGradients(trainer))
-        trainer.add_callback(show)
         self.began = True
-        try:
-            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
-        finally:
-            show.bar.close()
-            stopping.noted = False
+        while True:
+            trainer = self._trainer(stopping)
+            show, spikes = ShowTraining(self.console, trainer), self._spikes(trainer)
+            for callback in (FiniteGradients(trainer), spikes, show):
+                trainer.add_callback(callback)
+            try:
+                trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+                break
+            except Rollback:
+                resume_from, _ = checkpoint.newest_verified(self.folder.checkpoints)
+                done = checkpoint.step_of(resume_from) if resume_from else 0
+                if self.processes.main:
+                    log.drop_after(done)
+                say(
+                    self.console,
+                    "rollback",
+                    f"to step {done}; the rows of step {self.facts['left_out'][-1]} are left out",
+                )
+            finally:
+                show.bar.close()
+                stopping.noted = False
         number = stopping.agreed()
         if number is not None:
             raise Interrupted(number, f"stopped after step {trainer.state.global_step} of {self.steps}")
         require_finite(self.method.model, f"step {self.steps}")
         found = self.processes.from_main(log.summary)
+        found |= {"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}
+        found |= {"spikes": spikes.found} if spikes.found else {}
+        found |= {"left_out": left_out} if (left_out := self.facts.get("left_out")) else {}
         seconds, loss = found.get("train_seconds", 0), found.get("train_loss", math.nan)
         opened = f"gate {gate(self.method.model):.2f}"
         say(self.console, "trained", f"{self.steps:,} steps in {clock(seconds)}, last loss {loss:.3f}, {opened}")
         return found
+
+    def _spikes(self, trainer: RunTrainer) -> Spikes:
+        def tell(said: str) -> None:
+            say(self.console, "warning", f"[yellow]{escape(said)}[/]")
+
+        return Spikes(trainer, self.recipe.train.on_spike, self.facts.get("left_out", ()), self._leave_out, tell)
+
+    def _leave_out(self, step: int) -> bool:
+        """Notes that the rows of ``step`` are not learned from; whether there is a checkpoint to go back to.
+
+        Raises:
+            DivergedError: it is one step too many.
+        """
+        left_out = [*self.facts.get("left_out", ()), step]
+        if len(left_out) > MAX_LEFT_OUT:
+            raise DivergedError(
+                f"the loss of {len(left_out)} steps was a spike ({', '.join(map(str, left_out))}): lower "
+                f"train.learning_rate (it is {self.recipe.train.learning_rate:g})"
+            )
+        self._write_facts(left_out=left_out)
+        return self.processes.from_main(lambda: checkpoint.newest_verified(self.folder.checkpoints)[0]) is not None
 
     def _trainer(self, stopping: StopTraining) -> RunTrainer:
         recipe, model, kind, processes = self.recipe, self.method.model, self.task.kind, self.processes
@@ -446,6 +487,7 @@ class _Run:
             compute_loss_func=training_loss(kind, recipe.train.label_smoothing),
         )
         trainer.processes, trainer.kind, trainer.method = processes, kind, self.method
+        trainer.auto_batch, trainer.halved = recipe.train.auto_batch and processes.world_size == 1, self._say_halved
         trainer.projected = recipe.train.optimizer if recipe.train.optimizer in OPTIMIZERS else ""
         if processes.world_size > 1:
             ignore_quantized(model)
@@ -463,6 +505,10 @@ class _Run:
         if recipe.train.eval_steps and self.held_out:
             trainer.add_callback(LossDuringTraining(trainer, self._held_out_loss, recipe.train.eval_steps))
         return trainer
+
+    def _say_halved(self, rows: int) -> None:
+        words = f"out of memory: {rows} {'row' if rows == 1 else 'rows'} at once from here; the rows of a step stay"
+        say(self.console, "memory", f"[yellow]{words}[/]")
 
     def _held_out_loss(self, console: Console | None = None) -> float:
         return evaluate.loss_on(
