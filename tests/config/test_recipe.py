@@ -395,7 +395,7 @@ def test_the_fingerprint_does_not_move_between_releases():
     assert fingerprint(Recipe(data={"task": "e2e"})) == FINGERPRINT_OF_THE_DEFAULTS
 
 
-FINGERPRINT_OF_THE_DEFAULTS = "909705ce6d06f3e6318dece6d90e86cb578f914dfa2b3167e77153443c741728"
+FINGERPRINT_OF_THE_DEFAULTS = "97023ac55e6c3a3c8b42c54de77bca4fc6fdfb2748ac47a6f8f4554a3576734b"
 
 
 def test_the_choices_are_those_that_are_implemented():

@@ -230,3 +230,11 @@ def test_three_frames_lead_from_a_layer_to_its_product(llama, layer):
     with Spy():
         layer.train()(torch.randn(2, layer.in_features))
     assert frames == ["forward", "product", "forward"]
+
+
+def test_bf16_base_keeps_float32_factors(llama, ids):
+    model = adapted(llama(torch.bfloat16))
+    factors = [p for n, p in model.named_parameters() if "duallora_" in n]
+    assert {p.dtype for p in factors} == {torch.float32}
+    train(model, ids)
+    assert model(ids).logits.dtype == torch.bfloat16

@@ -265,3 +265,19 @@ def test_weights_without_their_counter_say_so(llama, ids):
     state = {k: v for k, v in peft.get_peft_model_state_dict(model).items() if "duallora_step" not in k}
     with pytest.warns(UserWarning, match=r"hold no step counter.*stays at step 0 of 4.*advance_gate"):
         peft.set_peft_model_state_dict(adapted(llama()), state)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(llama, ids):
+    def gradients(**kwargs) -> list[torch.Tensor]:
+        model = adapted(llama(), warmup_steps=0).train()
+        if kwargs:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for n, p in model.named_parameters() if "duallora_" in n]
+
+    plain = gradients()
+    assert all(g is not None and g.any() for g in plain)
+    for use_reentrant in (True, False):
+        for g, w in zip(gradients(use_reentrant=use_reentrant), plain, strict=True):
+            torch.testing.assert_close(g, w)

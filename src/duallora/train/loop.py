@@ -293,18 +293,16 @@ class Spikes(TrainerCallback):
     WINDOW, LEAST, TIMES, FLOOR = 50, 10, 10.0, 0.01
 
     def __init__(
-        self, trainer: RunTrainer, on_spike: str, left_out: Collection[int], leave_out: Callable[[int], bool],
-        tell: Callable[[str], None],
-    ):  # fmt: skip
-        self.trainer, self.on_spike, self.left_out, self.leave_out, self.tell = (
-            trainer,
-            on_spike,
-            left_out,
-            leave_out,
-            tell,
-        )
+        self, on_spike: str, left_out: Collection[int], leave_out: Callable[[int], bool], tell: Callable[[str], None]
+    ):
+        self.on_spike, self.left_out, self.leave_out, self.tell = on_spike, left_out, leave_out, tell
+        self.trainer: RunTrainer  # whose steps are looked at
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
         self.found: list[int] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.losses:  # a resumed run knows those of its log
+            self.losses.extend(line["loss"] for line in state.log_history if "loss" in line)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         step, loss = state.global_step + 1, self.trainer.step_loss

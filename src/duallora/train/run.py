@@ -416,10 +416,11 @@ class _Run:
             # Trainer would take one more step here if the last one was not the last of its epoch.
             load_weights(self.method, resume_from)
             return log.summary()
-        self.began = True
+        self.began, spikes = True, self._spikes()
         while True:
             trainer = self._trainer(stopping)
-            show, spikes = ShowTraining(self.console, trainer), self._spikes(trainer)
+            show = ShowTraining(self.console, trainer)
+            spikes.trainer, spikes.left_out = trainer, self.facts.get("left_out", ())
             for callback in (FiniteGradients(trainer), spikes, show):
                 trainer.add_callback(callback)
             try:
@@ -451,11 +452,11 @@ class _Run:
         say(self.console, "trained", f"{self.steps:,} steps in {clock(seconds)}, last loss {loss:.3f}, {opened}")
         return found
 
-    def _spikes(self, trainer: RunTrainer) -> Spikes:
+    def _spikes(self) -> Spikes:
         def tell(said: str) -> None:
             say(self.console, "warning", f"[yellow]{escape(said)}[/]")
 
-        return Spikes(trainer, self.recipe.train.on_spike, self.facts.get("left_out", ()), self._leave_out, tell)
+        return Spikes(self.recipe.train.on_spike, (), self._leave_out, tell)
 
     def _leave_out(self, step: int) -> bool:
         """Notes that the rows of ``step`` are not learned from; whether there is a checkpoint to go back to.
@@ -756,7 +757,7 @@ def _plain_errors(recipe: Recipe, folder: Path) -> Iterator[None]:
             raise OutOfMemoryError(
                 f"out of memory with train.batch_size={options.batch_size} and data.max_length="
                 f"{recipe.data.max_length} ({said}). Halve the batch size "
-                f"and set train.gradient_accumulation_steps={2 * options.gradient_accumulation_steps} (the same run), "
+                f"and set train.gradient_accumulation_steps={2 * options.gradient_accumulation_steps} (the same run; train.auto_batch=true does so by itself), "
                 "shorten data.max_length, or set train.gradient_checkpointing=true"
             ) from error
         if is_disk_failure(error):
