@@ -19,6 +19,7 @@ from duallora.errors import ConfigError
 from duallora.methods import Method, MethodSpec, apply
 from duallora.methods.rule import Rule, attach
 from duallora.train.adapter import check_method
+from duallora.train.adapter import put as train_put
 
 SMALL = {
     "randlora": {"r": 8}, "vera": {"r": 8}, "adapter-p": {"r": 5}, "adapter-l": {"r": 5}, "galore": {"options": {"gap": 2}},
@@ -274,6 +275,13 @@ def test_a_new_method_is_one_file(llama, batch, train, tmp_path):
         adapted = apply(llama(), MethodSpec("shift"))
         losses = train(adapted, batch)
         assert losses[2] < losses[0]
+        recipe = load_recipe(
+            None, ["adapter.method=shift"], task="e2e"
+        )  # on the command line by name, with its own defaults
+        check_method(recipe, 10)
+        assert len(methods.trained(train_put(llama(), recipe, "generate", 1).model)) == 2
+        with pytest.raises(ConfigError, match=r"r=3: Shift has no such setting"):
+            check_method(load_recipe(None, ["adapter.method=shift", "r=3"], task="e2e"), 10)
         assert sum(p.numel() for p in methods.trained(adapted.model)) == 2 * 12
         adapted.save(tmp_path)
         with torch.no_grad():

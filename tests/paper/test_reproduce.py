@@ -8,15 +8,19 @@ import shlex
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from duallora import cli
 from duallora.config.load import load_recipe
 from duallora.errors import ConfigError, GridError
 from duallora.grid.study import Outcome, Study
-from duallora.paper import reproduce, table2
+from duallora.paper import figure3, ranks, reproduce, table2
 from duallora.paper.variants import methods
+from duallora.store.adapters import load_adapter
+from duallora.tasks import hold_out, load_task
 
 
 @pytest.fixture
@@ -157,6 +161,49 @@ def test_commands_of_a_task_that_waits_say_for_what():
     lines = reproduce.commands(chosen)
     assert len(lines) == 2 * 5
     assert ["adapter.init_from=" in line and "BEST-OF-MNLI" in line for line in lines] == [False] * 5 + [True] * 5
+
+
+def test_figure_3_ends_with_the_ranks_of_its_runs(cola, tiny_encoder_folder, monkeypatch, capsys):
+    """In the summary: of magnitude, direction, dW and dW on the data; the first query layer's by numpy, from its embeddings."""
+
+    def mini(scale: str) -> Study:
+        base = {
+            "model.name": str(tiny_encoder_folder), "data.max_length": 64, "train.max_steps": 3, "train.batch_size": 4,
+            "train.report_to": [], "eval.test": True,
+        }  # fmt: skip
+        rows = methods([("duallora", 2), ("lora", 4)], ["query"])
+        tasks = {"cola": {"data.task": "cola", "data.holdout": 8}}
+        return Study("figure3", base, tasks, rows, search={}, seeds=(0,), reference="duallora-r2")
+
+    monkeypatch.setattr(figure3, "figure3", mini)
+    assert run(capsys, "figure3", "--scale", "mini", "-o", "runs/f")["status"] == "done"
+    rows = json.loads(Path("results/studies/figure3-mini.json").read_text())["ranks"]
+    found = {(row["variant"], row["matrix"]): row for row in rows}
+    matrices = ("magnitude", "direction", "dW", "dW on the data")
+    assert found.keys() == {("lora-r4", m) for m in matrices[2:]} | {("duallora-r2", m) for m in matrices}
+    assert found["lora-r4", "dW"]["rank"] == 4 >= found["lora-r4", "dW on the data"]["rank"]
+    assert 4 < found["duallora-r2", "dW"]["rank"] <= found["duallora-r2", "dW"]["largest"] == 32
+
+    folder = Path("runs/f/cells/cola-duallora-r2-seed0")
+    model, tokenizer = load_adapter(folder, "classify")
+    body = model.get_base_model()
+    lines = [line.split("\t")[3] for line in (cola / "data/glue/CoLA/train.tsv").read_text().splitlines()]
+    task = hold_out(load_task("cola"), 8)
+    texts = [example.texts[0] for example in task.splits["validation"]]
+    assert set(texts) <= set(lines)
+    with torch.no_grad():
+        X = np.concatenate(
+            [body.bert.embeddings(tokenizer(t, return_tensors="pt")["input_ids"])[0].double().numpy() for t in texts]
+        )
+    layer = body.bert.encoder.layer[0].attention.self.query
+    A, B, C, D = (getattr(layer, f"duallora_{n}")["default"].detach().double().numpy() for n in "ABCD")
+    dW = np.maximum(B @ A, 0) * np.where(D @ C > 0, 1, -1)
+    values, vectors = np.linalg.eigh(X.T @ X / len(X))
+    S = np.linalg.svd(dW @ (vectors * np.sqrt(values.clip(0))) @ vectors.T, compute_uv=False)
+    first = ranks.on_data(folder)[0]
+    assert first["rank_float32"] == (S[0] * 32 * np.finfo(np.float32).eps < S).sum()
+    p = S / S.sum()
+    assert first["effective_rank"] == pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-3)
 
 
 def test_the_70b_row_fits_cards_of_80_gb_by_one_setting(capsys):

@@ -157,6 +157,16 @@ def reproduce(
         options: dict[str, Any] = {"workers": workers, "ray": ray, "keep": keep, "reuse": reuse or ()}
         found = run(part.study, part.folder, console=console.results, **options)
         summary = studies.summarize(part.folder, scale=scale)
+        if name == "figure3":
+            from duallora.paper import ranks
+
+            summary["ranks"] = ranks.of_study(part, found)
+            for row in summary["ranks"]:
+                console.results.print(
+                    f"{row['task']}, {row['variant']}: {row['matrix']} has rank {row['rank_float32']:.0f} (float32's tolerance), "
+                    f"{row['rank']:.0f} (float64's), effective {row['effective_rank']:.0f} of {row['largest']:.0f}",
+                    soft_wrap=True, markup=False,
+                )  # fmt: skip
         whole = SUMMARIES / f"{part.study.name}-{scale}.json"
         file = result or (
             part.folder / "summary.json" if only or settings else whole

@@ -1,8 +1,9 @@
 """Figure 3: the rank of ReLU(B A), of Sign(D C) and of dW after training, beside LoRA's.
 
-The paper: LLaMA2-7B. The study trains; `duallora analyze RUN RUN` measures, on the factors, and says the rank at float32's and at
-float64's tolerance: at the latter almost every such matrix is full, at the former the paper's order shows. Full rank is there at
-the start already, so the figure tells of the form more than of learning.
+The paper: LLaMA2-7B. `duallora reproduce` ends with the ranks of the chosen runs (`ranks.py`), that of dW on held-out data among
+them, and `duallora analyze` draws them by layer, both at float32's and at float64's tolerance: at the latter almost every such matrix is
+full, at the former the paper's order shows. Full rank is there at the start already, so the figure tells of the form more than of
+learning.
 """
 
 from __future__ import annotations
