@@ -71,7 +71,7 @@ def on_data(folder: Path) -> list[Row]:
     model.eval()
     examples = evaluate.select(task, "validation", ROWS)
     rows, _ = encode_split(examples, tokenizer, task.kind, max_length=recipe.data.max_length)
-    layers = {
+    layers: dict[str, Any] = {
         name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "get_delta_weight")
     }
     seen: dict[str, tuple[Tensor, int]] = {}
@@ -88,7 +88,7 @@ def on_data(folder: Path) -> list[Row]:
         hook.remove()
     found = []
     for name, (total, count) in seen.items():
-        layer: Any = layers[name].double()  # a product in float32 has the rank of its rounding
+        layer = layers[name].double()  # a product in float32 has the rank of its rounding
         dW = layer.get_delta_weight("default").double()
         dW = dW.T if isinstance(layer.get_base_layer(), Conv1D) else dW
         values, vectors = torch.linalg.eigh(total / count)
