@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -115,6 +116,28 @@ def test_the_mixture_scores_each_task_by_its_own_words_and_averages_the_tasks_an
     assert task.metrics(answers, rows) == expected
     assert task.metrics(["", "solution1", ""], rows)["parse_failure_rate"] == pytest.approx(200 / 3)
     assert task.metrics(["", "solution1", ""], rows)["average"] == 25.0
+
+
+@pytest.mark.parametrize("place", [".", "commonsense", "ft-training_set"])
+def test_llm_adapters_own_mixture_is_what_the_mixture_trains_on(tmp_path, place):
+    """With the protocol's prompt, beside the tests of each task; its rows and hash are told; a row of another form is named."""
+    root = a_mixture(tmp_path)
+    golds = ["true", "answer5", "solution2", "ending4", "option1"] * 4
+    rows = [item(gold, f"m{index}") | {"input": ""} for index, gold in enumerate(golds)]
+    file = root / place / "commonsense_170k.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(rows))
+    task = load_task("commonsense", data_dir=root)
+    train, validation = task.splits["train"], task.splits["validation"]
+    assert (len(train), len(validation)) == (15, 5)
+    assert {row.prompt for row in [*train, *validation]} == {PROMPT % f"m{index}" for index in range(20)}
+    assert {row.group for row in train} <= {"boolq", "answer", "piqa", "hellaswag", "winogrande"}
+    assert all(task.extract(row.answer, row) == row.references[0] for row in [*train, *validation])
+    assert [row.group for row in task.splits["test"]] == ["boolq", "piqa", "piqa"]
+    assert f"20 of commonsense_170k.json, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}" in task.source
+    file.write_text(json.dumps([*rows, item("answer6")]))
+    with pytest.raises(DataError, match="unknown answer"):
+        load_task("commonsense", data_dir=root)
 
 
 def test_commonsense_validation_is_cut_from_the_training_rows(tmp_path):

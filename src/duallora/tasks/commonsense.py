@@ -10,8 +10,8 @@ tokens), the beginning-of-text token is set in training as in generation, and 12
 with seed 42, are its validation split (LLM-Adapters' number, taken there from the mixture of all eight).
 
 `MIXTURE` is Table 1's protocol: one run on the training rows of all eight, then a value for each test and their plain
-mean. It is the union of the training sets that stand in the folder, or of the hub's eight (LLM-Adapters' file of
-170,420 rows holds more of WinoGrande than any set of the hub). The rows come from each task in turn, so that
+mean. It is LLM-Adapters' own file of all eight (`FILES`) where that stands in the folder, else the union of the training sets
+there, or of the hub's eight (that file's 170,420 rows hold more of WinoGrande than any set of the hub). The rows come from each task in turn, so that
 ``data.limit`` and ``data.eval_limit`` take evenly from all; ``data.eval_limit=120`` is LLM-Adapters' validation size.
 
 Local files: ``commonsense/NAME/{train,test}.json`` as LLM-Adapters ships them, lists of {instruction, input, output,
@@ -21,6 +21,7 @@ answer}. Without a data folder the original data sets are taken from the hub and
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -146,6 +147,10 @@ UNREAD = metrics.register(
 ).name
 MIXTURE = "commonsense"  # the name of all eight at once
 NAMES = (*PROTOCOLS, MIXTURE)
+FILES = ("commonsense_170k.json", "commonsense_15k.json")  # LLM-Adapters' mixtures
+_PLACES = (".", "commonsense", "ft-training_set")
+# How the rows of a mixture, which name no task, are grouped: by their answers, which four tasks share.
+GROUPS = {p.answers: "answer" if p.word == "answer" else name for name, p in PROTOCOLS.items()}
 
 
 def load(name: str, folder: Path | None) -> Task:
@@ -198,13 +203,21 @@ def _mixture(folder: Path | None) -> Task:
 
     hub = ", ".join(dict.fromkeys(protocol.hub[0] for protocol in PROTOCOLS.values()))
     source = f"{folder} (commonsense)" if folder else f"hub {hub}"
+    splits: dict[str, Callable[[], Sequence[Example]]] = {split: functools.partial(read, split) for split in SPLITS}
+    file = seek_file(folder, _PLACES, FILES) if folder else None
+    if file is not None:
+        rows = _of_file(file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        source += f"; training rows: {len(rows):,} of {file.name}, sha256 {digest}"
+        whole = functools.cache(lambda: draw(rows, max(1, min(VALIDATION_ROWS, len(rows) // 4)), _VALIDATION_SEED))
+        splits |= {"train": lambda: whole()[0], "validation": lambda: whole()[1]}
     for split, what in (("train", "training"), ("test", "test")):
         absent = [name for name in PROTOCOLS if name not in here(split)]
-        if 0 < len(absent) < len(PROTOCOLS):
+        if 0 < len(absent) < len(PROTOCOLS) and not (file and split == "train"):
             source += f"; not there: the {what} rows of {', '.join(absent)}"
     return Task(
         name=MIXTURE,
-        splits=LazySplits({split: functools.partial(read, split) for split in SPLITS}),
+        splits=LazySplits(splits),
         format="commonsense mixture (HiRA prompt, first-match answer)",
         metrics=Metrics("average", UNREAD, by_group=["accuracy", UNREAD]),
         main_metric="average",
@@ -226,7 +239,9 @@ def options(example: Example) -> list[str]:
 
 def extract(text: str, example: Example) -> str:
     """The answer in a generated text: the first of its task's answer words, case-sensitive; '' where none occurs."""
-    found = re.search("|".join(PROTOCOLS[example.group].answers), text)
+    protocol = PROTOCOLS.get(example.group)
+    answers = protocol.answers if protocol else next(own for own, group in GROUPS.items() if group == example.group)
+    found = re.search("|".join(answers), text)
     return found.group() if found else ""
 
 
@@ -242,17 +257,23 @@ def _read(name: str, protocol: Protocol, folder: Path | None, split: str) -> tup
             for number, (instruction, gold) in enumerate(map(protocol.render, table), 1)
         )
     path = find_file(folder, protocol.places, protocol.files(split), f"the {split} file of {name}")
+    return _of_file(path, dict.fromkeys(protocol.answers, name))
+
+
+def _of_file(path: Path, groups: Mapping[str, str] | None = None) -> tuple[Example, ...]:
+    """The rows of one of LLM-Adapters' files; ``groups``: the answers it may have and whose they are (None: all eight's)."""
+    known = groups or {answer: group for answers, group in GROUPS.items() for answer in answers}
     faults = Faults(str(path), "error")
     examples = []
     for where, row, raw in read_rows(path, faults):
         missing = [field for field in ("instruction", "output", "answer") if not isinstance(row.get(field), str)]
         if missing:
             faults.add(where, "missing field, or no text", raw, column=missing[0])
-        elif row["answer"] not in protocol.answers:
-            faults.add(where, f"unknown answer, expected one of {', '.join(protocol.answers)}", raw, column="answer")
+        elif row["answer"] not in known:
+            faults.add(where, f"unknown answer, expected one of {', '.join(known)}", raw, column="answer")
         else:
             instruction = row["instruction"] if not row.get("input") else f"{row['instruction']}\n{row['input']}"
-            examples.append(_example(name, instruction, row["output"], row["answer"], where))
+            examples.append(_example(known[row["answer"]], instruction, row["output"], row["answer"], where))
     faults.close(len(examples))
     return tuple(examples)
 
