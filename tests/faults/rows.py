@@ -10,12 +10,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
-from harness import SAVE, STEPS, WEIGHTS, Case, Stage, digest, edit, ended, limit, tail, when
+from fuzz import fuzz
+from harness import SAVE, SETTINGS, STEPS, WEIGHTS, Case, Stage, digest, edit, ended, limit, tail, when
 from safetensors.torch import load_file, save_file
 
 Row = Iterator[Case]
@@ -49,6 +51,12 @@ def kills_anywhere(stage: Stage, long: bool) -> Row:
         folder, draw = stage.place(), random.Random(1000 + i)
         stage.train(folder, watch=when(lambda: True, signal.SIGKILL, draw.uniform(0.05, 1.6)))
         yield stage.resumed(folder, f"train, kill {i}")
+        stage.drop(folder)
+    for i in range(40 if long else 3):  # in what comes after training: evaluation, metrics, the card, plots
+        folder, draw = stage.place(), random.Random(2000 + i)
+        ends = folder / "checkpoints" / f"checkpoint-{STEPS}" / "MANIFEST.json"
+        stage.train(folder, watch=when(ends.exists, signal.SIGKILL, draw.uniform(0, 0.5)))
+        yield stage.resumed(folder, f"after training, kill {i}")
         stage.drop(folder)
     verbs = {"merge": "model.safetensors", "convert": WEIGHTS}
     for verb, file in verbs.items():
@@ -401,27 +409,9 @@ def _adapter(stage: Stage) -> Path:
 
 
 def damaged_adapters(stage: Stage, long: bool) -> Row:
-    """Bytes of the weights file changed at random: refused with its name, never a crash nor twice its size in memory."""
+    """A weights file with a lying header, empty, or of text: refused with its name at no cost of memory."""
     source = (stage.straight / "adapter" / WEIGHTS).read_bytes()
-    whole = stage.call("check", stage.straight / "adapter")
-    yield ended(whole, 0, "sound")
-    for i in range(2000 if long else 40):
-        draw, content = random.Random(i), bytearray(source)
-        for _ in range(draw.choice((1, 2, 8))):
-            # half of the changes in the header, where they do most
-            at = draw.randrange(len(content) if draw.random() < 0.5 else min(len(content), 2000))
-            content[at] = draw.randrange(256)
-        if draw.random() < 0.2:
-            content = content[: draw.randrange(len(content))]
-        if bytes(content) == source:
-            continue
-        folder = _adapter(stage)
-        (folder / WEIGHTS).write_bytes(content)
-        done = stage.call("check", folder)
-        case = ended(done, (2, 4, 5), f"fuzz {i}", within=10)
-        grew = done.peak - whole.peak
-        yield case if grew < (64 << 20) else Case(case.name, False, f"{grew >> 20} MiB")
-        stage.drop(folder)
+    yield ended(stage.call("check", stage.straight / "adapter"), 0, "sound")
     for name, content in {
         "header of 2^60": (1 << 60).to_bytes(8, "little") + source[8:],
         "empty": b"",
@@ -430,6 +420,93 @@ def damaged_adapters(stage: Stage, long: bool) -> Row:
         folder = _adapter(stage)
         (folder / WEIGHTS).write_bytes(content)
         yield ended(stage.call("check", folder), 4, name, WEIGHTS, within=10)
+
+
+def killed_grids(stage: Stage, long: bool) -> Row:
+    """A cell, or the grid itself, is killed: called again, it ends with every cell's bits."""
+    grid = stage.folder / "grid.yaml"
+    base = {
+        setting.partition("=")[0]: json.loads(f"{setting.partition('=')[2]}")
+        for setting in SETTINGS
+        if setting[-1].isdigit()
+    }
+    base |= {"model.name": str(stage.model), "data.path": str(stage.rows)}
+    study = {
+        "name": "kills",
+        "base": base,
+        "tasks": {"sums": {}},
+        "variants": {"a": {"adapter.r1": 2}, "b": {"adapter.r1": 3}},
+    }
+    grid.write_text(json.dumps({**study, "seeds": [0]}))
+    whole = stage.place()
+    done = stage.call("grid", "-c", grid, "-o", whole, "--keep", "all", seconds=300)
+    yield ended(done, 0, "undisturbed")
+    wanted = {path.relative_to(whole): digest(path) for path in whole.glob(f"cells/*/adapter/{WEIGHTS}")}
+    yield Case("both cells", len(wanted) == 2, str(sorted(wanted)))
+    for i in range(12 if long else 2):
+        folder, draw = stage.place(), random.Random(f"grid {i}")
+
+        def sealed(folder: Path = folder) -> bool:
+            return any(folder.glob("cells/*/checkpoints/*/MANIFEST.json"))
+
+        def kill(pid: int, folder: Path = folder, parent: bool = i % 2 == 0) -> None:
+            victims = (
+                [pid] if parent else [json.loads(path.read_text())["pid"] for path in folder.glob("cells/*/run.json")]
+            )
+            for victim in victims:
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+
+        stage.call(
+            "grid",
+            "-c",
+            grid,
+            "-o",
+            folder,
+            "--keep",
+            "all",
+            seconds=300,
+            watch=when(sealed, kill, draw.uniform(0, 0.5)),
+        )
+        time.sleep(1.0)  # an orphaned cell ends by itself
+        done = stage.call("grid", "-c", grid, "-o", folder, "--keep", "all", seconds=300)
+        found = {path.relative_to(folder): digest(path) for path in folder.glob(f"cells/*/adapter/{WEIGHTS}")}
+        yield Case(
+            f"{'grid' if i % 2 == 0 else 'cell'}, kill {i}",
+            done.code == 0 and found == wanted,
+            f"exit {done.code}: {tail(done.said)}",
+        )
+
+
+def failing_calls(stage: Stage, long: bool) -> Row:
+    """The k-th write, flush or rename of a run fails or kills it (strace, where it is installed)."""
+    if shutil.which("strace") is None:
+        return
+    import subprocess
+    import sys
+
+    code = "from duallora import cli; import sys; sys.exit(cli.run(sys.argv[1:]))"
+    for call in ("fsync", "rename"):
+        for k in range(1, 13 if long else 2):
+            for fault in ("error=ENOSPC", "signal=SIGKILL"):
+                folder = stage.place()
+                argv = ["train", "--model", stage.model, "--data", stage.rows, "-o", folder]
+                argv += [word for setting in SETTINGS for word in ("--set", setting)]
+                inject = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={call}:{fault}:when={k}"]
+                done = subprocess.run(
+                    [*inject, sys.executable, "-c", code, *map(str, argv)],
+                    capture_output=True,
+                    text=True,
+                    cwd=stage.folder,
+                    timeout=300,
+                    check=False,
+                )
+                name = f"{call} {k}: {fault}"
+                if fault.startswith("error") and done.returncode not in (0, 7):
+                    yield Case(name, False, f"exit {done.returncode}: {tail(done.stdout + done.stderr)}")
+                else:
+                    yield stage.resumed(folder, name)
+                stage.drop(folder)
 
 
 def other_tensors(stage: Stage, long: bool) -> Row:
@@ -665,6 +742,8 @@ MATRIX: dict[str, Callable[[Stage, bool], Row]] = {
     "out of memory": out_of_memory,
     "bad rows": bad_rows,
     "bad settings": bad_settings,
+    "kill in a grid": killed_grids,
+    "the k-th fsync or rename": failing_calls,
     "damaged adapter": damaged_adapters,
     "other tensors, NaN, another base": other_tensors,
     "pickles": pickles,
@@ -673,4 +752,5 @@ MATRIX: dict[str, Callable[[Stage, bool], Row]] = {
     "names that lead outside": escapes,
     "determinism": determinism,
     "merge, convert": merges,
+    "fuzz": fuzz,
 }

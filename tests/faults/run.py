@@ -35,6 +35,7 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = {name: row for name, row in rows.MATRIX.items() if any(word in name for word in arguments.rows)}
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    commit = record.environment()["commit"]
     found, began, started = [], time.monotonic(), time.time()
     try:
         stage = harness.Stage(folder / "stage")
@@ -54,6 +55,7 @@ def main() -> int:
                 cases.append(harness.Case("the row", False, repr(error)))
             lost = [case for case in cases if not case.survived]
             line = {"row": name, "tried": len(cases), "survived": len(cases) - len(lost), "lost": len(lost)}
+            line |= {"commit": commit, "losses": [case.name for case in lost]}
             if name in beside:
                 line |= {"plain_trainer": beside[name], "sealed_trainer": sealed[name]}
             found.append(line)
@@ -70,6 +72,11 @@ def main() -> int:
     print(f"{sum(line['tried'] for line in found):,} cases in {time.monotonic() - began:.0f} s", flush=True)
     if arguments.output:
         settings = {"long": arguments.long, "steps": harness.STEPS, "save_steps": harness.SAVE}
+        if arguments.output.exists() and arguments.rows != [""]:  # the others stay as they were measured
+            again = {line["row"]: line for line in found}
+            before = record.read_json(arguments.output)["metrics"]["rows"]
+            measured = {**{line["row"]: line for line in before}, **again}
+            found = [measured[name] for name in rows.MATRIX if name in measured]
         result = record.result("faults", settings, {"rows": found}, seeds=[0], started=started)
         record.write_json(arguments.output, result)
         if arguments.page:
