@@ -185,7 +185,7 @@ def test_a_setting_a_method_does_not_have_is_refused(llama, batch):
         (MethodSpec("mora", alpha=3.0), r"alpha=3\.0: MoRA has no such setting"),
         (MethodSpec("prefix", r=8), "r=8: Prefix tuning has no such setting"),
         (MethodSpec("delta-lora", dropout=0.1), "dropout=0.1: Delta-LoRA has no such setting"),
-        (MethodSpec("mora", options={"typ": 6}), r"options \['typ'\]: mora takes kind"),
+        (MethodSpec("mora", options={"typ": 6}), r"options \['typ'\]: mora takes exclude_modules, .*kind"),
         (MethodSpec("mora", options={"kind": "rope"}), "expected one of rotation, decoupling, truncation"),
         (MethodSpec("galore", options={"typ": 6}), r"options \['typ'\]: galore takes gap"),
         (MethodSpec("galore", target_modules=["nothing"]), "names no linear layer"),

@@ -61,9 +61,10 @@ def test_starts_from_data_look_at_as_many_rows(name):
     assert set(rows.values()) == {rows["gradient"]}, rows
 
 
-def test_the_paper_has_no_such_comparison():
-    with pytest.raises(ConfigError, match="is ours, not the paper's: expected --scale mini, not paper"):
-        studies("gradient-start", "paper")
+@pytest.mark.parametrize("name", ["gradient-start", "start-values", "ablations"])
+def test_the_paper_has_no_such_comparison(name):
+    with pytest.raises(ConfigError, match=f"{name} is ours, not the paper's: expected --scale mini, not paper"):
+        studies(name, "paper")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from duallora.config.recipe import fingerprint
-from duallora.errors import ConfigError
 from duallora.paper import studies
 
 STUDIES = {study.name: study for study in studies("start-values", "mini")}
@@ -36,8 +33,3 @@ def test_its_variants_are_the_ablations_but_for_task_seed_and_rank():
 def test_the_plain_start_on_e2e_is_table_4s():
     (table4,) = studies("table4", "mini")
     assert prints(STUDIES["start-values-e2e"], variant="plain") == prints(table4, variant="duallora-r4")
-
-
-def test_the_paper_prints_no_start_values():
-    with pytest.raises(ConfigError, match="is ours, not the paper's: expected --scale mini, not paper"):
-        studies("start-values", "paper")

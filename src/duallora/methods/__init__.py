@@ -234,6 +234,14 @@ def with_defaults(method: Method, spec: MethodSpec) -> MethodSpec:
     return MethodSpec(spec.name, task_type=spec.task_type, options={**own, **spec.options}, **fields)
 
 
+def check_options(spec: MethodSpec, known: Iterable[str] = ()) -> None:
+    """ConfigError where ``options`` holds what is neither among the method's own defaults nor ``known``."""
+    own = get(spec.name).defaults.keys() - {"r", "alpha", "dropout", "target_modules"}
+    if unknown := sorted(spec.options.keys() - own - set(known)):
+        takes = ", ".join(sorted({*own, *known})) or "none"
+        raise ConfigError(f"options {unknown}: {spec.name} takes {takes}.")
+
+
 def load(model: nn.Module, folder: str | Path) -> Any:
     """``model`` (the base as it was before training) with what :meth:`Adapted.save` wrote."""
     if (Path(folder) / "adapter_config.json").is_file():

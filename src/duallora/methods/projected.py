@@ -43,7 +43,7 @@ from transformers.pytorch_utils import Conv1D
 
 from duallora.core.settings import RANKS
 from duallora.errors import ConfigError, check_positive, check_rank
-from duallora.methods import Method, MethodSpec, trained
+from duallora.methods import Method, MethodSpec, check_options, trained
 from duallora.tuner.quantized import storage
 
 PROJECTIONS = ("svd", "gaussian", "orthogonal")
@@ -265,11 +265,7 @@ def attach(model: nn.Module, spec: MethodSpec, batches: Any = None) -> nn.Module
     if spec.target_modules is not None:
         check_rank("r", spec.r)
         targeted(model, spec.target_modules)
-    method_options = METHODS[spec.name].defaults
-    unknown = sorted(spec.options.keys() - method_options.keys())
-    if unknown:
-        own = sorted(method_options.keys() - {"r", "target_modules"})
-        raise ConfigError(f"options {unknown}: {spec.name} takes {', '.join(own) or 'none'}.")
+    check_options(spec)
     return model.requires_grad_(True)
 
 

@@ -324,11 +324,7 @@ def attach(model: nn.Module, spec: methods.MethodSpec, batches: Any = None) -> A
     """
     known = {"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "init_weights"}
     options = {k: v for k, v in spec.options.items() if k not in known}
-    defaults = methods.get(spec.name).defaults
-    unknown = sorted(options.keys() - defaults.keys() - {"width"})
-    if unknown:
-        own = sorted(set(defaults) - {"r", "alpha", "dropout", "target_modules"})
-        raise ConfigError(f"options {unknown}: {spec.name} takes {', '.join([*own, *sorted(known)])}.")
+    methods.check_options(spec, {*known, "width"})
     config = RuleConfig(
         rule=spec.name,
         r=spec.r or 1,

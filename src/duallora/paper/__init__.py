@@ -43,6 +43,8 @@ def studies(name: str, scale: str) -> tuple[Study, ...]:
         raise ConfigError(f"unknown table {name!r}; nearest: {near}. Expected one of {', '.join(HOME)}")
     if scale not in get_args(Scale):
         raise ConfigError(f"--scale {scale!r}: expected {' or '.join(get_args(Scale))}")
+    if scale == "paper" and HOME[name][1].endswith("(ours)"):
+        raise ConfigError(f"{name} is ours, not the paper's: expected --scale mini, not paper")
     module = HOME[name][0]
     made = getattr(importlib.import_module(f"duallora.paper.{module}"), module)(scale)
     return (made,) if isinstance(made, Study) else tuple(made)

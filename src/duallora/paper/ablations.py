@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.paper.table1 import TARGETS, commonsense
 from duallora.paper.table2 import MINI_BASE, MINI_HEAD, MINI_TARGETS, MINI_TASKS
@@ -55,8 +54,6 @@ def mini(
 
 def ablations(scale: str) -> Study:
     """Both forms of the warm-up and none, start values of either group, and the share of tokens in the gradient."""
-    if scale != "mini":
-        raise ConfigError("ablations is a study of ours, at --scale mini alone")
     changes: dict[str, dict[str, Any]] = {
         "plain": {},
         "residual": {"adapter.warmup": "residual"},

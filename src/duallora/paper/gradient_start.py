@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.paper import table4
 from duallora.paper.ablations import mini
@@ -69,13 +68,7 @@ _PARTS: dict[str, Variant] = {
 
 
 def gradient_start(scale: str) -> tuple[Study, ...]:
-    """The three studies, mini only.
-
-    Raises:
-        ConfigError: scale is "paper"; the paper has nothing of the kind.
-    """
-    if scale != "mini":
-        raise ConfigError(f"gradient-start is ours, not the paper's: expected --scale mini, not {scale}")
+    """The three studies."""
     return _glue(), _e2e(), mini("gradient-start-parts", _PARTS, "gradient", ["stsb"])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from duallora.errors import ConfigError
 from duallora.grid.study import Study
 from duallora.paper import table4
 from duallora.paper.ablations import mini
@@ -22,13 +21,7 @@ _VALUES: dict[str, dict[str, Any]] = {
 
 
 def start_values(scale: str) -> tuple[Study, ...]:
-    """Standard deviations of both groups, each with a learning rate of its own; mini only.
-
-    Raises:
-        ConfigError: scale is "paper"; the paper prints none.
-    """
-    if scale != "mini":
-        raise ConfigError(f"start-values is ours, not the paper's: expected --scale mini, not {scale}")
+    """Standard deviations of both groups, each with a learning rate of its own."""
     glue = mini("start-values", _with_rank(8), "plain", ["sst2", "stsb"], seeds=(3, 4, 5))
     e2e = Study(
         "start-values-e2e",
