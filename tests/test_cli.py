@@ -330,7 +330,7 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
     from importlib import metadata
 
     real = metadata.version
-    versions = {"peft": "0.17.0"}
+    versions = {"peft": "0.17.0", "jinja2": "3.1.5"}
 
     def version(name):
         if name == "sacrebleu":
@@ -340,7 +340,8 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     assert cli.run(["doctor", "--json"]) == 2
     missing = {check["name"]: check for check in json_line(capsys)["checks"] if check["status"] == "missing"}
-    assert set(missing) == {"peft", "sacrebleu"}
+    assert set(missing) == {"peft", "sacrebleu", "jinja2"}
+    assert "CVE-2025-27516" in missing["jinja2"]["found"]
     assert missing["peft"]["fix"] == 'pip install -U "peft>=0.18"'
     assert missing["sacrebleu"]["fix"] == 'pip install "sacrebleu>=2.4"'
 

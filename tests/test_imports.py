@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "methods": {"methods", "tuner", "core", "errors"},
     "config": {"config", "core", "errors", "terminal"},
     "tasks": {"tasks", "errors"},
-    "store": {"store", "config", "tasks", "tuner", "errors", "folders", "terminal"},
+    "store": {"store", "config", "tasks", "tuner", "core", "errors", "folders", "terminal"},
     "train": {
         "train",
         "store",

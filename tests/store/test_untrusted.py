@@ -6,8 +6,11 @@ import json
 import re
 import shutil
 
+import peft
 import pytest
 
+import duallora
+from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
 from duallora.store import models, untrusted
 from duallora.tasks import encode, template
@@ -78,7 +81,7 @@ def test_a_tokenizer_that_can_take_for_ever_is_refused(folder, pattern):
     ],
 )  # fmt: skip
 def test_patterns_in_use_are_taken(pattern):
-    assert not untrusted._repeats_repeats(pattern)
+    assert not can_take_for_ever(pattern)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(folder):
@@ -103,3 +106,14 @@ def test_a_template_without_end_is_stopped(tiny_tokenizer, text, monkeypatch):
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     with pytest.raises(IntegrityError, match="do not use this template"):
         encode(from_messages({"messages": chat}, "row 1"), tiny_tokenizer, max_length=64)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_hostile_pattern_in_an_adapter_hangs_no_loader(field, tiny_causal_folder, tmp_path):
+    """PEFT's own `PeftModel.from_pretrained` matches the pattern with every module's name."""
+    model = models.load_model(str(tiny_causal_folder), "generate")[0]
+    peft.get_peft_model(model, duallora.DualLoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    change(tmp_path / "adapter_config.json", **{field: r"(.*.*)*(a+)+$"})
+    base = models.load_model(str(tiny_causal_folder), "generate")[0]
+    with pytest.raises(ConfigError, match="repeats what itself repeats"):
+        peft.PeftModel.from_pretrained(base, str(tmp_path))

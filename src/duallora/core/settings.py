@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, is_number
 
 MAX_RANK = 65536
@@ -185,6 +186,12 @@ def contradictions(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]
                 yield (
                     f"{prefix}{name} holds {json.dumps(expression)}, which is no regular expression ({error}); expected one as "
                     "Python's re takes it, such as .*q_proj, or names of modules"
+                )
+                continue
+            if can_take_for_ever(str(expression)):
+                yield (
+                    f"{prefix}{name} holds {json.dumps(expression)[:80]}, which repeats what itself repeats and can take for "
+                    "ever to match; expected one without nested repeats, or names of modules"
                 )
 
 

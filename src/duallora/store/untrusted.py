@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, IntegrityError
 
 MAX_BYTES = 1 << 20  # of a configuration, a sidecar, a chat template
@@ -55,7 +56,7 @@ def admit(folder: Path) -> None:
             continue
         found = json_object(path)
         for pattern in _regular_expressions(found) if path.name == "tokenizer.json" else ():
-            if _repeats_repeats(pattern):
+            if can_take_for_ever(pattern):
                 raise ConfigError(
                     f"{path} splits text by {pattern[:80]!r}, which repeats what itself repeats and can take for ever; "
                     "do not use this tokenizer"
@@ -109,23 +110,6 @@ def _regular_expressions(tokenizer: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, list):
             level += value
     return found
-
-
-def _repeats_repeats(pattern: str) -> bool:
-    """Whether a group is repeated without bound that itself holds an unbounded repeat or alternatives.
-
-    Such a pattern may be harmless; the tokenizers in use have none.
-    """
-    left = re.sub(r"\\([pP]\{\w+\}|.)", "x", pattern, flags=re.DOTALL)
-    while left != (left := re.sub(r"\[[^\[\]]*\]", "x", left)):  # classes, in which brackets nest
-        pass
-    many = r"[*+]|\{\d*,\}"
-    while group := re.search(rf"\(([^()]*)\)({many})?", left):  # an innermost group; \0: it matches in several ways
-        several = re.search(rf"[|\0]|{many}", group[1])
-        if several and group[2]:
-            return True
-        left = left[: group.start()] + ("\0" if several or group[2] else "x") + left[group.end() :]
-    return False
 
 
 def read(folder: Path) -> dict[str, Any]:

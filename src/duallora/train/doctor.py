@@ -18,6 +18,15 @@ GIGABYTE = 1e9
 ROOM = 2 * GIGABYTE  # a small model, its cache and a few checkpoints
 
 
+# Releases that mend what a stranger's file could use, by what we read such files with.
+FIXED = {
+    "torch": ("2.6.0", "CVE-2025-32434: torch.load(weights_only=True) can run code"),
+    "jinja2": ("3.1.6", "CVE-2025-27516: a chat template can leave the sandbox"),
+    "pyarrow": ("14.0.1", "CVE-2023-47248: a parquet file can run code"),
+    "transformers": ("4.53.0", "CVE-2025-5197 and others: patterns that take for ever on a stranger's text"),
+}
+
+
 class Check(NamedTuple):
     """``missing`` makes duallora unusable, ``note`` only a part of it; ``fix`` is a command or setting."""
 
@@ -30,7 +39,7 @@ class Check(NamedTuple):
 def checks() -> list[Check]:
     """Every check, in the order to read them; a check that fails to run is reported as missing."""
     found: list[Check] = []
-    for part in (_python, _packages, _method, _devices, _memory, _disk, _models, _data):
+    for part in (_python, _packages, _vulnerable, _method, _devices, _memory, _disk, _models, _data):
         found += _guarded(part)
     return found
 
@@ -77,6 +86,18 @@ def _packages() -> Iterator[Check]:
             yield Check(requirement.name, "ok", version)
         else:
             yield Check(requirement.name, "missing", f"{version}, needs {wanted}", f'pip install -U "{wanted}"')
+
+
+def _vulnerable() -> Iterator[Check]:
+    from packaging.version import Version
+
+    for name, (fixed, advisory) in FIXED.items():
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if Version(version) < Version(fixed):
+            yield Check(name, "missing", f"{version} has {advisory}", f'pip install -U "{name}>={fixed}"')
 
 
 def _method() -> Iterator[Check]:
