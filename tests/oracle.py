@@ -48,12 +48,26 @@ def _direction(Q, i: int, j: int, direction: str, fixed_sign) -> float:
     q = Q[i][j]
     if direction == "identity":
         return q
+    if direction in ("tanh", "unit-tanh"):
+        return math.tanh(q / _rms(Q[i]) if direction == "tanh" else q)
     up_or_down = 1.0 if q > 0 else -1.0
     if direction == "xnor":
         return up_or_down * sum(abs(v) for v in Q[i]) / len(Q[i])
     if direction == "dorefa":
         return up_or_down * sum(abs(v) for row in Q for v in row) / (len(Q) * len(Q[0]))
     return up_or_down
+
+
+def _rms(row: list[float]) -> float:
+    return math.sqrt(sum(q * q for q in row) / len(row))
+
+
+def _of_unit_row(row: list[float], upstream: list[float], kind: str) -> list[float]:
+    """dL/dq of tanh(q / rms) from dL/dtanh; "window": as if the rms did not depend on q; "unit-...": it is 1."""
+    rms, n, held = (1.0 if kind.startswith("unit") else _rms(row)), len(row), kind != "tanh"
+    u = [g * (1 - math.tanh(q / rms) ** 2) for g, q in zip(upstream, row, strict=True)]
+    along = 0.0 if held else sum(v * q for v, q in zip(u, row, strict=True))
+    return [v / rms - along * q / (n * rms**3) for v, q in zip(u, row, strict=True)]
 
 
 def delta_gradients(G, A, B, C, D, s, *, magnitude="relu", direction="ste", ste_clip="chain", fixed_sign=None):
@@ -73,6 +87,9 @@ def delta_gradients(G, A, B, C, D, s, *, magnitude="relu", direction="ste", ste_
                 dQ[i][j] = _clip(G[i][j]) * s * value
             else:
                 dQ[i][j] = G[i][j] * s * value
+        kind = ste_clip if direction == "ste" else direction
+        if kind in ("tanh", "window", "unit-tanh", "unit-window"):
+            dQ[i] = _of_unit_row(Q[i], dQ[i], kind)
     dA, dB = _matmul(_transpose(B), dP), _matmul(dP, _transpose(A))
     if direction == "fixed":
         return dA, dB, None, None

@@ -68,7 +68,7 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("list for a number", "train: {batch_size: [8]}", ["train.batch_size: [8]", "integer >= 1"]),
     ("max_length 7", "data: {task: e2e, max_length: 7}", ["data.max_length: 7", "from 8"]),
     ("yes for true", "train: {gradient_checkpointing: yes}", ['"yes"', "true or false", "YAML 1.2"]),
-    ("unknown option", "adapter: {ste_clip: hard}", ['"hard"', '"chain", "update" or "none"']),
+    ("unknown option", "adapter: {ste_clip: hard}", ['"hard"', '"chain", "update", "none" or "window"']),
     ("NUL in a path", 'output: "a\\0b"', ["output:", "text"]),
     ("rank 0 in a pattern", "adapter: {rank_pattern: {q: 0}}", ['adapter.rank_pattern: {"q": 0}', "mapping"]),
     ("no target", "adapter: {target_modules: []}", ["adapter.target_modules: []", "non-empty"]),

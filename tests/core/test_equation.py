@@ -173,7 +173,7 @@ def test_scaling_and_rounding_once():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"direction": "stee"}, "direction='stee' is unknown: choose one of ste, xnor"),
+        ({"direction": "stee"}, "direction='stee' is unknown: choose one of ste, tanh, xnor"),
         ({"ste_clip": "eq12"}, "ste_clip='eq12'"),
         ({"magnitude": "relv"}, "magnitude='relv'"),
         ({"C": None}, r"'C': None.*expected A \[r1, in\], B \[out, r1\]"),

@@ -30,8 +30,10 @@ def relative(got, want) -> float:
     return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("ste_clip", ["chain", "update", "none"])
-@pytest.mark.parametrize(("magnitude", "direction"), [("relu", "ste"), ("abs", "identity"), ("identity", "ste")])
+@pytest.mark.parametrize("ste_clip", ["chain", "update", "none", "unit-window"])
+@pytest.mark.parametrize(
+    ("magnitude", "direction"), [("relu", "ste"), ("abs", "identity"), ("identity", "ste"), ("identity", "unit-tanh")]
+)
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -163,6 +163,8 @@ OPTIONS = [
     {"magnitude": "abs", "conv": True},
     {"magnitude": "identity", "ste_clip": "update"},
     {"direction": "identity"},
+    {"direction": "unit-tanh"},
+    {"ste_clip": "unit-window"},
     # Several panels of columns a program: with one the loop over them is compiled away.
     {"out": 4096, "inn": 4096},
     {"out": 4096, "inn": 4096, "m": True},

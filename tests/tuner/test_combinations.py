@@ -116,7 +116,14 @@ def test_one_merged_and_one_active_still_add(order, options):
     assert torch.equal(model(X), base()(X))
 
 
-BY_KERNELS = [{}, {"use_dora": True}, {"warmup": "residual"}, {"direction": "identity"}, {"direction": "dorefa"}]
+BY_KERNELS = [
+    {},
+    {"use_dora": True},
+    {"warmup": "residual"},
+    {"direction": "identity"},
+    {"direction": "dorefa"},
+    {"direction": "tanh", "magnitude": "identity"},
+]
 # Torch's products of some rows of an embedding may round otherwise than those of all.
 BY_OPERATORS = [{"direction": "fixed"}, {"direction": "xnor"}, {"magnitude": "sigmoid"}, {"backend": "reference"}]
 

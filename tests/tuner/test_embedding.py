@@ -52,6 +52,7 @@ VARIANTS = [
     {"direction": "xnor"},
     {"direction": "dorefa"},
     {"direction": "identity"},
+    {"direction": "tanh"},
     {"magnitude": "sigmoid"},
     {"backend": "reference"},
     {"forward": "added"},

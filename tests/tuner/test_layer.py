@@ -66,6 +66,8 @@ VARIANTS = [
     {"direction": "xnor"},
     {"direction": "dorefa"},
     {"direction": "identity"},
+    {"direction": "tanh"},
+    {"ste_clip": "window"},
     {"magnitude": "sigmoid"},
     {"backend": "reference"},
     {"rank_pattern": {"q_proj": [2, 5]}, "alpha_pattern": {"v_proj": 3}},

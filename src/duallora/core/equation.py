@@ -5,6 +5,9 @@
     A [r1, in]   B [out, r1]   magnitude group        P = B A  [out, in]      M = s * magnitude(P)
     C [r2, in]   D [out, r2]   direction group        Q = D C  [out, in]      dW = M . direction(Q)
 
+A soft direction (ours, docs/method.md) is tanh(Q / rms(Q)) with the root mean square of each row of Q: D C is D' C with
+D' = D / rms, which small products of the factors give (:func:`unit_rows`), so that every backend sees a plain tanh.
+
 Forward, merge, conversion, analysis and the kernels' tests all take it from :class:`Update`; backends that do not keep
 the [out, in] tensors for autograd call :meth:`Update.backward`, the same formula differentiated by hand.
 """
@@ -19,8 +22,8 @@ import torch
 from torch import Tensor
 
 Magnitude = Literal["relu", "abs", "sigmoid", "identity"]
-Direction = Literal["ste", "xnor", "dorefa", "identity", "fixed"]
-SteClip = Literal["chain", "update", "none"]
+Direction = Literal["ste", "tanh", "xnor", "dorefa", "identity", "fixed"]
+SteClip = Literal["chain", "update", "none", "window"]
 
 MAGNITUDES: tuple[str, ...] = get_args(Magnitude)
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
@@ -50,7 +53,9 @@ def sign(Q: Tensor) -> Tensor:
 
 def quantize(Q: Tensor, direction: str) -> Tensor:
     """The straight-through directions: Sign(Q), for XNOR-Net times the mean |Q| of its output row (Eq. 13), for
-    DoReFa-Net times the mean |Q| over all (Eq. 14)."""
+    DoReFa-Net times the mean |Q| over all (Eq. 14). And tanh(Q), of rows of root mean square 1."""
+    if direction == "unit-tanh":
+        return torch.tanh(Q)
     S = sign(Q)
     if direction == "xnor":
         return S.mul_(Q.abs().mean(dim=1, keepdim=True))
@@ -59,12 +64,25 @@ def quantize(Q: Tensor, direction: str) -> Tensor:
     return S
 
 
-def clip_direction_gradient(G: Tensor, M: Tensor, direction: str, ste_clip: str) -> Tensor:
+def unit_rows(C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """(D', rms): D' = D / rms [out, r2], with which the rows of D' C have the root mean square 1, and rms [out, 1].
+
+    rms_i^2 = d_i (C C^T) d_i^T / in. Differentiable in both; no [out, in] tensor is made.
+    """
+    square = ((D @ (C @ C.T)) * D).sum(1, keepdim=True) / C.shape[1]
+    rms = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+    return D / rms, rms
+
+
+def clip_direction_gradient(G: Tensor, M: Tensor, Q: Tensor, direction: str, ste_clip: str) -> Tensor:
     """dL/dQ from G = dL/d(dW): the straight-through gradient of the direction group.
 
     ``"chain"`` (Eq. 7) clips dL/dSign(Q) = G M; ``"update"`` (Eq. 12) clips G and multiplies by M after; ``"none"``
-    clips nothing. XNOR-Net and DoReFa-Net pass the gradient unclipped (Eq. 13, 14). ``clamp`` keeps NaN.
+    clips nothing; ``"window"`` (ours) takes the gradient of tanh(Q / rms) with the rms held fixed. XNOR-Net and DoReFa-Net
+    pass the gradient unclipped (Eq. 13, 14). ``clamp`` keeps NaN.
     """
+    if direction == "unit-tanh" or (direction == "ste" and ste_clip == "unit-window"):
+        return (1 - torch.tanh(Q).square_()).mul_(G).mul_(M)
     if direction == "ste" and ste_clip == "chain":
         return (G * M).clamp_(-1, 1)
     if direction == "ste" and ste_clip == "update":
@@ -89,7 +107,7 @@ class _Directed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, G):
         M, Q = ctx.saved_tensors
-        return G * quantize(Q, ctx.direction), clip_direction_gradient(G, M, ctx.direction, ctx.ste_clip), None, None
+        return G * quantize(Q, ctx.direction), clip_direction_gradient(G, M, Q, ctx.direction, ctx.ste_clip), None, None
 
 
 class Update(NamedTuple):
@@ -155,8 +173,53 @@ class Update(NamedTuple):
             initial=[factor[rows] if i % 2 else factor for i, factor in enumerate(self.initial)],
         )
 
+    @property
+    def has_unit_rows(self) -> bool:
+        """Whether the direction is one of D C over the root mean square of its rows."""
+        return self.direction == "tanh" or (self.direction == "ste" and self.ste_clip == "window")
+
+    def unit(self) -> Update:
+        """The same dW, where :attr:`has_unit_rows`, from D / rms instead of D: as the backends take it."""
+        C, D = self.C, self.D
+        assert C is not None
+        assert D is not None
+        soft = self.direction == "tanh"
+        unit, rms = unit_rows(C.to(self.dtype), D.to(self.dtype))
+        initial = self.initial
+        if initial:
+            A0, B0, C0, D0 = initial
+            initial = (A0, B0, C0, unit_rows(C0.to(self.dtype), D0.to(self.dtype))[0])
+        if not soft:
+            unit = D / rms.detach()
+        return self._replace(
+            D=unit,
+            initial=initial,
+            direction="unit-tanh" if soft else "ste",
+            ste_clip="none" if soft else "unit-window",
+        )
+
+    def of_unit(self, unit: Update, dC: Tensor, dD: Tensor) -> tuple[Tensor, Tensor]:
+        """(dL/dC, dL/dD) from those of :meth:`unit`, whose D' depends on C and D by the rms as well.
+
+            k_i = d'_i . dL/dd'_i / in    dL/dD = (dL/dD' - k D' C C^T) / rms    dL/dC += - D'^T k D' C
+
+        The window of the hard direction holds the rms fixed: k = 0.
+        """
+        assert self.C is not None
+        assert self.D is not None
+        C, wide = self.C.to(dC.dtype), unit.D.to(dD.dtype) if unit.D is not None else dD
+        _, rms = unit_rows(C, self.D.to(dD.dtype))
+        if self.direction == "tanh":
+            k = (wide * dD).sum(1, keepdim=True) / C.shape[1]
+            dC = dC - ((wide * k).T @ wide) @ C
+            dD = dD - k * (wide @ (C @ C.T))
+        return dC, dD / rms
+
     def delta(self) -> Tensor:
         """dW [out, in], differentiable in the factors: see :func:`dual_delta`."""
+        if self.has_unit_rows:
+            with torch.autocast(self.A.device.type, enabled=False):
+                return self.unit().delta()
         A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
         dtype = self.dtype
         with torch.autocast(A.device.type, enabled=False):
@@ -185,6 +248,13 @@ class Update(NamedTuple):
         dW itself comes with them, because a backward that rebuilds it needs both and shares most of the work. All in the
         dtype :meth:`delta` computes in; agrees with autograd of it to rounding.
         """
+        if self.has_unit_rows:
+            with torch.autocast(self.A.device.type, enabled=False):
+                unit = self.unit()
+                dW, dA, dB, dC, dD = unit.backward(G)
+                assert dC is not None
+                assert dD is not None
+                return dW, dA, dB, *self.of_unit(unit, dC, dD)
         A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial = self
         dtype = self.dtype
         with torch.autocast(A.device.type, enabled=False):
@@ -203,7 +273,7 @@ class Update(NamedTuple):
                 C, D = C.to(dtype), D.to(dtype)
                 Q = D @ C
                 S = Q if direction == "identity" else quantize(Q, direction)
-                dQ = clip_direction_gradient(G, M, direction, ste_clip)
+                dQ = clip_direction_gradient(G, M, Q, direction, ste_clip)
                 dC, dD = D.T @ dQ, dQ @ C.T
             dP = slope.mul_(S).mul_(G)  # in place: these passes over [out, in] are what the backward costs
             dW = M.mul_(S)
@@ -232,7 +302,8 @@ def dual_delta(
         C: [r2, in]. D: [out, r2]. The direction group; None for ``direction="fixed"``.
         scaling: gate * alpha / sqrt(r1 r2); a float or a 0-dim tensor (so that a moving gate does not recompile).
         magnitude: "relu" (the paper), "abs", "sigmoid" (its Table 6), "identity" (its Setting 1).
-        direction: "ste" (the paper), "xnor", "dorefa" (its Table 3), "identity" (Setting 2: the plain product),
+        direction: "ste" (the paper), "tanh" (ours, soft: tanh of D C over the root mean square of its row), "xnor", "dorefa"
+            (its Table 3), "identity" (Setting 2: the plain product),
             "fixed" (Setting 3: the signs in ``fixed_sign``).
         ste_clip: see :func:`clip_direction_gradient`.
         fixed_sign: [out, in] of +-1, any dtype; for ``direction="fixed"`` only.

@@ -110,12 +110,14 @@ class Settings:
     magnitude: Literal["relu", "abs", "sigmoid", "identity"] = setting(
         "relu", "Function on B A (paper: relu; Table 6: abs, sigmoid; Setting 1: identity)."
     )
-    direction: Literal["ste", "xnor", "dorefa", "identity", "fixed"] = setting(
+    direction: Literal["ste", "tanh", "xnor", "dorefa", "identity", "fixed"] = setting(
         "ste",
-        "Sign of D C and its gradient (paper: ste, Eq. 7; Table 3: xnor, dorefa; Settings 2, 3: identity, fixed).",
+        "Sign of D C and its gradient (paper: ste, Eq. 7; Table 3: xnor, dorefa; Settings 2, 3: identity, fixed), or tanh of "
+        "D C over the root mean square of its row (ours).",
     )
-    ste_clip: Literal["chain", "update", "none"] = setting(
-        "chain", "What the sign's gradient clips to [-1, 1]: chain is Eq. 7, update is Eq. 12."
+    ste_clip: Literal["chain", "update", "none", "window"] = setting(
+        "chain",
+        "What the sign's gradient clips to [-1, 1]: chain is Eq. 7, update is Eq. 12; window: that of tanh (ours).",
     )
     forward: Literal["auto", "merged", "added"] = setting(
         "auto",

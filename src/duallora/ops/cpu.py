@@ -29,8 +29,8 @@ _SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno"]
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAGNITUDES = {"relu": 0, "abs": 1, "identity": 2}
-_DIRECTIONS = {"ste": 0, "identity": 1}
-_CLIPS = {"chain": 0, "update": 1, "none": 2}
+_DIRECTIONS = {"ste": 0, "identity": 1, "tanh": 2, "unit-tanh": 2}
+_CLIPS = {"chain": 0, "update": 1, "none": 2, "window": 3, "unit-window": 3}
 _FACTORS = ("L1", "R1", "L2", "R2", "L1_0", "R1_0", "L2_0", "R2_0")
 # Elements of [out, in] times ranks below which a second thread costs more than it brings.
 _WORK_PER_THREAD = 1 << 19

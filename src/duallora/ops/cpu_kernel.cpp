@@ -1,5 +1,5 @@
 // The CPU kernel: one pass over W0 [rows, cols] that builds W' and, where G = dL/dW' is given, the gradients of the
-// factors too. What it computes is core/equation.py's dual_delta and dual_delta_backward; what it never does is write a
+// factors too. What it computes is core/equation.py's Update.delta and Update.backward; what it never does is write a
 // [rows, cols] tensor other than W'. Plain C++17 with vector types (GCC or clang), no headers of torch.
 //
 // dW = scale * magnitude(L1 R1) . direction(L2 R2)      L [rows, r], R [r, cols]
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -43,8 +44,8 @@ inline long ceil_to(long n, long k) { return (n + k - 1) / k * k; }
 
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
 enum Magnitude { RELU = 0, ABS = 1, PLAIN = 2 };
-enum Direction { STE = 0, PRODUCT = 1 };
-enum Clip { CHAIN = 0, UPDATE = 1, NONE = 2 };
+enum Direction { STE = 0, PRODUCT = 1, TANH = 2 };
+enum Clip { CHAIN = 0, UPDATE = 1, NONE = 2, WINDOW = 3 };
 
 // ---- elements of W, G and W' ------------------------------------------------------------------------------------
 
@@ -229,9 +230,29 @@ inline vf slope(vf P) {
     return one;
 }
 
+// tanh x = E / (E + 2), E = exp(2x) - 1, of |x| and with the sign of x after. exp(y) = 2^n exp(r), |r| <= ln 2 / 2, by the
+// series of exp(r) - 1 to r^7 (5e-9), so that small x keep their digits. From |x| = 9 on it is 1 in float32.
+inline vf tanh_of(vf x) {
+    const vf most = splat(9.f);
+    vf a = x < 0.f ? -x : x;
+    a = a > most ? most : a;
+    const vf y = a + a, shift = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf n = (y * 1.44269504f + shift) - shift;
+    const vf r = y - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
+    vf p = splat(1.f / 5040);
+    for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f}) p = p * r + c;
+    typedef int32_t vi __attribute__((vector_size(VL * sizeof(int32_t))));
+    vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+    vf power;
+    std::memcpy(&power, &exponent, sizeof power);
+    const vf E = p * r * power + (power - 1.f), t = E / (E + 2.f);
+    return x < 0.f ? -t : t;
+}
+
 template <int DIR>
 inline vf direction(vf Q) {
     if (DIR == PRODUCT) return Q;
+    if (DIR == TANH) return tanh_of(Q);
     const vf one = splat(1.f);
     return Q > 0.f ? one : (Q <= 0.f ? -one : Q);
 }
@@ -255,9 +276,15 @@ template <int MAG, int DIR>
 void chain(float* P, float* Q, const float* G, long n, float scale, int clip) {
     const vf s = splat(scale);
     for (long at = 0; at < n * PANEL; at += VL) {
-        const vf p = load(P + at), g = load(G + at), M = s * magnitude<MAG>(p);
-        store(P + at, s * slope<MAG>(p) * direction<DIR>(load(Q + at)) * g);
+        const vf p = load(P + at), q = load(Q + at), g = load(G + at), M = s * magnitude<MAG>(p);
+        const vf S = direction<DIR>(q);
+        store(P + at, s * slope<MAG>(p) * S * g);
         vf dQ = g * M;
+        if (DIR == TANH) dQ = dQ * (1.f - S * S);
+        if (DIR == STE && clip == WINDOW) {
+            const vf t = tanh_of(q);
+            dQ = dQ * (1.f - t * t);
+        }
         if (DIR == STE && clip == CHAIN) dQ = clamp1(dQ);
         if (DIR == STE && clip == UPDATE) dQ = clamp1(g) * M;
         store(Q + at, dQ);
@@ -269,10 +296,13 @@ struct Formula {
     void (*chain)(float*, float*, const float*, long, float, int);
 };
 
-const Formula FORMULAS[3][2] = {
-    {{delta<RELU, STE>, chain<RELU, STE>}, {delta<RELU, PRODUCT>, chain<RELU, PRODUCT>}},
-    {{delta<ABS, STE>, chain<ABS, STE>}, {delta<ABS, PRODUCT>, chain<ABS, PRODUCT>}},
-    {{delta<PLAIN, STE>, chain<PLAIN, STE>}, {delta<PLAIN, PRODUCT>, chain<PLAIN, PRODUCT>}},
+template <int MAG, int DIR>
+constexpr Formula formula() { return {delta<MAG, DIR>, chain<MAG, DIR>}; }
+
+const Formula FORMULAS[3][3] = {
+    {formula<RELU, STE>(), formula<RELU, PRODUCT>(), formula<RELU, TANH>()},
+    {formula<ABS, STE>(), formula<ABS, PRODUCT>(), formula<ABS, TANH>()},
+    {formula<PLAIN, STE>(), formula<PLAIN, PRODUCT>(), formula<PLAIN, TANH>()},
 };
 
 float dot(const float* a, const float* b) {  // over one row of a panel

@@ -106,8 +106,16 @@ def _magnitude(P, KIND: tl.constexpr):
 def _direction(Q, KIND: tl.constexpr):
     if KIND == "ste":
         return tl.fma(Q, 0.0, tl.where(Q > 0, 1.0, -1.0))  # Sign(0) = -1; NaN stays NaN
+    elif KIND == "unit-tanh":
+        return _tanh(Q)
     else:
         return Q
+
+
+@triton.jit
+def _tanh(x):
+    """By the sigmoid, and by the series to x^3 where that would cancel."""
+    return tl.where(tl.abs(x) < 0.03, x - x * x * x / 3, 2 * tl.sigmoid(2 * x) - 1)
 
 
 @triton.jit
@@ -244,6 +252,11 @@ def _gradients(
                 V = _clamp(g) * M
             else:
                 V = g * M
+            if DIRECTION == "unit-tanh":
+                V *= 1 - S * S
+            elif CLIP == "unit-window":
+                T = _tanh(Q)
+                V *= 1 - T * T
             U, V = U.to(OPERAND), V.to(OPERAND)
             part_B = _product(U, tl.trans(A_tile.to(OPERAND)), GRADIENT) * s
             part_D = _product(V, tl.trans(C_tile.to(OPERAND)), GRADIENT)
@@ -319,9 +332,14 @@ def _architecture(device: torch.device) -> str | None:
 
 
 def supports(update: Update, dtype: torch.dtype) -> bool:
-    """Whether both passes can do ``update`` for weights of ``dtype``: relu, abs or identity with ste or identity."""
+    """Whether both passes can do ``update`` for weights of ``dtype``: relu, abs or identity with ste, tanh or identity."""
     A, B, C, D = update[:4]
-    if update.magnitude not in ("relu", "abs", "identity") or update.direction not in ("ste", "identity"):
+    if update.magnitude not in ("relu", "abs", "identity") or update.direction not in (
+        "ste",
+        "identity",
+        "tanh",
+        "unit-tanh",
+    ):
         return False
     if C is None or D is None or dtype not in DTYPES:
         return False
