@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import TASKS, Example, commonsense, e2e, encode, load_task
+from duallora.tasks import TASKS, Example, commonsense, e2e, encode, load_data, load_task
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
@@ -135,6 +135,11 @@ def test_llm_adapters_own_mixture_is_what_the_mixture_trains_on(tmp_path, place)
     assert all(task.extract(row.answer, row) == row.references[0] for row in [*train, *validation])
     assert [row.group for row in task.splits["test"]] == ["boolq", "piqa", "piqa"]
     assert f"20 of commonsense_170k.json, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}" in task.source
+    by_path = load_data(str(file))
+    assert {row.prompt for split in ("train", "validation") for row in by_path.splits[split]} == {
+        PROMPT % f"m{i}" for i in range(20)
+    }
+    assert any("LLM-Adapters" in note for note in by_path.notes)
     file.write_text(json.dumps([*rows, item("answer6")]))
     with pytest.raises(DataError, match="unknown answer"):
         load_task("commonsense", data_dir=root)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import chats
+from duallora.tasks import chats, commonsense
 from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import SUFFIXES
 from duallora.tasks.labels import LabelKind, Labels, is_missing, read_labels, trained_labels
@@ -104,6 +104,8 @@ def load_data(
         examples |= _split(examples["train"], eval_fraction, seed, data)
     unused = [column for column in columns if column not in _used(chosen, columns)]
     notes += [f"columns not used: {', '.join(unused)}"] * bool(unused)
+    if chosen == "alpaca" and any(_is_commonsense(row) for _, row, _ in rows):
+        notes.append("rows as in LLM-Adapters' commonsense files: in the prompt of that protocol (docs/evaluation.md)")
     kind: Kind = "generate" if found is None else "classify" if found.classes else "regress"
     metrics = OF_KIND[kind]
     return Task(
@@ -268,8 +270,18 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def _is_commonsense(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one of LLM-Adapters' commonsense files, whose prompt is that of the evaluation."""
+    return isinstance(row.get("answer"), str) and row.get("output") == f"the correct answer is {row['answer']}"
+
+
 def _alpaca(row: Mapping[str, Any], where: str) -> Example:
     extra = "" if row.get("input") is None else _text(row, "input")
+    if _is_commonsense(row):
+        instruction = "\n".join(filter(None, (_text(row, "instruction"), extra)))
+        return _plain_example(
+            row, where, "instruction", "output", commonsense.PROMPT.format_map({"instruction": instruction})
+        )
     context = (
         (", paired with an input that provides further context", f"### Input:\n{extra}\n\n") if extra else ("", "")
     )
