@@ -19,7 +19,13 @@ DISK_WORDS = (
     "os error 28",
     "File too large",
 )
-MEMORY_WORDS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory")
+MEMORY_WORDS = (
+    "out of memory",
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+)
 
 
 class DualLoraError(Exception):

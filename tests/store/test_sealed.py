@@ -158,3 +158,41 @@ def test_a_weight_that_is_not_finite_is_never_saved(tiny_causal_folder, tmp_path
     assert steps(tmp_path) == [2]
     for path in tmp_path.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_trls_trainer_is_as_safe(tiny_causal_folder, tiny_tokenizer, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": f"{i} and 1 are", "completion": f" {i + 1}"} for i in range(24)])
+
+    def fit(output, *callbacks):
+        torch.manual_seed(0)
+        arguments = trl.SFTConfig(
+            str(output), max_steps=STEPS, save_steps=SAVE, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+            disable_tqdm=True, bf16=False, max_length=32, learning_rate=1e-2,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            LlamaForCausalLM.from_pretrained(tiny_causal_folder), arguments, train_dataset=rows, processing_class=tiny_tokenizer,
+            peft_config=duallora.DualLoraConfig(r=2, target_modules=["q_proj"], warmup_steps=3),
+            callbacks=[duallora.SealedCheckpoints(), *callbacks],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=duallora.latest_verified(output))
+        return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+    class Kill(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 2 * SAVE:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    wanted = fit(tmp_path / "straight")
+    pid = os.fork()
+    if not pid:
+        try:
+            fit(tmp_path / "run", Kill())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert steps(tmp_path / "run") == [SAVE, 2 * SAVE]
+    found = fit(tmp_path / "run")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

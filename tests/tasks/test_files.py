@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -368,3 +369,18 @@ def test_fingerprint_is_of_the_rows_and_not_of_their_place(tmp_path):
     assert prints[0] == prints[1]
     lines[2] = lines[2].replace("c2", "c3")
     assert load_data(write(tmp_path / "x.jsonl", "\n".join(lines))).fingerprint("train") != prints[0]
+
+
+def test_a_file_that_may_not_be_read_is_said(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    opened = Path.open
+
+    def refused(self, *args, **kwargs):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
+        load_data(str(path))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from of_runs import equal, weights, without_model_dropout
 
-from duallora.errors import DivergedError, OutOfMemoryError
+from duallora.errors import DivergedError, OutOfMemoryError, is_disk_failure, is_out_of_memory
 from duallora.store import record
 from duallora.train import loop, run
 
@@ -150,3 +150,21 @@ def test_what_a_spike_is():
     # Nothing before ten losses are known, ten times the median, and never below a tenth.
     assert spikes.found == [72, 135]
     assert len(told) == 2
+
+
+def test_steps_without_a_gradient_are_told(make_recipe, console, monkeypatch):
+    plain = loop.RunTrainer.compute_loss
+    monkeypatch.setattr(
+        loop.RunTrainer, "compute_loss",
+        lambda self, *a, **k: plain(self, *a, **k) * (self.state.global_step < 7),
+    )  # fmt: skip
+    result = run.train(make_recipe(NO_DROPOUT), console=console)
+    assert result["metrics"]["steps_without_gradient"] == 3
+    assert "the gradient was 0 in the last 3 steps" in console.file.getvalue()
+
+
+def test_the_systems_words_have_their_own_errors():
+    assert is_out_of_memory(RuntimeError("can't start new thread"))
+    assert is_disk_failure(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 37184 vs 37076"))
+    assert not is_disk_failure(RuntimeError("size mismatch"))
+    assert not is_out_of_memory(RuntimeError("size mismatch"))

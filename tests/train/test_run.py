@@ -197,6 +197,27 @@ def test_other_rows_under_the_same_name_are_refused(make_recipe, console, at, mo
         run.train(recipe, resume="auto", console=console)
 
 
+@pytest.mark.parametrize("change", ["rules", "template"])
+def test_a_tokenizer_changed_in_place_is_refused(make_recipe, console, at, monkeypatch, tmp_path, change):
+    """Though the rows have the same tokens by it: what is generated and saved beside the adapter would be another."""
+    recipe = make_recipe()
+    folder = shutil.copytree(recipe.model.name, tmp_path / "model")
+    recipe = with_model(recipe, folder)
+    at(3, 1, kill_with(signal.SIGINT))
+    with pytest.raises(run.Interrupted):
+        run.train(recipe, console=console)
+    monkeypatch.undo()
+    if change == "rules":
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(
+            text.replace('"merges": []', '"merges": [["Q", "Q"]]').replace('"Q":', '"QQ":200,"Q":', 1)
+        )
+    else:
+        (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(ConfigError, match="tokenizer and chat template: "):
+        run.train(recipe, resume="auto", console=console)
+
+
 def test_a_resume_names_its_checkpoint(make_recipe, console, interrupted, tmp_path, reference):
     folder = tmp_path / "run"
     shutil.copytree(interrupted, folder)

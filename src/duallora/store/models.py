@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from duallora.config import Dtype
-from duallora.errors import ConfigError, DiskError, IntegrityError
+from duallora.errors import ConfigError, DiskError, IntegrityError, is_disk_failure, is_out_of_memory
 from duallora.folders import cache_folder
 from duallora.store import untrusted
 from duallora.store.checkpoint import file_record
@@ -192,6 +192,21 @@ def weights_fingerprint(model: Any) -> str:
     return total.hexdigest()
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 (hex) of what decides the tokens of a text and the text of a chat: vocabulary, rules, marks, template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(rules, dict):  # set anew by each call that cuts or fills
+        rules |= {"truncation": None, "padding": None}
+    facts = [
+        type(tokenizer).__name__,
+        rules,
+        {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _dtype(dtype: Dtype, kind: Kind, config: Any) -> torch.dtype:
     if dtype != "auto":
         return getattr(torch, dtype)
@@ -231,10 +246,14 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
         with _quiet():
             return factory.from_pretrained(source, local_files_only=local or not reachable(), **options)
     except (SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error) or is_disk_failure(error):
+            raise
         raise IntegrityError(
             f"the weights of {name} cannot be read: {_first_line(error)}. Fetch them again."
         ) from error
     except Exception as error:  # whatever the parsers of a stranger's files raise
+        if is_out_of_memory(error):
+            raise
         if "trust_remote_code" in str(error):
             raise IntegrityError(
                 f"{name} brings code of its own (auto_map in its configuration), which is never run here; expected a model "

@@ -38,6 +38,7 @@ class Fingerprints(TypedDict, total=False):
     recipe: str
     data: dict[str, str]  # by split
     base: str  # of the base model's weights
+    tokenizer: str  # and its chat template
     plugins: dict[str, str]
     init_from: str  # of the weights that adapter.init_from names
 

@@ -103,8 +103,11 @@ def _open(path: Path) -> io.BufferedIOBase:
 
     UTF-16 and UTF-32 are known by their byte order mark, the line ends of old Macs by there being no line feed at all.
     """
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     mark, encoding = next((pair for pair in _BYTE_ORDER_MARKS if head.startswith(pair[0])), (b"", "utf-8"))
     if not mark and head.count(0) > len(head) / 8:
         raise DataError(f"{path} looks like UTF-16 without a byte order mark, or is no text: save it as UTF-8")

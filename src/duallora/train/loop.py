@@ -265,6 +265,7 @@ class FiniteGradients(TrainerCallback):
 
     def __init__(self, trainer: RunTrainer):
         self.trainer = trainer
+        self.without = 0  # steps up to now whose gradient was 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
@@ -275,7 +276,9 @@ class FiniteGradients(TrainerCallback):
         trainer.step_loss = sum(loss for loss, _ in told) / len(told)
         trainer.require_finite("loss", trainer.step_loss)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        trainer.require_finite("grad_norm", float(torch.nn.utils.get_total_norm(gradients)))
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        trainer.require_finite("grad_norm", norm)
+        self.without = 0 if norm else self.without + 1
 
 
 class Rollback(Exception):

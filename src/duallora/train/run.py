@@ -38,7 +38,7 @@ from duallora.errors import (
 from duallora.methods.projected import OPTIMIZERS
 from duallora.store import adapters, checkpoint, record
 from duallora.store.lock import locked
-from duallora.store.models import load_model, weights_fingerprint
+from duallora.store.models import load_model, tokenizer_fingerprint, weights_fingerprint
 from duallora.store.positions import positions
 from duallora.store.processes import ALONE, Processes
 from duallora.store.run_folder import Facts, Fingerprints, RunFolder
@@ -253,6 +253,7 @@ class _Run:
             "recipe": fingerprint(recipe),
             "data": {split: task.fingerprint(split) for split in splits if split in task.splits},
             "base": weights_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "plugins": code,
         }
         self.steps, self.lr_warmup = prepare.schedule(recipe, len(self.rows))
@@ -421,7 +422,8 @@ class _Run:
             trainer = self._trainer(stopping)
             show = ShowTraining(self.console, trainer)
             spikes.trainer, spikes.left_out = trainer, self.facts.get("left_out", ())
-            for callback in (FiniteGradients(trainer), spikes, show):
+            finite = FiniteGradients(trainer)
+            for callback in (finite, spikes, show):
                 trainer.add_callback(callback)
             try:
                 trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -443,8 +445,12 @@ class _Run:
         if number is not None:
             raise Interrupted(number, f"stopped after step {trainer.state.global_step} of {self.steps}")
         require_finite(self.method.model, f"step {self.steps}")
+        if finite.without > 1:
+            words = f"the gradient was 0 in the last {finite.without} steps: nothing was learned in them"
+            say(self.console, "warning", f"[yellow]{words}; look at the rows, or lower train.learning_rate[/]")
         found = self.processes.from_main(log.summary)
         found |= {"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}
+        found |= {"steps_without_gradient": finite.without} if finite.without > 1 else {}
         found |= {"spikes": spikes.found} if spikes.found else {}
         found |= {"left_out": left_out} if (left_out := self.facts.get("left_out")) else {}
         seconds, loss = found.get("train_seconds", 0), found.get("train_loss", math.nan)
@@ -680,7 +686,12 @@ class _Run:
         known, ours = previous.get("fingerprints", Fingerprints()), self.fingerprints
         checkpoint.refuse_drift(
             *(
-                {"data": one.get("data"), "base model weights": one.get("base"), "plug-ins": one.get("plugins", {})}
+                {
+                    "data": one.get("data"),
+                    "base model weights": one.get("base"),
+                    "tokenizer and chat template": one.get("tokenizer", ours.get("tokenizer")),
+                    "plug-ins": one.get("plugins", {}),
+                }
                 for one in (known, ours)
             )
         )
