@@ -85,7 +85,7 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
 
     Raises:
         ConfigError: the base model or the method does not allow it; a checkpoint has other tensors than the result.
-        IntegrityError: see `duallora.train.adapters.load_adapter`.
+        IntegrityError: see `duallora.store.adapters.load_adapter`.
     """
     if states[-1].whole:
         return list(_of_whole(states, axis))
