@@ -265,7 +265,7 @@ class Shift(Rule):
 
 
 def test_a_new_method_is_one_file(llama, batch, train, tmp_path):
-    """docs/methods.md: a Rule and a Method; training, saving and loading come with them."""
+    """docs/extending.md: a Rule and a Method; training, saving and loading come with them."""
     toy = Method(
         name="shift", title="Shift", paper="none", equation="W0 x + c", attach=attach, rule=Shift,
         defaults={"dropout": 0.0, "target_modules": ["v_proj"]}, no_merge="it is a bias.",

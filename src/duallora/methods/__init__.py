@@ -1,7 +1,7 @@
 """Every method of the paper's tables behind one call: ``apply(model, MethodSpec("hira", r=32))``.
 
 A method is a :class:`Method` in a file of this package, named once in ``HOME``; one of your own is a :class:`Method`
-given to :func:`add`. docs/methods.md says how.
+given to :func:`add`. docs/extending.md says how.
 """
 
 from __future__ import annotations
