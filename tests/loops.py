@@ -86,7 +86,7 @@ class Net(nn.Module):
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """64 rows: what another network of the same shape says of random tokens, standardised."""
+    """64 rows: what another network of the same shape says of random tokens, standardized."""
     ids = torch.randint(0, 20, (64, 5), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         out = Net(seed=7)(ids)

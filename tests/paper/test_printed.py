@@ -30,7 +30,7 @@ def test_a_mean_that_does_not_follow_from_its_row_carries_a_note(table):
 
 
 def test_the_corrected_figure_of_the_note_gives_the_printed_mean():
-    """RTE 82.4 for LoRA r = 8 on RoBERTa-base: LoRA's own neighbourhood, where 92.0 is 9 points above every other row."""
+    """RTE 82.4 for LoRA r = 8 on RoBERTa-base: LoRA's own neighborhood, where 92.0 is 9 points above every other row."""
     row = next(r for r in printed.rows(2) if (r.model, r.method, r.rank) == ("RoBERTa-base", "LoRA", 8))
     figures = {**row.values, "rte": 82.4}
     mean = figures.pop("average")

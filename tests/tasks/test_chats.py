@@ -89,7 +89,7 @@ def test_turns_without_weight_are_context(tmp_path, key, value):
     example = read(tmp_path, chat({**USER, key: 0}, quiet, USER, {**ANSWER, key: 1}))
     assert example.messages == (USER, {**ANSWER, "content": "wrong", "weight": 0}, USER, ANSWER)
     example = read(tmp_path, chat(USER, ANSWER, USER, quiet))
-    assert example.references == ("a",)  # the last answer that is learnt, not the last that is said
+    assert example.references == ("a",)  # the last answer that is learned, not the last that is said
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

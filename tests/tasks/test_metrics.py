@@ -45,7 +45,7 @@ def test_matthews_is_the_confusion_matrix_formula():
     tp, tn, fp, fn = 3, 2, 1, 1
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert value("matthews", guess, gold) == pytest.approx(100 * expected)
-    assert value("matthews", [1, 1, 1], [1, 0, 1]) == 0.0  # one class only: nothing learnt
+    assert value("matthews", [1, 1, 1], [1, 0, 1]) == 0.0  # one class only: nothing learned
 
 
 def test_the_metrics_of_each_kind_of_data():

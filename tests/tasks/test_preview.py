@@ -67,9 +67,9 @@ def test_the_preview_of_a_chat_is_what_training_reads_and_learns(tmp_path, make_
         shown = [(code, re.sub(r"\s+$", "", text)) for code, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)", body)]
         green = "".join(text for code, text in shown if "32" in code.split(";"))
         dim = "".join(text for code, text in shown if code.split(";")[0] == "2" and "32" not in code.split(";"))
-        learnt = [label for label in encoded["labels"] if label != IGNORE]
+        learned = [label for label in encoded["labels"] if label != IGNORE]
         read = [token for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label == IGNORE]
-        assert green.replace("·", " ").replace(" ", "") == tokenizer.decode(learnt).replace(" ", "")
+        assert green.replace("·", " ").replace(" ", "") == tokenizer.decode(learned).replace(" ", "")
         assert dim.replace("·", " ").replace(" ", "") == tokenizer.decode(read).replace(" ", "")
     text = render(preview(task, tokenizer, rows=1, max_length=999))
     assert "train row 1, sequence 2 of 2" in text

@@ -138,7 +138,7 @@ def test_a_role_that_the_template_skips_is_refused(make_tokenizer):
 
 
 def test_part_of_an_answer_that_the_template_cuts_off_is_refused(make_tokenizer):
-    """Some templates keep of an answer what follows </think>, also where all of it is to be learnt."""
+    """Some templates keep of an answer what follows </think>, also where all of it is to be learned."""
     cuts = CHATML.replace(BODY, "{{ m['content'].split('</think>')[-1] }}")
     tokenizer = make_tokenizer(chat_template=cuts)
     with pytest.raises(DataError, match=r"does not show content of turn 2 \(assistant\)"):
@@ -191,19 +191,19 @@ def test_turns_that_the_template_rewrites_are_trained_as_generation_sees_them(ma
     assert (counts.rows, list(counts.examples)) == (5, [0, 0, 1, 2, 2])
 
 
-def test_a_turn_without_weight_is_read_and_not_learnt(make_tokenizer):
+def test_a_turn_without_weight_is_read_and_not_learned(make_tokenizer):
     tokenizer = make_tokenizer(chat_template=CHATML)
     row = {
         "messages": [user("q1"), says("bad", weight=0), user("q2"), says("good"), user("q3"), says("worse", weight=0)]
     }
     (encoded,) = encode(from_messages(row, ""), tokenizer, max_length=WHOLE)
     plain = [{key: turn[key] for key in ("role", "content")} for turn in row["messages"]]
-    # What follows the last trained turn cannot be learnt from.
+    # What follows the last trained turn cannot be learned from.
     assert texts([encoded], tokenizer) == [(tokenizer.apply_chat_template(plain[:4], tokenize=False), "good<|im_end|>")]
     (whole,) = encode(from_messages(row, ""), tokenizer, max_length=WHOLE, train_on="all")
-    text, learnt = texts([whole], tokenizer)[0]
+    text, learned = texts([whole], tokenizer)[0]
     assert text == tokenizer.apply_chat_template(plain, tokenize=False)
-    assert learnt == text[len("<|im_start|>") :].replace("bad<|im_end|>\n", "").replace("worse<|im_end|>\n", "")
+    assert learned == text[len("<|im_start|>") :].replace("bad<|im_end|>\n", "").replace("worse<|im_end|>\n", "")
     prompt = tokenizer.decode(encode_prompt(from_messages(row, ""), tokenizer, max_length=WHOLE))
     assert prompt.endswith("q2<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(DataError, match=r"turn 2, which has weight 0.*data\.train_on=answer"):
@@ -266,7 +266,7 @@ def test_a_chat_that_begins_with_the_assistant_needs_a_prompt_or_no_weight(make_
 
 
 def test_a_special_token_inside_an_answer_does_not_end_it(make_tokenizer):
-    """Only the mark that ends a turn does; what stands behind another is learnt as well."""
+    """Only the mark that ends a turn does; what stands behind another is learned as well."""
     tokenizer = make_tokenizer(chat_template="{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
                                              "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
     assert trained({"messages": [user("q"), says("a<|im_end|>b")]}, tokenizer) == ["a<|im_end|>b\n</s>"]
@@ -337,11 +337,11 @@ def released() -> list[Path]:
 
 
 def test_templates_of_released_models_train_what_they_write_or_refuse(make_tokenizer):
-    """Of each, five chats: what is read is what transformers renders, what is learnt is what the assistant says."""
+    """Of each, five chats: what is read is what transformers renders, what is learned is what the assistant says."""
     paths = released()
     if not paths:
         pytest.skip("this release of TRL keeps no templates")
-    learnt = refused = 0
+    learned = refused = 0
     for path in paths:
         template = path.read_text()
         tokenizer = make_tokenizer(chat_template=template)
@@ -357,7 +357,7 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
                     continue
             else:
                 encoded = encode(example, tokenizer, max_length=WHOLE)
-            learnt += 1
+            learned += 1
             found = texts(encoded, tokenizer)
             turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in row["messages"]]
             for turn in turns:
@@ -398,8 +398,8 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
                     asked |= {*range(start, stop)}
                 for at, (token, mine, their) in enumerate(zip(marked["input_ids"], own, theirs, strict=False)):
                     assert mine == their or at in asked or tokenizer.decode([token]) == "\n", (path.stem, name, at)
-    assert learnt > 1.5 * refused > 0
-    assert learnt + refused == len(CHATS) * len(paths)
+    assert learned > 1.5 * refused > 0
+    assert learned + refused == len(CHATS) * len(paths)
 
 
 @pytest.mark.pretrained

@@ -84,7 +84,7 @@ def test_dora_scales_whole_kernels():
     torch.testing.assert_close(lengths, layer.duallora_m["default"].detach())
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """Not linear in its weight, with a forward of its own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ class Named(nn.Conv2d):
 
 
 def test_a_subclass_runs_its_own_forward_on_w0_plus_dw():
-    base = Standardised(3, 4, 3)
+    base = Standardized(3, 4, 3)
     want = copy.deepcopy(base)
     _, layer = one_layer(base)
     want.weight.data += layer.get_delta_weight("default")
@@ -114,10 +114,10 @@ def test_a_subclass_runs_its_own_forward_on_w0_plus_dw():
 
 def test_what_a_subclass_cannot_do_is_refused():
     """Its forward is not known to be linear, so dW cannot go beside it."""
-    with pytest.raises(duallora.errors.ConfigError, match=r"Standardised with a forward of its own.*dropout=0\.1"):
-        one_layer(Standardised(3, 4, 3), duallora_dropout=0.1)
+    with pytest.raises(duallora.errors.ConfigError, match=r"Standardized with a forward of its own.*dropout=0\.1"):
+        one_layer(Standardized(3, 4, 3), duallora_dropout=0.1)
     one_layer(Named(3, 4, 3), duallora_dropout=0.1)
-    _, layer = one_layer(Standardised(3, 4, 3), forward="added")
+    _, layer = one_layer(Standardized(3, 4, 3), forward="added")
     with pytest.raises(duallora.errors.ConfigError, match="can only run on W0"):
         layer(torch.randn(1, 3, 5, 5))
 

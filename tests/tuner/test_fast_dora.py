@@ -158,7 +158,7 @@ def test_differentiated_twice():
     theirs = copy.deepcopy(model)
     layers(theirs)[0].lora_variant = {"default": DoraLinearVariant()}
 
-    def penalised(some: nn.Module) -> list[Tensor]:
+    def penalized(some: nn.Module) -> list[Tensor]:
         x = torch.linspace(-1, 1, 126, dtype=torch.float64).view(2, 63).requires_grad_()
         parameters = [p for p in some.parameters() if p.requires_grad]
         first = torch.autograd.grad(some(x).square().sum(), [x, *parameters], create_graph=True)
@@ -166,7 +166,7 @@ def test_differentiated_twice():
 
     assert A.weight.requires_grad
     assert B.weight.requires_grad
-    for ours, want in zip(penalised(model), penalised(theirs), strict=True):
+    for ours, want in zip(penalized(model), penalized(theirs), strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-9)
 
 

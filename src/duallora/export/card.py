@@ -26,7 +26,7 @@ from duallora.store.run_folder import RunFolder
 from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, metrics
 from duallora.terminal import say, shown
 
-# The hub's names of what the built-in models were made from, and their licence there.
+# The hub's names of what the built-in models were made from, and their license there.
 HUB_NAMES = {
     "builtin:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "builtin:minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
@@ -132,7 +132,7 @@ def build(
         data.pop("model_name")
     notes = []
     if license is None:
-        notes.append("no licence is named: choose one with --license (apache-2.0, mit, ...)")
+        notes.append("no license is named: choose one with --license (apache-2.0, mit, ...)")
     if not found:
         notes.append("no data set is named: --dataset org/name if it is on the hub")
     parts = [

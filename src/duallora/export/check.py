@@ -34,7 +34,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 # Initializations that leave the base weights as they are (vllm/lora/peft_helper.py).
 VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_COLOURS = {"ok": "green", "note": "yellow", "failed": "red"}
+_COLORS = {"ok": "green", "note": "yellow", "failed": "red"}
 
 
 class Finding(NamedTuple):
@@ -127,7 +127,7 @@ class _Report:
     def add(self, name: str, status: str, message: str, exit_code: int = 0) -> None:
         finding = Finding(name, status, message, exit_code)
         self.findings.append(finding)
-        self.console.print(f"{name:<9}[{_COLOURS[status]}]{status:<6}[/] {message}", soft_wrap=True)
+        self.console.print(f"{name:<9}[{_COLORS[status]}]{status:<6}[/] {message}", soft_wrap=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Callable[[str], None]]:
@@ -225,7 +225,7 @@ def _model(report: _Report, adapter: str | Path, base: str | None, config: Mappi
         after = merge.probe(model, tokenizer)
         with model.disable_adapter():
             before = merge.probe(model, tokenizer)
-        # A learnt prompt's positions stand before the text's.
+        # A learned prompt's positions stand before the text's.
         after = [new[-old.shape[0] :] for new, old in zip(after, before, strict=True)]
         report.effect = effect = compare(before, after)
         if effect["max"] == 0:

@@ -552,7 +552,7 @@ def _grows(values: Sequence[Any]) -> bool:
 
 
 def _step(values: Sequence[float]) -> float:
-    """The factor between neighbours of a sorted grid, on the average."""
+    """The factor between neighbors of a sorted grid, on the average."""
     return (values[-1] / values[0]) ** (1 / (len(values) - 1))
 
 

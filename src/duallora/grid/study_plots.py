@@ -45,7 +45,7 @@ CAPTIONS = {
     "time": "Processor time of the training steps alone, not of evaluation; where LoRA is in the study, over LoRA's on the same task. "
     "Machines shared with other work blur it.",
     "settings": "Variants that differ in one number, mean over seeds with its 95 % interval; dashed lines are other variants.",
-    "loss": "Loss on the training batches at each variant's best value, the mean over seeds, smoothed over neighbouring steps.",
+    "loss": "Loss on the training batches at each variant's best value, the mean over seeds, smoothed over neighboring steps.",
     "sensitivity": "The line and the filled marks are values on validation rows, the hollow ones on test rows of the same runs, a mark for "
     "each seed; the line joins the seeds that chose. Dotted: the chosen value. Grey: {reference}. A cross on the axis: a run that "
     "diverged.",

@@ -125,7 +125,7 @@ def _deberta() -> dict[str, Variant]:
 
 # MiniLM, 22.7 M parameters. Every value is ours. The pooler, which the sentence model never trained, is trained by every
 # method, as RoBERTa's head (dense, tanh, projection) is in LoRA's scripts. Steps: few enough for two cores, enough for
-# LoRA to learn SST-2 and STS-B. CoLA is hardly learnt in eight hundred steps (LOG.md) and RTE not at all: they
+# LoRA to learn SST-2 and STS-B. CoLA is hardly learned in eight hundred steps (LOG.md) and RTE not at all: they
 # are run because the table has them, and briefly.
 MINI_TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"data.task": "sst2", "data.holdout": 500, "train.max_steps": 150},

@@ -1,7 +1,7 @@
 """Metrics: one `Metric` for each name under which runs record a value, registered here or by the task it belongs to.
 
 Shares, correlations, BLEU, ROUGE-L and METEOR are in percent, as the paper's tables print them. What is not defined (a
-correlation with a constant) is 0, as GLUE's scorers have it: such a model has learnt nothing. scipy and sacrebleu are
+correlation with a constant) is 0, as GLUE's scorers have it: such a model has learned nothing. scipy and sacrebleu are
 imported where a metric needs them: most runs never do, and their import costs each start of a run.
 """
 

@@ -1,6 +1,6 @@
 """What the E2E challenge's scorer computes in Java: Stanford's tokenizer, and METEOR with its table of paraphrases.
 
-Both programs lie in the wheel pycocoevalcap (104 MB, without a licence of its own; METEOR is LGPL, CoreNLP GPL), which
+Both programs lie in the wheel pycocoevalcap (104 MB, without a license of its own; METEOR is LGPL, CoreNLP GPL), which
 is an optional download and no part of this package: ``pip install --no-deps pycocoevalcap==1.2``. Its folder, or
 another of its layout such as that of a checkout of tuetschek/e2e-metrics, may be named by DUALLORA_PYCOCOEVALCAP. Any
 Java runtime from version 8 on does.

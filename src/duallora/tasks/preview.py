@@ -19,7 +19,7 @@ from duallora.tasks.example import Example
 from duallora.tasks.task import Task
 
 TRAINED = "bold green"
-IGNORED = "dim"  # and not grey, to be read on any background
+IGNORED = "dim"  # and not gray, to be read on any background
 # Every other trained token is underlined, so that the borders between them show.
 _ALTERNATING = {True: (TRAINED, f"{TRAINED} underline"), False: (IGNORED, IGNORED)}
 

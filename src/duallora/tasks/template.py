@@ -182,7 +182,7 @@ def _close(found: list[list[Segment]], rest: str) -> None:
 class _Chat:
     """An example's turns, as the template writes the first so many of them.
 
-    ``whole``: all turns count; else those up to the last trained one, since nothing is learnt from what follows it.
+    ``whole``: all turns count; else those up to the last trained one, since nothing is learned from what follows it.
     """
 
     def __init__(self, example: Example, tokenizer: Any, *, whole: bool = False) -> None:

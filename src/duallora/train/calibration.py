@@ -66,13 +66,13 @@ def start_from_gradient(
     # Checkpointing is off with dropout; where training needs it, one row at a time saves the memory instead.
     batch_size = 1 if options.gradient_checkpointing else options.batch_size
     if row_loss is None:
-        learnt = sum(label != IGNORE for row in drawn for label in row["labels"][1:])
+        learned = sum(label != IGNORE for row in drawn for label in row["labels"][1:])
     else:
-        learnt = len(drawn)
+        learned = len(drawn)
 
     def share(model: Any, batch: dict[str, Tensor]) -> Tensor:
         labels = batch.pop("labels")
-        return (row_loss or answer_loss)(model(**batch), labels, torch.tensor(learnt, device=labels.device))
+        return (row_loss or answer_loss)(model(**batch), labels, torch.tensor(learned, device=labels.device))
 
     given = batches(drawn, tokenizer, batch_size, model)
     duallora.init_from_gradient(model, given, share, **GRADIENT_STARTS[recipe.adapter.init])

@@ -193,7 +193,7 @@ def nothing_to_learn(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
 
 
 def has_label(labels: torch.Tensor) -> torch.Tensor:
-    """Which rows of a batch [rows] of class ids or targets are to be learnt."""
+    """Which rows of a batch [rows] of class ids or targets are to be learned."""
     return ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
 
 
@@ -212,8 +212,8 @@ def row_loss(
     kind: Kind, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor, smoothing: float = 0.0
 ) -> torch.Tensor:
     """The share of one micro-batch in the mean loss over the ``num_items_in_batch`` rows of a step."""
-    learnt = has_label(labels)
-    logits, labels = outputs["logits"][learnt].float(), labels[learnt]
+    learned = has_label(labels)
+    logits, labels = outputs["logits"][learned].float(), labels[learned]
     if kind == "classify":
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / num_items_in_batch
     return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum") / num_items_in_batch
