@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from duallora.nn import DualLoraLinear as DualLoraLinear
     from duallora.ops import dual_linear as dual_linear
     from duallora.ops.fold import folded as folded
+    from duallora.store.sealed import SealedCheckpoints as SealedCheckpoints
+    from duallora.store.sealed import latest_verified as latest_verified
     from duallora.tuner import DualLoraConfig as DualLoraConfig
     from duallora.tuner import DualLoraModel as DualLoraModel
     from duallora.tuner import param_groups as param_groups

@@ -2,7 +2,7 @@
 
 ``scale="paper"`` is the paper's own models, data and protocol, as far as they can be known; ``scale="mini"`` is the same
 comparison with a built-in model and local data, on two CPU cores. Each value says where it is from: the paper, a named
-script, or "ours" where nobody printed it. docs/recipes.md tells how to run them.
+script, or "ours" where nobody printed it. docs/paper-tables.md tells how to run them.
 """
 
 from __future__ import annotations

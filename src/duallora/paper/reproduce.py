@@ -228,7 +228,7 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
         soft_wrap=True,
     )
     console.print(
-        "[dim]hours and GB are predictions from counts of products and bytes (docs/recipes.md), not measurements[/]",
+        "[dim]hours and GB are predictions from counts of products and bytes (docs/paper-tables.md), not measurements[/]",
         soft_wrap=True,
     )
 
