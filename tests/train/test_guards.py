@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from of_runs import equal, weights, without_model_dropout
+from transformers import PreTrainedModel
 
 from duallora.errors import DivergedError, OutOfMemoryError, is_disk_failure, is_out_of_memory
 from duallora.store import record
@@ -53,6 +54,20 @@ def test_half_the_rows_at_once_is_the_same_run(error, kind, make_recipe, console
     assert "out of memory: 2 rows at once from here" in console.file.getvalue()
     found, wanted = weights(tmp_path / "run"), weights(tmp_path / "straight")
     assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=0)
+
+
+def test_it_is_also_where_the_models_own_loss_is_a_mean_of_the_rows_at_once(
+    make_recipe, console, hold, tmp_path, monkeypatch
+):
+    """As that of Gemma 3n and 4, which takes no count of the tokens of a step."""
+    monkeypatch.setattr(PreTrainedModel, "accepts_loss_kwargs", False, raising=False)
+    recipe = make_recipe(NO_DROPOUT, "train.batch_size=4", "train.auto_batch=true")
+    run.train(recipe.model_copy(update={"output": str(tmp_path / "straight")}), console=console)
+    hold(1, MemoryError())
+    run.train(recipe, console=console)
+    found, wanted = weights(tmp_path / "run"), weights(tmp_path / "straight")
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=0)
 

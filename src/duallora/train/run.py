@@ -59,6 +59,7 @@ from duallora.train.loop import (
     StopTraining,
     nothing_to_learn,
     row_loss,
+    token_loss,
     training_loss,
 )
 
@@ -509,6 +510,8 @@ class _Run:
             trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(self.folder.tensorboard))))
         if kind != "generate":
             trainer.model_accepts_loss_kwargs = False  # the loss is `row_loss`; the model's forward knows no row count
+        elif not trainer.model_accepts_loss_kwargs:  # its own loss is a mean over the rows at once, not over the step
+            trainer.compute_loss_func = partial(token_loss, recipe.train.label_smoothing)
         if recipe.train.eval_steps and self.held_out:
             trainer.add_callback(LossDuringTraining(trainer, self._held_out_loss, recipe.train.eval_steps))
         return trainer
