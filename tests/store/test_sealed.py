@@ -49,6 +49,15 @@ class Killed(BaseException):
     pass
 
 
+def test_what_an_earlier_attempt_left_is_no_part_of_an_epochs_checkpoint(tiny_causal_folder, tmp_path):
+    stray = tmp_path / "checkpoint-5" / "rng_state_1.pth"
+    stray.parent.mkdir()
+    stray.write_bytes(b"of another run")
+    train(tiny_causal_folder, tmp_path, save_strategy="epoch", gradient_accumulation_steps=2)  # an epoch has 5 steps
+    assert not stray.exists()
+    assert checkpoint.verify(stray.parent) is None
+
+
 @pytest.mark.parametrize("step", [SAVE, 2 * SAVE])
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_save_that_did_not_finish_is_passed_over(step, whole, tiny_causal_folder, tmp_path, monkeypatch, caplog):

@@ -90,6 +90,8 @@ class SealedCheckpoints(TrainerCallback):
                 shutil.rmtree(stale)
             self.processes.barrier()
 
+    on_epoch_end = on_step_end  # where a save is due with save_strategy="epoch"
+
     def on_save(self, args, state, control, model=None, **kwargs):
         folder = self.folder / f"checkpoint-{state.global_step}"
         try:
