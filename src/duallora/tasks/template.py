@@ -16,6 +16,7 @@ import json
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,21 +45,24 @@ def _bounded() -> Iterator[None]:
         return
     import resource
 
-    def stop(*_: Any) -> NoReturn:
-        raise TimeoutError
+    began = time.thread_time()
+
+    def stop(*_: Any) -> None:
+        left = SECONDS - (time.thread_time() - began)
+        if left <= 0:
+            raise TimeoutError
+        signal.setitimer(signal.ITIMER_VIRTUAL, max(left, 1e-3))  # it counts the time of all threads
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = [limit for limit in (held + MEMORY, soft, hard) if limit != resource.RLIM_INFINITY]
-    kept = signal.signal(signal.SIGVTALRM, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    try:
+    with contextlib.ExitStack() as after:  # all of it, also where the time ends in the midst of it
+        after.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+        after.callback(signal.signal, signal.SIGVTALRM, signal.signal(signal.SIGVTALRM, stop) or signal.SIG_DFL)
+        after.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, kept)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class Segment(NamedTuple):
