@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
-from duallora.errors import ConfigError, IntegrityError
+from duallora.errors import ConfigError, IntegrityError, is_out_of_memory
 from duallora.store import untrusted
 from duallora.store.checkpoint import compare_files, file_record
 from duallora.store.models import load_config, load_model, weights_fingerprint
@@ -348,7 +348,9 @@ def own_tokenizer(folder: Path) -> Any:
     untrusted.admit(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
+        if is_out_of_memory(error):
+            raise
         raise IntegrityError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 

@@ -245,15 +245,14 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
     try:
         with _quiet():
             return factory.from_pretrained(source, local_files_only=local or not reachable(), **options)
-    except (SafetensorError, RuntimeError) as error:
-        if is_out_of_memory(error) or is_disk_failure(error):
-            raise
-        raise IntegrityError(
-            f"the weights of {name} cannot be read: {_first_line(error)}. Fetch them again."
-        ) from error
     except Exception as error:  # whatever the parsers of a stranger's files raise
-        if is_out_of_memory(error):
-            raise
+        unread = local and isinstance(error, PermissionError)
+        if is_out_of_memory(error) or (isinstance(error, OSError) and is_disk_failure(error) and not unread):
+            raise  # it says nothing of the model
+        if isinstance(error, (SafetensorError, RuntimeError)):
+            raise IntegrityError(
+                f"the weights of {name} cannot be read: {_first_line(error)}. Fetch them again."
+            ) from error
         if "trust_remote_code" in str(error):
             raise IntegrityError(
                 f"{name} brings code of its own (auto_map in its configuration), which is never run here; expected a model "
