@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import re
 import shutil
+import threading
+import time
 
 import peft
 import pytest
+import torch
 
 import duallora
+from duallora.console import exit_code_for
 from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
-from duallora.store import models, untrusted
+from duallora.store import adapters, models, untrusted
 from duallora.tasks import encode, template
 from duallora.tasks.chats import from_messages
 
@@ -41,10 +47,10 @@ def test_files_are_bounded_by_what_they_hold(folder):
     for name in ("config.json", "chat_template.jinja"):
         kept = (folder / name).read_text()
         (folder / name).write_text(kept + " " * untrusted.MAX_BYTES)
-        with pytest.raises(ConfigError, match=rf"{name} has 1,\d+,\d+ bytes"):
+        with pytest.raises(ConfigError, match=rf"{name} has 16,\d+,\d+ bytes"):
             models.load_model(str(folder), "generate")
         (folder / name).write_text(kept)
-    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " " * 3 * untrusted.MAX_BYTES)
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " " * 2 * untrusted.MAX_BYTES)
     models.load_model(str(folder), "generate")
 
 
@@ -84,6 +90,32 @@ def test_patterns_in_use_are_taken(pattern):
     assert not can_take_for_ever(pattern)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        # How adapters name their modules: one alternative each, parts of a name, all but some, unsloth's.
+        "|".join(rf".*\.{name}_proj" for name in ("q", "k", "v", "o", "up", "down", "gate")),
+        "(" + "|".join(rf".*\.{name}_proj" for name in ("q", "k", "v", "o", "up", "down", "gate")) + ")",
+        r"(?:model\.)?(?:\w+\.)*layers\.\d+\.self_attn\.(q|v)_proj", r"^(?:(?!visual|mtp).)*\.(q_proj|v_proj)$",
+        r"^(?!.*(vision|audio)).*\.(q_proj|k_proj)$", r".*\.layers\.\d+\.(self_attn|mlp)\.(q|k|up)_proj",
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp|ffn|dense).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp)",
+    ],
+)  # fmt: skip
+def test_patterns_of_modules_in_use_are_taken(pattern):
+    assert not can_take_for_ever(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(\w+\.?)*x", r"(\w+\.|\w)*x", "(?=(a+)+$)", "(?x)(a+ # )\n)+", "(a+(?#()b)+",
+        "(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)", "()" * 500_000,
+    ],
+)  # fmt: skip
+def test_patterns_that_hide_their_repeats_are_refused(pattern):
+    assert can_take_for_ever(pattern)
+
+
 def test_ids_beyond_the_vocabulary_are_refused(folder):
     found = json.loads((folder / "tokenizer.json").read_text())
     found["model"]["vocab"]["Q"] = 10**6
@@ -106,6 +138,47 @@ def test_a_template_without_end_is_stopped(tiny_tokenizer, text, monkeypatch):
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     with pytest.raises(IntegrityError, match="do not use this template"):
         encode(from_messages({"messages": chat}, "row 1"), tiny_tokenizer, max_length=64)
+
+
+def test_other_threads_take_nothing_of_a_template_s_time(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 0.1)
+    done, block = threading.Event(), bytes(1 << 24)
+
+    def work():
+        while not done.is_set():
+            hashlib.sha256(block)
+
+    other = threading.Thread(target=work)
+    other.start()
+    try:
+        with template._bounded():
+            time.sleep(1)
+    finally:
+        done.set()
+        other.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), 8), (torch.OutOfMemoryError("CUDA out of memory."), 8), (OSError(errno.ENOSPC, "No space left"), 7),
+        (PermissionError(errno.EACCES, "Permission denied"), 2), (RuntimeError("size mismatch"), 4), (KeyboardInterrupt(), 130),
+    ],
+)  # fmt: skip
+def test_a_machine_that_is_full_is_not_blamed_on_the_model(folder, error, code, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(BaseException) as caught:
+        models.load_config(str(folder))
+    assert exit_code_for(caught.value) == code
+
+
+def test_a_tokenizer_of_a_kind_that_is_not_known_is_refused_by_name(folder):
+    change(folder / "tokenizer.json", model={"type": "Nonsense"})
+    with pytest.raises(IntegrityError, match=r"the tokenizer in .* cannot be read"):
+        adapters.own_tokenizer(folder)
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])

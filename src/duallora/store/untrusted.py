@@ -20,7 +20,7 @@ from typing import Any
 from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, IntegrityError
 
-MAX_BYTES = 1 << 20  # of a configuration, a sidecar, a chat template
+MAX_BYTES = 1 << 24  # of a configuration (quantized experts are named one by one), a sidecar, a chat template
 MAX_VOCABULARY = 1 << 27  # bytes of a file that lists a vocabulary or the tensors of many shards
 MAX_DEPTH = 64
 # What transformers reads beside weights; of an adapter's own files see `read` and adapters.read_sidecar.
