@@ -162,7 +162,8 @@ def test_other_threads_take_nothing_of_a_template_s_time(monkeypatch):
     ("error", "code"),
     [
         (MemoryError(), 8), (torch.OutOfMemoryError("CUDA out of memory."), 8), (OSError(errno.ENOSPC, "No space left"), 7),
-        (PermissionError(errno.EACCES, "Permission denied"), 2), (RuntimeError("size mismatch"), 4), (KeyboardInterrupt(), 130),
+        (PermissionError(errno.EACCES, "Permission denied"), 2), (RuntimeError("size mismatch"), 4),
+        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip archive"), 4), (KeyboardInterrupt(), 130),
     ],
 )  # fmt: skip
 def test_a_machine_that_is_full_is_not_blamed_on_the_model(folder, error, code, monkeypatch):
