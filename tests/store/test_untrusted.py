@@ -191,3 +191,13 @@ def test_a_hostile_pattern_in_an_adapter_hangs_no_loader(field, tiny_causal_fold
     base = models.load_model(str(tiny_causal_folder), "generate")[0]
     with pytest.raises(ConfigError, match="repeats what itself repeats"):
         peft.PeftModel.from_pretrained(base, str(tmp_path))
+
+
+def test_what_comes_from_the_hub_passes_the_same_gate(folder, lay_in_cache):
+    lay_in_cache("org/sound", folder)
+    models.load_model("org/sound", "generate")
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    change(folder / "tokenizer.json", pre_tokenizer=split)
+    lay_in_cache("org/evil", folder)
+    with pytest.raises(ConfigError, match="repeats what itself repeats"):
+        models.load_model("org/evil", "generate")

@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from duallora.config import Dtype
-from duallora.errors import ConfigError, DiskError, IntegrityError, is_disk_failure, is_out_of_memory
+from duallora.errors import ConfigError, DiskError, DualLoraError, IntegrityError, is_disk_failure, is_out_of_memory
 from duallora.folders import cache_folder
 from duallora.store import untrusted
 from duallora.store.checkpoint import file_record
@@ -244,7 +244,20 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
     options = {"revision": revision or "main", "trust_remote_code": False, **options}
     try:
         with _quiet():
+            if not local:  # what is to be parsed comes first, and is looked at before anyone parses it
+                from huggingface_hub import snapshot_download
+
+                kinds = ["*.json", "*.jinja"]
+                untrusted.admit(
+                    Path(
+                        snapshot_download(
+                            source, revision=revision, allow_patterns=kinds, local_files_only=not reachable()
+                        )
+                    )
+                )
             return factory.from_pretrained(source, local_files_only=local or not reachable(), **options)
+    except DualLoraError:
+        raise
     except Exception as error:  # whatever the parsers of a stranger's files raise
         unread = local and isinstance(error, PermissionError)
         if is_out_of_memory(error) or (isinstance(error, OSError) and is_disk_failure(error) and not unread):

@@ -8,6 +8,7 @@ every ``from_pretrained`` of this package has ``trust_remote_code=False``.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -51,8 +52,17 @@ def admit(folder: Path) -> None:
         IntegrityError: a file is no JSON, or not of the kind its name says.
         ConfigError: a file is beyond what such files hold.
     """
-    for path in sorted(folder.glob("*.json")):
-        if path.name not in (*CONFIGURATIONS, *VOCABULARIES) and not path.name.endswith(".index.json"):
+    read = [path for path in folder.glob("*.json") if path.name in (*CONFIGURATIONS, *VOCABULARIES)]
+    templates = [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
+    paths = sorted([*read, *folder.glob("*.index.json"), *templates])
+    _admit(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=64)  # a model is read in three turns: configuration, tokenizer, weights
+def _admit(files: tuple[tuple[Path, int, int], ...]) -> None:
+    for path, _, _ in files:
+        if path.suffix != ".json":
+            _bounded(path)
             continue
         found = json_object(path)
         for pattern in _regular_expressions(found) if path.name == "tokenizer.json" else ():
@@ -61,8 +71,6 @@ def admit(folder: Path) -> None:
                     f"{path} splits text by {pattern[:80]!r}, which repeats what itself repeats and can take for ever; "
                     "do not use this tokenizer"
                 )
-    for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
-        _bounded(path)
 
 
 def _bounded(path: Path) -> None:
