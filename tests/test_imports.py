@@ -180,3 +180,17 @@ def test_public_names_exist():
         assert name in dir(duallora)
     with pytest.raises(AttributeError, match="no attribute 'dual_dleta'"):
         _ = duallora.dual_dleta
+
+
+LONG = {"ops/triton.py: _gradients"}  # a kernel: one pass over its tiles, with nothing to call
+
+
+def test_no_function_has_more_than_sixty_lines_of_body():
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                if body and node.end_lineno - body[0].lineno + 1 > 60:
+                    found.add(f"{path.relative_to(SOURCE)}: {node.name}")
+    assert found == LONG
