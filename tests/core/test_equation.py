@@ -188,3 +188,18 @@ def test_bad_arguments_name_what_does_not_fit(change, message):
     options = {k: arguments.pop(k) for k in ("direction", "ste_clip", "magnitude") if k in arguments}
     with pytest.raises(ValueError, match=message):
         dual_delta(**arguments, scaling=1.0, **options)
+
+
+@pytest.mark.parametrize("kind", [{"direction": "tanh"}, {"ste_clip": "window"}])
+def test_a_row_of_zeros_points_nowhere_and_stays(kind):
+    """Its rms is 0: finite values, and no gradient that another row would have to share."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(size).requires_grad_() for size in ((2, 5), (4, 2), (3, 5), (4, 3))]
+    with torch.no_grad():
+        leaves[3][1] = 0
+    dW = dual_delta(*leaves, 1.0, **kind)
+    gradients = torch.autograd.grad(dW.square().sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[3][1].any()
+    if "direction" in kind:
+        assert not dW[1].any()

@@ -67,10 +67,11 @@ def quantize(Q: Tensor, direction: str) -> Tensor:
 def unit_rows(C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
     """(D', rms): D' = D / rms [out, r2], with which the rows of D' C have the root mean square 1, and rms [out, 1].
 
-    rms_i^2 = d_i (C C^T) d_i^T / in. Differentiable in both; no [out, in] tensor is made.
+    rms_i^2 = d_i (C C^T) d_i^T / in. Differentiable in both; no [out, in] tensor is made. A row of zeros stays one and has
+    no gradient.
     """
     square = ((D @ (C @ C.T)) * D).sum(1, keepdim=True) / C.shape[1]
-    rms = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+    rms = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt().masked_fill(square <= 0, math.inf)
     return D / rms, rms
 
 

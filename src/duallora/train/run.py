@@ -133,6 +133,7 @@ class _Run:
         self.recipe, self.folder, self.console, self.processes = recipe, RunFolder(folder), console, processes
         self.began = False  # whether a training step may have been taken
         self.facts = Facts()
+        self.writer: Any = None  # tensorboard's
         self.init: dict[str, float] = {}  # what start values from data took
         self.notes: dict[str, str] = {}  # on the metrics, by split
         self.findings: list[chance.Finding] = []  # whether they are above chance
@@ -418,10 +419,11 @@ class _Run:
             # Trainer would take one more step here if the last one was not the last of its epoch.
             load_weights(self.method, resume_from)
             return log.summary()
-        self.began, spikes = True, self._spikes()
+        self.began, spikes, rows_at_once = True, self._spikes(), 0
         while True:
             trainer = self._trainer(stopping)
             show = ShowTraining(self.console, trainer)
+            trainer.rows_at_once = rows_at_once
             spikes.trainer, spikes.left_out = trainer, self.facts.get("left_out", ())
             finite = FiniteGradients(trainer)
             for callback in (finite, spikes, show):
@@ -430,6 +432,7 @@ class _Run:
                 trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
                 break
             except Rollback:
+                rows_at_once = trainer.rows_at_once
                 resume_from, _ = checkpoint.newest_verified(self.folder.checkpoints)
                 done = checkpoint.step_of(resume_from) if resume_from else 0
                 if self.processes.main:
@@ -507,7 +510,9 @@ class _Run:
             from torch.utils.tensorboard import SummaryWriter
             from transformers.integrations import TensorBoardCallback
 
-            trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(self.folder.tensorboard))))
+            if self.writer is None:  # one for all that a run goes back to
+                self.writer = SummaryWriter(log_dir=str(self.folder.tensorboard))
+            trainer.add_callback(TensorBoardCallback(self.writer))
         if kind != "generate":
             trainer.model_accepts_loss_kwargs = False  # the loss is `row_loss`; the model's forward knows no row count
         elif not trainer.model_accepts_loss_kwargs:  # its own loss is a mean over the rows at once, not over the step
