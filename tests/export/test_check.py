@@ -202,10 +202,10 @@ def test_deep_and_huge_json_is_refused(mine):
     path = mine / "adapter_config.json"
     path.write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
     assert checking.check(mine)["exit_code"] == 2
-    path.write_text('{"a": "' + "x" * (1 << 20) + '"}')
+    path.write_text('{"a": "' + "x" * untrusted.MAX_BYTES + '"}')
     report = checking.check(mine)
     assert report["exit_code"] == 2
-    assert "1,048" in message(report, "config")
+    assert f"at most {untrusted.MAX_BYTES:,}" in message(report, "config")
     path.write_text("[1, 2]")
     assert checking.check(mine)["exit_code"] == 4
     (mine / "duallora.json").write_text("[" * 100_000)
