@@ -201,3 +201,10 @@ def test_what_comes_from_the_hub_passes_the_same_gate(folder, lay_in_cache):
     lay_in_cache("org/evil", folder)
     with pytest.raises(ConfigError, match="repeats what itself repeats"):
         models.load_model("org/evil", "generate")
+
+
+@pytest.mark.parametrize("length", ["512", {}, [1], True])
+def test_a_length_that_is_no_number_is_refused(folder, length):
+    change(folder / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(ConfigError, match="model_max_length="):
+        models.load_model(str(folder), "generate")

@@ -65,6 +65,9 @@ def _admit(files: tuple[tuple[Path, int, int], ...]) -> None:
             _bounded(path)
             continue
         found = json_object(path)
+        length = found.get("model_max_length") if path.name == "tokenizer_config.json" else None
+        if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float))):
+            raise ConfigError(f"{path}: model_max_length={str(length)[:40]}: expected a number of tokens or null")
         for pattern in _regular_expressions(found) if path.name == "tokenizer.json" else ():
             if can_take_for_ever(pattern):
                 raise ConfigError(
