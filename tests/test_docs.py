@@ -105,3 +105,14 @@ def test_every_python_has_one_pin_for_each_requirement(version):
 def test_readme_names_the_pythons_that_are_resolved_for():
     assert len(VERSIONS) > 1
     assert f"Python {VERSIONS[0]} to {VERSIONS[-1]}" in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_faults_is_that_of_its_record():
+    record = json.loads((ROOT / "results" / "faults.json").read_text())
+    names = runpy.run_path(str(ROOT / "tests" / "faults" / "page.py"))
+    assert names["table"](record) in (ROOT / "docs" / "reliability.md").read_text()
+    assert record["recipe"]["long"]
+    rows = {row["row"]: row for row in record["metrics"]["rows"]}
+    assert len(rows) > 20
+    assert {name: row["lost"] for name, row in rows.items() if row["lost"]} == {"fuzz": 2}  # the page says which
+    assert all(row["tried"] == row["survived"] + row["lost"] for row in rows.values())
