@@ -180,7 +180,9 @@ class Update(NamedTuple):
         return self.direction == "tanh" or (self.direction == "ste" and self.ste_clip == "window")
 
     def unit(self) -> Update:
-        """The same dW, where :attr:`has_unit_rows`, from D / rms instead of D: as the backends take it."""
+        """As the backends take it: where :attr:`has_unit_rows`, the same dW from D / rms instead of D; else itself."""
+        if not self.has_unit_rows:
+            return self
         C, D = self.C, self.D
         assert C is not None
         assert D is not None

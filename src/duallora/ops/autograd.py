@@ -162,7 +162,7 @@ def _gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(W', [dm, dA, dB, dC, dD]): contiguous, in the dtype of what they are gradients of; None of what there is not."""
     m = options["m"]
-    unit = update.unit() if update.has_unit_rows else update
+    unit = update.unit()
     weight, *found, dm = kernel.weight_and_gradients(G, W, unit, **options, norm=None if m is None else norm)
     if unit is not update:
         found[2:] = update.of_unit(unit, *found[2:])
@@ -207,7 +207,7 @@ class _Product(torch.autograd.Function):
         if b is not None and b.dtype != x.dtype:
             b = b.to(x.dtype)
         base = W if merged or m is not None else None
-        unit = update.unit() if update.has_unit_rows else update
+        unit = update.unit()
         weight, norm = build(base, unit, fan_in_fan_out=fan_in_fan_out, dtype=x.dtype, m=m, minus_base=not merged)
         if merged and not fan_in_fan_out:
             y = F.linear(x, weight, b)  # itself, not apply_weight: a frame less for nearly every layer there is
@@ -275,7 +275,7 @@ def _backward(
                 weight, result[2:7] = _gradients(kernel, G, W, update, norm, options)
         if need_dx:
             if weight is None:
-                weight, _ = kernel.build_weight(W, update.unit() if update.has_unit_rows else update, **options)
+                weight, _ = kernel.build_weight(W, update.unit(), **options)
             by_rows = weight.T if fan_in_fan_out else weight
             if keep is None:
                 result[0] = (dY2 @ by_rows).view(x.shape)
@@ -384,7 +384,7 @@ class _Weight(torch.autograd.Function):
     ) -> Any:  # fmt: skip
         """W' in the layout of W (W' - W in the form "delta"); without ``ctx`` (W', norm)."""
         build = pick(how.backend, update, dtype if W is None else W.dtype).build_weight
-        weight, norm = build(W, update.unit() if update.has_unit_rows else update, **_options(how, dtype, m))
+        weight, norm = build(W, update.unit(), **_options(how, dtype, m))
         if ctx is None:
             return weight, norm
         _keep(ctx, None, W, m, norm, update, how)

@@ -73,8 +73,7 @@ class SealedCheckpoints(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self.check_gradients and not args.fp16:
-            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = gradient_norm(model)
             bad = max(not finite for (finite,) in self.processes.all_gather([float(norm - norm == 0)]))
             if bad:
                 raise NonFiniteError(
@@ -108,6 +107,12 @@ class SealedCheckpoints(TrainerCallback):
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
             checkpoint.rotate(self.folder, self.keep, spare=best)
         self.processes.barrier()  # nobody leaves before it is sealed
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    """The norm of all gradients together; NaN or infinite where one of them is."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def require_finite(model: torch.nn.Module, when: str) -> None:

@@ -28,6 +28,7 @@ from duallora.errors import ConfigError, DivergedError, NonFiniteError, is_out_o
 from duallora.methods.projected import over_factors
 from duallora.store.processes import ALONE, Processes
 from duallora.store.run_folder import Log
+from duallora.store.sealed import gradient_norm
 from duallora.tasks import IGNORE
 from duallora.tasks.task import Kind
 from duallora.terminal import progress_bar
@@ -275,8 +276,7 @@ class FiniteGradients(TrainerCallback):
         trainer.pending.clear()
         trainer.step_loss = sum(loss for loss, _ in told) / len(told)
         trainer.require_finite("loss", trainer.step_loss)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = gradient_norm(model)
         trainer.require_finite("grad_norm", norm)
         self.without = 0 if norm else self.without + 1
 

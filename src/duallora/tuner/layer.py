@@ -203,7 +203,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
     def _lengths(self, W: Tensor, update: Update) -> Tensor:
         """|W + dW| [out] by output row."""
         ones, build = torch.ones(self.out_features, device=W.device), pick("auto", update, W.dtype).build_weight
-        unit = update.unit() if update.has_unit_rows else update
+        unit = update.unit()
         return build(W, unit, fan_in_fan_out=self.fan_in_fan_out, dtype=W.dtype, m=ones)[1]
 
     def _base_weight(self) -> Tensor:
