@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import re
+import resource
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ import time
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import duallora
 from duallora.console import exit_code_for
@@ -208,3 +210,27 @@ def test_a_length_that_is_no_number_is_refused(folder, length):
     change(folder / "tokenizer_config.json", model_max_length=length)
     with pytest.raises(ConfigError, match="model_max_length="):
         models.load_model(str(folder), "generate")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("intermediate_size", 2**22), ("vocab_size", 2**25), ("num_hidden_layers", 2**31), ("num_labels", 2**31)],
+)
+@pytest.mark.parametrize("kind", ["generate", "classify"])
+def test_a_model_that_its_weights_do_not_hold_is_refused_before_memory_is_taken(folder, name, value, kind):
+    if name == "num_hidden_layers":
+        change(folder / "config.json", layer_types=None)
+    change(folder / "config.json", **{name: value})
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises((ConfigError, IntegrityError), match=f"{name}=2,?147|but its weights hold"):
+        models.load_model(str(folder), kind)
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
+
+
+def test_what_weights_hold_is_read_from_their_headers(tmp_path):
+    save_file(
+        {"a": torch.zeros(3, 5), "b": torch.zeros((), dtype=torch.bfloat16)}, tmp_path / "model-00001-of-2.safetensors"
+    )
+    save_file({"packed": torch.zeros(7, dtype=torch.uint8)}, tmp_path / "model-00002-of-2.safetensors")
+    assert untrusted.held(tmp_path) == (3, 15 + 1 + 4 * 7)

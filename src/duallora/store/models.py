@@ -8,6 +8,7 @@ a folder any transformers program can load.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -67,6 +68,7 @@ BUILTIN = tuple(_PACKAGES)
 
 _CONVERTED = "smollm2-135m-instruct-bf16-v1"  # a new number whenever the conversion changes
 _CONVERTED_BYTES = 272_000_000  # needed free on the disk
+_SLACK = 1 << 25  # values of buffers and of a head that a checkpoint need not hold
 _MANIFEST = "duallora-manifest.json"
 
 
@@ -116,6 +118,8 @@ def load_model(
             options |= {"num_labels": num_labels, "problem_type": "single_label_classification"}
         # A head trained for another number of classes is drawn anew; a mismatch in the body raises below.
         options["ignore_mismatched_sizes"] = True
+    if Path(source).is_dir():
+        _check_claims(name, Path(source), factory, config)
     model, report = _from_pretrained(factory, name, source, revision, output_loading_info=True, **options)
     _check_body(name, model, report, kind)
     _check_vocabulary(name, model, tokenizer)
@@ -300,6 +304,35 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _check_claims(name: str, folder: Path, factory: Any, config: Any) -> None:
+    """IntegrityError where the configuration asks for more than twice the values that the folder's weights hold.
+
+    What a checkpoint lacks, transformers allocates before it says so; here the model is made without memory.
+    """
+    try:
+        tensors, values = untrusted.held(folder)
+    except (SafetensorError, OSError):  # reading says what is wrong
+        return
+    for key, value in config.to_dict().items():
+        if "layer" in key and isinstance(value, int) and value > max(tensors, 128):
+            raise IntegrityError(
+                f"{name}: its configuration says {key}={value:,}, but its weights are {tensors:,} tensors"
+            )
+    try:
+        with torch.device("meta"), _quiet():
+            model = factory.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception:
+        return
+    claimed = (
+        sum(weight.numel() for weight in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers()) // 4
+    )
+    if claimed > 2 * values + _SLACK:
+        raise IntegrityError(
+            f"{name}: its configuration describes a model of {claimed:,} values, but its weights hold {values:,}; they do not "
+            "belong together"
+        )
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, IntegrityError
 
@@ -29,6 +31,7 @@ CONFIGURATIONS = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
 )  # fmt: skip
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+MAX_LABELS = 1 << 20  # each is given a name before anyone asks for it
 MAX_PATTERNS = 5000
 MAX_PATTERN = 2000  # characters
 SECONDS = 2.0  # for all patterns on all modules
@@ -65,6 +68,9 @@ def _admit(files: tuple[tuple[Path, int, int], ...]) -> None:
             _bounded(path)
             continue
         found = json_object(path)
+        labels = found.get("num_labels") if path.name == "config.json" else None
+        if isinstance(labels, (int, float)) and labels > MAX_LABELS:
+            raise ConfigError(f"{path}: num_labels={str(labels)[:40]}: expected at most {MAX_LABELS:,}")
         length = found.get("model_max_length") if path.name == "tokenizer_config.json" else None
         if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float))):
             raise ConfigError(f"{path}: model_max_length={str(length)[:40]}: expected a number of tokens or null")
@@ -107,6 +113,26 @@ def json_object(path: Path) -> dict[str, Any]:
         if not level:
             return found
     raise ConfigError(f"{path} is nested too deeply for a configuration; do not use it")
+
+
+def held(folder: Path) -> tuple[int, int]:
+    """(tensors, values) that the weights in a model's folder hold, from the headers of its safetensors files alone.
+
+    Packed integers count as two bits a value. Other formats have no such header: a value is then half a byte, and there
+    are as many tensors as a configuration may say.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        files = [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf")]
+        return 1 << 16, sum(2 * path.stat().st_size for path in files)
+    tensors = values = 0
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no iterator)
+                tensor = file.get_slice(name)
+                packed = {"U8": 4, "I8": 4, "I32": 16, "I64": 32}.get(tensor.get_dtype(), 1)
+                tensors, values = tensors + 1, values + packed * math.prod(tensor.get_shape())
+    return tensors, values
 
 
 def _regular_expressions(tokenizer: Mapping[str, Any]) -> list[str]:
