@@ -58,6 +58,7 @@ fmt: $(VENV)/.dev
 
 bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT's methods; wants a quiet machine
 	$(PIP) --editable '.[bench]'
+	$(BIN)/duallora bench host
 	$(BIN)/duallora bench layer
 	$(BIN)/duallora bench step
 	$(BIN)/duallora bench kernel

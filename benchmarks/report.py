@@ -19,7 +19,7 @@ from duallora.bench.store import read
 from duallora.errors import ConfigError, IntegrityError
 from duallora.store import record
 
-NAMES = ("layer", "step", "kernel", "merge")
+NAMES = ("layer", "step", "kernel", "merge", "host")
 QUALITY = "quality"  # written by benchmarks/quality.py: runs, not cells
 GPU = "gpu"  # a folder with the files of a GPU; the others are the CPU's
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>\w+) -->\n).*?(<!-- /bench:(?P=name) -->)", re.DOTALL)
@@ -343,7 +343,7 @@ TABLES: dict[str, Callable[[Results], str | None]] = {
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 
-Results = Mapping[str, Mapping[str, Any]]  # "layer", "step", "kernel", "merge" -> the file's content, {} where absent
+Results = Mapping[str, Mapping[str, Any]]  # the name of a benchmark -> the file's content, {} where absent
 Cells = Iterator[tuple[str, dict[str, Any]]]
 Values = dict[str, float]  # where -> ratio
 
@@ -379,6 +379,8 @@ def cells(results: Results, name: str) -> Cells:
 def words(key: Mapping[str, Any]) -> str:
     """The cell's key for people: ``2048 x 2048, r 16, fp32``; ``bf16, checkpointing``."""
     parts = []
+    if "pass" in key:
+        return str(key["pass"])
     if "width" in key:
         parts.append(f"{key['width']} x {key['tokens']}" if "tokens" in key else str(key["width"]))
         parts.append(f"r {key['rank']}")
@@ -458,6 +460,7 @@ TARGETS: list[tuple[str, float, bool, Callable[[Results], Values]]] = [
     ("peak memory of a step above the model / PEFT LoRA's", 1.02, True, _peaks),
     ("`fast_dora`: SmolLM2 step / PEFT DoRA step", 0.75, True, _over("step", methods.FAST_DORA, methods.DORA)),
     ("`fast_dora`: SmolLM2 step / PEFT LoRA step", 1.15, True, _over("step", methods.FAST_DORA, methods.LORA)),
+    ("host's time of a layer / PEFT LoRA's", 1.2, True, _over("host", methods.EXACT, methods.LORA)),
     ("merge all layers / copy the same weights once", 3, True, _merge),
 ]
 

@@ -175,3 +175,20 @@ def bench_kernel(
         device=device,
         console=console.results,
     )
+
+
+@verb(bench_app, "host")
+def bench_host(
+    rounds: Rounds = 15,
+    seconds: Seconds = 25.0,
+    device: Device = None,
+    output: ResultFile = None,
+) -> dict[str, Any]:
+    """What a layer asks of the host, with next to nothing to compute, beside LoRA, DoRA and the bare layer; a minute.
+
+    [dim]Example:[/]  duallora bench host --rounds 30
+    """
+    output = _target(output, "host")
+    from duallora.bench import host
+
+    return host.bench(output, rounds=rounds, seconds=seconds, device=device, console=console.results)

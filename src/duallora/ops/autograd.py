@@ -168,7 +168,8 @@ def _gradients(
         found[2:] = update.of_unit(unit, *found[2:])
     inputs = [m, *update[:4]]
     return weight, [
-        None if f is None else g.to(f.dtype).contiguous() for g, f in zip([dm, *found], inputs, strict=True)
+        None if f is None else g if g.dtype == f.dtype and g.is_contiguous() else g.to(f.dtype).contiguous()
+        for g, f in zip([dm, *found], inputs, strict=True)
     ]
 
 
@@ -228,6 +229,10 @@ class _Product(torch.autograd.Function):
         return *_product_gradients(ctx, dY), None, None
 
 
+# Past the look at torch.func's transforms, which `product` has taken already.
+_apply_product: Any = super(torch.autograd.Function, _Product).apply
+
+
 def _product_gradients(ctx: Any, dY: Tensor | None) -> list[Tensor | None]:
     """Those of x, W, b, m, A, B, C, D."""
     if dY is None:
@@ -259,7 +264,7 @@ def _backward(
     form, fan_in_fan_out = how.form, how.fan_in_fan_out
     with _no_autocast(x.device.type):
         kernel = pick(how.backend, update, _weight_dtype(x, W))
-        dY2, x2 = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
+        dY2, x2 = (dY, x) if x.ndim == 2 else (dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1]))
         tokens = len(dY2)
         keep = nonzero_rows(dY2)
         if keep is not None:
@@ -278,7 +283,8 @@ def _backward(
                 weight, _ = kernel.build_weight(W, update.unit(), **options)
             by_rows = weight.T if fan_in_fan_out else weight
             if keep is None:
-                result[0] = (dY2 @ by_rows).view(x.shape)
+                dx = torch.mm(dY2, by_rows)
+                result[0] = dx if x.ndim == 2 else dx.view(x.shape)
             else:
                 result[0] = x.new_zeros(tokens, x.shape[-1]).index_copy_(0, keep, dY2 @ by_rows).view(x.shape)
     return result
@@ -293,7 +299,7 @@ def _weight_gradient(dY: Tensor, x: Tensor, tokens: int, how: How) -> Tensor:
     if how.seed is not None and wanted < len(dY):
         chosen, weight = sample(token_weights(x, dY), wanted, int(how.seed))
         dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
-    return x.T @ dY if how.fan_in_fan_out else dY.T @ x
+    return torch.mm(x.t(), dY) if how.fan_in_fan_out else torch.mm(dY.t(), x)
 
 
 def _product_body(x, W, b, m, *fields):
@@ -367,10 +373,11 @@ def product(x: Tensor, W: Tensor | None, b: Tensor | None, m: Tensor | None, upd
     if traced(x):
         return _product_op(x, W, b, m, *flat(update, how))[0]
     update = _as_operators(update)
+    inputs = (x, W, b, m, *update[:4], update, how)
     if not autocast:
-        return _Product.apply(x, W, b, m, *update[:4], update, how)
+        return _apply_product(*inputs) if torch.is_grad_enabled() else _Product.forward(None, *inputs)[0]
     with torch.autocast(x.device.type, enabled=False):
-        return _Product.apply(x, W, b, m, *update[:4], update, how)
+        return _apply_product(*inputs)
 
 
 # -- W' itself -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,6 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAGNITUDES = {"relu": 0, "abs": 1, "identity": 2}
 _DIRECTIONS = {"ste": 0, "identity": 1, "tanh": 2, "unit-tanh": 2}
 _CLIPS = {"chain": 0, "update": 1, "none": 2, "window": 3, "unit-window": 3}
-_FACTORS = ("L1", "R1", "L2", "R2", "L1_0", "R1_0", "L2_0", "R2_0")
 # Elements of [out, in] times ranks below which a second thread costs more than it brings.
 _WORK_PER_THREAD = 1 << 19
 
@@ -40,27 +40,10 @@ class CompilerError(RuntimeError):
     """There is no C++ compiler, or it did not accept the kernel."""
 
 
-class _Job(ctypes.Structure):
-    """``struct Job`` of cpu_kernel.cpp."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("W", "G", "out")]
-        + [(name, ctypes.c_int64) for name in ("rows", "cols")]
-        + [
-            (name, ctypes.c_void_p)
-            for name in (
-                *_FACTORS, "dL1", "dR1", "dL2", "dR2",
-                "row_m", "row_norm", "row_scale", "col_scale", "row_dot", "col_dot", "col_square",
-            )
-        ]
-        + [
-            (name, ctypes.c_int32)
-            for name in (
-                "W_dtype", "G_dtype", "out_dtype", "r1", "r2", "magnitude", "direction", "clip", "minus_base", "threads",
-            )
-        ]
-        + [("scale", ctypes.c_float)]
-    )  # fmt: skip
+# ``struct Job`` of cpu_kernel.cpp: W, G, out; rows, cols; 4 factors, 4 initial ones, 4 gradients, `_LENGTHS`; the numbers.
+_JOB = struct.Struct("@3P2q19P10id")
+_LENGTHS = ("row_m", "row_norm", "row_scale", "col_scale", "row_dot", "col_dot", "col_square")
+_NONE = (0,) * 7
 
 
 def _compiler() -> str:
@@ -137,7 +120,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(_compiled(folder, key) or _compile(compiler, folder, key)))
     except OSError as error:
         raise CompilerError(f"the kernel could not be compiled or loaded: {error}") from error
-    loaded.duallora_run.argtypes, loaded.duallora_run.restype = [ctypes.POINTER(_Job)], None
+    loaded.duallora_run.argtypes, loaded.duallora_run.restype = [ctypes.c_char_p], None
     return loaded
 
 
@@ -164,30 +147,55 @@ def _oriented(factors: Sequence[Tensor | None], fan_in_fan_out: bool) -> list[Te
 
 
 def _run(
-    W: Tensor | None, update: Update, fan_in_fan_out: bool, out: Tensor | None, minus_base: bool, **tensors: Tensor
+    W: Tensor | None,
+    update: Update,
+    factors: Sequence[Tensor],
+    fan_in_fan_out: bool,
+    out: Tensor | None,
+    minus_base: bool,
+    G: Tensor | None = None,
+    gradients: Sequence[Tensor] = (),
+    **lengths: Tensor,
 ) -> None:
-    """One pass of the kernel. ``tensors`` are further fields of the job by name, contiguous."""
-    factors = _oriented(update[:4], fan_in_fan_out)
+    """One pass of the kernel. ``factors``, their ``gradients`` and ``lengths`` by name are contiguous, L1 R1 L2 R2."""
+    L1, R1, _, R2 = factors
     initial = _oriented(update.initial, fan_in_fan_out) if update.initial else ()
-    job = _Job()
-    if W is not None:
-        W = W if W.is_contiguous() else W.detach().contiguous()
-        job.W, job.W_dtype = W.data_ptr(), _DTYPES[W.dtype]
-    if out is not None:
-        job.out, job.out_dtype = out.data_ptr(), _DTYPES[out.dtype]
-    for name, tensor in zip(_FACTORS, (*factors, *initial), strict=False):
-        setattr(job, name, tensor.data_ptr())
-    for name, tensor in tensors.items():
-        setattr(job, name, tensor.data_ptr())
-    if "G" in tensors:
-        job.G_dtype = _DTYPES[tensors["G"].dtype]
-    (job.rows, job.r1), job.cols, job.r2 = factors[0].shape, factors[1].shape[1], factors[3].shape[0]
-    job.scale, job.minus_base = float(update.scaling), minus_base
-    job.magnitude, job.direction = _MAGNITUDES[update.magnitude], _DIRECTIONS[update.direction]
-    job.clip = _CLIPS[update.ste_clip]
-    work = job.rows * job.cols * (job.r1 + job.r2)
-    job.threads = max(1, min(torch.get_num_threads(), work // _WORK_PER_THREAD))
-    library().duallora_run(ctypes.byref(job))
+    if W is not None and not W.is_contiguous():
+        W = W.detach().contiguous()
+    (rows, r1), cols, r2 = L1.shape, R1.shape[1], R2.shape[0]
+    threads = 1
+    if (work := rows * cols * (r1 + r2)) >= 2 * _WORK_PER_THREAD:
+        threads = min(torch.get_num_threads(), work // _WORK_PER_THREAD)
+    job = _JOB.pack(
+        0 if W is None else W.data_ptr(),
+        0 if G is None else G.data_ptr(),
+        0 if out is None else out.data_ptr(),
+        rows,
+        cols,
+        *(factor.data_ptr() for factor in factors),
+        *((factor.data_ptr() for factor in initial) if initial else _NONE[:4]),
+        *((gradient.data_ptr() for gradient in gradients) if gradients else _NONE[:4]),
+        *((lengths[name].data_ptr() if name in lengths else 0 for name in _LENGTHS) if lengths else _NONE),
+        0 if W is None else _DTYPES[W.dtype],
+        0 if G is None else _DTYPES[G.dtype],
+        0 if out is None else _DTYPES[out.dtype],
+        r1,
+        r2,
+        _MAGNITUDES[update.magnitude],
+        _DIRECTIONS[update.direction],
+        _CLIPS[update.ste_clip],
+        minus_base,
+        threads,
+        float(update.scaling),
+    )
+    library().duallora_run(job)
+
+
+def _empty_weight(W: Tensor | None, update: Update, fan_in_fan_out: bool, dtype: torch.dtype) -> Tensor:
+    """Memory for W', contiguous; like W where it can be, which asks the least of the host."""
+    if W is not None and W.dtype == dtype and W.is_contiguous():
+        return torch.empty_like(W)
+    return torch.empty(update.weight_shape(fan_in_fan_out), dtype=dtype, device="cpu")
 
 
 def build_weight(
@@ -200,19 +208,19 @@ def build_weight(
     minus_base: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(W', norm): see :mod:`duallora.ops.recompute`, whose contract this follows."""
-    weight = torch.empty(update.weight_shape(fan_in_fan_out), dtype=dtype, device="cpu")
+    weight, factors = _empty_weight(W, update, fan_in_fan_out, dtype), _oriented(update[:4], fan_in_fan_out)
     if m is None:
-        _run(W, update, fan_in_fan_out, weight, minus_base)
+        _run(W, update, factors, fan_in_fan_out, weight, minus_base)
         return weight, None
     m = m.detach().to(torch.float32).contiguous()
     norm = torch.empty_like(m)
     if not fan_in_fan_out:
-        _run(W, update, False, weight, minus_base, row_m=m, row_norm=norm)
+        _run(W, update, factors, False, weight, minus_base, row_m=m, row_norm=norm)
         return weight, norm
     # An output's weights lie along a column, whose norm is known only after all rows: two passes.
-    _run(W, update, True, None, False, col_square=norm)
+    _run(W, update, factors, True, None, False, col_square=norm)
     norm = norm.sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
-    _run(W, update, True, weight, minus_base, col_scale=m / norm)
+    _run(W, update, factors, True, weight, minus_base, col_scale=m / norm)
     return weight, norm
 
 
@@ -228,19 +236,17 @@ def weight_and_gradients(
     minus_base: bool = False,
 ) -> list[Tensor]:
     """[W', dA, dB, dC, dD, dm]: see :mod:`duallora.ops.recompute`."""
-    shape = update.weight_shape(fan_in_fan_out)
-    weight = torch.empty(shape, dtype=dtype, device="cpu")
-    r1, r2 = update.A.shape[0], update.B.shape[1] if update.D is None else update.D.shape[1]
-    sizes = ((shape[0], r1), (r1, shape[1]), (shape[0], r2), (r2, shape[1]))
-    dL1, dR1, dL2, dR2 = (torch.empty(size, device="cpu") for size in sizes)
+    weight, factors = _empty_weight(W, update, fan_in_fan_out, dtype), _oriented(update[:4], fan_in_fan_out)
+    gradients = dL1, dR1, dL2, dR2 = [torch.empty_like(factor) for factor in factors]
     along = "col" if fan_in_fan_out else "row"
     dora: dict[str, Tensor] = {}
     if m is not None and norm is not None:
         dora = {f"{along}_scale": m.detach().to(torch.float32) / norm, f"{along}_dot": torch.empty_like(norm)}
-    G = G.detach().contiguous()
+    if not G.is_contiguous():
+        G = G.detach().contiguous()
     if G.dtype not in _DTYPES:
         G = G.to(torch.float32)
-    _run(W, update, fan_in_fan_out, weight, minus_base, G=G, dL1=dL1, dR1=dR1, dL2=dL2, dR2=dR2, **dora)
+    _run(W, update, factors, fan_in_fan_out, weight, minus_base, G, gradients, **dora)
     dm = torch.empty(0, device="cpu") if norm is None else dora[f"{along}_dot"] / norm
     if fan_in_fan_out:
         return [weight, dL1.T, dR1.T, dL2.T, dR2.T, dm]

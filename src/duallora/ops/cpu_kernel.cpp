@@ -334,7 +334,7 @@ struct Job {  // mirrored in cpu.py
     int32_t magnitude, direction, clip;
     int32_t minus_base;
     int32_t threads;
-    float scale;
+    double scale;  // taken as a float
 };
 
 }
@@ -374,11 +374,11 @@ void run_rows(Plan& plan, int thread, long first_block, long last_block) {
             prefetch_panel(job.out_dtype, job.out, i0, cols, j0 + PANEL, n);
             product(P, &one.left[i0 * one.r4], one.r4, &one.right[p * one.r4 * PANEL], one.r, n8);
             product(Q, &two.left[i0 * two.r4], two.r4, &two.right[p * two.r4 * PANEL], two.r, n8);
-            formula.delta(V, P, Q, n8, job.scale);
+            formula.delta(V, P, Q, n8, (float)job.scale);
             if (plan.residual) {
                 product(W, &one_0.left[i0 * one_0.r4], one_0.r4, &one_0.right[p * one_0.r4 * PANEL], one_0.r, n8);
                 product(G, &two_0.left[i0 * two_0.r4], two_0.r4, &two_0.right[p * two_0.r4 * PANEL], two_0.r, n8);
-                formula.delta(W, W, G, n8, job.scale);
+                formula.delta(W, W, G, n8, (float)job.scale);
                 for (int at = 0; at < n8 * PANEL; at += VL) store(V + at, load(V + at) - load(W + at));
             }
             if (job.W) {
@@ -428,7 +428,7 @@ void run_rows(Plan& plan, int thread, long first_block, long last_block) {
                         write_row(job.out_dtype, job.out, (i0 + i) * cols + j0, count, V + i * PANEL);
             }
             if (plan.gradients) {
-                formula.chain(P, Q, G, n8, job.scale, job.clip);
+                formula.chain(P, Q, G, n8, (float)job.scale, job.clip);
                 add_left_transposed(&plan.dR1[(thread * panels + p) * one.r4 * PANEL], &one.left[i0 * one.r4], one.r4, P, n);
                 add_left_transposed(&plan.dR2[(thread * panels + p) * two.r4 * PANEL], &two.left[i0 * two.r4], two.r4, Q, n);
                 add_right_transposed(&plan.dL1[i0 * one.r8], one.r8, P, &one.right_t[p * PANEL * one.r8], n8);

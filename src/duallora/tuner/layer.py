@@ -292,7 +292,13 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     def _factors(self, adapter: str) -> list[Any]:
         """[A, B, C, D], parameters; C and D are None with fixed signs."""
-        return [getattr(self._modules[name], adapter, None) for name in self.adapter_layer_names[:4]]
+        modules, found = self._modules, []
+        for name in ("duallora_A", "duallora_B", "duallora_C", "duallora_D"):
+            held: Any = modules[name]
+            # Past torch's look-up, which takes as long as all the rest; FSDP1 puts what it gathers elsewhere.
+            factor = held._parameters.get(adapter)
+            found.append(getattr(held, adapter, None) if factor is None else factor)
+        return found
 
     def _ramp_steps(self, adapter: str) -> int:
         return self.duallora_config[adapter].ramp_steps
@@ -301,7 +307,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         """dW of ``adapter`` at its present gate."""
         config = self.duallora_config[adapter]
         scaling: float | Tensor = self.scaling[adapter]
-        if steps := config.ramp_steps:
+        if config.warmup == "ramp" and (steps := config.warmup_steps):
             scaling = gated(self.scaling[adapter], self.duallora_step[adapter], steps)
             if not torch.compiler.is_compiling():
                 watch_forward(self, adapter)
@@ -508,12 +514,12 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     def _is_resident(self) -> bool:
         """Whether the weight of the base layer is plain, and here."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         return is_ordinary(base.weight) and "_hf_hook" not in vars(base)  # accelerate's offloading
 
     def _is_plain(self) -> bool:
         """Whether the base layer is one whose forward this layer can compute from a weight that is plain and resident."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         return self.computes(base) and self._is_resident() and is_untouched(base)
 
     def _runs_base(self) -> bool:
@@ -550,13 +556,14 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
         The first two need a base weight that is plain and resident, and no dropout.
         """
-        base, plain = self.base_layer, self._is_plain()
+        plain = self._is_plain()
         if self.merged_adapters and any(self.duallora_config[adapter].use_dora for adapter in adapters):
             return "apart"  # DoRA's lengths are those of W0 + dW, not of what is merged
         form = "merged"
         for adapter in adapters:
             wanted = self.duallora_config[adapter].forward
             if wanted == "merged" and not (plain or self._runs_base()):
+                base = self.base_layer
                 raise ConfigError(
                     f"forward='merged' needs a plain resident weight, but the base layer is {type(base).__name__} "
                     f"with a {type(getattr(base, 'weight', None)).__name__}: set forward to 'auto' or 'added'."

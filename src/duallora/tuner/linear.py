@@ -66,7 +66,7 @@ class Linear(DualLoraLayer):
         """y [..., out] for x [..., in]; ``adapter_names`` gives each row of the batch an adapter of its own."""
         adapters = self._acting()
         if adapters and adapter_names is None and not (args or kwargs) and (form := self._form(adapters)) != "apart":
-            base = self.base_layer
+            base: Any = self._modules["base_layer"]
             if len(adapters) == 1:
                 (adapter,) = adapters
                 m = self.duallora_m[adapter] if self.duallora_config[adapter].use_dora else None
