@@ -196,7 +196,8 @@ def main() -> None:
     arguments = parser.parse_args()
     started, every, done = time.time(), cells(), {}
     before = record.read_json(arguments.output) if arguments.output and arguments.output.is_file() else {}
-    if before.get("commit") == record.git_state(Path(__file__).parent)["commit"]:
+    state = record.git_state(Path(__file__).parent)  # before the record itself is what has changed
+    if before.get("commit") == state["commit"]:
         done = {key(cell): cell for cell in before["cells"] if cell["ok"]}
     chosen = [cell for cell in every if "/".join(key(cell)).startswith(arguments.only) and key(cell) not in done]
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("fork")) as pool:
@@ -209,7 +210,7 @@ def main() -> None:
                 counts = {"cells": len(every), "ok": sum(cell["ok"] for cell in in_order)}
                 recipe = {"steps": STEPS, "stopped_after": 1, "sizes": SIZES, "changed": CHANGED, "ranks_changed": []}
                 found = record.result("stand_ins", recipe, counts, seeds=[0], started=started, cells=in_order)
-                record.write_json(arguments.output, found)
+                record.write_json(arguments.output, {**found, **state})
     failed = sum(not cell["ok"] for cell in done.values())
     print(f"{len(done)} of {len(every)} cells, {failed} failed")
     sys.exit(bool(failed))
