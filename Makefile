@@ -66,7 +66,7 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.docs    ## the site, into site/
-	$(BIN)/zensical build --clean
+	$(BIN)/zensical build --clean --strict
 
 lock: $(VENV)/.tools   ## requirements.lock: what CI installs, every file by its SHA-256, for each Python and platform
 	$(VENV)/tools/bin/uv pip compile --no-config --quiet --universal --generate-hashes --python-version 3.10 \

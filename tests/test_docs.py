@@ -116,3 +116,18 @@ def test_the_table_of_faults_is_that_of_its_record():
     assert len(rows) > 20
     assert {name: row["lost"] for name, row in rows.items() if row["lost"]} == {"fuzz": 2}  # the page says which
     assert all(row["tried"] == row["survived"] + row["lost"] for row in rows.values())
+
+
+def test_every_message_that_is_explained_is_one_that_is_printed():
+    """As the source has it, put together where a line breaks."""
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(quoted) > 10
+    assert [message for message in quoted if message not in source and not message.startswith("KeyError")] == []
+
+
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
