@@ -69,7 +69,8 @@ def test_no_run_of_the_robustness_table_is_at_chance_and_the_page_shows_it():
     for row in facts["rows"]:
         if row["method"] == "duallora":
             then = {k: v for k, v in row["recipe"]["adapter"].items() if k not in ("options", "gradient_tokens_by")}
-            assert then == defaults.adapter.model_dump()
+            now = defaults.adapter.model_dump()  # which may have gained settings since
+            assert then == {name: now[name] for name in then}
             for name in ("learning_rate", "lr_warmup_ratio", "lr_warmup_steps", "batch_size", "optimizer"):
                 assert row["recipe"]["train"][name] == getattr(defaults.train, name), (row["task"], name)
 

@@ -78,6 +78,9 @@ class Settings:
     target_modules: list[str] | str | None = setting(
         None, 'Modules to adapt: "all-linear", a list of name endings, or one regular expression (PEFT).'
     )
+    target_parameters: list[str] | None = setting(
+        None, "Fused experts to adapt, 3-d parameters by the ends of their names, such as experts.down_proj (PEFT)."
+    )
     exclude_modules: list[str] | str | None = setting(None, "Modules to leave out, written as target_modules (PEFT).")
     modules_to_save: list[str] | None = setting(
         None, "Modules trained in full and saved with the adapter, such as a new head (PEFT)."
@@ -174,6 +177,15 @@ def contradictions(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]
         )
     if values.get("warmup") == "residual" and values.get("direction") == "fixed":
         yield f'{say("warmup")} is not defined for {say("direction")}: use {prefix}warmup = "ramp"'
+    if values.get("target_parameters"):
+        for name, odd in (
+            ("use_dora", True), ("duallora_dropout", values.get("duallora_dropout")), ("forward", "added"), ("direction", "fixed"),
+        ):  # fmt: skip
+            if odd and values.get(name) == odd:
+                yield (
+                    f"{prefix}target_parameters cannot have {say(name)}: the experts' own forward runs on W0 + dW, one for "
+                    f"each; leave {prefix}{name} at its default, or train without {prefix}target_parameters"
+                )
     if values.get("layers_to_transform") is not None and isinstance(values.get("target_modules"), str):
         yield (
             f"{prefix}layers_to_transform needs {prefix}target_modules as a list of names, such as [q_proj, v_proj]; it is "

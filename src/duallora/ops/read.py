@@ -8,6 +8,7 @@ device or the shape alone, though, so W0 + dW is built when an operator takes it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,6 +44,40 @@ class ReadWeight(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"W0 + dW of {tuple(self.shape)}, built when it is used"
+
+
+class _ReadExperts(ReadWeight):
+    """Of [experts, ...]: ``build()`` is asked for once, and for ``self[e]`` with a number e ``build_one(e)`` instead."""
+
+    build_one: Callable[[int], Tensor]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(read := args[0], _ReadExperts):
+            index = args[1]
+            if (
+                isinstance(index, Tensor)
+                and index.dim() == 0
+                and not index.is_floating_point()
+                and index.dtype != torch.bool
+            ):
+                index = int(index)
+            if type(index) is int:
+                return read.build_one(index)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def read_experts(W: Tensor, build_one: Callable[[int], Tensor]) -> Tensor:
+    """As :func:`read_weight`, for weights [experts, ...] of which a forward may take few; ``build_one(e)`` is one expert's."""
+
+    def build() -> Tensor:
+        return torch.stack([build_one(e) for e in range(len(W))])
+
+    if torch.compiler.is_compiling():
+        return build()
+    read = W.detach().as_subclass(_ReadExperts)
+    read.W, read.build, read.build_one = W, cache(build), build_one
+    return read
 
 
 def read_weight(W: Tensor, build: Callable[[], Tensor]) -> Tensor:

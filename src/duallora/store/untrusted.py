@@ -192,7 +192,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers_pattern"), (_is_text_or_names, "a pattern or a list of names")
     ),
-    "modules_to_save": (_is_names, "a list of module names or null"),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (_is_names, "a list of names or null")),
     **dict.fromkeys(
         ("rank_pattern", "alpha_pattern"), (lambda value: isinstance(value, dict), "an object of patterns")
     ),
@@ -271,7 +271,7 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 def _patterns(config: Mapping[str, Any]) -> list[str]:
     """Every string that PEFT reads as a regular expression, and every module name in a list."""
     found: list[str] = []
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
         value = config.get(name)
         found += (
             [str(item) for item in value]

@@ -21,6 +21,7 @@ from duallora.tasks.task import Kind
 FREE = frozenset({
     "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_version", "revision", "task_type",
     "bias", "exclude_modules", "layers_pattern", "layers_to_transform", "r", "r1", "r2", "rank_pattern", "target_modules",
+    "target_parameters",
     "dropout", "duallora_dropout", "lora_dropout", "module_dropout", "vera_dropout", "randlora_dropout", "hira_dropout",
     "backend", "direction_init_std", "forward", "gradient_tokens", "init_seed", "init_std",
     "init_weights", "init_lora_weights", "ste_clip", "warmup_steps",

@@ -80,6 +80,8 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     kinds: tuple[type[nn.Module], ...]  # of base layers
     forwards: tuple[Any, ...]  # of them: what the layer computes itself
+    weight_name = "weight"  # of the base layer's parameter that dW is added to
+    matrices = 1  # [out, in] that it holds
 
     base_layer: Any  # of any library
     duallora_A: nn.ParameterDict
@@ -174,7 +176,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
             getattr(self, name)[adapter_name] = nn.Parameter(factor)
         if not fixed and self.in_features * self.out_features <= DEAD_CHECK_ELEMENTS and config.magnitude == "relu":
             A, B = factors[:2]
-            if not (B @ A > 0).any():
+            if not (B @ A > 0).flatten(-2).any(-1).all():
                 warnings.warn(
                     f"{module_name} [{self.out_features} x {self.in_features}]: ReLU(B A) is zero everywhere at the "
                     "start, so this layer cannot learn. Use a larger r1, or another init_seed.",
@@ -213,8 +215,9 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         if isinstance(before, dict):
             return quantized.read_held(base, before)
         if before is not None:
-            return before.to(base.weight.device, base.weight.dtype)
-        return base.weight if quantized.storage(base) is None else quantized.read(base)
+            held = getattr(base, self.weight_name)
+            return before.to(held.device, held.dtype)
+        return getattr(base, self.weight_name) if quantized.storage(base) is None else quantized.read(base)
 
     def _matrix(self, W: Tensor) -> Tensor:
         """The base weight as the matrix [out, in] ([in, out] with ``fan_in_fan_out``) that dW is added to."""
@@ -351,8 +354,11 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
         Of a base layer that is quantized, sharded or offloaded it is the stored one, without any dW.
         """
+        return self._weight_to_read()
+
+    def _weight_to_read(self) -> Tensor:
         base: Any = self.get_base_layer()
-        W = base.qweight if hasattr(base, "qweight") else base.weight  # as PEFT's; GPTQ and its like
+        W = base.qweight if hasattr(base, "qweight") else getattr(base, self.weight_name)  # PEFT's; GPTQ and its like
         adapters = self._acting()
         if not adapters or not is_ordinary(W):
             return W
@@ -460,11 +466,13 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
             before = quantized.hold(base) if before is None else before
             loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantize)
         else:
-            before = base.weight.data.cpu() if before is None else before
+            held = getattr(base, self.weight_name)
+            before = held.data.cpu() if before is None else before
             if self.shares_weight and not self._tied_weight:  # the other layer keeps what both had
-                self._tied_weight.append(base.weight)
-                base.weight = nn.Parameter(torch.empty_like(base.weight), requires_grad=base.weight.requires_grad)
-            _put(base.weight, merged)
+                self._tied_weight.append(held)
+                held = nn.Parameter(torch.empty_like(held), requires_grad=held.requires_grad)
+                setattr(base, self.weight_name, held)
+            _put(held, merged)
         self._base_weight_before_merge = before
         self.merged_adapters = [*self.merged_adapters, *names]
         if loss is not None:
@@ -481,23 +489,28 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         if isinstance(before, dict):
             quantized.put_back(base, before)
         elif self._tied_weight:
-            own, tied = base.weight, self._tied_weight.pop()
+            own, tied = getattr(base, self.weight_name), self._tied_weight.pop()
             _put(tied, tied.data.to(own.device, own.dtype))  # in case the model was cast or moved while merged
-            base.weight = tied
+            setattr(base, self.weight_name, tied)
         else:
-            _put(base.weight, before)
+            _put(getattr(base, self.weight_name), before)
         self._base_weight_before_merge = None
         self.merged_adapters = []
 
     def fold(self, shared: Container[int]) -> None:
         """Merge the active adapters where the forward computes with W0 + dW anyway."""
-        names, base = self._acting(), self.base_layer
-        if self.merged or not names or not self._is_plain() or self._form(names) != "merged":
+        names = self._acting()
+        if self.merged or not names or not self._folds(names):
             return
-        if base.weight.numel() == self.out_features * self.in_features:  # else a shard of it is here (FSDP)
-            self.shares_weight = self.shares_weight or id(base.weight) in shared
+        held = getattr(self.get_base_layer(), self.weight_name)
+        if held.numel() == self.matrices * self.out_features * self.in_features:  # else a shard of it is here (FSDP)
+            self.shares_weight = self.shares_weight or id(held) in shared
             self._merge(names)
             self._folded = True
+
+    def _folds(self, adapters: list[str]) -> bool:
+        """Whether the forward would use the very W0 + dW that merging writes."""
+        return self._is_plain() and self._form(adapters) == "merged"
 
     def unfold(self) -> None:
         """Take out what :meth:`fold` merged."""

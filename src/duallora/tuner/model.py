@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import peft
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -20,10 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from duallora import ties
 from duallora.core.gate import warn_never_trained
 from duallora.errors import ConfigError
-from duallora.tuner import quantized
+from duallora.tuner import experts, quantized
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.conv import Conv
 from duallora.tuner.embedding import Embedding
+from duallora.tuner.experts import Experts
 from duallora.tuner.layer import DualLoraLayer
 from duallora.tuner.linear import Linear
 
@@ -44,8 +46,17 @@ class DualLoraModel(BaseTuner):
     tuner_layer_cls = DualLoraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(*args, **kwargs)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: Any = self.peft_config[adapter_name]
+        with warnings.catch_warnings():
+            if config.target_parameters:  # PEFT 0.21 looks for the patterns among modules alone
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.target_parameters:
+            names = [layer.module_name for layer in self._layers() if adapter_name in layer.duallora_config]
+            for key in {*config.rank_pattern, *config.alpha_pattern}:
+                if not any(get_pattern_key([key], name) == key for name in names):
+                    warnings.warn(f"{key!r} in rank_pattern or alpha_pattern matches no adapted layer.", stacklevel=2)
         self._adapt_everywhere()
         self._find_shared_weights()
 
@@ -56,14 +67,18 @@ class DualLoraModel(BaseTuner):
             held = [p for p in module._parameters.values() if p is not None]
             users.update(id(parameter) for parameter in [*held, *getattr(module, "_tied_weight", ())])
         for layer in self._layers():
-            layer.shares_weight = users[id(getattr(layer.get_base_layer(), "weight", None))] > 1
+            layer.shares_weight = users[id(getattr(layer.get_base_layer(), layer.weight_name, None))] > 1
 
     def _adapt_everywhere(self) -> None:
         """A module that stands in several places of the model, be it in a list, is one layer in all of them."""
-        layers = {layer.base_layer: layer for layer in self._layers()}
+        layers: dict[nn.Module, DualLoraLayer] = {}
+        for layer in self._layers():  # of layers around each other the outer one first
+            layers.setdefault(layer.get_base_layer(), layer)
         for module in list(self.model.modules()):
+            if isinstance(module, DualLoraLayer):
+                continue
             for name, child in module._modules.items():
-                if child in layers and module is not layers[child]:
+                if child in layers:
                     module._modules[name] = layers[child]
         ties.put_in_containers(self.model, layers)
 
@@ -92,7 +107,8 @@ class DualLoraModel(BaseTuner):
             super()._check_tied_modules(model, peft_config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        self._check_target_parameters(peft_config)
+        if peft_config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND and not peft_config.target_parameters:
             _warn_of_experts(self.model)
         trained = peft_config.bias != "none" and not peft_config.inference_mode
         if trained and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
@@ -100,7 +116,35 @@ class DualLoraModel(BaseTuner):
                 f"PEFT {peft.__version__} does not save the biases of bias={peft_config.bias!r}, so they would be trained "
                 "and lost: upgrade to peft >= 0.21, or set bias='none' and name the modules in modules_to_save."
             )
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_target_parameters(self, peft_config: Any) -> None:
+        """Before anything is changed. A layer's name in a file tells which it is around, so all adapters have the same."""
+        if not peft_config.target_parameters:
+            return
+        found = {f"{name}.{key}" for name, _, key in experts.targets(self.model, peft_config.target_parameters)}
+        there = {layer.module_name for layer in self._layers() if isinstance(layer, Experts)}
+        if there and found != there:
+            raise ConfigError(
+                f"target_parameters reaches {', '.join(sorted(found ^ there))} in one adapter of this model and not in "
+                "another: give all of them the same target_parameters."
+            )
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Replaces PEFT's, which knows LoRA's layer for parameters alone; returns the names of those adapted."""
+        found = experts.targets(model, peft_config.target_parameters)
+        for name, _, key in found:
+            parent, _, target_name = name.rpartition(".")
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config, adapter_name, model.get_submodule(name), target_name, model.get_submodule(parent),
+                    current_key=f"{name}.{key}", parameter_name=key,
+                )  # fmt: skip
+        return [f"{name}.{key}" for name, _, key in found]
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -179,11 +223,6 @@ class DualLoraModel(BaseTuner):
         parameter_name: str | None = None,
         **_: Any,
     ) -> None:
-        if parameter_name is not None:
-            raise ConfigError(
-                f"{current_key!r} is a parameter of a {type(target).__name__}, not a module; Dual LoRA adapts modules. "
-                "Take it out of the targets."
-            )
         rank_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
         alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
         r1, r2 = peft_config.ranks(rank_key)
@@ -191,11 +230,18 @@ class DualLoraModel(BaseTuner):
             "config": peft_config, "r1": r1, "r2": r2,
             "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha), "module_name": current_key,
         }  # fmt: skip
-        if isinstance(target, DualLoraLayer):
-            target.update_layer(adapter_name, **arguments)
+        layer: Any = target
+        while isinstance(layer, Experts) and layer.weight_name != parameter_name:
+            layer = layer.base_layer
+        if isinstance(layer, DualLoraLayer):
+            layer.update_layer(adapter_name, **arguments)
             return
         base_layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        new_module = _layer_class(base_layer, current_key, peft_config)(target, adapter_name, **arguments)
+        new_module: DualLoraLayer
+        if parameter_name is not None:
+            new_module = Experts(target, adapter_name, parameter_name, **arguments)
+        else:
+            new_module = _layer_class(base_layer, current_key, peft_config)(target, adapter_name, **arguments)
         new_module.requantize = quantized.requantizer(self.model)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
@@ -313,7 +359,8 @@ def _warn_of_experts(model: nn.Module) -> None:
     if names:
         warnings.warn(
             f"target_modules='all-linear' does not reach the experts of this model: {len(names)} fused parameters such as "
-            f"{names[0]!r} stay as they are, and so does what they learned. Attention and other linear layers are adapted.",
+            f"{names[0]!r} stay as they are, and so does what they learned. Attention and other linear layers are adapted. Name them in "
+            "target_parameters, such as ['experts.down_proj'], to adapt them too.",
             stacklevel=2,
         )
 
@@ -330,13 +377,15 @@ def _tensors(
         copies = getattr(module, "modules_to_save", {})
         active = [adapter for adapter in module.active_adapters if adapter in copies]
         module = module.original_module if merged is None or not active else copies[active[0]]
-    layer = module if isinstance(module, DualLoraLayer) else None
-    module = layer.get_base_layer() if layer else module
+    layers: dict[str, DualLoraLayer] = {}
+    while isinstance(module, DualLoraLayer):
+        layers[module.weight_name] = module
+        module = module.base_layer if isinstance(module, Experts) else module.get_base_layer()
     for _, key, tensor in ties.slots(module):
-        identity = id(tensor)
-        if layer and key == "weight" and merged is None:
+        identity, layer = id(tensor), layers.get(key)
+        if layer and merged is None:
             identity = id(layer._tied_weight[0]) if layer._tied_weight else identity
-        elif layer and key == "weight" and layer in merged:  # type: ignore[operator]
+        elif layer and layer in merged:  # type: ignore[operator]
             identity = id(layer)
         yield f"{name}{key}", identity
     for key, child in module._modules.items():
