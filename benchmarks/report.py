@@ -446,6 +446,14 @@ def _against(rival: str) -> Callable[[Results], Values]:
     )
 
 
+def _fast_peft(results: Results) -> Values:
+    def only(key: dict) -> bool:
+        return (key["dtype"], key["width"], key["tokens"]) == ("float32", 2048, 2048)
+
+    names = {"HiRA": methods.FAST_HIRA, "LoHa": methods.FAST_LOHA}
+    return _both(*((name, _over("layer", one, methods.LORA, only)) for name, one in names.items()))(results)
+
+
 _LAYER = "layer, {}, n >= 2048, d = k >= 1024, r = 16: time / three GEMMs"
 _STEP = "SmolLM2 step / PEFT LoRA step, {}"
 # what, limit, whether the limit itself will do, how it is measured
@@ -460,6 +468,7 @@ TARGETS: list[tuple[str, float, bool, Callable[[Results], Values]]] = [
     ("peak memory of a step above the model / PEFT LoRA's", 1.02, True, _peaks),
     ("`fast_dora`: SmolLM2 step / PEFT DoRA step", 0.75, True, _over("step", methods.FAST_DORA, methods.DORA)),
     ("`fast_dora`: SmolLM2 step / PEFT LoRA step", 1.15, True, _over("step", methods.FAST_DORA, methods.LORA)),
+    ("`fast_peft`: layer of PEFT's HiRA, LoHa / PEFT LoRA, fp32, 2048 x 2048", 1.5, True, _fast_peft),
     ("host's time of a layer / PEFT LoRA's", 1.2, True, _over("host", methods.EXACT, methods.LORA)),
     ("merge all layers / copy the same weights once", 3, True, _merge),
 ]

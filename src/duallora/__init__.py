@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from duallora.tuner import DualLoraModel as DualLoraModel
     from duallora.tuner import param_groups as param_groups
     from duallora.tuner.fast_dora import fast_dora as fast_dora
+    from duallora.tuner.fast_peft import fast_peft as fast_peft
     from duallora.tuner.gradient_start import init_from_gradient as init_from_gradient
     from duallora.tuner.quantized import dequantize as dequantize
 
@@ -39,6 +40,7 @@ _HOME = {
     "dual_delta": "duallora.core.equation",
     "dual_linear": "duallora.ops",
     "fast_dora": "duallora.tuner.fast_dora",
+    "fast_peft": "duallora.tuner.fast_peft",
     "folded": "duallora.ops.fold",
     "gate": "duallora.core.gate",
     "init_from_gradient": "duallora.tuner.gradient_start",

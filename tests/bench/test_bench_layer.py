@@ -32,7 +32,7 @@ def test_a_cell_holds_every_competitor_with_its_parameters_times_and_ratios(dtyp
     found = cell["methods"]
     expected = {methods.FLOOR, methods.LORA, methods.DORA, methods.HIRA, methods.EXACT, methods.PLAIN}
     expected |= {methods.DUAL_DORA, methods.FAST_DORA, methods.sampled(0.25), methods.sampled(0.125)}
-    expected |= {"duallora recompute", "duallora added", "peft loha", "peft randlora"}
+    expected |= {"duallora recompute", "duallora added", methods.LOHA, "peft randlora"}
     expected |= {methods.LORA_OWN} if dtype == "bfloat16" else set()
     assert expected <= set(found)
     for name, method in found.items():
@@ -49,7 +49,7 @@ def test_parameters_are_equal_but_for_a_vector_and_the_nearest_rank():
     found = layer.measure(width, 7, rank, "float32", rounds=3, seconds=60, device=CPU)["methods"]
     parameters = {name: method["parameters"] for name, method in found.items()}
     equal = 2 * rank * (width + width)
-    for name in (methods.LORA, methods.HIRA, methods.EXACT, methods.PLAIN, "peft loha"):
+    for name in (methods.LORA, methods.HIRA, methods.EXACT, methods.PLAIN, methods.LOHA):
         assert parameters[name] == equal, name
     for name in (methods.DORA, methods.FAST_DORA, methods.DUAL_DORA):
         assert parameters[name] == equal + width, name

@@ -14,9 +14,10 @@ import peft
 import torch
 from torch import nn
 
-from duallora import DualLoraConfig, fast_dora
+from duallora import DualLoraConfig, fast_dora, fast_peft
 
-LORA, DORA, HIRA = "peft lora", "peft dora", "peft hira"
+LORA, DORA, HIRA, LOHA = "peft lora", "peft dora", "peft hira", "peft loha"
+FAST_HIRA, FAST_LOHA = "fast_peft of hira", "fast_peft of loha"
 LORA_OWN = "peft lora, factors in the base's dtype"
 EXACT, PLAIN, FAST_DORA, DUAL_DORA = "duallora", "plain autograd", "fast_dora", "duallora dora"
 FLOOR = "three GEMMs"
@@ -66,7 +67,10 @@ def layer_methods(rank: int, targets: Targets, dtype: torch.dtype, width: int) -
     found = methods(rank, targets, dtype)
     found["duallora recompute"] = dual(rank, targets, backend="recompute")
     found["duallora added"] = dual(rank, targets, forward="added")
-    found["peft loha"] = Method(peft.LoHaConfig(r=rank, target_modules=targets))
+    found[LOHA] = Method(peft.LoHaConfig(r=rank, target_modules=targets))
+    found[FAST_LOHA] = Method(found[LOHA].config, finish=fast_peft)
+    if HIRA in found:
+        found[FAST_HIRA] = Method(found[HIRA].config, finish=fast_peft)
     nearest = randlora_rank(width, width, 4 * rank * width)
     found["peft randlora"] = Method(peft.RandLoraConfig(r=nearest, target_modules=targets))
     return found
