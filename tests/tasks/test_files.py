@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duallora.errors import ConfigError, DataError
-from duallora.tasks import load_data
+from duallora.tasks import encode, load_data
 from duallora.tasks.metrics import OF_KIND
 
 GOOD = '{"prompt": "p%d", "completion": "c%d"}'
@@ -54,7 +54,12 @@ def test_a_format_is_detected_by_its_columns(tmp_path, name, row, other):
     rows = [row, row | other]
     task = load_data(write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))), eval_data=str(tmp_path / "x.jsonl"))
     kind = "classify" if other else "generate"
-    assert (task.format, task.kind, task.metrics, len(task.splits["train"])) == (name, kind, OF_KIND[kind], 2)
+    assert (task.format, task.kind, {*task.metrics.names}, len(task.splits["train"])) == (
+        name,
+        kind,
+        {*OF_KIND[kind].names},
+        2,
+    )
     if other:
         assert task.labels == ("a", "b")
         texts = tuple(value for key, value in row.items() if key != "label")
@@ -283,8 +288,8 @@ def test_missing_empty_and_unknown_files(tmp_path):
             load_data(write(tmp_path / name, ""))
     with pytest.raises(DataError, match=r"no file .*nowhere\.jsonl"):
         load_data(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(DataError, match=r"ending '\.txt'; expected one of"):
-        load_data(write(tmp_path / "x.txt", "a"))
+    with pytest.raises(DataError, match=r"ending '\.xlsx'; expected one of"):
+        load_data(write(tmp_path / "x.xlsx", "a"))
     with pytest.raises(DataError, match=r"is a folder; expected one of its files: e\.csv"):
         load_data(str(tmp_path))
     with pytest.raises(
@@ -384,3 +389,50 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
         load_data(str(path))
+
+
+def test_columns_of_any_name_are_read_as_they_are_told(tmp_path):
+    """What is told goes before what the file calls so itself; messages name the file's own column."""
+    file = tmp_path / "x.csv"
+    file.write_text("prompt;question;completion;category;id\nold;Who?;no;a person;1\nold;Where?;no;a place;2\n")
+    task = load_data(str(file), columns={"prompt": "question", "completion": "category"})
+    assert task.format == "prompt-completion"
+    rows = sorted((row.prompt, row.answer) for split in task.splits.values() for row in split)
+    assert rows == [("Where?", "a place"), ("Who?", "a person")]
+    assert "columns as told: prompt is question, completion is category" in task.notes
+    assert "columns not used: id" in task.notes
+    assert load_data(str(file), columns={"text": "question", "label": "category"}).labels == ("a person", "a place")
+    with pytest.raises(DataError, match=r"has no column 'categry' .*it has prompt, question, completion, category, id"):
+        load_data(str(file), columns={"prompt": "question", "completion": "categry"})
+    with pytest.raises(ConfigError, match="no format has a column 'answer'"):
+        load_data(str(file), columns={"answer": "category"})
+    file.write_text("question;category\nWho?;a person\nWhere?;\n")
+    with pytest.raises(DataError, match=r"x.csv:3, column category: empty answer"):
+        load_data(str(file), columns={"prompt": "question", "completion": "category"})
+
+
+def test_plain_text_is_trained_on_whole_and_scored_by_its_loss_alone(tmp_path, tiny_tokenizer):
+    """A text beside other columns may lack its label: it is not taken for plain text unless that is said."""
+    (tmp_path / "a.txt").write_text("First line.\n\n  Second one.  \n")
+    (tmp_path / "a.jsonl").write_text('{"text": "First line."}\n{"text": "  Second one.  "}\n')
+    for name in ("a.txt", "a.jsonl"):
+        task = load_data(str(tmp_path / name))
+        assert (task.format, task.kind, task.main_metric, task.loss_only) == ("text", "generate", "loss", True)
+        rows = sorted((row.prompt, row.answer) for split in task.splits.values() for row in split)
+        assert rows == [("", "  Second one.  "), ("", "First line.")]
+    row = encode(task.splits["train"][0], tiny_tokenizer, max_length=64)[0]
+    assert row.labels == [-100, *row.input_ids[1:]]
+    assert row.input_ids[-1] == tiny_tokenizer.eos_token_id
+    (tmp_path / "b.csv").write_text("text,category\nt,c\nu,d\n")
+    with pytest.raises(DataError, match="--columns"):
+        load_data(str(tmp_path / "b.csv"))
+    task = load_data(str(tmp_path / "b.csv"), format="text")
+    assert "columns not used: category" in task.notes
+
+
+@pytest.mark.parametrize(("answer", "first"), [("billing", "exact_match"), ("it was the bill that came", "bleu")])
+def test_answers_of_a_word_or_three_are_ranked_by_exact_match(answer, first, tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": answer}) for i in range(4)))
+    task = load_data(str(file))
+    assert task.main_metric == task.metrics.names[0] == first

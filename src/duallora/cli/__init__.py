@@ -57,11 +57,11 @@ def run(arguments: list[str]) -> int:
         if as_json and payload:
             console.print_json({"status": "done" if code == 0 else "error", "exit_code": code, **payload})
         return code
-    except BrokenPipeError:
-        # The reader (head, less) has gone: nothing is wrong, and Python must not complain while it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # rich's SystemExit
+            # The reader (head, less) has gone: nothing is wrong, and Python must not complain while it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if isinstance(error, typer.Exit):  # --help and --version have done their work
             return error.exit_code
         code = console.exit_code_for(error)

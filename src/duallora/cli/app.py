@@ -42,6 +42,12 @@ TaskName = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder with the tasks' data (or DUALLORA_DATA).")
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns", metavar="NAME=COLUMN,...", help="What the columns are called: prompt=question,completion=category."
+    ),
+]
 Lenient = Annotated[
     bool, typer.Option("--lenient", help="Accept another base model than the one the adapter was trained on.")
 ]

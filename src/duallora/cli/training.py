@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from duallora import console
 from duallora.cli.app import (
+    Columns,
     ConfigFile,
     Data,
     DataDir,
@@ -62,6 +63,7 @@ def train(
     task: TaskName = None,
     data_dir: DataDir = None,
     eval_data: EvalData = None,
+    columns: Columns = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Run folder; runs/<date-time>-<model>-<data> if not given."),
@@ -97,6 +99,7 @@ def train(
 
     [dim]Examples:[/]
       duallora train --data mine.jsonl -o runs/mine
+      duallora train --data questions.csv --columns prompt=question,completion=category
       duallora train --model builtin:smollm2-135m --task arc_easy --set learning_rate=5e-4 --set r=8
       duallora train --method dora --data mine.jsonl
       duallora train -c recipe.yaml --resume auto --launch 2
@@ -118,6 +121,7 @@ def train(
         task=task,
         data_dir=data_dir,
         eval_data=eval_data,
+        columns=columns,
         output=output,
         seed=seed,
     )
@@ -125,16 +129,13 @@ def train(
         from duallora.train.launch import launch as start
 
         start(launch, _without_option("--launch", context.find_root().obj))
-    from duallora.terminal import command
     from duallora.train import run
 
     if dry_run:
         return run.plan(recipe, console.results)
     result = run.train(recipe, resume=resume, console=console.results)
     if os.environ.get("RANK", "0") == "0":
-        folder = Path(result["folder"])
-        merge_it = f", or {command('merge', folder, '-o', 'MERGED')}" if Path(result["adapter"]).name != "model" else ""
-        console.results.print(f"[dim]next: {escape(command('eval', folder) + merge_it)}[/]", soft_wrap=True)
+        console.results.print(f"[dim]next: {escape(_next(Path(result['folder'])))}[/]", soft_wrap=True)
     return result
 
 
@@ -145,6 +146,7 @@ def evaluate(
     ],
     task: TaskName = None,
     data: Data = None,
+    columns: Columns = None,
     data_dir: DataDir = None,
     split: Annotated[
         str | None,
@@ -189,7 +191,8 @@ def evaluate(
         refuse_unwritable(output)
     from duallora.train import score
 
-    chosen = score.choose(source, console.results, task=task, data=data, data_dir=data_dir, split=split, limit=limit)
+    what: dict[str, Any] = {"task": task, "data": data, "columns": columns, "data_dir": data_dir}
+    chosen = score.choose(source, console.results, **what, split=split, limit=limit)
     return score.score(
         chosen,
         console.results,
@@ -201,6 +204,42 @@ def evaluate(
         dtype=dtype,
         strict=not lenient,
         output=output,
+    )
+
+
+@verb()
+def predict(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run, adapter or model folder, or hub id.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Rows with or without answers: .jsonl, .csv, .parquet, .txt, ...")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The answers, .csv or .jsonl.")],
+    columns: Columns = None,
+    overrides: Overrides = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    lenient: Lenient = False,
+) -> dict[str, Any]:
+    """Answer the rows of a file: classes with probabilities, numbers, or generated text, beside the rows' own columns.
+
+    Any length of file; what was interrupted goes on with the same command.
+
+    [dim]Examples:[/]
+      duallora predict runs/mine new.csv -o answers.csv
+      duallora predict runs/mine new.jsonl -o answers.jsonl --columns prompt=question --set max_new_tokens=20
+    """
+    refuse_misspelt(source)
+    refuse_unwritable(output)
+    from duallora.train import predict as prediction
+
+    return prediction.predict(
+        source,
+        str(file),
+        output,
+        console.results,
+        overrides=overrides or (),
+        columns=columns,
+        dtype=dtype,
+        strict=not lenient,
     )
 
 
@@ -233,6 +272,7 @@ def data_preview(
         str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
     ] = "builtin:smollm2-135m",
     max_length: MaxLength = None,
+    columns: Columns = None,
     train_on: Annotated[TrainOn | None, typer.Option("--train-on", help="Where the loss is: answer or all.")] = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
@@ -245,7 +285,7 @@ def data_preview(
     from duallora.store.models import load_tokenizer
     from duallora.tasks.preview import preview
 
-    task, recipe = _named(name, data_dir, overrides)
+    task, recipe = _named(name, data_dir, overrides, columns)
     if split not in task.splits:
         raise ConfigError(f"{name} has no split {split!r}; it has {', '.join(task.splits)}")
     shown = preview(
@@ -269,6 +309,7 @@ def data_check(
         str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
     ] = "builtin:smollm2-135m",
     max_length: MaxLength = None,
+    columns: Columns = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
 ) -> dict[str, Any]:
@@ -282,7 +323,7 @@ def data_check(
     from duallora.store.models import load_tokenizer
     from duallora.tasks import encode_split
 
-    task, recipe = _named(name, data_dir, overrides)
+    task, recipe = _named(name, data_dir, overrides, columns)
     max_length = max_length or recipe.data.max_length
     tokenizer = load_tokenizer(model)
     for line in (f"{task.source}: {task.format}", *task.notes):
@@ -354,15 +395,31 @@ def config_show(
     return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
 
 
-def _named(name: str, data_dir: Path | None, overrides: list[str] | None) -> tuple[Any, Any]:
+def _named(name: str, data_dir: Path | None, overrides: list[str] | None, columns: str | None) -> tuple[Any, Any]:
     """The task of that name, else the data at that path or hub id, as a run with these settings reads it."""
     from duallora.config.load import load_recipe
     from duallora.tasks import names
     from duallora.train.prepare import read
 
     what = {"task": name, "data_dir": data_dir} if name in names() else {"data": name}
-    recipe = load_recipe(None, overrides or (), **what)
+    recipe = load_recipe(None, overrides or (), columns=columns, **what)
     return read(recipe), recipe
+
+
+def _next(folder: Path) -> str:
+    """The commands that a finished run is good for."""
+    from duallora import methods
+    from duallora.store.run_folder import Facts, RunFolder
+    from duallora.terminal import command
+
+    facts = RunFolder(folder).facts() or Facts()
+    data, method = facts["data"], methods.get(facts["recipe"]["adapter"]["method"])
+    found = [command("eval", folder)]
+    if facts["result"].get("at_chance") is None:
+        found.append(command("predict", folder, "FILE", "-o", "answers.csv"))
+        found += [command("chat", folder)] * (data["kind"] == "generate" and data["format"] == "messages")
+        found += [command("merge", folder, "-o", "MERGED")] * (not method.whole and not method.no_merge)
+    return ", or ".join(found)
 
 
 def _without_option(name: str, arguments: Sequence[str]) -> list[str]:

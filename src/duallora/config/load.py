@@ -55,13 +55,14 @@ def load_recipe(
     task: str | None = None,
     data_dir: str | Path | None = None,
     eval_data: str | None = None,
+    columns: str | None = None,
     output: str | Path | None = None,
     seed: int | None = None,
 ) -> Recipe:
     """Read a recipe: YAML file (1.2: ``1e-4`` is a number), then ``overrides``, then the flags, later over earlier.
 
     ``overrides`` are ``train.learning_rate=2e-4`` or, where only one section has the name, ``learning_rate=2e-4``; the
-    value is read as YAML. Flags that are None are not set. A flag or override that names a data source replaces the
+    value is read as YAML. Flags that are None are not set; ``columns`` is ``prompt=question,completion=answer``. A flag or override that names a data source replaces the
     file's data source.
 
     Raises:
@@ -81,6 +82,11 @@ def load_recipe(
     for key, (flag, value) in flags.items():
         if value is not None:
             line[key] = (str(value) if isinstance(value, Path) else value, flag)
+    if columns is not None:
+        pairs = [pair.partition("=") for pair in columns.split(",")]
+        if not all(name.strip() and own.strip() for name, _, own in pairs):
+            problems.append(f"--columns {columns}: expected NAME=COLUMN,..., such as prompt=question,completion=answer")
+        line["data.columns"] = ({name.strip(): own.strip() for name, _, own in pairs}, "--columns")
     return assemble([file, line], problems)
 
 

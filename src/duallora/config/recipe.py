@@ -183,7 +183,7 @@ class DataSection(Section):
     """What to train on: your own file or hub data set (path), or one of the paper's tasks (task)."""
 
     path: Text | None = setting(
-        None, "Your data: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id, or builtin:docstrings."
+        None, "Your data: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a hub id, or builtin:docstrings."
     )
     task: Text | None = setting(None, "A task with its own prompts, splits and metrics, such as e2e, boolq or sst2.")
     data_dir: Text | None = setting(None, "Folder that holds the tasks' data; null is $DUALLORA_DATA, else the hub.")
@@ -191,7 +191,10 @@ class DataSection(Section):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = setting(
         0.05, "Share of path's rows held out where it brings no validation rows and eval_path is null."
     )
-    format: Literal["prompt-completion", "messages", "alpaca", "classification"] | None = setting(
+    columns: dict[Text, Text] | None = setting(
+        None, "What a format's columns are called in path, such as {prompt: question, completion: answer}."
+    )
+    format: Literal["prompt-completion", "messages", "alpaca", "classification", "text"] | None = setting(
         None, "Form of path's rows; null detects it from the column names."
     )
     labels: Literal["classes", "numbers"] | None = setting(
@@ -357,6 +360,7 @@ EXCLUDES: dict[str, tuple[str, ...]] = {
     "data.task": (
         "data.path",
         "data.eval_path",
+        "data.columns",
         "data.format",
         "data.labels",
         "data.ignore_keys",

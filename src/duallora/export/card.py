@@ -139,7 +139,7 @@ def build(
         f"# {repo.partition('/')[2] if repo else _title(folder, task)}",
         f"A [Dual LoRA](https://arxiv.org/abs/2512.03402) adapter for [{base}](https://huggingface.co/{base}). Each adapted "
         "weight is W0 + s ReLU(B A) . Sign(D C): one pair of factors says how far an entry moves, the other in which direction.",
-        _usage(base, kind, repo or "ORG/NAME", len(sidecar.get("labels", ())), (folder / TOKENIZER).is_file()),
+        _usage(base, kind, repo or "ORG/NAME", sidecar.get("labels", ()), (folder / TOKENIZER).is_file()),
         _plain_lora(others, repo or "ORG/NAME"),
         _training(settings, sidecar, run, str(local)),
         _scores(scores),
@@ -323,9 +323,12 @@ def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, 
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _usage(base: str, kind: str, repo: str, labels: int, own_tokenizer: bool) -> str:
+def _usage(base: str, kind: str, repo: str, labels: Sequence[str], own_tokenizer: bool) -> str:
     auto = AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification")
-    extra = f", num_labels={labels or 1}" if kind != "generate" else ""
+    extra = f", num_labels={len(labels) or 1}" if kind != "generate" else ""
+    names = f"id2label = {dict(enumerate(labels))!r}\n" if labels else ""
+    if labels:  # which PEFT does not keep; without them a pipeline prints LABEL_0
+        extra = ", id2label=id2label, label2id={name: number for number, name in id2label.items()}"
     return f"""## Use
 
 ```bash
@@ -337,7 +340,7 @@ import duallora  # registers the method; without it PEFT says KeyError: 'DUALLOR
 from peft import PeftModel
 from transformers import {auto}, AutoTokenizer
 
-base = {auto}.from_pretrained("{base}"{extra})
+{names}base = {auto}.from_pretrained("{base}"{extra})
 model = PeftModel.from_pretrained(base, "{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo if own_tokenizer else base}")
 ```"""
@@ -389,6 +392,9 @@ def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, 
         "target parameters": ", ".join(settings.get("target_parameters") or ()) or None,
         "trained parameters": f"{run['parameters']['trainable']:,}" if "parameters" in run else None,
         "task": sidecar.get("task"),
+        "classes": ", ".join(f"{number} {name}" for number, name in enumerate(sidecar.get("labels", ()))).replace(
+            "|", "\\|"
+        ),
         "rows of training data": f"{data['train']:,}" if "train" in data else None,
         "data (sha256)": ", ".join(f"{split} {digest[:16]}" for split, digest in sidecar.get("data", {}).items()),
         "base weights (sha256)": (sidecar.get("base", {}).get("fingerprint") or "")[:16],

@@ -65,13 +65,37 @@ def from_prompt_completion(
     return _example([*prompt, *_turns(row, "completion", ignore)], row, where, "completion", options)
 
 
+def question(
+    row: Mapping[str, Any],
+    where: str,
+    column: str = "",
+    *,
+    ignore: Set[str] = _NONE,
+    options: Mapping[str, Any] | None = None,
+) -> Example:
+    """A chat to be gone on with, in ``column`` or where `from_messages` finds it; a last turn of the assistant is left out."""
+    column = column or ("messages" if row.get("messages") is not None else "conversations")
+    turns = _turns(row, column, ignore)
+    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    if not turns:
+        raise BadRow("nothing is asked: the chat is a turn of the assistant alone", column)
+    silent = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
+    return _example(silent, row, where, column, options, answered=False)
+
+
 def reserved(options: Mapping[str, Any]) -> list[str]:
     """Those of chat_template_kwargs that are not the template's to know."""
     return sorted(_RESERVED & set(options))
 
 
 def _example(
-    turns: list[dict[str, Any]], row: Mapping[str, Any], where: str, column: str, options: Mapping[str, Any] | None
+    turns: list[dict[str, Any]],
+    row: Mapping[str, Any],
+    where: str,
+    column: str,
+    options: Mapping[str, Any] | None,
+    *,
+    answered: bool = True,
 ) -> Example:
     for media in MEDIA:
         if not absent(row.get(media)):
@@ -82,13 +106,14 @@ def _example(
         if turns[0]["role"] == "system":
             raise BadRow(f"the row has a system prompt here and in {column}[0]: keep one", "system")
         turns = [{"role": "system", "content": system}, *turns]
-    if (last := last_trained(turns)) is None:
+    if (last := last_trained(turns)) is None and answered:
         said = any(turn["role"] == "assistant" for turn in turns)
         what = "every assistant turn has weight 0" if said else "no assistant turn"
         raise BadRow(f"{what}, so there is nothing to train on", column)
     turns = [{key: value for key, value in turn.items() if key != "weight" or value == 0} for turn in turns]
     given = {**(options or {}), **_options(row)}
-    return Example(messages=tuple(turns), options=given, references=(turns[last]["content"],), where=where)
+    references = () if last is None else (turns[last]["content"],)
+    return Example(messages=tuple(turns), options=given, references=references, where=where)
 
 
 def _options(row: Mapping[str, Any]) -> dict[str, Any]:

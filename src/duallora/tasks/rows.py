@@ -31,7 +31,9 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 ACCEPTED = """  prompt-completion  prompt, completion
   messages           messages: a list of {"role", "content"}, or ShareGPT's conversations; optional tools, ...
   alpaca             instruction, output, optional input
-  classification     label, and text | sentence | text1, text2 | sentence1, sentence2 | premise, hypothesis"""
+  classification     label, and text | sentence | text1, text2 | sentence1, sentence2 | premise, hypothesis
+  text               text, and no other column; a line each of a .txt file
+Columns of other names: --columns prompt=question,completion=answer"""
 
 
 class Faults:
@@ -85,6 +87,9 @@ def read_rows(path: Path, faults: Faults, known: Collection[str] = ()) -> Iterat
         return _read_jsonl(path, faults)
     if suffix == ".json":
         return _read_json(path, faults)
+    if suffix == ".txt":
+        lines = ((number, line.rstrip("\r\n")) for number, line in _read_lines(path, faults))
+        return ((f"{path}:{number}", {"text": line}, line) for number, line in lines if line.strip())
     return _read_csv(path, faults, "\t" if suffix == ".tsv" else ",", known)
 
 
@@ -210,11 +215,20 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
         at = end
 
 
+def _through_first(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The lines up to the first with text in it."""
+    for number, line in lines:
+        yield number, line
+        if line.strip():
+            return
+
+
 def _read_csv(path: Path, faults: Faults, delimiter: str, known: Collection[str]) -> Iterator[Row]:
-    lines = dict(_read_lines(path, faults))
-    numbers = sorted(lines)
+    source = _read_lines(path, faults)
     csv.field_size_limit(1 << 30)  # a long text is not a fault
-    head = next((lines[number] for number in numbers if lines[number].strip()), "")
+    start = list(_through_first(source))
+    head = start[-1][1] if start else ""
+    taken: list[tuple[int, str]] = []  # the lines of the row at hand: a quoted field may span several
 
     def columns(delimiter: str) -> int:
         fields = next(csv.reader([head], delimiter=delimiter), [])
@@ -224,15 +238,26 @@ def _read_csv(path: Path, faults: Faults, delimiter: str, known: Collection[str]
     if (used := max((delimiter, *DELIMITERS), key=columns)) != delimiter:
         delimiter = used
         faults.notes.append(f"{path.name} is separated by {DELIMITERS[used]}")
-    reader = csv.reader((lines[number].rstrip("\r\n") + "\n" for number in numbers), delimiter=delimiter, strict=True)
+
+    def lines() -> Iterator[str]:
+        for number, line in itertools.chain(start, source):
+            taken.append((number, line))
+            yield line.rstrip("\r\n") + "\n"
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
-    while reader.line_num < len(numbers):
-        first = numbers[reader.line_num]  # a quoted field may span several lines
-        where, raw = f"{path}:{first}", lines[first]
+    while True:
+        taken.clear()
+        fields, what = [], ""
         try:
             fields = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            faults.add(where, f"bad CSV ({error})", raw)
+            what = f"bad CSV ({error})"
+        where, raw = f"{path}:{taken[0][0]}", taken[0][1]
+        if what:
+            faults.add(where, what, raw)
             continue
         if not any(field.strip() for field in fields):
             continue

@@ -53,7 +53,7 @@ class Task:
     splits: Mapping[str, Sequence[Example]]
     """Over "train", "validation" and "test", those that exist; read on first use."""
     format: str
-    """What was detected, to show the user: "prompt-completion", "messages", "alpaca", "classification" or a protocol."""
+    """What was detected, to show the user: one of `duallora.tasks.files.FORMATS`, or a protocol."""
     labels: tuple[str, ...] = ()
     """Class names by id (classify)."""
     metrics: Metrics
@@ -73,6 +73,11 @@ class Task:
     """File paths or hub id, to show the user."""
     notes: tuple[str, ...] = ()
     """What was decided, skipped or left unused in reading, each a line to show the user."""
+
+    @property
+    def loss_only(self) -> bool:
+        """Whether there is nothing to ask and nothing to answer, as in plain text: the loss is the score."""
+        return self.main_metric == "loss"
 
     def fingerprint(self, split: str) -> str:
         """sha256 (hex) over the split's examples in order; where the files lie does not enter."""

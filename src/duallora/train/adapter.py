@@ -153,4 +153,9 @@ def load_weights(method: methods.Adapted, folder: Path) -> None:
 
 def gate(model: Any) -> float:
     """Dual LoRA's gate; 1 for methods that have none."""
-    return duallora.gate(model) if any(hasattr(m, "duallora_step") for m in model.modules()) else 1.0
+    return duallora.gate(model) if has_gate(model) else 1.0
+
+
+def has_gate(model: Any) -> bool:
+    """Whether the method is one with a gate to speak of."""
+    return any(hasattr(module, "duallora_step") for module in model.modules())

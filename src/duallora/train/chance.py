@@ -64,6 +64,8 @@ def of_training(kind: str, loss: float | None, targets: Sequence[float]) -> Find
 def of_result(task: Task, rows: str, result: EvalResult, *, before: float | None = None) -> Finding:
     """Of what `evaluate` found on the split ``rows``; ``before`` is a generator's loss untrained."""
     loss = result.metrics["loss"]
+    if task.loss_only:
+        return of_losses(rows, loss, before)
     if task.kind == "generate":
         return _generated(rows, result.predictions, result.examples, loss, before)
     if task.kind == "classify":

@@ -22,7 +22,7 @@ from duallora.ops.fold import folded
 from duallora.store.positions import check_room, positions
 from duallora.store.processes import ALONE, Processes
 from duallora.tasks import IGNORE, Collator, Example, Task, encode, encode_prompt, encode_split, metrics
-from duallora.tasks.chats import calls_tools
+from duallora.tasks.chats import calls_tools, last_trained
 from duallora.tasks.encode import with_written_answer
 from duallora.tasks.task import Kind
 from duallora.terminal import progress_bar, quiet_libraries
@@ -113,6 +113,8 @@ def evaluate(
             losses = _losses(answers, split)  # before the long part
             answers = _by_example(answers, counts.examples)
             settings = {**task.generation, **(generation or {})}
+            if task.loss_only:
+                return EvalResult(losses, [""] * len(examples), examples, _joined(notes), answers, counts.truncated)
             texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
             predictions = [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
         else:
@@ -143,7 +145,7 @@ def check_lengths(
     ``scoring=None`` is for rows that only the loss is taken on. Raises ConfigError where the model has no such positions.
     """
     new = 0
-    if task.kind == "generate" and scoring == "generation":
+    if task.kind == "generate" and scoring == "generation" and not task.loss_only:
         new = {**NEUTRAL_GENERATION, **task.generation, **(generation or {})}["max_new_tokens"]
     if max_length + new <= positions(model, tokenizer).length:
         return ""
@@ -355,8 +357,9 @@ def generate(
     own_ngrams = settings.pop("no_repeat_ngram_size")
     check_room(model, tokenizer, row=0, prompt=longest(prompts), new=settings["max_new_tokens"])
     chats = [example for example in examples if example.messages]
-    calls = [example for example in chats if calls_tools(example)]  # which some templates end with a mark of its own
-    ends = end_tokens(model, tokenizer, chat=bool(chats), examples=[*chats[:1], *calls[:1]])
+    answered = [example for example in chats if last_trained(example.messages) is not None]
+    calls = [example for example in answered if calls_tools(example)]  # which some templates end with a mark of its own
+    ends = end_tokens(model, tokenizer, chat=bool(chats), examples=[*answered[:1], *calls[:1]])
     if settings.get("stop_strings"):
         settings["tokenizer"] = tokenizer
 

@@ -32,7 +32,7 @@ from duallora.store.sealed import gradient_norm
 from duallora.tasks import IGNORE
 from duallora.tasks.task import Kind
 from duallora.terminal import progress_bar
-from duallora.train.adapter import WHOLE_MODEL, gate, load_weights
+from duallora.train.adapter import WHOLE_MODEL, gate, has_gate, load_weights
 from duallora.train.launch import Stopping
 
 
@@ -395,7 +395,7 @@ class ShowTraining(TrainerCallback):
             state.global_step,
             loss=f"{self.loss:.3f}",
             lr=f"{self.trainer.lr_scheduler.get_last_lr()[0]:.1e}",
-            gate=f"{gate(model):.2f}",
+            **({"gate": f"{gate(model):.2f}"} if has_gate(model) else {}),
             **{"tok/s": f"{speed:,.0f}"},
         )
 

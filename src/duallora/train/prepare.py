@@ -30,6 +30,7 @@ from duallora.train.launch import shares
 def reading(data: DataSection) -> dict[str, Any]:
     """How the rows of a recipe's data are read, as `load_data` takes it: also what to read other rows by."""
     return {
+        "columns": data.columns,
         "format": data.format,
         "labels": data.labels,
         "bad_rows": data.bad_rows,

@@ -46,7 +46,7 @@ from duallora.store.sealed import SealedCheckpoints, require_finite
 from duallora.tasks import Collator, Task, encode_split, metrics
 from duallora.terminal import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train import begin, calibration, chance, evaluate, plugins, prepare
-from duallora.train.adapter import check_method, gate, load_weights, parameter_counts, put
+from duallora.train.adapter import check_method, gate, has_gate, load_weights, parameter_counts, put
 from duallora.train.launch import end_with_parent, ignore_quantized, process_group
 from duallora.train.loop import (
     FiniteGradients,
@@ -458,8 +458,8 @@ class _Run:
         found |= {"spikes": spikes.found} if spikes.found else {}
         found |= {"left_out": left_out} if (left_out := self.facts.get("left_out")) else {}
         seconds, loss = found.get("train_seconds", 0), found.get("train_loss", math.nan)
-        opened = f"gate {gate(self.method.model):.2f}"
-        say(self.console, "trained", f"{self.steps:,} steps in {clock(seconds)}, last loss {loss:.3f}, {opened}")
+        opened = f", gate {gate(self.method.model):.2f}" if has_gate(self.method.model) else ""
+        say(self.console, "trained", f"{self.steps:,} steps in {clock(seconds)}, last loss {loss:.3f}{opened}")
         return found
 
     def _spikes(self) -> Spikes:
@@ -573,7 +573,7 @@ class _Run:
             return {}
         loss_before = self.facts["loss_before"]
         before = {} if loss_before is None else {"loss_before": loss_before}
-        if not self.recipe.eval.metrics:
+        if not self.recipe.eval.metrics or self.task.loss_only:
             loss = self._loss("after")
             if self.task.kind == "generate":
                 self.findings.append(chance.of_losses("validation", loss, loss_before))

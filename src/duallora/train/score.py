@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from duallora.config.load import load_recipe
-from duallora.config.recipe import EvalSection, Recipe
+from duallora.config.recipe import EvalSection
 from duallora.errors import ConfigError
 from duallora.store import adapters, record
 from duallora.store.run_folder import RunFolder
@@ -57,6 +57,7 @@ def choose(
     *,
     task: str | None = None,
     data: str | None = None,
+    columns: str | None = None,
     data_dir: Path | None = None,
     split: str | None = None,
     limit: int | None = None,
@@ -81,11 +82,15 @@ def choose(
         plugins.require(recipe.plugins, source)
     trained = adapters.trained_for(source)
     own = recipe is not None and task is None and (data is None or _same_data(data, recipe.data.path))
+    if columns is not None and (own or data is None):
+        raise ConfigError(
+            f"--columns {columns} is for other data than a run's own, which are read as the run did: leave it out"
+        )
     if recipe is not None and own:
         chosen = prepare.load(recipe, console, trained)
         limit = limit or recipe.data.eval_limit
     else:
-        chosen = load_task(task, data_dir=data_dir) if task else _every_row(str(data), recipe, trained)
+        chosen = load_task(task, data_dir=data_dir) if task else _every_row(str(data), columns, file, trained)
         for note in chosen.notes:
             console.print(escape(note), soft_wrap=True)
         if trained is not None and trained.kind != chosen.kind:
@@ -199,11 +204,12 @@ def _same_data(data: str, trained_on: str | None) -> bool:
     return data == trained_on or Path(data).expanduser().resolve() == Path(trained_on).expanduser().resolve()
 
 
-def _every_row(data: str, recipe: Recipe | None, trained: adapters.Trained | None) -> Task:
+def _every_row(data: str, columns: str | None, file: Path | None, trained: adapters.Trained | None) -> Task:
     """The data with the splits they come with; where they come without, with every row in the split ``ALL_ROWS``."""
     if data.startswith("builtin:"):
         return load_data(data)
-    task = load_data(data, eval_data=data, trained=trained, **(prepare.reading(recipe.data) if recipe else {}))
+    how = load_recipe(file, data=data, columns=columns).data
+    task = load_data(data, eval_data=data, trained=trained, **prepare.reading(how))
     rows = task.splits["train"]
     return replace(task, splits={ALL_ROWS: rows}) if task.splits["validation"] == rows else task
 
@@ -217,7 +223,9 @@ def _show(source: str, task: Task, split: str, result: evaluate.EvalResult, cons
         style = "bold" if name == task.main_metric else ""
         table.add_row(name, f"{value:,.4g}", f"{len(result.examples):,}", style=style)
     console.print(table)
-    for prediction, example in list(zip(result.predictions, result.examples, strict=True))[:3]:
+    for prediction, example in list(zip(result.predictions, result.examples, strict=True))[
+        : 0 if task.loss_only else 3
+    ]:
         asked = example.prompt or " | ".join(example.texts) or example.messages[0]["content"]
         wanted = example.references[0] if example.references else example.label
         if task.kind == "classify":
