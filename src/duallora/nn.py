@@ -76,6 +76,7 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         init_std, direction_init_std: standard deviation of A, B and of C, D at the start, > 0; None for A, B is
             :func:`duallora.core.init.magnitude_std`.
         init_seed: seed of the initial values; None = torch's global generator.
+        init: "gaussian", or "lora": plain LoRA until a sign turns; with magnitude="identity" and warmup_steps=0.
         magnitude, direction, ste_clip: as in :func:`duallora.dual_delta`; fixed signs exist in DualLoraConfig only.
         gradient_tokens, backend: as in :func:`duallora.dual_linear`.
 
@@ -98,6 +99,7 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         init_std: float | None = None,
         direction_init_std: float = Settings.direction_init_std,
         init_seed: int | None = None,
+        init: str = "gaussian",
         magnitude: str = "relu",
         direction: str = "ste",
         ste_clip: str = "chain",
@@ -124,7 +126,7 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         device = base.weight.device
         A, B, C, D = draw_factors(
             layer_seed(init_seed, ""), self.out_features, self.in_features, r1, r2,
-            init_std=init_std, direction_init_std=direction_init_std,
+            init_std=init_std, direction_init_std=direction_init_std, init=init,
         )  # fmt: skip
         self.duallora_A, self.duallora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
         self.duallora_C, self.duallora_D = nn.Parameter(C.to(device)), nn.Parameter(D.to(device))

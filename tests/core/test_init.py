@@ -47,6 +47,19 @@ def test_fixed_signs_need_no_direction_group():
     assert torch.equal(signs, draw_signs(7, 200, 300))
 
 
+def test_the_start_of_lora_is_pefts_under_signs_that_are_all_up():
+    """In bfloat16 too. The columns of D that are 0 need rows of C that are not, or they would never get a gradient."""
+    A, B, C, D = draw_factors(7, 400, 300, 5, 3, init_std=None, direction_init_std=0.02, init="lora")
+    bound = 300**-0.5  # kaiming_uniform_(a=sqrt(5)), whose standard deviation is bound / sqrt(3)
+    assert float(A.abs().max()) <= bound
+    assert float(A.std()) == pytest.approx(bound / 3**0.5, rel=5 / (2 * A.numel()) ** 0.5)
+    assert not B.any()
+    for c, d in ((C, D), (C.bfloat16(), D.bfloat16())):
+        torch.testing.assert_close(d.float() @ c.float(), torch.full((400, 300), 3 * 0.02**2), rtol=1e-2, atol=0)
+    assert float(C[1:].std()) == pytest.approx(0.02, rel=5 / (2 * 600) ** 0.5)
+    assert len(draw_factors(7, 4, 3, 2, 1, init_std=None, direction_init_std=0.02, init="lora")) == 4
+
+
 def test_bf16_grid_survives_half_precision():
     """What residual warm-up needs: a round trip through bfloat16 changes no bit."""
     for factor in draw_factors(7, 40, 30, 5, 3, init_std=0.02, direction_init_std=0.02, on_bf16_grid=True):

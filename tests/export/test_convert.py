@@ -298,6 +298,18 @@ def test_embeddings_and_convolutions_convert_to_what_peft_calls_so(tmp_path, ran
         assert len(dW) in (layer.shape[0], layer.shape[1])
 
 
+def test_signs_that_are_all_up_convert_to_lora_of_the_magnitudes_rank(tmp_path):
+    """What starts as LoRA and has turned no sign is one, to the bits' rounding; a rank less is not enough."""
+    torch.manual_seed(0)
+    start = {"init": "lora", "magnitude": "identity", "warmup": "none", "target_modules": ["head"]}
+    model = get_peft_model(Odd(), DualLoraConfig(r1=3, r2=5, alpha=10, **start))
+    (layer,) = convert.dual_layers(model).values()
+    layer.duallora_B["default"].data.normal_()
+    errors = [convert.convert_layer("head", layer, rank).facts()["relative_error"] for rank in (3, 2)]
+    assert errors[0] < 1e-6
+    assert errors[1] > 1e-2
+
+
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"padding_mode": "circular"}])
 def test_a_convolution_that_lora_cannot_follow_is_refused(options):
     model = shake(get_peft_model(Odd(**options), DualLoraConfig(r=2, target_modules=["conv"], warmup_steps=6)))

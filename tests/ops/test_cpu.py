@@ -32,7 +32,8 @@ def relative(got, want) -> float:
 
 @pytest.mark.parametrize("ste_clip", ["chain", "update", "none", "unit-window"])
 @pytest.mark.parametrize(
-    ("magnitude", "direction"), [("relu", "ste"), ("abs", "identity"), ("identity", "ste"), ("identity", "unit-tanh")]
+    ("magnitude", "direction"),
+    [("relu", "ste"), ("abs", "identity"), ("identity", "ste"), ("identity", "unit-tanh"), ("abs", "unit-tanh")],
 )
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])

@@ -123,6 +123,7 @@ BY_KERNELS = [
     {"direction": "identity"},
     {"direction": "dorefa"},
     {"direction": "tanh", "magnitude": "identity"},
+    {"ste_clip": "window", "magnitude": "abs"},
 ]
 # Torch's products of some rows of an embedding may round otherwise than those of all.
 BY_OPERATORS = [{"direction": "fixed"}, {"direction": "xnor"}, {"magnitude": "sigmoid"}, {"backend": "reference"}]

@@ -27,6 +27,9 @@ def test_every_field_is_described():
     assert all(f.metadata.get("help", "").endswith(".") for f in own.values())
 
 
+AS_LORA = {"init": "lora", "magnitude": "identity", "warmup": "none"}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -58,6 +61,12 @@ def test_every_field_is_described():
         ({"gradient_tokens": 1.5}, "gradient_tokens=1.5"),
         ({"gradient_tokens": float("nan")}, "gradient_tokens=nan"),
         ({"gradient_tokens": 0.5, "backend": "reference"}, "plain autograd, which cannot sample"),
+        ({"init": "pissa"}, "init='pissa': expected one of 'gaussian', 'lora'"),
+        ({"init": "lora"}, 'magnitude = "relu" and warmup = "ramp" .* use magnitude = "identity", warmup = "none", or'),
+        ({**AS_LORA, "magnitude": "abs"}, 'use magnitude = "identity", or init = "gaussian"'),
+        ({**AS_LORA, "direction": "tanh"}, 'use direction = "ste", or'),
+        ({**AS_LORA, "warmup": "residual"}, 'use warmup = "none", or'),
+        ({**AS_LORA, "init_std": 0.02, "init_weights": False}, "use init_std = null, init_weights = true, or"),
         ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\]=0"),
         (
             {"rank_pattern": {"q": [1, 2, 3]}},

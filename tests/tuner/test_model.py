@@ -30,6 +30,8 @@ VARIANTS = [
     {"bias": "duallora_only"},
     {"init_weights": False},
     {"use_dora": True},
+    {"direction": "tanh", "magnitude": "abs"},
+    {"init": "lora", "magnitude": "identity", "warmup": "none"},
 ]
 
 
@@ -49,7 +51,8 @@ def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options, low_cpu_mem_
     assert not any("initial" in name for name in tensors)
     torch.manual_seed(999)
     again = peft.PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(again(ids).logits, want)
+    # tanh's row lengths come from torch's small products, which round by where in memory a factor lies.
+    torch.testing.assert_close(again(ids).logits, want, rtol=0, atol=1e-6 if options.get("direction") == "tanh" else 0)
     if options == {}:
         assert duallora.gate(again) == 0.75
         trainable = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
@@ -137,8 +140,14 @@ def test_modules_to_save(llama, ids, tmp_path):
     assert torch.equal(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
 
 
-def test_compiles_without_recompiling_as_the_gate_moves(llama, ids):
-    model = adapted(llama(num_hidden_layers=1))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"direction": "tanh", "magnitude": "abs"}, {"init": "lora", "magnitude": "identity", "warmup": "none"}],
+    ids=str,
+)
+def test_compiles_without_recompiling_as_the_gate_moves(llama, ids, options):
+    model = adapted(llama(num_hidden_layers=1), **options)
+    train(model, ids, steps=1)
     layer = next(iter(layers(model).values()))
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -148,7 +157,7 @@ def test_compiles_without_recompiling_as_the_gate_moves(llama, ids):
             y = compiled(x)
         assert torch.equal(y, layer(x))
         duallora.advance_gate(model)
-    assert not torch.equal(layer(x), y)
+    assert torch.equal(layer(x), y) == (options.get("warmup") == "none")
 
 
 def test_saving_and_merging_with_a_closed_gate_say_so(llama, ids, tmp_path):

@@ -54,7 +54,7 @@ class ModelSection(Section):
 
 
 # Settings of the run and no fields of DualLoraConfig.
-RUNS_OWN = ("method", "init_from", "init", "init_batches")
+RUNS_OWN = ("method", "init_from", "init_batches")
 
 
 def _checked(hint: Any) -> Any:
@@ -127,8 +127,10 @@ _SettingsOfOthers: Any = create_model("_SettingsOfOthers", __base__=_Adapter, **
 class DualLoraSection(_SettingsOfDualLora):
     """The Dual LoRA adapter: dW = gate * alpha / sqrt(r1 r2) * ReLU(B A) . Sign(D C)."""
 
-    init: Literal["gaussian", "gradient", "gradient-signs", "gradient-magnitudes"] = setting(
-        "gaussian", "Start of the factors: random (paper), or from the gradient of training rows, whole or half of it."
+    init: Literal["gaussian", "lora", "gradient", "gradient-signs", "gradient-magnitudes"] = setting(
+        "gaussian",
+        "Start of the factors: random (paper), LoRA's under signs that are all up (needs magnitude identity, direction ste, "
+        "warmup none), or from the gradient of training rows, whole or half of it.",
     )
     init_batches: Count = setting(4, "Training steps whose rows a start from the gradient looks at.")
 
@@ -140,12 +142,13 @@ class DualLoraSection(_SettingsOfDualLora):
                     f"adapter.{name} = {show(given)} has no part in a run that begins with the factors and the open gate "
                     f"of adapter.init_from = {show(self.init_from)}: leave one of them out"
                 )
-        if self.init != "gaussian" and self.warmup == "residual":
+        from_gradient = self.init.startswith("gradient")
+        if from_gradient and self.warmup == "residual":
             raise ValueError(
                 f'adapter.warmup = "residual" rebuilds dW(0) from a seed, which knows no adapter.init = "{self.init}": '
                 'use adapter.warmup = "ramp"'
             )
-        if self.init != "gaussian" and self.direction == "fixed":
+        if from_gradient and self.direction == "fixed":
             raise ValueError(f'adapter.direction = "fixed" has no C and D to start by adapter.init = "{self.init}"')
         return self
 

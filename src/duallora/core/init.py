@@ -63,11 +63,12 @@ def draw_factors(
     *,
     init_std: float | None,
     direction_init_std: float,
+    init: str = "gaussian",
     on_bf16_grid: bool = False,
 ) -> list[Tensor]:
     """[A, B, C, D] (only [A, B] if r2 is None), float32 on CPU, N(0, init_std^2) and N(0, direction_init_std^2).
 
-    ``init_std`` None is :func:`magnitude_std`.
+    ``init_std`` None is :func:`magnitude_std`. ``init`` "lora" is :func:`as_lora` of these.
     ``on_bf16_grid`` rounds each value to bfloat16, so that the factors survive a cast to bfloat16 unchanged and dW(0)
     can be rebuilt bit for bit from the seed (``warmup="residual"``).
     """
@@ -80,7 +81,25 @@ def draw_factors(
     factors = [
         torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) * std for shape, std in shapes
     ]
+    if init == "lora":
+        A, B, C, D = factors
+        as_lora(A, B, C, D, direction_init_std, generator)
     return [factor.bfloat16().float() for factor in factors] if on_bf16_grid else factors
+
+
+def as_lora(A: Tensor, B: Tensor, C: Tensor, D: Tensor, std: float, generator: torch.Generator) -> None:
+    """LoRA's start, in place: A uniform as PEFT's, B = 0, and D C = r2 std^2 everywhere, so that every sign is up.
+
+    The first row of C and the first column of D hold sqrt(r2) ``std``, the other columns of D are 0. The other rows of C
+    stay Gaussian, so that those columns have a gradient, as LoRA's B has by its A. Steps of the size of a learning rate
+    (Adam's) move D C by up to their number times rate times the sum over a column of |C|, which grows as r2 does: no
+    sign turns before std / (2 rate) of them.
+    """
+    A.uniform_(-1, 1, generator=generator).div_(math.sqrt(A.shape[1]))
+    B.zero_()
+    C[0] = math.sqrt(len(C)) * std
+    D.zero_()
+    D[:, 0] = C[0, 0]
 
 
 def draw_signs(seed: int, out_features: int, in_features: int) -> Tensor:

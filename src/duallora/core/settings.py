@@ -28,6 +28,10 @@ RANKS = {
 }  # fmt: skip
 
 
+# What init = "lora" needs of the others: dW is 0 because B is, and LoRA's B A under signs that are all up.
+LORA_START = {"magnitude": "identity", "direction": "ste", "warmup": "none", "init_std": None, "init_weights": True}
+
+
 class Range(NamedTuple):
     """The values that a number may take; None is no bound. The names are pydantic's and annotated_types'."""
 
@@ -96,12 +100,17 @@ class Settings:
         None,
         "Standard deviation of A and B at the start; null goes by a layer's width and r1 (paper: Gaussian, no value).",
     )
+    init: Literal["gaussian", "lora"] = setting(
+        "gaussian",
+        "Start of the factors: random (paper), or LoRA's, with B at 0 and every sign up (ours; needs magnitude identity, "
+        "direction ste, warmup none).",
+    )
     # Twenty steps of a rate of 1e-3. At a tenth of it a third of the signs turn at once with each of the first steps, all
     # by the same few rows, and some seeds end with a model that gives every input one answer (LOG.md).
     direction_init_std: Positive = setting(
         0.02,
         "Standard deviation of C and D at the start: how easily signs flip (with 0.002 some seeds learn nothing), and "
-        "their size where it counts (xnor, dorefa, identity).",
+        "their size where it counts (xnor, dorefa, identity); with init lora, r2 times its square is D C.",
     )
     init_seed: Annotated[int, Range(ge=0, le=2**63 - 1)] | None = setting(
         None, "Seed of the start values, a stream for each layer; null draws from torch's generator."
@@ -186,6 +195,16 @@ def contradictions(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]
                     f"{prefix}target_parameters cannot have {say(name)}: the experts' own forward runs on W0 + dW, one for "
                     f"each; leave {prefix}{name} at its default, or train without {prefix}target_parameters"
                 )
+    if values.get("init") == "lora":
+        wanted: dict[str, Any] = dict(LORA_START)
+        if "warmup" not in values:  # a plain layer, whose ramp is its steps
+            wanted["warmup_steps"] = 0
+        if wrong := [name for name, value in wanted.items() if values.get(name, value) != value]:
+            remedy = ", ".join(f"{prefix}{name} = {json.dumps(wanted[name])}" for name in wrong)
+            yield (
+                f"{say('init')} starts as LoRA does, and {' and '.join(map(say, wrong))} would not be LoRA (of B A = 0, relu "
+                f'and abs have no gradient): use {remedy}, or {prefix}init = "gaussian"'
+            )
     if values.get("layers_to_transform") is not None and isinstance(values.get("target_modules"), str):
         yield (
             f"{prefix}layers_to_transform needs {prefix}target_modules as a list of names, such as [q_proj, v_proj]; it is "

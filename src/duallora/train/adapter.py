@@ -49,6 +49,8 @@ def put(
     fields = recipe.adapter.model_dump(exclude=set(RUNS_OWN))
     if fields.get("warmup_steps") == "auto":
         fields["warmup_steps"] = max(1, lr_warmup) if recipe.adapter.init_from is None else 0
+    if fields.get("init", "").startswith("gradient"):
+        fields["init"] = "gaussian"  # what a start from the gradient is put over
     present = [place for place, _ in model.named_modules()]
     for module in fields["modules_to_save"] or ():
         if not any(place.endswith(module) for place in present):  # PEFT leaves out what is not there, and says nothing

@@ -23,7 +23,7 @@ FREE = frozenset({
     "bias", "exclude_modules", "layers_pattern", "layers_to_transform", "r", "r1", "r2", "rank_pattern", "target_modules",
     "target_parameters",
     "dropout", "duallora_dropout", "lora_dropout", "module_dropout", "vera_dropout", "randlora_dropout", "hira_dropout",
-    "backend", "direction_init_std", "forward", "gradient_tokens", "init_seed", "init_std",
+    "backend", "direction_init_std", "forward", "gradient_tokens", "init", "init_seed", "init_std",
     "init_weights", "init_lora_weights", "ste_clip", "warmup_steps",
 })  # fmt: skip
 

@@ -392,7 +392,7 @@ class _Run:
     def _start_values(self) -> None:
         """Start values from the gradient where the recipe asks for them; kept where every checkpoint is."""
         recipe, init = self.recipe, getattr(self.recipe.adapter, "init", "gaussian")
-        if init != "gaussian":
+        if init.startswith("gradient"):
             began = time.monotonic(), time.process_time()
             loss = None if self.task.kind == "generate" else partial(row_loss, self.task.kind)
             start = partial(calibration.start_from_gradient, self.method.model, recipe, self.rows, self.tokenizer, loss)

@@ -136,6 +136,8 @@ def _check(name: str, layer: Linear, adapter: str) -> None:
     config = layer.duallora_config[adapter]
     if config.direction == "fixed":
         raise ConfigError(f"{name}: direction='fixed' has no C and D to start; use another direction.")
+    if config.init == "lora":
+        raise ConfigError(f"{name}: init='lora' is a start of its own, whose B = 0: use init='gaussian'.")
     if config.warmup == "residual":
         raise ConfigError(f"{name}: warmup='residual' rebuilds dW(0) from a seed, which knows no gradient: use 'ramp'.")
     if layer.merged:

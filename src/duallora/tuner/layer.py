@@ -229,7 +229,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
             seed, self.out_features, self.in_features, self.r1[adapter_name],
             None if config.direction == "fixed" else self.r2[adapter_name],
             init_std=config.init_std, direction_init_std=config.direction_init_std,
-            on_bf16_grid=config.warmup == "residual",
+            init=config.init, on_bf16_grid=config.warmup == "residual",
         )  # fmt: skip
 
     def rebuild_from_seed(self, adapter_name: str) -> None:
