@@ -375,7 +375,7 @@ def test_unknown_tasks_and_folders_and_the_folder_of_the_environment(tmp_path, m
         load_task("arc-easy")
     with pytest.raises(DataError, match="which is no folder"):
         load_task("rte", data_dir=tmp_path / "absent")
-    assert len(TASKS) == len(set(TASKS)) == 19
+    assert len(TASKS) == len(set(TASKS)) == 21
     monkeypatch.setenv("DUALLORA_DATA", str(e2e_folder(tmp_path)))
     assert len(load_task("e2e").splits["validation"]) == 2
 

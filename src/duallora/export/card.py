@@ -23,7 +23,7 @@ from yaml import YAMLError  # what huggingface_hub reads front matter with
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
 from duallora.store import adapters, checkpoint, record, untrusted
 from duallora.store.run_folder import RunFolder
-from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, metrics
+from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, made_up, metrics
 from duallora.terminal import say, shown
 
 # The hub's names of what the built-in models were made from, and their license there.
@@ -233,6 +233,8 @@ def _title(folder: Path, task: str) -> str:
 def _datasets(task: str, run: dict[str, Any]) -> list[str]:
     """The hub's names of the data the adapter was trained on, where they are known."""
     if task in TASKS:
+        if task in made_up.NAMES:
+            return []
         loader = e2e if task == "e2e" else commonsense if task in commonsense.NAMES else glue
         return re.findall(r"(?:^hub|,) ([\w.-]+/[\w.-]+)", loader.load(task, None).source)
     path = run.get("recipe", {}).get("data", {}).get("path")

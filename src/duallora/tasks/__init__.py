@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from duallora.errors import ConfigError
-from duallora.tasks import commonsense, docstrings, e2e, glue, metrics  # noqa: F401 (each registers its metrics)
+from duallora.tasks import commonsense, docstrings, e2e, glue, made_up, metrics  # noqa: F401 (each registers its metrics)
 from duallora.tasks.encode import IGNORE, Collator, Counts, Encoded, encode, encode_prompt, encode_split, encode_texts
 from duallora.tasks.example import Example
 from duallora.tasks.files import load_data
@@ -35,7 +35,7 @@ __all__ = [
     "names",
 ]
 
-TASKS: tuple[str, ...] = (*e2e.FORMS, *commonsense.NAMES, *glue.PROTOCOLS)
+TASKS: tuple[str, ...] = (*e2e.FORMS, *commonsense.NAMES, *glue.PROTOCOLS, *made_up.NAMES)
 _added: dict[str, Callable[[Path | None], Task]] = {}
 
 
@@ -59,7 +59,7 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
     """One of `names` with its protocol, read on first use of a split.
 
     data_dir: folder of the data sets (default: DUALLORA_DATA). Where one is set only it is read, and a missing file is
-        a DataError; where none is, the data come from the hub.
+        a DataError; where none is, the data come from the hub. Tasks that code makes up read neither.
 
     Raises ConfigError for an unknown name.
     """
@@ -71,4 +71,6 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
         return _added[name](folder)
     if name in e2e.FORMS:
         return e2e.load(name, folder)
+    if name in made_up.NAMES:
+        return made_up.load(name)
     return (commonsense if name in commonsense.NAMES else glue).load(name, folder)

@@ -172,7 +172,7 @@ def share(name: str, hit: Callable[[Any, Example], bool], *, higher_is_better: b
         hits = _column(hit(own, row) for own, row in zip(predictions, examples, strict=True))
         return np.hstack([hits, np.ones_like(hits)])
 
-    return Metric(name, statistics, _percent, higher_is_better=higher_is_better, unit="percent")
+    return Metric(name, statistics, percent, higher_is_better=higher_is_better, unit="percent")
 
 
 def is_right(prediction: Any, example: Example) -> bool:
@@ -188,7 +188,8 @@ def _mean(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / np.maximum(1.0, sums[..., 1])
 
 
-def _percent(sums: np.ndarray) -> np.ndarray:
+def percent(sums: np.ndarray) -> np.ndarray:
+    """Of two sums, [..., 2], the first as a share of the second."""
     return 100.0 * _mean(sums)
 
 
