@@ -322,6 +322,11 @@ class EvalSection(Section):
     )
     before: bool = setting(True, "Take the validation loss before training too; false saves a pass over those rows.")
     test: bool = setting(False, "After training, score the test rows too and keep each prediction.")
+    forgetting: Text | None = setting(
+        None,
+        "Text that is not trained on (a file, hub id or builtin: name; auto is Python's language reference, or its docstrings): how "
+        "much its loss grew is what was forgotten.",
+    )
 
     def generation(self, max_new_tokens: int | None = None, num_beams: int | None = None) -> dict[str, int]:
         """What overrides a task's own settings for generating: the arguments, else this section's."""
@@ -474,7 +479,7 @@ def _field_lines(owner: type[Section], key: str, value: Any, indent: str) -> lis
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
-    for section, key in (("adapter", "target_parameters"), ("data", "columns")):
+    for section, key in (("adapter", "target_parameters"), ("data", "columns"), ("eval", "forgetting")):
         if values[section].get(key) is None:  # came later: runs that had no such setting keep theirs
             values[section].pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -69,6 +69,7 @@ class Facts(TypedDict, total=False):
     data: dict[str, Any]  # source, format, kind, labels, and the rows of each split
     steps: int
     loss_before: float | None
+    forgetting_before: float | None  # the loss on `eval.forgetting` before training
     left_out: list[int]  # steps whose rows were not learned from, as their loss was a spike
     init: dict[str, float]  # start_rows, start_seconds, start_cpu_seconds of start values taken from data
     result: dict[str, Any]  # what `duallora train --json` prints

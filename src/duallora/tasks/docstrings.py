@@ -1,7 +1,8 @@
-"""Two data sets that lie on every machine with Python: the standard library's own functions and their docstrings.
+"""Data sets that lie on every machine with Python: the standard library's own functions, their docstrings, its reference.
 
 ``builtin:docstrings``: module and signature -> the first sentence of the docstring (generation).
 ``builtin:packages``:   signature and first sentence -> the package the function belongs to (classification).
+``builtin:reference``:  paragraphs of the language reference, as `help` prints it (plain text).
 
 The source files of the running interpreter are parsed, never imported. Splits are drawn by hashes of names, so they
 are the same on every machine with the same Python; another Python has other functions, hence another fingerprint.
@@ -28,7 +29,7 @@ from duallora.tasks import metrics
 from duallora.tasks.example import Example
 from duallora.tasks.task import SPLITS, LazySplits, Task
 
-NAMES = ("builtin:docstrings", "builtin:packages")
+NAMES = ("builtin:docstrings", "builtin:packages", "builtin:reference")
 
 # Folders whose functions are tests, vendored copies, demonstrations, or gone in a later Python.
 _SKIPPED = {
@@ -55,10 +56,16 @@ class Function:
 
 
 def load(name: str) -> Task:
-    """The task behind ``builtin:docstrings`` or ``builtin:packages``; ConfigError for another name."""
+    """The task behind one of `NAMES`; ConfigError for another name."""
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown data {name!r}; nearest: {near}. Built in are {', '.join(NAMES)}")
+    source = f"standard library of Python {platform.python_version()} ({sysconfig.get_path('stdlib')})"
+    if name == "builtin:reference":
+        paragraphs = LazySplits({split: functools.partial(_reference, split) for split in SPLITS})
+        return Task(
+            name=name, kind="generate", splits=paragraphs, format="text", main_metric="loss", metrics=metrics.Metrics(), source=source
+        )  # fmt: skip
     generates = name == "builtin:docstrings"
     read = _docstrings if generates else _packages
     metric = metrics.Metrics("bleu", "exact_match", "bleu_first_line", "one_line")
@@ -71,7 +78,7 @@ def load(name: str) -> Task:
         metrics=metric if generates else metrics.OF_KIND["classify"],
         main_metric="bleu" if generates else "accuracy",
         generation={"max_new_tokens": 40, "num_beams": 1, "do_sample": False} if generates else {},
-        source=f"standard library of Python {platform.python_version()} ({sysconfig.get_path('stdlib')})",
+        source=source,
     )
 
 
@@ -188,6 +195,30 @@ def _packages(split: str) -> tuple[Example, ...]:
 
 
 _first = operator.itemgetter(0)
+
+
+@functools.lru_cache(maxsize=1)
+def _paragraphs() -> tuple[str, ...]:
+    """Those of pydoc's topics that are about as long as a paragraph is, each once; the file is parsed, not imported."""
+    path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); builtin:reference needs a Python with its documentation"
+        ) from error
+    topics = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    blocks = (" ".join(block.split()) for topic in topics for block in str(topic.value).split("\n\n"))
+    return tuple(dict.fromkeys(block for block in blocks if 200 <= len(block) <= 800))
+
+
+def _reference(split: str) -> tuple[Example, ...]:
+    found = sorted((_hash(text), text) for text in _paragraphs())
+    return tuple(
+        Example(answer=text, references=(text,), where=f"pydoc_data.topics, {text[:30]}...")
+        for draw, text in found
+        if _split_name(draw) == split
+    )
 
 
 def _split_name(draw: int) -> str:

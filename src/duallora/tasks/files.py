@@ -62,8 +62,8 @@ def load_data(
 ) -> Task:
     """The task in a file, on the hub, or built in.
 
-    data: a path (jsonl, json, csv, tsv, parquet, txt), a hub id "org/name" or "org/name:config", "builtin:docstrings" or
-        "builtin:packages".
+    data: a path (jsonl, json, csv, tsv, parquet, txt), a hub id "org/name" or "org/name:config", "builtin:docstrings",
+        "builtin:packages" or "builtin:reference".
     eval_data: path or hub id of the validation rows; without it ``eval_fraction`` of the rows (at least one) are set
         aside, drawn with ``seed``, unless the hub has a validation or test split of its own.
     format: one of FORMATS where the columns fit several; None detects it.

@@ -321,6 +321,9 @@ def _tokens(answers: Sequence[tuple[float, int]], examples: Sequence[Example]) -
 _loss = Metric("loss", _tokens, _mean, higher_is_better=False, unit="nats", digits=3, likelihood=True)
 register(_loss)
 register(
+    Metric("forgetting", higher_is_better=False, unit="nats", digits=3)
+)  # of the loss on text that is not trained on
+register(
     replace(_loss, name="perplexity", unit="", digits=2, of_sums=lambda sums: np.exp(np.minimum(_mean(sums), 700.0)))
 )
 

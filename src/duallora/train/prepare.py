@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from duallora.methods.projected import OPTIMIZERS
 from duallora.store import adapters
 from duallora.store.positions import check_room
 from duallora.store.processes import ALONE, Processes
-from duallora.tasks import Task, hold_out, load_data, load_task
+from duallora.tasks import Task, encode_split, hold_out, load_data, load_task
 from duallora.terminal import say
 from duallora.train import evaluate
 from duallora.train.adapter import check_method
@@ -79,6 +80,36 @@ def load(recipe: Recipe, console: Console, trained: adapters.Trained | None = No
     for note in task.notes:
         say(console, "", escape(note))
     return task
+
+
+FORGETTING_ROWS = 64
+
+
+def elsewhere(recipe: Recipe, task: Task, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows of `eval.forgetting`, text that the run does not train on, cut to its length; none where it is not asked for.
+
+    Raises:
+        ConfigError: the run or the rows do not generate, or the rows are those of the run.
+    """
+    name = recipe.eval.forgetting
+    if name is None:
+        return []
+    if task.kind != "generate":
+        raise ConfigError(
+            f"eval.forgetting={name}: expected a run that generates, and this one is to {task.kind}; leave it out"
+        )
+    if name == "auto":
+        name = "builtin:docstrings" if recipe.data.path == "builtin:reference" else "builtin:reference"
+    if name == recipe.data.path:
+        raise ConfigError(f"eval.forgetting={name} is what the run trains on; name other text, or auto")
+    other = read(recipe.model_copy(update={"data": type(recipe.data)(path=name)}))
+    if other.kind != "generate":
+        raise ConfigError(
+            f"eval.forgetting={name}: expected text, or prompts and completions, and it is {other.format}"
+        )
+    splits = (other.splits[name] for name in ("test", "validation", "train") if name in other.splits)
+    examples = list(itertools.islice(itertools.chain.from_iterable(splits), FORGETTING_ROWS))
+    return encode_split(examples, tokenizer, "generate", max_length=recipe.data.max_length)[0]
 
 
 def check_lengths(recipe: Recipe, model: Any, tokenizer, task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -124,6 +124,7 @@ class _Run:
     tokenizer: Any
     rows: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+    elsewhere: list[dict[str, Any]]  # text that is not trained on, for what is forgotten
     steps: int
     lr_warmup: int
     fingerprints: Fingerprints
@@ -166,11 +167,13 @@ class _Run:
         self.method.model.to(adapters.default_device())
         if self.held_out and recipe.eval.before and self.facts["loss_before"] is None:
             self._write_facts(loss_before=self._loss("before"))
+        if self.elsewhere and self.facts.get("forgetting_before") is None:
+            self._write_facts(forgetting_before=self._loss_elsewhere())
         if resume_from is None:
             self._start_values()
         trained = self._fit(resume_from, stopping)
         adapter = self._save()
-        scores = {**trained, **self.facts["init"], **self._validate(), **self._test()}
+        scores = {**trained, **self.facts["init"], **self._validate(), **self._forgetting(), **self._test()}
         at_chance = self._at_chance()
         if self.processes.main:
             result = record.result(
@@ -204,7 +207,9 @@ class _Run:
 
     def _first_facts(self, previous: Facts | None) -> None:
         before, task, model = previous or Facts(), self.task, self.recipe.model
-        same_rows = before.get("recipe", {}).get("data", {}).get("eval_limit") == self.recipe.data.eval_limit
+        recipe = before.get("recipe", {})
+        same_rows = recipe.get("data", {}).get("eval_limit") == self.recipe.data.eval_limit
+        same_text = recipe.get("eval", {}).get("forgetting") == self.recipe.eval.forgetting
         if self.processes.main:
             self.folder.write_recipe(self.recipe)
         self._write_facts(
@@ -229,6 +234,7 @@ class _Run:
             },
             steps=self.steps,
             loss_before=before.get("loss_before") if same_rows else None,
+            forgetting_before=before.get("forgetting_before") if same_text else None,
             init=before.get("init") or self.init,
             left_out=before.get("left_out", []),
         )
@@ -290,6 +296,7 @@ class _Run:
         if "validation" in task.splits and len(task.splits["validation"]):
             validation = evaluate.select(task, "validation", data.eval_limit)
             self.held_out, _ = encode_split(validation, self.tokenizer, task.kind, max_length=data.max_length)
+        self.elsewhere = prepare.elsewhere(self.recipe, task, self.tokenizer)
         message = f"{counts.tokens:,} tokens in {counts.rows:,} rows"
         if counts.rows > len(examples):
             message += f" (of {len(examples):,} chats: their template rewrites earlier turns, so each stands by itself)"
@@ -526,8 +533,14 @@ class _Run:
         say(self.console, "memory", f"[yellow]{words}[/]")
 
     def _held_out_loss(self, console: Console | None = None) -> float:
+        return self._loss_of(self.held_out, console)
+
+    def _loss_elsewhere(self) -> float:
+        return self._loss_of(self.elsewhere)
+
+    def _loss_of(self, rows: Sequence[dict[str, Any]], console: Console | None = None) -> float:
         return evaluate.loss_on(
-            self.method.model, self.tokenizer, self.held_out, self.task.kind,
+            self.method.model, self.tokenizer, rows, self.task.kind,
             batch_size=self.recipe.eval.batch_size, console=console, processes=self.processes,
         )  # fmt: skip
 
@@ -582,6 +595,16 @@ class _Run:
         self._say_loss("after", result.metrics["loss"])
         self._say_scores(result, "validation")
         return {**before, **result.metrics}
+
+    def _forgetting(self) -> dict[str, float]:
+        """How much the loss on other text grew, in nats a token; below 0 where it fell."""
+        before = self.facts.get("forgetting_before")
+        if not self.elsewhere or before is None:
+            return {}
+        after = self._loss_elsewhere()
+        words = f"loss on {escape(str(self.recipe.eval.forgetting))}, not trained on: {after:.4f} (was {before:.4f})"
+        say(self.console, "forgetting", words)
+        return {"forgetting": after - before}
 
     def _test(self) -> dict[str, Any]:
         """The metrics on the test rows; every prediction is kept beside what it should have been."""
