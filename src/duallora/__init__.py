@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from duallora.tuner.fast_peft import fast_peft as fast_peft
     from duallora.tuner.gradient_start import init_from_gradient as init_from_gradient
     from duallora.tuner.quantized import dequantize as dequantize
+    from duallora.tuner.watch import watch as watch
 
 _HOME = {
     "DualLoraConfig": "duallora.tuner",
@@ -46,6 +47,7 @@ _HOME = {
     "init_from_gradient": "duallora.tuner.gradient_start",
     "latest_verified": "duallora.store.sealed",
     "param_groups": "duallora.tuner",
+    "watch": "duallora.tuner.watch",
 }
 
 __all__ = list(_HOME)

@@ -511,6 +511,8 @@ class _Run:
             ignore_quantized(model)
         if processes.rank:  # each draws its own dropout and tokens
             set_seed((recipe.seed + processes.rank) % 2**32)
+        if self.method.method.name == "duallora":
+            duallora.watch(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         if "tensorboard" in recipe.train.report_to and processes.main:

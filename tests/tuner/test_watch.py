@@ -1,0 +1,137 @@
+"""duallora.watch: what it logs is what the factors say, by the formula written out here; what cannot learn is named."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import duallora
+from duallora.tuner.watch import DEAD_LOGS, Watcher
+
+IN, HIDDEN, OUT = 23, 4, 3  # few rows: all of them are looked at
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
+
+    def forward(self, x, labels=None):
+        y = self.second(torch.tanh(self.first(x)))
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def adapted(**options):
+    torch.manual_seed(0)
+    options = {"r": 3, "target_modules": ["first", "second"], "warmup_steps": 4, "init_seed": 5, **options}
+    return get_peft_model(Net(), duallora.DualLoraConfig(**options))
+
+
+def trainer_of(model, tmp_path, steps=6, **options):
+    g = torch.Generator().manual_seed(1)
+    rows = [{"x": torch.randn(IN, generator=g), "labels": torch.randn(OUT, generator=g)} for _ in range(16)]
+    options = {"max_steps": steps, "logging_steps": 1, "learning_rate": 0.05, "report_to": [], **options}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, **options)
+    return Trainer(model, arguments, train_dataset=rows)
+
+
+def layers(model):
+    return [model.base_model.model.first, model.base_model.model.second]
+
+
+def factors(layer):
+    return [getattr(layer, f"duallora_{name}")["default"].detach().double() for name in "ABCD"]
+
+
+def test_what_is_logged_is_what_the_factors_say(tmp_path):
+    model = adapted()
+    trainer = duallora.watch(trainer_of(model, tmp_path))
+    seen = []
+
+    class Look(duallora.tuner.watch.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                seen.append([factors(layer) for layer in layers(model)])
+
+    trainer.add_callback(Look())
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(logged) == len(seen) == 6
+    before = None
+    for number, (line, now) in enumerate(zip(logged, seen, strict=True), start=1):
+        zero = [float((B @ A <= 0).double().mean()) for A, B, _, _ in now]
+        assert line["frozen_share"] == pytest.approx(sum(zero) / 2, abs=1e-6)
+        assert line["gate"] == pytest.approx(min(1, number / 4))
+        up = [D @ C > 0 for _, _, C, D in now]
+        if before is None:
+            assert "sign_flips" not in line
+        else:
+            changed = [float((one != other).double().mean()) for one, other in zip(up, before, strict=True)]
+            assert line["sign_flips"] == pytest.approx(sum(changed) / 2, abs=1e-6)
+        before = up
+        squares = base = 0.0
+        for layer, (A, B, C, D) in zip(layers(model), now, strict=True):
+            scale = min(1, number / 4) * 2  # alpha = 2 r
+            dW = scale * torch.clamp(B @ A, min=0) * torch.where(D @ C > 0, 1.0, -1.0)
+            squares += float(dW.square().sum())
+            base += float(layer.base_layer.weight.double().square().sum())
+        assert line["update_size"] == pytest.approx((squares / base) ** 0.5, rel=1e-4)
+        assert "layers_without_gradient" not in line
+    assert len({line.get("sign_flips") for line in logged}) > 2  # signs did move in this run
+
+
+def test_a_layer_that_cannot_learn_is_counted_and_named_once(tmp_path, caplog):
+    model = adapted()
+    first = layers(model)[0]
+    with torch.no_grad():
+        first.duallora_A["default"].abs_()
+        first.duallora_B["default"].abs_().neg_()
+    with caplog.at_level(logging.WARNING):
+        trainer = duallora.watch(trainer_of(model, tmp_path, steps=DEAD_LOGS + 2))
+        trainer.train()
+    last = [line for line in trainer.state.log_history if "loss" in line][-1]
+    assert last["layers_without_gradient"] == 1
+    assert last["frozen_share"] > 0.5
+    (said,) = [record.message for record in caplog.records if "dead" in record.message]
+    assert said.startswith("1 layers are dead")
+    assert "first" in said
+
+
+def test_a_ramp_that_the_run_does_not_reach_the_end_of_is_said_before_it_begins(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        duallora.watch(trainer_of(adapted(warmup_steps=100), tmp_path, steps=6)).train()
+        duallora.watch(trainer_of(adapted(warmup_steps=6), tmp_path, steps=6)).train()
+    (said,) = [record.message for record in caplog.records if "warmup_steps" in record.message]
+    assert "this run has 6 optimizer steps, but warmup_steps=100: its gate ends at 0.06" in said
+    assert "Set warmup_steps to 2" in said
+
+
+def test_watching_changes_no_weight_and_no_draw(tmp_path):
+    found = []
+    for look in (lambda trainer: trainer, duallora.watch):
+        model = adapted(duallora_dropout=0.2)
+        look(trainer_of(model, tmp_path)).train()
+        found.append([factor for layer in layers(model) for factor in factors(layer)])
+    for plain, watched in zip(*found, strict=True):
+        assert torch.equal(plain, watched)
+
+
+@pytest.mark.parametrize(
+    "options", [{"direction": "fixed"}, {"magnitude": "abs"}, {"direction": "identity"}, {"use_dora": True}]
+)
+def test_what_a_form_does_not_have_is_not_logged(options):
+    found = Watcher(adapted(**options)).measure()
+    assert ("frozen_share" in found) == ("magnitude" not in options)
+    assert json.dumps(found)
+
+
+def test_a_model_without_such_layers_is_refused(tmp_path):
+    model = get_peft_model(Net(), LoraConfig(target_modules=["first"]))
+    with pytest.raises(ValueError, match="has no Dual LoRA layer to watch"):
+        duallora.watch(trainer_of(model, tmp_path))
