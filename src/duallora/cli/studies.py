@@ -84,7 +84,7 @@ def grid(
 
 @verb()
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, ...")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, capacity, ...")],
     scale: Annotated[
         Literal["mini", "paper"],
         typer.Option("--scale", help="The paper's models and data, or a built-in model and local data."),
@@ -127,6 +127,7 @@ def reproduce(
     [dim]Examples:[/]
       duallora reproduce table2 --scale mini --only task=cola
       duallora reproduce table1 --scale paper --dry-run --gpu h100
+      duallora reproduce capacity --scale mini --workers 2
       duallora reproduce table1 --scale paper --only study=table1-llama3-70b-instruct --set model.quantization=bnb-4bit --workers 8
     """
     from duallora.errors import ConfigError
@@ -136,37 +137,30 @@ def reproduce(
     chosen = table.parts(name, scale, only or (), output, settings or ())
     if result is not None and len(chosen) > 1:
         raise ConfigError(f"--result names one file, and {name} has {len(chosen)} studies: choose one by --only study=")
-    planned = table.plan(chosen, gpu or ("cpu" if scale == "mini" else "a100-80gb"))
-    table.show_plan(console.results, chosen, planned)
-    lines = table.commands(chosen)
-    shown = lines if commands == 0 else lines[:commands]
-    console.results.print(f"\n{len(shown)} of the {len(lines)} runs to begin with:")
-    for line in shown:
-        console.results.print(line, soft_wrap=True, markup=False)
+    if name == "capacity":
+        _refuse_for_capacity(settings or (), ray, keep, reuse, gpu, commands)
+        planned: dict[str, Any] = _capacity().plan([part.study for part in chosen], console.results)
+    else:
+        planned = table.plan(chosen, gpu or ("cpu" if scale == "mini" else "a100-80gb"))
+        table.show_plan(console.results, chosen, planned)
+        planned["commands"] = lines = table.commands(chosen)
+        shown = lines if commands == 0 else lines[:commands]
+        console.results.print(f"\n{len(shown)} of the {len(lines)} runs to begin with:")
+        for line in shown:
+            console.results.print(line, soft_wrap=True, markup=False)
     if dry_run:
-        return {**planned, "commands": lines}
+        return planned
     if scale == "paper" and not yes and not typer.confirm("\nStart these runs?", err=True):
         raise ConfigError("nothing was started; --dry-run shows the plan alone, --yes starts without asking")
 
     from duallora.grid import report as page
     from duallora.grid import summary as studies
-    from duallora.grid.run import require_all, run
+    from duallora.grid.run import require_all
 
     summaries, outcomes = {}, []
     for part in chosen:
-        options: dict[str, Any] = {"workers": workers, "ray": ray, "keep": keep, "reuse": reuse or ()}
-        found = run(part.study, part.folder, console=console.results, **options)
-        summary = studies.summarize(part.folder, scale=scale)
-        if name == "figure3":
-            from duallora.paper import ranks
-
-            summary["ranks"] = ranks.of_study(part, found)
-            for row in summary["ranks"]:
-                console.results.print(
-                    f"{row['task']}, {row['variant']}: {row['matrix']} has rank {row['rank_float32']:.0f} (float32's tolerance), "
-                    f"{row['rank']:.0f} (float64's), effective {row['effective_rank']:.0f} of {row['largest']:.0f}",
-                    soft_wrap=True, markup=False,
-                )  # fmt: skip
+        found, more = _run_part(name, part, workers, {"ray": ray, "keep": keep, "reuse": reuse or ()})
+        summary = studies.summarize(part.folder, scale=scale) | more
         whole = SUMMARIES / f"{part.study.name}-{scale}.json"
         file = result or (
             part.folder / "summary.json" if only or settings else whole
@@ -182,6 +176,57 @@ def reproduce(
     for found, folder in outcomes:  # a model whose runs fail does not keep the next one's waiting
         require_all(found, folder)
     return {"runs": planned["runs"], "summaries": summaries}
+
+
+def _capacity() -> Any:
+    """`duallora.paper.capacity`, which imports torch."""
+    from duallora.paper import capacity
+
+    return capacity
+
+
+def _refuse_for_capacity(
+    settings: Sequence[str], ray: str | None, keep: str, reuse: Sequence[Path] | None, gpu: str | None, commands: int
+) -> None:
+    """ConfigError for options that mean nothing where cells are no runs of `duallora train`."""
+    from duallora.errors import ConfigError
+
+    others = [text for text in settings if not text.replace(" ", "").startswith(("train.max_steps=", "max_steps="))]
+    given = {
+        f"--set {' '.join(others)}": others,
+        "--ray": ray,
+        "--keep": keep != "best",
+        "--reuse": reuse,
+        "--gpu": gpu,
+        "--commands": commands != 3,
+    }
+    if refused := [option for option, value in given.items() if value]:
+        raise ConfigError(
+            f"{', '.join(refused)}: the cells of capacity are fits of matrices and labels in this process, no runs of `duallora "
+            "train`; it takes --only, --set train.max_steps=N, --workers, --result and -o"
+        )
+
+
+def _run_part(name: str, part: Any, workers: int, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(outcomes of a study's cells, what its summary has beside other studies')."""
+    if name == "capacity":
+        study, found = _capacity().run(part.study, part.folder, workers=workers, console=console.results)
+        return found, _capacity().facts(study, part.folder)
+    from duallora.grid.run import run
+
+    found = run(part.study, part.folder, console=console.results, workers=workers, **options)
+    if name != "figure3":
+        return found, {}
+    from duallora.paper import ranks
+
+    rows = ranks.of_study(part, found)
+    for row in rows:
+        console.results.print(
+            f"{row['task']}, {row['variant']}: {row['matrix']} has rank {row['rank_float32']:.0f} (float32's tolerance), "
+            f"{row['rank']:.0f} (float64's), effective {row['effective_rank']:.0f} of {row['largest']:.0f}",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+    return found, {"ranks": rows}
 
 
 @verb()

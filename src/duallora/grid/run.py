@@ -85,7 +85,7 @@ def run(
     with ExitStack() as held:
         held.enter_context(locked(folder, STUDY))
         found = outcomes(folder)
-        _refuse_drift(study.wanted(found), found)
+        refuse_drift(study.wanted(found), found)
         write_text(folder / STUDY, study.yaml())
         (folder / CELLS).mkdir(exist_ok=True)
         pool: Pool
@@ -180,7 +180,7 @@ class _Grid:
     def _wanted(self) -> list[Cell]:
         while True:
             wanted = self.study.wanted(self.outcomes, self.trials.asked if self.trials else None)
-            _refuse_drift(wanted, self.outcomes)
+            refuse_drift(wanted, self.outcomes)
             taken = [cell for cell in wanted if cell.name not in self.outcomes and self._take_over(cell)]
             if not taken:
                 return wanted
@@ -301,7 +301,7 @@ def _how(code: int) -> str:
     return LOST[code] if code in LOST else f"ended by {signal.Signals(-code).name}"
 
 
-def _refuse_drift(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> None:
+def refuse_drift(cells: Sequence[Cell], found: Mapping[str, Outcome]) -> None:
     """ConfigError where a cell on disk was run with other settings than the study now gives it."""
     for cell in cells:
         before = dict(found[cell.name].recipe) if cell.name in found else {}

@@ -530,7 +530,7 @@ def _comparisons(summary: Mapping[str, Any]) -> Iterator[str]:
     for task in counts:
         pairs = [pair for pair in summary["pairs"] if pair["task"] == task]
         facts = summary["tasks"].get(task)
-        rows = f"{task} ({facts['metric']}, {facts['examples']:,} test rows): " if facts else "Over all tasks, "
+        rows = f"{task} ({facts['metric']}, {_count(facts['examples'], 'test row')}): " if facts else "Over all tasks, "
         told = {answer: [_difference(pair) for pair in pairs if pair["better"] == answer] for answer in words}
         parts = [f"{words[answer]} {', '.join(those)}" for answer, those in told.items() if those]
         yield f"{rows}{pairs[0]['one']} {'; '.join(parts)}."
@@ -619,7 +619,7 @@ def _version(key: str, value: Any) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _rounded(value: Any) -> Any:

@@ -29,6 +29,7 @@ HOME = {
     "gradient-start": ("gradient_start", "starts from data (ours)"),
     "ablations": ("ablations", "what the paper leaves open (ours)"),
     "start-values": ("start_values", "whether its start values do well elsewhere (ours)"),
+    "capacity": ("capacity", "what each form of dW can hold (ours)"),
 }
 
 

@@ -256,6 +256,10 @@ def _spearman(predictions: Sequence[float], examples: Sequence[Example]) -> floa
     return float(_correlation(_moments(predictions, examples, rankdata).sum(axis=0)))
 
 
+def _numbers(predictions: Sequence[float], examples: Sequence[Example]) -> np.ndarray:
+    return np.hstack([_column(predictions), np.ones((len(predictions), 1))])
+
+
 def _squares(predictions: Sequence[float], examples: Sequence[Example]) -> np.ndarray:
     guess, gold = _columns(predictions, examples)
     return np.stack([(guess - gold) ** 2, np.ones_like(gold)], axis=1)
@@ -266,6 +270,10 @@ register(Metric("pearson", _moments, _correlation, unit="percent"))
 register(Metric("matthews", _moments, _correlation, unit="percent"))
 register(Metric("spearman", compute=_spearman, unit="percent"))
 register(Metric("rmse", _squares, lambda sums: np.sqrt(_mean(sums)), higher_is_better=False, digits=2))
+
+# What `duallora.paper.capacity` measures: of one problem, hence of one row.
+register(Metric("residual", _numbers, _mean, higher_is_better=False, digits=3))
+register(Metric("bits_per_parameter", _numbers, _mean, digits=2))
 
 # -- texts ------------------------------------------------------------------------------------------------------------
 
