@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -154,15 +155,14 @@ def problem(task: str, seed: int, folder: Path) -> Problem:
     )
     W0, T = (X * (SIZE * X.square().mean()).rsqrt() for X in (W0, T))  # rms 1 / sqrt(in), both
 
-    model = nn.Sequential()
-    model.add_module("one", nn.Linear(SIZE, SIZE, bias=False))
-    model.one.weight.data = W0
+    layer = nn.Linear(SIZE, SIZE, bias=False)
+    layer.weight.data = W0
     power = T.square().sum()
 
     def loss(y: Tensor) -> Tensor:
         return (y - W0.T - T.T).square().sum() / power
 
-    return Problem(model, torch.eye(SIZE), loss, lambda loss, parameters: loss)
+    return Problem(nn.Sequential(OrderedDict(one=layer)), torch.eye(SIZE), loss, lambda loss, parameters: loss)
 
 
 def _drawn(task: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -176,16 +176,20 @@ def _drawn(task: str, seed: int) -> tuple[Tensor, Tensor]:
 
 def _labels(count: int, seed: int) -> Problem:
     random = torch.Generator().manual_seed(seed)
-    model = nn.Sequential()
-    for name in ("one", "two", "three"):
-        model.add_module(name, nn.Linear(WIDTH, WIDTH, bias=False))
-        model.add_module(f"{name}_relu", nn.ReLU())
-    model.add_module("head", nn.Linear(WIDTH, LABELS, bias=False))
-    for layer in (model.one, model.two, model.three, model.head):
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name in ("one", "two", "three", "head"):
+        layers[name] = layer = nn.Linear(WIDTH, LABELS if name == "head" else WIDTH, bias=False)
         nn.init.normal_(layer.weight, std=math.sqrt(2 / WIDTH), generator=random)
+        if name != "head":
+            layers[f"{name}_relu"] = nn.ReLU()
     keys = torch.randn(count, WIDTH, generator=random)
     labels = torch.randint(LABELS, (count,), generator=random)
-    return Problem(model, keys, partial(nn.functional.cross_entropy, target=labels), partial(bits_per_parameter, count))
+    return Problem(
+        nn.Sequential(layers),
+        keys,
+        partial(nn.functional.cross_entropy, target=labels),
+        partial(bits_per_parameter, count),
+    )
 
 
 def bits_per_parameter(keys: int, loss: float, parameters: int, labels: int = LABELS) -> float:
@@ -390,6 +394,6 @@ def plan(studies: Iterable[Study], console: Console) -> dict[str, Any]:
     return {"runs": sum(one["cells"] for one in planned), "studies": planned}
 
 
-def _parameters(variant: Variant, study: Study, task: str) -> int:
+def _parameters(variant: Mapping[str, Any], study: Study, task: str) -> int:
     model = problem("fit-gaussian" if task in REAL else task, 0, Path()).model
     return sum(own.numel() for own in methods.trained(attach({**study.base, **variant}, model, 0).model))
