@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from duallora.tuner.fast_dora import fast_dora as fast_dora
     from duallora.tuner.fast_peft import fast_peft as fast_peft
     from duallora.tuner.gradient_start import init_from_gradient as init_from_gradient
+    from duallora.tuner.hotswap import hotswap as hotswap
+    from duallora.tuner.hotswap import prepare_hotswap as prepare_hotswap
     from duallora.tuner.quantized import dequantize as dequantize
     from duallora.tuner.watch import watch as watch
 
@@ -44,10 +46,12 @@ _HOME = {
     "fast_peft": "duallora.tuner.fast_peft",
     "folded": "duallora.ops.fold",
     "gate": "duallora.core.gate",
+    "hotswap": "duallora.tuner.hotswap",
     "init_from_gradient": "duallora.tuner.gradient_start",
     "latest_verified": "duallora.store.sealed",
     "param_groups": "duallora.tuner",
     "watch": "duallora.tuner.watch",
+    "prepare_hotswap": "duallora.tuner.hotswap",
 }
 
 __all__ = list(_HOME)

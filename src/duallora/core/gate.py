@@ -113,12 +113,12 @@ def ramp(step: Tensor, warmup_steps: int) -> Tensor:
     return (step / warmup_steps).clamp(max=1.0)
 
 
-def gated(scaling: float, step: Tensor, warmup_steps: int) -> float | Tensor:
+def gated(scaling: float | Tensor, step: Tensor, warmup_steps: int) -> float | Tensor:
     """``scaling`` times :func:`ramp`, bit for bit, as a number where looking at the counter is free."""
     if warmup_steps == 0:
         return scaling
     plain = type(step) is Tensor and step.is_cpu and torch._C._functorch.peek_interpreter_stack() is None
-    if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if isinstance(scaling, Tensor) or not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return scaling * ramp(step, warmup_steps)
     # In float64, rounded after each operation: of float32 numbers that gives what float32 would.
     return _float32(_float32(scaling) * _float32(min(step.item() / warmup_steps, 1.0)))

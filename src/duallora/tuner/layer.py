@@ -99,7 +99,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         self.r1: dict[str, int] = {}
         self.r2: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float | Tensor] = {}  # a tensor: prepared for swapping adapters
         self.duallora_dropout = nn.ModuleDict({})
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
@@ -268,6 +268,9 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DualLoraLayer:
         self.fixed_signs = {adapter: fn(signs) for adapter, signs in self.fixed_signs.items()}
+        for adapter, scaling in self.scaling.items():
+            if isinstance(scaling, Tensor):
+                self.scaling[adapter] = scaling.to(fn(scaling).device)
         return super()._apply(fn, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -395,7 +398,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         """Multiply dW of the active adapters by ``scale``, on top of what they are multiplied by already."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self._scale(adapter, scale * self.scaling[adapter])
+                self._scale(adapter, scale * float(self.scaling[adapter]))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo :meth:`scale_layer`: divide by ``scale``, or with None go back to the factor of 1."""
@@ -403,7 +406,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
             if adapter in self.scaling and scale is None:
                 self.set_scale(adapter, 1.0)
             elif adapter in self.scaling:
-                self._scale(adapter, self.scaling[adapter] / scale)  # type: ignore[operator]
+                self._scale(adapter, float(self.scaling[adapter]) / scale)  # type: ignore[operator]
 
     def check_scale(self, adapter: str, scale: float) -> None:
         """Raise ConfigError unless dW of ``adapter`` can be multiplied by ``scale``."""
@@ -417,7 +420,11 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     def _scale(self, adapter: str, scaling: float) -> None:
         self.check_scale(adapter, scaling)
-        self.scaling[adapter] = scaling
+        held = self.scaling[adapter]
+        if isinstance(held, Tensor):
+            held.fill_(scaling)
+        else:
+            self.scaling[adapter] = scaling
 
     # -- merging -------------------------------------------------------------------------------------------------
 

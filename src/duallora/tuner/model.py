@@ -237,6 +237,7 @@ class DualLoraModel(BaseTuner):
             layer.update_layer(adapter_name, **arguments)
             return
         base_layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        self._check_trained_tokens(peft_config, current_key, base_layer)
         new_module: DualLoraLayer
         if parameter_name is not None:
             new_module = Experts(target, adapter_name, parameter_name, **arguments)
@@ -246,6 +247,23 @@ class DualLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is not trainable until it is activated
         self._replace_module(parent, target_name, new_module, target)
+
+    def _check_trained_tokens(self, peft_config: Any, key: str, base_layer: Any) -> None:
+        """PEFT's layer for single tokens reads the weight of what it wraps, and of what is tied to that: not W0 + dW."""
+        tokens = peft_config.trainable_token_indices
+        if tokens is None:
+            return
+        inputs = self.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+        weights = [
+            module.weight
+            for name, module in self.model.named_modules()
+            if (name.endswith(tuple(tokens)) if isinstance(tokens, dict) else module is inputs)
+        ]
+        if any(weight is getattr(base_layer, "weight", None) for weight in weights):
+            raise ConfigError(
+                f"target module {key!r} has the weight whose tokens {tokens} are trained by trainable_token_indices: leave "
+                "it out of target_modules, or adapt it and leave trainable_token_indices out."
+            )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
