@@ -15,6 +15,7 @@ from torch import nn
 import duallora
 from duallora import DualLoraConfig
 from duallora.errors import ConfigError
+from duallora.export import convert
 from duallora.tuner import experts
 from duallora.tuner.experts import Experts
 
@@ -265,3 +266,22 @@ def test_experts_alone_need_no_target_modules_and_take_patterns_of_rank():
     assert {type(m) for m in model.modules() if hasattr(m, "duallora_A")} == {Experts}
     with pytest.warns(UserWarning, match="'up_proj' in rank_pattern or alpha_pattern matches no adapted layer"):
         adapted(build(), alpha_pattern={"up_proj": 3, "gate_up_proj": 5})
+
+
+@pytest.mark.skipif(not hasattr(peft.tuners.lora.layer, "ParamWrapper"), reason="this PEFT has no LoRA on parameters")
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
+def test_experts_convert_to_peft_loras_of_full_rank_that_compute_the_same(kind, ids, tmp_path):
+    """Written and read as duallora convert does; a mixed up expert, rank or side would show."""
+    model = adapted(build(kind), r1=2, r2=2)
+    train(model, ids, steps=4)
+    y = model(ids).logits
+    layers = convert.dual_layers(model)
+    assert {name: list(layer.duallora_A["default"].shape) for name, layer in layers.items() if name.endswith("[4]")}
+    done = [convert.convert_layer(name, layer, 36) for name, layer in layers.items()]
+    assert max(layer.facts()["relative_error"] for layer in done) < 1e-5
+    tensors = convert.together({name: tensor for layer in done for name, tensor in layer.tensors.items()})
+    convert._write(tmp_path, convert.lora_config(model, list(layers), 36), tensors)
+    plain = convert._load(build(kind), tmp_path, tensors)
+    assert sum(type(module).__name__ == "ParamWrapper" for module in plain.modules()) == 4
+    torch.testing.assert_close(plain(ids).logits, y, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain.unload()(ids).logits, y, rtol=1e-2, atol=1e-3)

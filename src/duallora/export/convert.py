@@ -10,11 +10,15 @@ singular value; with out < in the two factors change places. dW is that of the g
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from rich.box import SIMPLE
@@ -32,6 +36,7 @@ from duallora.export import merge
 from duallora.store import adapters, checkpoint, record
 from duallora.terminal import progress_bar, quiet_libraries, say, shown, size
 from duallora.tuner.conv import TORCH as CONVOLUTIONS
+from duallora.tuner.experts import Experts
 from duallora.tuner.layer import DualLoraLayer
 
 Scores = Callable[[Any, Any], Mapping[str, float]]
@@ -112,7 +117,7 @@ def convert(
                 f"{adapter} changes no weight (dW = 0 in all {len(done)} layers): there is nothing to convert. Was it "
                 "saved before its gate opened? duallora check tells"
             )
-        tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()} | _carried(model)
+        tensors = together({name: t for layer in done for name, t in layer.tensors.items()}) | _carried(model)
         lora = lora_config(model, list(layers), rank)
         _write(folder, lora, tensors)
         if (source / "tokenizer_config.json").is_file():
@@ -144,13 +149,43 @@ def convert(
     return {"output": str(output), "kind": kind, "trained": trained, **conversion}
 
 
-def dual_layers(model: nn.Module) -> dict[str, DualLoraLayer]:
-    """The adapted layers by their name in the base model."""
+def dual_layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers by their name in the base model; fused experts one by one, as ``name[number]``.
+
+    Raises ConfigError for experts where PEFT's LoRA has them in another layout (before 0.19).
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {name: module for name, module in base.named_modules() if isinstance(module, DualLoraLayer)}
+    found: dict[str, Any] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, Experts):
+            if Version(peft.__version__) < Version("0.19"):
+                raise ConfigError(
+                    f"{name}: LoRA on experts in PEFT {peft.__version__} has another layout: upgrade to peft >= 0.19"
+                )
+            found |= {f"{name}[{expert.number}]": expert for expert in module.singly()}
+        elif isinstance(module, DualLoraLayer):
+            found[name] = module
+    return found
 
 
-def delta_matrix(name: str, layer: DualLoraLayer, adapter: str = "default") -> Tensor:
+def together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the factors of experts as PEFT's LoRA stacks them: A [experts * r, in], B [out, r * experts], r the slower."""
+    plain = {name: tensor for name, tensor in tensors.items() if "[" not in name}
+    fused: dict[str, list[Tensor]] = defaultdict(list)
+    for name in tensors.keys() - plain.keys():
+        fused[re.sub(r"\[\d+\]", "", name)].append(tensors[name])
+    for name, factors in fused.items():
+        ordered = [tensors[_numbered(name, e)] for e in range(len(factors))]
+        plain[name] = torch.cat(ordered) if "lora_A" in name else torch.stack(ordered, -1).flatten(1)
+    return plain
+
+
+def _numbered(name: str, e: int) -> str:
+    layer, _, leaf = name.rpartition(".lora_")
+    return f"{layer}[{e}].lora_{leaf}"
+
+
+def delta_matrix(name: str, layer: Any, adapter: str = "default") -> Tensor:
     """dW as the matrix [out, in] that LoRA's B A stands for: an embedding's is [dim, tokens], a kernel is flattened.
 
     Raises NonFiniteError if it holds NaN or infinities.
@@ -205,7 +240,7 @@ def _gram(M: Tensor) -> Tensor:
     return G
 
 
-def smallest_rank(layers: Mapping[str, DualLoraLayer], energy: float, console: Console) -> int:
+def smallest_rank(layers: Mapping[str, Any], energy: float, console: Console) -> int:
     """The one rank with which every layer keeps ``energy`` of its |dW|_F^2; at least 1."""
     ranks = [
         rank_for(eigenvalues(delta_matrix(name, layer)), energy) for name, layer in _progress(layers, console, "rank")
@@ -213,7 +248,7 @@ def smallest_rank(layers: Mapping[str, DualLoraLayer], energy: float, console: C
     return max(1, *ranks)
 
 
-def useful_rank(layers: Mapping[str, DualLoraLayer], rank: int, console: Console) -> int:
+def useful_rank(layers: Mapping[str, Any], rank: int, console: Console) -> int:
     """``rank``, or where that is more than any layer can have, min(out, in) of the widest, which is said."""
     factors = [(layer.duallora_A["default"], layer.duallora_B["default"]) for layer in layers.values()]
     most = max(min(A.shape[1], B.shape[0]) for A, B in factors)
@@ -223,7 +258,7 @@ def useful_rank(layers: Mapping[str, DualLoraLayer], rank: int, console: Console
 
 
 @torch.no_grad()
-def convert_layer(name: str, layer: DualLoraLayer, rank: int, dtype: Dtype = "auto") -> Converted:
+def convert_layer(name: str, layer: Any, rank: int, dtype: Dtype = "auto") -> Converted:
     """The layer's LoRA factors; ``dtype="auto"`` is that of its own, float32 at least.
 
     Raises:
@@ -274,6 +309,7 @@ def _refuse_odd_convolution(name: str, base: nn.Module) -> None:
 def lora_config(model: PeftModel, names: list[str], rank: int) -> LoraConfig:
     """The configuration of the conversion: ``names`` by their last part where that selects no other module."""
     config: Any = model.peft_config["default"]
+    names = [name for name in names if "[" not in name]  # experts are target_parameters
     suffixes = sorted({name.rpartition(".")[2] for name in names})
     base = model.get_base_model()
     selected = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes]
@@ -285,6 +321,7 @@ def lora_config(model: PeftModel, names: list[str], rank: int) -> LoraConfig:
         r=rank,
         lora_alpha=rank,
         target_modules=suffixes if len(selected) == len(names) else sorted(names),
+        target_parameters=config.target_parameters,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in dual_layers(model).values()),
         bias={"duallora_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=list(dict.fromkeys(config.modules_to_save)) if config.modules_to_save else None,
@@ -357,7 +394,7 @@ def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> 
     return kept
 
 
-def _progress(layers: Mapping[str, DualLoraLayer], console: Console, label: str) -> Iterator[tuple[str, DualLoraLayer]]:
+def _progress(layers: Mapping[str, Any], console: Console, label: str) -> Iterator[tuple[str, Any]]:
     with progress_bar(console, label, len(layers)) as update:
         for count, item in enumerate(layers.items(), 1):
             yield item

@@ -174,6 +174,10 @@ class Experts(DualLoraLayer):
         each = self._each(W, adapters)
         return torch.stack([each(e) for e in range(self.matrices)])
 
+    def singly(self) -> list[Expert]:
+        """The experts, one by one."""
+        return [Expert(self, e) for e in range(self.matrices)]
+
     # -- merging, and the forward --------------------------------------------------------------------------------------
 
     def _is_resident(self) -> bool:
@@ -217,3 +221,26 @@ class Experts(DualLoraLayer):
             depth, inner = f"{depth}base_layer.", inner.base_layer
         weights = {f"{depth}{self.weight_name}": read_experts(W, self._each(W, adapters))}
         return functional_call(self.base_layer, weights, args, kwargs)
+
+
+class Expert:
+    """One expert of a layer, with what :mod:`duallora.export.convert` asks of a layer."""
+
+    def __init__(self, layer: Experts, number: int) -> None:
+        self.layer, self.number = layer, number
+        # PEFT's LoRA takes what does not say that it is transposed (Llama 4) for [experts, out, in].
+        self.fan_in_fan_out = bool(getattr(layer.get_base_layer(), "is_transposed", False))
+
+    def get_base_layer(self) -> Any:
+        return self.layer.get_base_layer()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of this expert, as it is stored; float32 at least."""
+        layer = self.layer
+        part, A = layer._parts(adapter)[self.number], layer.duallora_A[adapter]
+        with torch.no_grad():
+            return weight(None, None, part, layer._how(adapter, "delta"), torch.promote_types(A.dtype, torch.float32))
+
+    def __getattr__(self, name: str) -> Any:
+        held = getattr(self.layer, name)
+        return {a: f[self.number] for a, f in held.items()} if name.startswith("duallora_") else held
