@@ -35,6 +35,21 @@ def test_shapes_of_llama_7b_by_hand():
     assert lora == found
 
 
+def test_layers_below_the_first_adapted_one_are_passed_forward_alone():
+    """One layer of 32, the last but one: a 32nd of the factors, and 30 layers that no gradient reaches."""
+    d, f = 4096, 11008
+    one = recipe(
+        TARGETS, "adapter.method=lora", "adapter.r=32", "adapter.layers_to_transform=[30]", "train.max_steps=9"
+    )
+    whole, found = cost.shape(recipe(TARGETS, "adapter.r=16")), cost.shape(one)
+    assert found == Shape(
+        whole.base, whole.linear, 3 * d * d + 2 * d * f, FACTORS // 32, below=30 * (4 * d * d + 3 * d * f)
+    )
+    predicted = cost.cost(one, ROUND)
+    per_token = 4 * found.linear - 2 * found.below + 6 * found.trained
+    assert predicted.training == pytest.approx(predicted.tokens * per_token / 50e12)
+
+
 @pytest.mark.parametrize(
     ("overrides", "products"),
     [

@@ -28,6 +28,7 @@ HOME = {
     "figure3": ("figure3", "rank of the update"),
     "gradient-start": ("gradient_start", "starts from data (ours)"),
     "ablations": ("ablations", "what the paper leaves open (ours)"),
+    "binding": ("binding", "where capacity binds (ours)"),
     "start-values": ("start_values", "whether its start values do well elsewhere (ours)"),
     "capacity": ("capacity", "what each form of dW can hold (ours)"),
 }

@@ -1,13 +1,14 @@
 """What a run will cost, before any of it has run: predictions, each with the assumption it rests on.
 
-    training   F = [2 N + 2 N + 2 N_w (+ 2 N) + 6 n] per token + 6 r N_a per step
+    training   F = [2 N + 2 (N - N_b) + 2 N_w (+ 2 N) + 6 n] per token + 6 r N_a per step
                seconds = F / (MFU x peak), or 2 bytes / (MBU x bandwidth) where that is more
 
 N are the weights in matrix products (the head of a language model too, embeddings not), N_a those with an adapter and
 N_w those whose gradient [out, in] is formed: all in full fine-tuning, N_a for Dual LoRA (its factors' gradients come
-from that of W'), none for LoRA. A token costs 2 N forward, 2 N for the gradients of activations, 2 N again where
-activations are recomputed, and 6 n in n trained weights that it passes through itself, as LoRA's: 4 N + 6 n for LoRA,
-6 N in full. Products of factors of rank r are formed once per step. However few the tokens, a step reads all weights
+from that of W'), none for LoRA. N_b are
+those of the layers below the first adapted one (``layers_to_transform``; 0 elsewhere). A token costs 2 N forward, 2 N for
+the gradients of activations, which end at that layer, 2 N again where activations are recomputed, and 6 n in n trained
+weights that it passes through itself, as LoRA's: 4 N + 6 n for LoRA, 6 N in full. Products of factors of rank r are formed once per step. However few the tokens, a step reads all weights
 twice.
 Attention's own products are left out (under 2 % of a LLaMA-7B at 120 tokens). Rows are real tokens, without padding.
 
@@ -101,6 +102,10 @@ FACTS = {
 }
 
 FACTS["e2e_gpt2"] = FACTS["e2e"]
+# Without a hub: made up, and of Python 3.11's standard library.
+FACTS["facts"] = Facts(4_096, 4_096, 4_096, 13.4, 5.4, 8)
+FACTS["arithmetic"] = Facts(8_192, 512, 512, 54, 51.3, 3)
+FACTS["builtin:docstrings"] = Facts(4_270, 363, 665, 35.5, 22.7, 13)
 
 # Models that share the shapes of an architecture the planner knows.
 SAME_SHAPES = {
@@ -121,12 +126,14 @@ _FORMED = ("duallora", "dora", "hira")  # a product [out, in] of the factors in 
 
 
 class Shape(NamedTuple):
-    """Weights of a base model (all, in matrix products), those an adapter sits on, and what is trained without heads."""
+    """Weights of a base model (all, in matrix products), those an adapter sits on, what is trained without heads, and
+    those in products of the layers below the first adapted one, which no gradient reaches."""
 
     base: int
     linear: int
     adapted: int
     trained: int
+    below: int = 0
 
 
 class Cost(NamedTuple):
@@ -186,7 +193,7 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     tokens = round(steps * options.batch_size * options.gradient_accumulation_steps * length)
     method = recipe.adapter.method
     whole = methods.get(method).whole
-    per_token = (6 if options.gradient_checkpointing else 4) * counted.linear
+    per_token = (6 if options.gradient_checkpointing else 4) * counted.linear - 2 * counted.below
     per_token += 2 * counted.linear if whole else _DENSE.get(method, 0) * counted.adapted
     per_token += 0 if whole or method in ("duallora", "hira") else 6 * counted.trained  # x passes through the factors
     per_step = 6 * _rank(recipe) * counted.adapted if method in _FORMED else 0
@@ -259,10 +266,14 @@ def _shape(model: str, kind: Literal["generate", "classify"], adapter: str) -> S
     if section["method"] in ("lora", "corda"):  # LoRA's factors, wherever they start
         options = {name: value for name, value in section["options"].items() if name not in _STARTS}
         section |= {"method": "lora", "options": options}
+    chosen, depth = section.pop("layers_to_transform", None), depth_of(config)
     recipe = Recipe(adapter=section, data=DataSection(task="any"))
     low, high = (_count(recipe, kind, at_depth(config, depth)) for depth in (2, 3))
-    depth = depth_of(config)
-    return Shape(*(few + (depth - 2) * (more - few) for few, more in zip(low, high, strict=True)))
+    layers = depth if chosen is None else len([chosen] if isinstance(chosen, int) else chosen)
+    wide = (depth, depth, layers, layers)
+    sizes = (few + (n - 2) * (more - few) for few, more, n in zip(low, high, wide, strict=False))
+    lowest = 0 if chosen is None else min([chosen] if isinstance(chosen, int) else chosen)
+    return Shape(*sizes, below=lowest * (high.linear - low.linear))
 
 
 def _count(recipe: Recipe, kind: Literal["generate", "classify"], config: Any) -> Shape:
