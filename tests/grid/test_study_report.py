@@ -286,3 +286,12 @@ def test_the_pages_of_the_papers_tables_say_what_the_committed_studies_say(tmp_p
     assert drawn.keys() == there.keys()
     same = [name for name, text in there.items() if f"Matplotlib v{matplotlib.__version__}," in text]
     assert {name: drawn[name] == there[name] for name in same} == dict.fromkeys(same, True)
+
+
+def test_ranks_are_a_table_and_a_plot_where_a_study_has_them(summary):
+    row = {"task": summary["rows"][0]["task"], "variant": summary["reference"], "matrix": "dW", "layers": 2}
+    row |= {"rank": 384.0, "rank_float32": 379.4, "effective_rank": 115.6, "largest": 384.0}
+    assert "ranks" not in {table.part for table in report.tables(summary)}
+    with_ranks = {**summary, "ranks": [row]}
+    (table,) = (table for table in report.tables(with_ranks) if table.part == "ranks")
+    assert [value.text for value in table.rows[0]] == [row["variant"], row["task"], "dW", "379", "384", "116", "384"]

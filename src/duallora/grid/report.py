@@ -112,8 +112,23 @@ def key_of(summary: Summary) -> str:
 def tables(summary: Summary, printed: Sequence[Printed] = ()) -> list[Table]:
     """Every table of a study that there is something to say in."""
     own = _Tables(summary, printed)
-    made = (own.metrics(), own.beside_the_paper(), own.differences(), own.chosen())
+    made = (own.metrics(), own.beside_the_paper(), own.differences(), own.chosen(), _ranks(summary))
     return [table for table in made if table.rows]
+
+
+def _ranks(summary: Summary) -> Table:
+    """Those of Figure 3, of the chosen runs of the first seed."""
+    head = ["variant", "task", "matrix", "rank, float32", "rank, float64", "effective rank", "largest"]
+    rows = [
+        [Value(row["variant"], kind="reference" if row["variant"] == summary["reference"] else ""), Value(row["task"]), Value(row["matrix"])]
+        + [Value(f"{row[name]:.0f}") for name in ("rank_float32", "rank", "effective_rank", "largest")]
+        for row in summary.get("ranks", ())
+    ]  # fmt: skip
+    caption = (
+        "Means over the adapted layers, of the first seed's chosen run. Ranks at the tolerance of float32 and of float64; effective rank: exp of the "
+        "entropy of the singular values. dW on the data is dW C^(1/2), C the second moment of the layer's inputs on held-out rows."
+    )
+    return Table("ranks", "Ranks", head, rows, caption)
 
 
 class _Column(NamedTuple):

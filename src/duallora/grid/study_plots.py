@@ -45,6 +45,8 @@ CAPTIONS = {
     "time": "Processor time of the training steps alone, not of evaluation; where LoRA is in the study, over LoRA's on the same task. "
     "Machines shared with other work blur it.",
     "settings": "Variants that differ in one number, mean over seeds with its 95 % interval; dashed lines are other variants.",
+    "ranks": "Means over the adapted layers of the first seed's chosen run. Bar: effective rank; mark: rank at float32's tolerance. On the data: "
+    "of dW C^(1/2), C the second moment of the layer's inputs on held-out rows.",
     "loss": "Loss on the training batches at each variant's best value, the mean over seeds, smoothed over neighboring steps.",
     "sensitivity": "The line and the filled marks are values on validation rows, the hollow ones on test rows of the same runs, a mark for "
     "each seed; the line joins the seeds that chose. Dotted: the chosen value. Grey: {reference}. A cross on the axis: a run that "
@@ -59,6 +61,7 @@ def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
         ("parameters", "Metric against trained parameters", _against_parameters),
         ("time", "Metric against training time", _against_time),
         ("settings", "Metric by setting", _by_setting),
+        ("ranks", "Ranks of the update", _ranks),
         ("loss", "Training loss", _losses),
     ]
     made += [
@@ -324,6 +327,27 @@ def _varied(variants: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, dict
             if len(values) > 2 and len(set(values.values())) == len(values):
                 return key, values
     return None, {}
+
+
+def _ranks(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
+    rows = summary.get("ranks", [])
+    tasks = _tasks(rows)
+    if not tasks:
+        return False
+    for axes, task in zip(_panels(figure, len(tasks), height=2.6), tasks, strict=True):
+        own = _of(rows, task)
+        places = range(len(own), 0, -1)
+        axes.barh(
+            places,
+            [row["effective_rank"] for row in own],
+            color=[look[row["variant"]].color for row in own],
+            height=0.6,
+        )
+        axes.plot([row["rank_float32"] for row in own], places, "k|", markersize=10)
+        axes.set_yticks(places, [f"{row['variant']}: {row['matrix']}" for row in own])
+        axes.set(xscale="log", xlim=(1, None))
+        _ground(axes, "x", title=task, xlabel="rank")
+    return True
 
 
 def _losses(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
