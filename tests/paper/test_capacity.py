@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from duallora import cli
 from duallora.errors import ConfigError
+from duallora.grid import report
 from duallora.grid.study import Cell, outcomes
 from duallora.paper import capacity, studies
 
@@ -206,3 +207,41 @@ def test_a_change_of_weights_is_that_of_full_fine_tuning_and_made_once(here, tin
     assert [path.name for path in (here / "changes").iterdir()] == ["fit-tiny.safetensors"]
     monkeypatch.setattr(capacity.training, "train", None)
     capacity.change("fit-tiny", here, Console(quiet=True))
+
+
+ROOT = Path(__file__).parents[2]
+SHOWN = {  # the rows of the page's own tables
+    "LoRA, rank 16 (the bound of any: .731, .421, .034)": "lora", "LoRA": "lora", "ReLU(BA) . Sign(DC), the paper's": "relu-sign",
+    "the same, gradient of tanh": "relu-window", "\\|BA\\| . Sign(DC), gradient of tanh": "abs-window",
+    "ReLU(BA) . tanh(DC / rms)": "relu-tanh", "ReLU(BA) . DC, the paper's Setting 2": "relu-identity",
+    "BA . tanh(DC / rms)": "identity-tanh", "BA . DC, LoHa's": "identity-identity",
+}  # fmt: skip
+
+
+def test_the_pages_own_table_is_the_committed_summarys():
+    summary = json.loads((ROOT / "results" / "studies" / "capacity-mini.json").read_text())
+    means = {(row["variant"], row["task"]): row["mean"] for row in summary["rows"]}
+    lines = (
+        (ROOT / "docs" / "reproduction" / "capacity.md").read_text().split("| form | Gaussian |")[1].splitlines()[2:]
+    )
+    found = 0
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        *_, first, second, third, mean = (cell.strip(" *") for cell in line.strip("|").replace("\\|", "!").split("|"))
+        label = line[2:].rsplit(" | ", 4)[0].strip()
+        tasks = ("fit-gaussian", "fit-power-0.5", "fit-power-1", "average")
+        own = [f"{means[SHOWN[label], task]:.3f}".lstrip("0") for task in tasks]
+        assert [first, second, third, mean] == own, label
+        found += 1
+    assert found == 8
+    assert [f"{own['svd']:.3f}" for own in summary["targets"].values()] == ["0.731", "0.421", "0.034"]
+
+
+def test_an_average_has_its_tasks_decimals_and_direction():
+    """Of residuals three, and the smallest is the best; one decimal made all of them 0.4."""
+    summary = json.loads((ROOT / "results" / "studies" / "capacity-mini.json").read_text())
+    table = report.tables(summary)[0]
+    best = [row for row in table.rows if row[-1].kind.endswith("best")]
+    least = min((row["mean"], row["variant"]) for row in summary["rows"] if row["task"] == "average")
+    assert [(row[0].text, row[-1].text[:5]) for row in best] == [(least[1], f"{least[0]:.3f}")]

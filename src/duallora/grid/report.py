@@ -207,7 +207,14 @@ class _Tables:
         )
 
     def _metric(self, column: _Column) -> Metric:
-        return metrics.find(column.metric or self.summary["tasks"].get(column.task, {}).get("metric"))
+        """Of a column; the average has its tasks' decimals and direction."""
+        tasks = self.summary["tasks"]
+        own = (
+            next(iter(tasks.values()), {})
+            if column.task == AVERAGE and AVERAGE not in tasks
+            else tasks.get(column.task, {})
+        )
+        return metrics.find(column.metric or own.get("metric"))
 
     def _best(self, column: _Column) -> set[str]:
         """The variants with the best mean of a column, ties included."""
@@ -216,9 +223,7 @@ class _Tables:
             found = row.get("every", {}).get(column.metric, {}) if column.metric else row
             if task == column.task and found.get("mean") is not None:
                 means[variant] = found["mean"]
-        # The average has its tasks' direction.
-        of = column if column.task in self.summary["tasks"] else _Column("", next(iter(self.summary["tasks"])))
-        higher = self._metric(of).higher_is_better
+        higher = self._metric(column).higher_is_better
         if higher is None or not means:
             return set()
         top = (max if higher else min)(means.values())
