@@ -248,6 +248,7 @@ def test_a_native_adapter_is_sent_to_convert_or_merge(native):
         ({"alora_invocation_tokens": [1, 2]}, ("vllm",)),
         ({"use_qalora": True}, ("vllm",)),
         ({"target_modules": r".*\.(q|v)_proj"}, ("sglang",)),
+        ({"target_parameters": ["experts.down_proj"]}, tuple(checking.TARGETS)),
     ],
 )
 def test_targets_agree_with_the_engines_documented_limits(lora, values, refused_by):

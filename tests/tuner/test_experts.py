@@ -14,6 +14,7 @@ from torch import nn
 
 import duallora
 from duallora import DualLoraConfig
+from duallora.analysis.states import Adapter, State
 from duallora.errors import ConfigError
 from duallora.export import convert
 from duallora.tuner import experts
@@ -85,6 +86,7 @@ def mixture(is_transposed: bool = False, **options) -> tuple[peft.PeftModel, Exp
 def test_each_expert_agrees_with_the_oracle(is_transposed, backend):
     """y, dx and the gradients of each expert by itself: the clip must not see the others', nor a row of another layout."""
     _, layer = mixture(is_transposed, backend=backend)
+    assert all(not torch.equal(factor[0], factor[1]) for factor in factors(layer))  # a stream of the seed each
     x = torch.randn(3, 6, 7, requires_grad=True)
     y = layer(x)
     dY = torch.randn_like(y)
@@ -129,6 +131,13 @@ def test_models_with_fused_experts_train_save_reload_and_merge_to_the_bit(kind, 
     y = model(ids).logits
     assert (y - base).abs().max() > 1e-3
     model.save_pretrained(tmp_path / "adapter")
+    adapter = Adapter(State(3, tmp_path / "adapter"))  # as analyze reads it
+    assert len(adapter.layers()) == 2 + 4 * 5
+    for outer in (layer for layer in fused(model) if isinstance(layer.base_layer, Experts)):
+        name = next(name for name, module in model.named_modules() if module is outer)
+        read = adapter.update(f"{name}[4]").delta() * outer.scaling["default"] * duallora.gate(model)
+        stored = outer.get_delta_weight("default")[4]
+        torch.testing.assert_close(read.T if outer.fan_in_fan_out else read, stored.double(), rtol=1e-4, atol=1e-7)
     for low in (False, True):
         again = peft.PeftModel.from_pretrained(build(kind, implementation), tmp_path / "adapter", low_cpu_mem_usage=low)
         assert torch.equal(again(ids).logits, y)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duallora.core.equation import Update
-from duallora.core.init import draw_factors, draw_signs
+from duallora.core.init import draw_factors, draw_signs, layer_seed
 from duallora.errors import ConfigError, IntegrityError
 from duallora.store import checkpoint
 from duallora.store.adapters import read_sidecar
@@ -79,8 +79,14 @@ class Adapter:
         self._names = set(self._file.keys())
 
     def layers(self) -> list[str]:
-        """The names of the Dual LoRA layers, in the order of the file."""
-        return [name.removesuffix(".duallora_A") for name in self._file.keys() if name.endswith(".duallora_A")]  # noqa: SIM118
+        """The names of the Dual LoRA layers, in the order of the file; fused experts one by one, as ``name[number]``."""
+        found = []
+        for name in self._file.keys():  # noqa: SIM118
+            if name.endswith(".duallora_A"):
+                shape = self._file.get_slice(name).get_shape()
+                layer = name.removesuffix(".duallora_A")
+                found += [layer] if len(shape) == 2 else [f"{layer}[{e}]" for e in range(shape[0])]
+        return found
 
     def low_rank_layers(self) -> list[str]:
         """The names of plain LoRA's layers."""
@@ -93,17 +99,20 @@ class Adapter:
 
     def update(self, layer: str) -> Update:
         """dW of a layer without its scale (which moves no rank and no sign), as `core.equation` has it."""
-        A, B = (self.tensor(f"{layer}.duallora_{name}") for name in "AB")
+        layer, _, number = layer.removesuffix("]").partition("[")
+        at: Any = int(number) if number else ...
+        A, B = (self.tensor(f"{layer}.duallora_{name}")[at] for name in "AB")
         config, seed = self.config, f"{layer}.duallora_seed"
         names = config.get("magnitude", "relu"), config.get("direction", "ste")
         if names[1] == "fixed":
             signs = draw_signs(int(self.tensor(seed)), B.shape[0], A.shape[1])
             return Update(A, B, None, None, 1.0, *names, fixed_sign=signs)
-        C, D = (self.tensor(f"{layer}.duallora_{name}") for name in "CD")
+        C, D = (self.tensor(f"{layer}.duallora_{name}")[at] for name in "CD")
         initial: tuple[Tensor, ...] = ()
         if seed in self._names:  # warmup="residual": dW(t) - dW(0)
+            start = int(self.tensor(seed))
             drawn = draw_factors(
-                int(self.tensor(seed)), B.shape[0], A.shape[1], A.shape[0], C.shape[0],
+                layer_seed(start, number) if number else start, B.shape[0], A.shape[1], A.shape[0], C.shape[0],
                 init_std=config["init_std"], direction_init_std=config["direction_init_std"], on_bf16_grid=True,
             )  # fmt: skip
             initial = tuple(factor.double() for factor in drawn)

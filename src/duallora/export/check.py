@@ -341,6 +341,10 @@ def _verdict(
     missing = [key for key in needed if config.get(key) is None]
     convolutions = [_module(name) for name, shape in shapes.items() if "lora_" in name and len(shape) > 2]
     every = [f"adapter_config.json lacks {', '.join(missing)}"] if missing else []
+    if experts := config.get("target_parameters"):
+        every.append(
+            f"target_parameters={experts}: LoRA on fused experts was not tried in an engine; serve the merged model"
+        )
     every += reasons + ([f"convolutions are adapted ({convolutions[0]})"] if convolutions else [])
     return Verdict(every, "" if every else start)
 
