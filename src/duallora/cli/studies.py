@@ -145,7 +145,9 @@ def reproduce(
         table.show_plan(console.results, chosen, planned)
         planned["commands"] = lines = table.commands(chosen)
         shown = lines if commands == 0 else lines[:commands]
-        console.results.print(f"\n{len(shown)} of the {len(lines)} runs to begin with:")
+        rest = planned["runs"] - len(lines)
+        later = f"; the other {rest:,} depend on what these give" if rest > 0 else ""
+        console.results.print(f"\n{len(shown)} of the {len(lines):,} runs of the first stage{later}:")
         for line in shown:
             console.results.print(line, soft_wrap=True, markup=False)
     if dry_run:

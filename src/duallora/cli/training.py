@@ -139,6 +139,23 @@ def train(
     return result
 
 
+@verb()
+def runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR...]", help="Runs, or folders of runs; runs/ if not given.")
+    ] = None,
+) -> dict[str, Any]:
+    """List runs side by side: status, losses, score, time, and the settings they differ in; running ones as far as they are.
+
+    [dim]Examples:[/]
+      duallora runs
+      duallora runs runs/lora runs/duallora
+    """
+    from duallora.train.runs import listed
+
+    return listed(folders or [Path("runs")], console.results)
+
+
 @verb(app, "eval")
 def evaluate(
     source: Annotated[

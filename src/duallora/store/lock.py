@@ -20,7 +20,8 @@ def locked(folder: Path, kept: str = FACTS) -> Iterator[None]:
         LockedError: another process holds it.
     """
     path = folder / ".lock"
-    created, fresh = not folder.exists(), not path.exists()
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]  # the deepest first
+    fresh = not path.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -36,5 +37,7 @@ def locked(folder: Path, kept: str = FACTS) -> Iterator[None]:
         # A bad file or a mistyped model leaves nothing behind.
         if fresh and not (folder / kept).exists():
             path.unlink(missing_ok=True)
-            if created and not any(folder.iterdir()):
-                folder.rmdir()
+            for place in made:
+                if any(place.iterdir()):
+                    break
+                place.rmdir()

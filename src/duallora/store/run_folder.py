@@ -3,6 +3,7 @@
 recipe.yaml        the resolved recipe
 run.json           `Facts`: what runs, on what, how it stands or ended
 log.jsonl, tb/     `Log`: the course of the training; the same for TensorBoard
+loss.svg           its losses, drawn
 checkpoints/       checkpoint-N/, each sealed (`duallora.store.checkpoint`); init/, the adapter before its first step
 adapter/, model/   the result, with its sidecar (`duallora.store.adapters`); one of them
 predictions.jsonl  what the model said to each test row, beside what is right
@@ -105,6 +106,7 @@ class RunFolder:
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.init = self.checkpoints / "init"
+        self.curve = self.path / "loss.svg"
 
     @classmethod
     def around(cls, path: Path | str) -> RunFolder | None:

@@ -45,7 +45,7 @@ from duallora.store.run_folder import Facts, Fingerprints, RunFolder
 from duallora.store.sealed import SealedCheckpoints, require_finite
 from duallora.tasks import Collator, Task, encode_split, metrics
 from duallora.terminal import amount, clock, command, quiet_libraries, say, shown, size
-from duallora.train import begin, calibration, chance, evaluate, plugins, prepare
+from duallora.train import begin, calibration, chance, curve, evaluate, plugins, prepare
 from duallora.train.adapter import check_method, gate, has_gate, load_weights, parameter_counts, put
 from duallora.train.launch import end_with_parent, ignore_quantized, process_group
 from duallora.train.loop import (
@@ -176,6 +176,7 @@ class _Run:
         scores = {**trained, **self.facts["init"], **self._validate(), **self._forgetting(), **self._test()}
         at_chance = self._at_chance()
         if self.processes.main:
+            self._draw(scores.get("loss"))
             result = record.result(
                 "train",
                 self.facts["recipe"],
@@ -204,6 +205,20 @@ class _Run:
         }
         self._write_facts(status="done", kind="done", finished=record.now(), result=told)
         return self.processes.from_main(lambda: told)
+
+    def _draw(self, loss: float | None) -> None:
+        """The run's losses as loss.svg, and as a line of the console."""
+        lines, before = self.folder.log.lines(), self.facts.get("loss_before")
+        training = [(line["step"], line["loss"]) for line in lines if "gate" in line]
+        held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+        ends = [
+            *([(0, before)] if before is not None else []),
+            *held,
+            *([(self.steps, loss)] if loss is not None else []),
+        ]
+        record.write_text(self.folder.curve, curve.svg(self.folder.path.name, training, ends))
+        if self.console.is_terminal and (drawn := curve.line([value for _, value in training])):
+            say(self.console, "curve", f"{drawn}  training loss; {shown(self.folder.curve)}")
 
     def _first_facts(self, previous: Facts | None) -> None:
         before, task, model = previous or Facts(), self.task, self.recipe.model

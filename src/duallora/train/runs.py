@@ -1,0 +1,110 @@
+"""The runs below a folder, side by side: how they stand, what they reached, and in which settings they differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from duallora.errors import ConfigError, DualLoraError
+from duallora.store.run_folder import FACTS, RunFolder
+from duallora.terminal import clock
+
+DEEP = 4  # folders below the one that is named
+PLACES = (
+    "output",
+    "data.data_dir",
+    "plugins",
+    "train.save_steps",
+    "train.report_to",
+)  # settings that say nothing of a run
+TAIL = 1 << 14  # bytes of a log that hold its last line
+
+
+def listed(folders: Sequence[Path], console: Console) -> dict[str, Any]:
+    """Shows the runs in and below ``folders``, the newest last, and returns ``{"runs": [...]}``.
+
+    Raises:
+        ConfigError: a folder does not exist, or holds no run.
+    """
+    found = [_facts(path) for folder in folders for path in _below(folder)]
+    if not found:
+        raise ConfigError(
+            f"no run in {', '.join(map(str, folders))}, nor {DEEP} folders below; duallora train -o DIR makes one"
+        )
+    found.sort(key=lambda run: run.get("started") or "")
+    differing = _differing([run["recipe"] for run in found if run["recipe"]])
+    table = Table(Column("run", overflow="fold"), "status", box=SIMPLE)
+    for heading in ("steps", "loss", "score", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if differing:
+        table.add_column("differs in", overflow="fold")
+    for run in found:
+        own = {key: run["recipe"].get(key) for key in differing if run["recipe"].get(key) is not None}
+        words = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in own.items())
+        loss = " → ".join(f"{value:.3f}" for value in (run["loss_before"], run["loss"]) if value is not None)
+        score = "" if run["score"] is None else f"{run['metric']} {run['score']:.4g}"
+        status = f"[red]{run['status']}, at chance[/]" if run["at_chance"] else run["status"]
+        steps = "" if run["steps"] is None else f"{run['steps']:,}"
+        steps = f"{run['step']:,}/{steps}" if steps and run["step"] != run["steps"] else steps
+        seconds = "" if run["seconds"] is None else clock(run["seconds"])
+        row = [escape(run["run"]), status, steps, loss, score, seconds]
+        table.add_row(*row, *([escape(words)] if differing else []))
+    console.print(table)
+    return {"runs": found, "differing": differing}
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; expected a run or a folder of runs")
+    for place, names, files in os.walk(folder):
+        if FACTS in files:
+            yield Path(place)
+        deep = len(Path(place).relative_to(folder).parts) < DEEP
+        names[:] = sorted(name for name in names if deep and FACTS not in files)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    run = RunFolder(path)
+    told: dict[str, Any] = {"run": str(path), "recipe": {}, "metric": None}
+    told |= dict.fromkeys(("started", "steps", "step", "loss_before", "loss", "score", "seconds", "at_chance"))
+    try:
+        facts, metrics = run.facts() or {}, run.metrics()
+    except DualLoraError as error:  # one that cannot be read does not hide the others
+        return {**told, "status": "damaged", "error": str(error)}
+    lines = run.log.lines(TAIL)
+    result = facts.get("result") or {}
+    scores, name = result.get("metrics", {}), (metrics or {}).get("main_metric")
+    last = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
+    return {
+        **told,
+        "status": facts["status"],
+        "started": facts.get("started"),
+        "recipe": _flat(facts.get("recipe", {})),
+        "steps": facts.get("steps"),
+        "step": max((line["step"] for line in lines), default=0) if facts["status"] != "done" else facts.get("steps"),
+        "loss_before": facts.get("loss_before"),
+        "loss": scores.get("loss", last),
+        "metric": name,
+        "score": scores.get("test", {}).get(name, scores.get(name)) if name != "loss" else None,
+        "seconds": result.get("seconds"),
+        "at_chance": bool(result.get("at_chance")),
+    }
+
+
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
+
+
+def _differing(recipes: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if not key.startswith(PLACES))
+    return [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
