@@ -22,10 +22,10 @@ def test_every_form_trains_as_many_parameters_as_lora_of_the_rank_it_is_named_fo
                 continue
             counted.add((part.study.name, label))
             rank = int(label.rpartition("-R")[2])
-            per_rank = {"binding-facts": 576 + 192, "binding-glue": 6 * 2 * 768}.get(
+            per_rank = {"binding-facts": 1536 + 576, "binding-glue": 6 * 2 * 768}.get(
                 part.study.name, 30 * (576 + 576 + 576 + 192)
             )
-            more = 192 if label.startswith("dora") else 0
+            more = 576 if label.startswith("dora") else 0
             assert cost.shape(cell.recipe()).trained == rank * per_rank + more, (part.study.name, label)
     assert len(counted) == 14 + 4 + 4 + 4 + 4
 

@@ -29,7 +29,7 @@ _FORMS: dict[str, Variant] = {
     "loha-form": {"adapter.magnitude": "identity", "adapter.direction": "identity"},  # B A . D C
 }
 _DECIDING = ("lora", "duallora", "identity-tanh", "lora-start")
-_PEOPLE = 64
+_PEOPLE = 32
 
 
 def _variants(rank: int, targets: Sequence[str], chosen: Sequence[str] = (), **settings: Any) -> dict[str, Variant]:
@@ -46,13 +46,15 @@ def _variants(rank: int, targets: Sequence[str], chosen: Sequence[str] = (), **s
 def binding(scale: str) -> tuple[Study, ...]:
     """One study for each model and set of variants."""
     # Ranks 2 and 8 of LoRA; at 1, of which no pair of groups is the half, LoRA alone.
-    one_layer = _variants(1, ["v_proj"], ["lora"]) | _variants(2, ["v_proj"]) | _variants(8, ["v_proj"], _DECIDING)
+    one_layer = (
+        _variants(1, ["down_proj"], ["lora"]) | _variants(2, ["down_proj"]) | _variants(8, ["down_proj"], _DECIDING)
+    )
     few, attention = ("lora", "hira", "duallora", "identity-tanh"), table4.MINI_BASE["adapter.target_modules"]
     return (
         _causal(
             "facts", {"data.task": "facts", "data.limit": _PEOPLE, "data.eval_limit": _PEOPLE, "data.max_length": 32},
-            one_layer, "lora-R2", steps=30 * _PEOPLE // 16, rows=16,
-            more={"adapter.layers_to_transform": [27], "eval.batch_size": _PEOPLE, "eval.max_new_tokens": 16},
+            one_layer, "lora-R2", steps=60 * _PEOPLE // 8, rows=8,
+            more={"adapter.layers_to_transform": [24], "eval.batch_size": _PEOPLE, "eval.max_new_tokens": 16},
         ),
         _causal(
             "arithmetic", {"data.task": "arithmetic", "data.eval_limit": 128}, _variants(8, attention, _DECIDING), "lora-R8",
