@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from duallora.tuner import DualLoraConfig as DualLoraConfig
     from duallora.tuner import DualLoraModel as DualLoraModel
     from duallora.tuner import param_groups as param_groups
+    from duallora.tuner.conversion import convert as convert
     from duallora.tuner.fast_dora import fast_dora as fast_dora
     from duallora.tuner.fast_peft import fast_peft as fast_peft
     from duallora.tuner.gradient_start import init_from_gradient as init_from_gradient
@@ -39,6 +40,7 @@ _HOME = {
     "DualLoraModel": "duallora.tuner",
     "SealedCheckpoints": "duallora.store.sealed",
     "advance_gate": "duallora.core.gate",
+    "convert": "duallora.tuner.conversion",
     "dequantize": "duallora.tuner.quantized",
     "dual_delta": "duallora.core.equation",
     "dual_linear": "duallora.ops",

@@ -27,6 +27,7 @@ from duallora import DualLoraConfig, cli
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.export import convert, merge
 from duallora.store import adapters
+from duallora.tuner import conversion
 
 
 def oracle_deltas(folder: Path, gate: float) -> dict[str, torch.Tensor]:
@@ -273,7 +274,7 @@ class Odd(nn.Module):
 def written(model, rank: int, folder: Path) -> tuple[list, dict]:
     """(conversions of the layers, their tensors), as the files in ``folder``."""
     layers = convert.dual_layers(model)
-    done = [convert.convert_layer(name, layer, rank) for name, layer in layers.items()]
+    done = list(conversion.convert_layers(model, layers, rank))
     tensors = {name: tensor for layer in done for name, tensor in layer.tensors.items()}
     convert._write(folder, convert.lora_config(model, list(layers), rank), tensors)
     return done, tensors
@@ -315,7 +316,7 @@ def test_a_convolution_that_lora_cannot_follow_is_refused(options):
     model = shake(get_peft_model(Odd(**options), DualLoraConfig(r=2, target_modules=["conv"], warmup_steps=6)))
     ((name, layer),) = convert.dual_layers(model).items()
     with pytest.raises(ConfigError, match=rf"conv is a Conv2d with {next(iter(options))}=.*duallora merge"):
-        convert.convert_layer(name, layer, 2)
+        conversion.convert_layer(name, layer, 2)
 
 
 def test_gpt2s_transposed_layers(tmp_path, awkward):

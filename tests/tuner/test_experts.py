@@ -17,7 +17,7 @@ from duallora import DualLoraConfig
 from duallora.analysis.states import Adapter, State
 from duallora.errors import ConfigError
 from duallora.export import convert
-from duallora.tuner import experts
+from duallora.tuner import conversion, experts
 from duallora.tuner.experts import Experts
 
 pytestmark = [
@@ -286,9 +286,9 @@ def test_experts_convert_to_peft_loras_of_full_rank_that_compute_the_same(kind, 
     y = model(ids).logits
     layers = convert.dual_layers(model)
     assert {name: list(layer.duallora_A["default"].shape) for name, layer in layers.items() if name.endswith("[4]")}
-    done = [convert.convert_layer(name, layer, 36) for name, layer in layers.items()]
+    done = list(conversion.convert_layers(model, layers, 36))
     assert max(layer.facts()["relative_error"] for layer in done) < 1e-5
-    tensors = convert.together({name: tensor for layer in done for name, tensor in layer.tensors.items()})
+    tensors = conversion.together(done)
     convert._write(tmp_path, convert.lora_config(model, list(layers), 36), tensors)
     plain = convert._load(build(kind), tmp_path, tensors)
     assert sum(type(module).__name__ == "ParamWrapper" for module in plain.modules()) == 4

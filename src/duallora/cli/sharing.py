@@ -86,7 +86,10 @@ def convert(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the LoRA.")],
     rank: Annotated[
-        int | None, typer.Option("--rank", min=1, metavar="N", help="Rank of every layer of the LoRA.")
+        str | None,
+        typer.Option(
+            "--rank", metavar="N|auto", help="Of every layer; auto: the smallest within --kl on held-out rows."
+        ),
     ] = None,
     energy: Annotated[
         float | None,
@@ -95,10 +98,26 @@ def convert(
             min=0,
             max=1,
             metavar="SHARE",
-            help="Smallest rank that keeps this share of |dW|² in every layer.",
+            help="Smallest rank that keeps this share in every layer, of |dW x|², or uncalibrated of |dW|².",
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate", metavar="DATA", help="Rows to keep the outputs near on; the run's own if not given."
+        ),
+    ] = None,
+    no_calibrate: Annotated[
+        bool, typer.Option("--no-calibrate", help="Look at no rows: keep the weights near.")
+    ] = False,
+    calibration_rows: Annotated[
+        int, typer.Option("--calibration-rows", min=1, metavar="N", help="How many rows are looked at.")
+    ] = 64,
+    kl: Annotated[float, typer.Option("--kl", metavar="NATS", help="What --rank auto allows, per token.")] = 1e-3,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the factors; auto as trained.")] = "auto",
+    format: Annotated[
+        Literal["peft", "gguf"], typer.Option("--format", help="gguf adds adapter.gguf, for llama.cpp.")
+    ] = "peft",
     evaluate: Annotated[
         bool, typer.Option("--eval", help="Score adapter, LoRA and base on the run's own held-out rows.")
     ] = False,
@@ -118,8 +137,9 @@ def convert(
     """Turn an adapter into a plain LoRA of one rank, for PEFT, vLLM, SGLang and llama.cpp; says what each layer keeps.
 
     [dim]Examples:[/]
-      duallora convert runs/mine -o runs/mine/lora-r64 --rank 64
-      duallora convert runs/mine -o lora --energy 0.99 --eval
+      duallora convert runs/mine -o runs/mine/lora-r16 --rank 16
+      duallora convert runs/mine -o lora --rank auto --kl 0.002 --calibrate more.jsonl
+      duallora convert runs/mine -o lora --energy 0.99 --no-calibrate --eval
     """
     import time
 
@@ -127,7 +147,12 @@ def convert(
 
     refuse_misspelt(adapter)
     if (rank is None) == (energy is None):
-        raise ConfigError("give either --rank N, or --energy SHARE to have the rank chosen")
+        raise ConfigError("give either --rank N or auto, or --energy SHARE to have the rank chosen")
+    if rank is not None and rank != "auto" and not rank.isdecimal():
+        raise ConfigError(f"--rank {rank}: expected a whole number >= 1, or auto")
+    if calibrate is not None and no_calibrate:
+        raise ConfigError(f"--calibrate {calibrate} and --no-calibrate exclude each other: keep one")
+    wanted: int | Literal["auto"] | None = "auto" if rank == "auto" else int(rank) if rank else None
     if result is not None:
         refuse_unwritable(result)
     from duallora.export import convert as conversion
@@ -141,16 +166,21 @@ def convert(
     payload = conversion.convert(
         adapter,
         output,
-        rank=rank,
+        rank=wanted,
         energy=energy,
         dtype=dtype,
         strict=not lenient,
         scores=scores,
+        calibrate=calibrate or not no_calibrate,
+        calibration_rows=calibration_rows,
+        data_dir=data_dir,
+        kl=kl,
+        format=format,
         console=console.results,
     )
     if result is not None:
         fingerprints = scored.pop("data", {})
-        settings = {"adapter": Path(adapter).name, "rank": rank, "energy": energy, "dtype": dtype, **scored}
+        settings = {"adapter": Path(adapter).name, "rank": wanted, "energy": energy, "dtype": dtype, **scored}
         measured = {key: value for key, value in payload.items() if key != "output"}
         base = payload["trained"].get("base", {}).get("fingerprint")
         record.write_json(

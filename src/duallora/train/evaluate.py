@@ -269,6 +269,21 @@ def log_likelihoods(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **
     return _over_batches(one, [rows[host] for host in hosts], model, Collator(tokenizer), "loss", sizes=sizes, **how)
 
 
+@torch.no_grad()
+def trained_logits(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **how: Any) -> list[torch.Tensor]:
+    """The logits [tokens, vocabulary] that predict each row's trained tokens, float32 on the CPU, in the order of ``rows``."""
+    seen = reads_labels(model)
+
+    def one(batch: dict[str, torch.Tensor], chosen: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        labels = batch["labels"] if seen else batch.pop("labels")
+        logits = model(**batch).logits[:, -labels.shape[1] : -1]
+        trained = labels[:, 1:] != IGNORE
+        return ((row, own[mask].float().cpu()) for row, own, mask in zip(chosen, logits, trained, strict=True))
+
+    with inference(model), _folded_on_cpu(model):
+        return _over_batches(one, rows, model, Collator(tokenizer), "outputs", **how)
+
+
 def _sharing(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
     """Each row that goes through the model -> itself and the rows whose tokens but for the last are the head of its own."""
 

@@ -224,7 +224,7 @@ class Experts(DualLoraLayer):
 
 
 class Expert:
-    """One expert of a layer, with what :mod:`duallora.export.convert` asks of a layer."""
+    """One expert of a layer, with what :mod:`duallora.tuner.conversion` asks of a layer."""
 
     def __init__(self, layer: Experts, number: int) -> None:
         self.layer, self.number = layer, number
