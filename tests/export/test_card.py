@@ -171,3 +171,18 @@ def test_the_verb_and_a_folder_that_is_no_native_adapter(run, tmp_path, capsys):
     assert payload["metadata"]["license"] == "mit"
     assert payload["notes"] == ["no data set is named: --dataset org/name if it is on the hub"]
     assert (tmp_path / "card.md").is_file()
+
+
+def test_a_classifiers_card_names_its_classes_as_the_model_is_to_be_told():
+    """Names with quotes and commas too: the code shown is run, up to the download."""
+    names = ["no", 'so, "so" it\'s', "yes"]
+    text = card._usage("org/base", "classify", "me/mine", names, True)
+    known: dict = {}
+    exec(next(line for line in text.splitlines() if line.startswith("id2label")), known)
+    assert known["id2label"] == dict(enumerate(names))
+    call = next(line for line in text.splitlines() if line.startswith("base = "))
+    dictionary = call.replace("AutoModelForSequenceClassification.from_pretrained", "dict").replace('"org/base", ', "")
+    exec(dictionary, known)
+    told = known["base"]
+    assert told == {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    assert "num_labels=1" in card._usage("org/base", "regress", "me/mine", (), True)

@@ -228,7 +228,8 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
         soft_wrap=True,
     )
     console.print(
-        "[dim]hours and GB are predictions from counts of products and bytes (docs/paper-tables.md), not measurements[/]",
+        "[dim]hours and GB are predictions from counts of products and bytes (docs/paper-tables.md), not measurements; "
+        "trained: without the heads of classifiers, which a report counts too[/]",
         soft_wrap=True,
     )
 
