@@ -273,7 +273,7 @@ def _shape(model: str, kind: Literal["generate", "classify"], adapter: str) -> S
     wide = (depth, depth, layers, layers)
     sizes = (few + (n - 2) * (more - few) for few, more, n in zip(low, high, wide, strict=False))
     lowest = 0 if chosen is None else min([chosen] if isinstance(chosen, int) else chosen)
-    return Shape(*sizes, below=lowest * (high.linear - low.linear))
+    return Shape(*sizes)._replace(below=lowest * (high.linear - low.linear))
 
 
 def _count(recipe: Recipe, kind: Literal["generate", "classify"], config: Any) -> Shape:
