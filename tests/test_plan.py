@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, MixtralConfig
 
 from duallora import cli, console
 from duallora.bench import memory
@@ -378,3 +378,16 @@ def test_a_classifier_that_looks_at_its_labels_is_traced():
         setattr(config, name, value)
     use = Traced(config, Setting("lora", rank=2, targets=["query_proj", "value_proj"]), depths=(2, 4)).use(2, 16)
     assert 0 < use.kept < use.peak
+
+
+def test_fused_experts_are_counted_and_refused_where_they_cannot_be_adapted(tmp_path):
+    """Of each of five experts (r1 + r2)(out + in) of both parameters, beside q_proj."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=5)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    counts = Traced(config, Setting("duallora", 3, ["q_proj"], names)).counts
+    assert counts.adapter == 2 * 6 * (64 + 5 * (48 + 32 + 32 + 24))
+    config.save_pretrained(tmp_path)
+    for given in ({"strategy": "zero3"}, {"quantization": "4bit"}, {"methods": ["dora"]}):
+        with pytest.raises(ConfigError, match="neither sharded nor quantized"):
+            planner.plan(str(tmp_path), "2x80", **{"methods": ["duallora"], "parameters": names, **given})

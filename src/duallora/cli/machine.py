@@ -57,6 +57,9 @@ def plan(
     targets: Annotated[
         str, typer.Option("--target-modules", metavar="A,B", help="Names by comma, or all-linear.")
     ] = "all-linear",
+    parameters: Annotated[
+        str | None, typer.Option("--target-parameters", metavar="A,B", help="Fused experts by the ends of their names.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows per GPU and forward pass.")] = 1,
     length: Annotated[int, typer.Option("--length", min=1, metavar="N", help="Tokens per row.")] = 2048,
     dtype: Annotated[
@@ -89,6 +92,7 @@ def plan(
         methods=[name.value for name in dict.fromkeys(method or PlanMethod)],
         rank=rank,
         targets=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        parameters=[name.strip() for name in parameters.split(",")] if parameters else None,
         batch=batch,
         length=length,
         dtype=dtype,

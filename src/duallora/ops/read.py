@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 # What a tensor answers without its values. What writes is meant for W0 itself, and so is .data.
@@ -73,7 +73,7 @@ def read_experts(W: Tensor, build_one: Callable[[int], Tensor]) -> Tensor:
     def build() -> Tensor:
         return torch.stack([build_one(e) for e in range(len(W))])
 
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(W) not in (Tensor, nn.Parameter):  # a tensor without values, say
         return build()
     read = W.detach().as_subclass(_ReadExperts)
     read.W, read.build, read.build_one = W, cache(build), build_one

@@ -132,7 +132,10 @@ class Planner:
         return self.need(method, strategy, batch, length).total <= self.gpus.gigabytes * GB
 
     def strategies(self) -> list[str]:
-        """Those that make sense for the number of GPUs; bitsandbytes' weights are not sharded by ZeRO-3."""
+        """Those that make sense for the number of GPUs; bitsandbytes' weights are not sharded by ZeRO-3, experts that are
+        adapted by nothing."""
+        if self.options["parameters"]:
+            return ["single"] if self.gpus.number == 1 else ["ddp", "zero2"]
         if self.gpus.number == 1:
             return ["single", "offload"] if self.quantization == "none" else ["single"]
         found = list(STRATEGIES[1:])
@@ -182,6 +185,7 @@ def plan(
     methods: Sequence[str] = METHODS,
     rank: int = 16,
     targets: Targets = "all-linear",
+    parameters: list[str] | None = None,
     batch: int = 1,
     length: int = 2048,
     dtype: str = "bfloat16",
@@ -202,9 +206,14 @@ def plan(
     config = config_of(model)
     _check(config, machine, strategy, batch, length, quantization)
     planner = Planner(
-        config, machine, quantization, rank=rank, targets=targets, dtype=getattr(torch, dtype), attention=attention,
+        config, machine, quantization, rank=rank, targets=targets, parameters=parameters, dtype=getattr(torch, dtype), attention=attention,
         checkpointing=checkpointing, padded=padded,
     )  # fmt: skip
+    if parameters and (strategy in SHARDED or quantization != "none" or "dora" in methods):
+        raise ConfigError(
+            f"--target-parameters {parameters}: experts are adapted where they are neither sharded nor quantized, by LoRA and "
+            "Dual LoRA: give --method duallora --method lora, and of the strategies single, ddp or zero2"
+        )
     wanted = [strategy] if strategy else planner.strategies()
     found: dict[str, Any] = {"methods": {}, "strategies": {}}
     for method in methods:
@@ -230,6 +239,7 @@ def plan(
         "setting": {
             "batch": batch, "length": length, "dtype": dtype, "quantization": quantization, "attention": attention,
             "checkpointing": checkpointing, "padded": padded, "target_modules": targets,
+            "target_parameters": parameters,
         },
         "assumed": {"context_bytes": CONTEXT, "fragmentation": FRAGMENTATION},
         "predicted": True,

@@ -54,6 +54,7 @@ class Setting(NamedTuple):
     method: str
     rank: int = 16
     targets: Targets = "all-linear"
+    parameters: list[str] | None = None  # fused experts beside them; Dual LoRA's and LoRA's alone
     dtype: torch.dtype = torch.bfloat16
     attention: str | None = None
     checkpointing: bool = False
@@ -162,6 +163,7 @@ class StandIn:
             if hasattr(module, "duallora_A") and not (setting.apart or setting.dequantized):
                 # It would see that a fake weight is not plain; the real one is.
                 module._form = lambda adapters: "merged"  # type: ignore[method-assign, assignment]
+                module._is_resident = lambda: True  # type: ignore[method-assign, assignment]
             if setting.dequantized and id(module) in inside:
                 module.forward = _Dequantized(module)  # type: ignore[method-assign]
 
@@ -268,6 +270,8 @@ class Traced:
 def adapt(base: Any, setting: Setting, task: str) -> Any:
     """The adapter put on ``base``, real or on meta: PEFT's LoRA or DoRA of rank 2r, or Dual LoRA, its gate open."""
     common: dict[str, Any] = {"target_modules": setting.targets, "task_type": task}
+    if setting.parameters:
+        common["target_parameters"] = setting.parameters
     options = {}
     if setting.method == "duallora":
         config: Any = DualLoraConfig(r=setting.rank, init_weights=False, init_seed=0, **common)

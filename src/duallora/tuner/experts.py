@@ -110,9 +110,10 @@ class Experts(DualLoraLayer):
         # PEFT's goes by base_layer.weight, which a module of experts need not have.
         W = getattr(self.get_base_layer(), self.weight_name)
         for name in self.adapter_layer_names[:4]:
-            factor = getattr(self, name)[adapter_name]
-            if not factor.is_meta:
-                factor.data = factor.data.to(device or W.device, W.dtype if W.is_floating_point() else None)
+            held = getattr(self, name)
+            if not (factor := held[adapter_name]).is_meta:
+                moved = factor.data.to(device or W.device, W.dtype if W.is_floating_point() else None)
+                held[adapter_name] = nn.Parameter(moved, requires_grad=factor.requires_grad)
         for counters in (self.duallora_step, self.duallora_seed):
             if adapter_name in counters and not counters[adapter_name].is_meta:
                 counters[adapter_name] = counters[adapter_name].to(device or W.device)
