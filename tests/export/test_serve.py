@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,13 +14,15 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from export.conftest import shake
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -145,9 +149,9 @@ def test_one_adapter_goes_to_vllm_merged_and_several_as_loras_by_their_names(nat
     assert ready["models"] == ["mine", "other"]
     _, command, base, *options = ready["command"]
     assert base == json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert options[:4] == ["--enable-lora", "--max-lora-rank", "32", "--lora-modules"]
-    loras = dict(item.split("=") for item in options[4:6])
-    assert options[6:] == ["--host", "::1", "--port", "9"]
+    assert options[:6] == ["--enable-lora", "--max-lora-rank", "32", "--max-loras", "2", "--lora-modules"]
+    loras = dict(item.split("=") for item in options[6:8])
+    assert options[8:] == ["--host", "::1", "--port", "9"]
     assert list(loras) == ["mine", "other"]
     for folder, layers in ((loras["mine"], 14), (loras["other"], 4)):
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
@@ -251,3 +255,86 @@ def test_json_prints_the_command_and_starts_nothing(native, vllm, capsys):
     assert told["command"][-1] == "--json"
     with pytest.raises(FileNotFoundError):
         vllm()
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch, cache):
+    """What vLLM's resolver of Dual LoRA adapters answers, by stand-ins of the vLLM classes it meets: ``named(name, model)``."""
+    known: dict = {}
+    request, resolver = ModuleType("vllm.lora.request"), ModuleType("vllm.lora.resolver")
+    request.LoRARequest = lambda name, number, path: (name, path)
+    resolver.LoRAResolver = object
+    resolver.LoRAResolverRegistry = SimpleNamespace(register_resolver=known.__setitem__)
+    for module in (ModuleType("vllm"), ModuleType("vllm.lora"), request, resolver):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    folder = tmp_path / "named"
+    folder.mkdir()
+    monkeypatch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(folder))
+    monkeypatch.setenv("DUALLORA_VLLM_RANK", "3")
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (value,) = re.findall(r'\[project.entry-points."vllm.general_plugins"\]\nduallora = "(.*)"\n', project)
+    EntryPoint("duallora", value, "vllm.general_plugins").load()()
+    (found,) = known.values()
+    return lambda name, model: asyncio.run(found.resolve_lora(model, name))
+
+
+def test_vllm_gets_the_lora_of_a_dual_lora_adapter_that_a_request_names(native, named, tmp_path, cache):
+    from duallora.export import convert
+
+    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
+    shutil.copytree(native, tmp_path / "named" / "team" / "mine")
+    name, path = named("team/mine", base)
+    assert name == "team/mine"
+    assert Path(path).parent.parent == cache
+    convert.convert(native, tmp_path / "expected", rank=3)
+    made, expected = (load_file(Path(place) / adapters.WEIGHTS) for place in (path, tmp_path / "expected"))
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[key], expected[key]) for key in expected)
+    shutil.copytree(base, tmp_path / "copy")
+    assert named("team/mine", str(tmp_path / "copy"))[1] == path  # the base's content counts, not its place
+    for rank in (2, 5):  # left by convert; the larger does not fit the server
+        convert.convert(native, tmp_path / "named" / "team" / "mine" / f"lora-r{rank}", rank=rank)
+    assert named("team/mine", base)[1] == str(tmp_path / "named" / "team" / "mine" / "lora-r2")
+
+
+def test_vllm_gets_nothing_for_other_names_and_the_reason_for_an_adapter_that_is_refused(
+    native, make_adapter, named, tmp_path, cache
+):
+    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
+    folder = tmp_path / "named"
+    shutil.copytree(native, tmp_path / "outside")
+    shutil.copytree(base, folder / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder / "lora")
+    for name in ("nowhere", "", ".", "../outside", str(tmp_path / "outside"), "model", "lora"):
+        assert named(name, base) is None, name
+    shutil.copytree(make_adapter("classify"), folder / "classifier")
+    shutil.copytree(make_adapter(bias="all"), folder / "biases")
+    shutil.copytree(native, folder / "cut")
+    (folder / "cut" / adapters.WEIGHTS).write_bytes((native / adapters.WEIGHTS).read_bytes()[:-1])
+    shutil.copytree(native, folder / "mine")
+    shutil.copytree(base, tmp_path / "another")
+    settings = json.loads((tmp_path / "another" / "config.json").read_text())
+    (tmp_path / "another" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-5}))
+    for name, model, words in [
+        ("classifier", base, "no text to serve"),
+        ("biases", base, "trained biases are refused"),
+        ("cut", base, "not a whole safetensors file"),
+        ("mine", str(tmp_path / "another"), "not the one that is served"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            named(name, model)
+    left = [path for path in cache.glob("*") if path.is_dir()] if cache.exists() else []
+    assert all((path / serve.MADE).is_file() for path in left)
+
+
+def test_the_resolver_is_there_only_where_a_folder_is_set_and_its_rank_is_a_number(named, monkeypatch):
+    from duallora.export import vllm as plugin
+
+    for rank in ("0", "-1", "many", "1.5"):
+        monkeypatch.setenv("DUALLORA_VLLM_RANK", rank)
+        with pytest.raises(ValueError, match="a whole number from 1"):
+            plugin.register()
+    monkeypatch.delenv("VLLM_LORA_RESOLVER_CACHE_DIR")
+    monkeypatch.setitem(sys.modules, "vllm.lora.resolver", None)
+    plugin.register()

@@ -268,11 +268,11 @@ def compare(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
 
 
 # -- serving engines ---------------------------------------------------------------------------------------------------
-# What follows is each engine's own source, read; none of them runs in the tests.
+# What follows is each engine's own source, read; `make engines` holds vLLM to it.
 
 
 def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
-    """vLLM 0.33: vllm/lora/peft_helper.py, lora_model.py, config/lora.py."""
+    """vLLM 0.32: vllm/lora/peft_helper.py, lora_model.py, config/lora.py."""
     reasons = []
     for key in ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora"):
         if config.get(key):

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from duallora.errors import ConfigError, DualLoraError
-from duallora.export import check, convert, merge
+from duallora.export import card, check, convert, merge
 from duallora.folders import cache_folder
 from duallora.store import adapters, checkpoint, models, record, untrusted
 from duallora.terminal import command, say, shown
@@ -77,12 +77,13 @@ def prepare(
 
 def installed(engine: Engine | None, count: int = 1) -> tuple[Engine, str]:
     """(engine, program) for ``count`` sources; ConfigError with the install command where it is not here."""
-    vllm = shutil.which("vllm")
+    here = sysconfig.get_path("scripts")  # of this environment, which need not be on PATH
+    vllm = shutil.which("vllm", path=here) or shutil.which("vllm")
     if vllm and engine != "transformers":
         return "vllm", vllm
     if engine == "vllm" or count > 1:
         raise ConfigError("vLLM, which alone serves several adapters at once, is not installed: pip install vllm")
-    program = shutil.which("transformers", path=sysconfig.get_path("scripts"))
+    program = shutil.which("transformers", path=here)
     missing = [name for name in ("fastapi", "uvicorn", "openai", "transformers.cli") if find_spec(name) is None]
     if missing or not program:
         raise ConfigError(f"no engine is installed (no {', '.join(missing)}): pip install 'duallora[serve]', or vllm")
@@ -137,12 +138,47 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _base(folder: Path) -> dict[str, Any]:
-    """The base of an adapter: where it is, and its content: the hashes of a folder's files, or the hub's commit."""
+    """The base of an adapter: where it is, and its content."""
     config, told = untrusted.read(folder), adapters.read_sidecar(folder).get("base", {})
     name, revision = str(config.get("base_model_name_or_path") or told.get("name")), config.get("revision")
-    place = Path(models.resolve(name))
-    content = _hashes(place) if place.is_dir() else models.load_config(name, revision=revision)._commit_hash
-    return {"place": str(place), "revision": revision, "content": content}
+    return {"place": models.resolve(name), "revision": revision, "content": _content(name, revision)}
+
+
+def _content(model: str, revision: str | None = None) -> Any:
+    """The hashes of a model folder's files, or the commit of a hub id."""
+    place = Path(models.resolve(model))
+    return _hashes(place) if place.is_dir() else models.load_config(model, revision=revision)._commit_hash
+
+
+def _lora(folder: Path, rank: int, console: Console) -> Path:
+    """An adapter as a LoRA: as it is, the largest conversion that lies with it, of ``rank`` at most, else made."""
+    path = folder
+    if untrusted.read(folder)["peft_type"] == "DUALLORA":
+        left = [path for path, facts in card.conversions(folder).values() if facts["rank"] <= rank]
+        path = left[-1] if left else made(folder, rank, console)
+        if left:
+            check.require_sound(path)
+            say(console, "found", f"{shown(path)}, made by {command('convert')}")
+    if reasons := check.vllm(untrusted.read(path), adapters.check_adapter(path)).reasons:
+        raise ConfigError(f"vLLM does not take {shown(folder)}: {'; '.join(reasons)}. Serve it alone, merged")
+    return path
+
+
+def named_lora(source: Path, served: str, rank: int, console: Console) -> Path | None:
+    """The Dual LoRA run or adapter ``source`` as a LoRA for a server of the model ``served``; None for another method's.
+
+    Raises:
+        ConfigError: it belongs to another base, generates no text, or vLLM does not take it.
+        IntegrityError, NonFiniteError: it is damaged or hostile.
+    """
+    folder = _sound(str(source), console)
+    if folder is None or untrusted.read(folder)["peft_type"] != "DUALLORA":
+        return None
+    base = _base(folder)
+    # Offline, vLLM calls a hub's model by its folder in the cache, whose own name is the commit.
+    if served != base["place"] and base["content"] not in (Path(served).name, _content(served)):
+        raise ConfigError(f"its base model is {base['place']}, not the one that is served ({served})")
+    return _lora(folder, rank, console)
 
 
 def _loras(folders: dict[str, Path | None], rank: int, console: Console) -> list[str]:
@@ -150,15 +186,10 @@ def _loras(folders: dict[str, Path | None], rank: int, console: Console) -> list
     bases = [_base(folder) for folder in folders.values() if folder]
     if len(bases) < len(folders) or any(base["content"] != bases[0]["content"] for base in bases):
         raise ConfigError(f"{', '.join(folders)} are not adapters of one base model: serve them one by one")
-    loras: dict[str, Path] = {}
-    for name, folder in folders.items():
-        if folder is not None:
-            loras[name] = made(folder, rank, console) if untrusted.read(folder)["peft_type"] == "DUALLORA" else folder
-            if reasons := check.vllm(untrusted.read(loras[name]), adapters.check_adapter(loras[name])).reasons:
-                raise ConfigError(f"vLLM does not take {name}: {'; '.join(reasons)}. Serve it alone, merged")
+    loras = {name: _lora(folder, rank, console) for name, folder in folders.items() if folder}
     most = max(check.vllm_rank(untrusted.read(lora)) for lora in loras.values())
     options = ["--revision", bases[0]["revision"]] if bases[0]["revision"] else []
-    options += ["--enable-lora", "--max-lora-rank", str(most)]
+    options += ["--enable-lora", "--max-lora-rank", str(most), "--max-loras", str(len(loras))]
     return [bases[0]["place"], *options, "--lora-modules", *(f"{name}={lora}" for name, lora in loras.items())]
 
 

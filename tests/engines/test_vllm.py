@@ -1,0 +1,192 @@
+"""The real vLLM takes what `serve` hands it, loads what `check` accepts, and finds an adapter that a request names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import pytest
+import torch
+from engines.conftest import PROMPTS, TOKENS, adapted, greedy, prompt_ids, serving
+from safetensors.torch import save_file
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed in this environment: make engines"),
+    pytest.mark.timeout(3600),
+]
+PLAIN = [
+    "--enforce-eager",
+    "--max-model-len",
+    "256",
+    "--max-num-seqs",
+    "12",
+]  # compiling would take longer than all else
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Whose adapters a request may name."""
+    return tmp_path_factory.mktemp("named")
+
+
+@pytest.fixture(scope="module")
+def server(runs, folder, environment, tmp_path_factory):
+    """Both adapters over the base, in float32."""
+    plugin = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LORA_RESOLVER_CACHE_DIR": str(folder)}
+    words = [*(f"{name}={run}" for name, run in runs.items()), "--engine", "vllm", "--rank", "16"]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with serving(words, [*PLAIN, "--dtype", "float32"], log, {**environment, **plugin}) as started:
+        yield started
+
+
+def completion(server, model: str, ids: list[int]) -> tuple[list[int], list[float]]:
+    """vLLM's greedy tokens and their log-probabilities."""
+    options = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
+    status, answer = server.ask("completions", model=model, prompt=ids, **options)
+    assert status == 200, answer
+    (choice,) = answer["choices"]
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def compare(told, models, ids, record_property) -> dict:
+    """Tokens of ``told[name][prompt]`` against greedy ones of ``models[name]``; returns transformers' own by name."""
+    wanted = {name: [greedy(model, row) for row in ids] for name, model in models.items()}
+    equal = sum(told[name][i][0] == wanted[name][i][0] for name in models for i in range(len(ids)))
+    pairs = [
+        (a, b)
+        for name in models
+        for i in range(len(ids))
+        for a, b in zip(told[name][i][1], wanted[name][i][1], strict=True)
+    ]
+    record_property("answers", len(models) * len(ids))
+    record_property("equal_answers", equal)
+    record_property("max_logprob_difference", max(abs(a - b) for a, b in pairs))
+    return wanted
+
+
+def test_two_adapters_in_one_batch_and_the_base_answer_as_transformers(server, base, loras, record_property):
+    """All eight requests at once: each token, in float32, is that of PEFT's model of the conversion.
+
+    The base is asked apart: beside an adapter's request, vLLM 0.32 on a CPU answers for it by the adapter in its last
+    slot (its ops/torch_ops index the stacked factors by -1, which is how it marks rows without a LoRA).
+    """
+    ids = prompt_ids(base)
+    served = str(base)
+    asked = [(name, i) for name in loras for i in range(len(ids))]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: completion(server, one[0], ids[one[1]]), asked))
+    told: dict = {}
+    for (name, i), answer in zip(asked, answers, strict=True):
+        told.setdefault(name, {})[i] = answer
+    told[served] = {i: completion(server, served, row) for i, row in enumerate(ids)}
+    models = {**{name: adapted(base, lora) for name, lora in loras.items()}, served: adapted(base)}
+    wanted = compare(told, models, ids, record_property)
+    for name in models:
+        for i, prompt in enumerate(PROMPTS):
+            assert told[name][i][0] == wanted[name][i][0], (name, prompt)
+            torch.testing.assert_close(told[name][i][1], wanted[name][i][1], rtol=0, atol=1e-3)
+    for one, other in (("all", "qv"), ("all", served), ("qv", served)):
+        assert any(told[one][i][0] != told[other][i][0] for i in range(len(ids))), (one, other)
+
+
+def lora(place, tensors: dict, **config):
+    """A LoRA on layers of SmolLM2 as PEFT writes it: ``tensors`` by their name below the model."""
+    place.mkdir()
+    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    plain |= {"bias": "none", "init_lora_weights": True, "base_model_name_or_path": "builtin:smollm2-135m"}
+    told = {key: value for key, value in {**plain, **config}.items() if value is not None}
+    (place / "adapter_config.json").write_text(json.dumps(told))
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    return place
+
+
+def factors(module: str, out: int, width: int = 576, rank: int = 2) -> dict:
+    A, B = torch.randn(rank, width), torch.randn(out, rank)
+    return {f"{module}.lora_A.weight": A * 0.01, f"{module}.lora_B.weight": B * 0.01}
+
+
+Q = "model.layers.0.self_attn.q_proj"
+CASES = {
+    "plain": (factors(Q, 576), {}),
+    "rsLoRA": (factors(Q, 576), {"use_rslora": True}),
+    "patterns": (factors(Q, 576, rank=5), {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7}}),
+    "gaussian": (factors(Q, 576), {"init_lora_weights": "gaussian"}),
+    "k without q and v": (factors(Q.replace("q_", "k_"), 192), {"target_modules": ["k_proj"]}),
+    "up without gate": (factors("model.layers.0.mlp.up_proj", 1536), {"target_modules": ["up_proj"]}),
+    "no target_modules": (factors(Q, 576), {"target_modules": None}),
+    "DoRA": (factors(Q, 576), {"use_dora": True}),
+    "bias": ({**factors(Q, 576), f"{Q}.bias": torch.ones(576)}, {"bias": "lora_only"}),
+    "lora_bias": (factors(Q, 576), {"lora_bias": True}),
+    "modules_to_save": ({**factors(Q, 576), "model.norm.weight": torch.ones(576)}, {"modules_to_save": ["norm"]}),
+    "PiSSA": (factors(Q, 576), {"init_lora_weights": "pissa"}),
+    "aLoRA": (factors(Q, 576), {"alora_invocation_tokens": [1, 2]}),
+    "layer_replication": (factors(Q, 576), {"layer_replication": [[0, 30], [0, 2]]}),
+    "QALoRA": (factors(Q, 576), {"use_qalora": True}),
+    "rank 513": (factors(Q, 576, rank=513), {"r": 513}),
+    "embeddings": (
+        {
+            "model.embed_tokens.lora_embedding_A": torch.randn(2, 49152) * 0.01,
+            "model.embed_tokens.lora_embedding_B": torch.randn(576, 2) * 0.01,
+        },
+        {"target_modules": ["embed_tokens"]},
+    ),
+    "head": (factors("lm_head", 49152), {"target_modules": ["lm_head"]}),
+    "convolution": (
+        {f"{Q}.lora_A.weight": torch.randn(2, 576, 1, 1), f"{Q}.lora_B.weight": torch.randn(576, 2, 1, 1)},
+        {},
+    ),
+}
+
+
+def test_what_check_accepts_loads_and_what_it_refuses_does_not(server, tmp_path, record_property):
+    """Against the running server, which has the last word."""
+    from duallora.export import check
+    from duallora.store import adapters, untrusted
+
+    verdicts, loaded, said = {}, {}, {}
+    for name, (tensors, config) in CASES.items():
+        place = lora(tmp_path / name.replace(" ", "-"), tensors, **config)
+        verdicts[name] = check.vllm(untrusted.read(place), adapters.check_files(place, {})).accepted
+        status, said[name] = server.ask("load_lora_adapter", lora_name=name, lora_path=str(place))
+        loaded[name] = status == 200
+    record_property("accepted", [name for name, is_fine in verdicts.items() if is_fine])
+    record_property("refused", [name for name, is_fine in verdicts.items() if not is_fine])
+    assert verdicts == loaded, {name: said[name] for name in CASES if verdicts[name] != loaded[name]}
+
+
+def test_an_adapter_that_a_request_names_is_converted_and_loaded(server, runs, loras, folder, base, record_property):
+    """It was put there after the server's start, and no request has named it."""
+    shutil.copytree(runs["qv"], folder / "later")
+    ids = prompt_ids(base)
+    told = {"later": {i: completion(server, "later", row) for i, row in enumerate(ids)}}
+    wanted = compare(told, {"later": adapted(base, loras["qv"])}, ids, record_property)
+    assert [told["later"][i][0] for i in range(len(ids))] == [tokens for tokens, _, _ in wanted["later"]]
+    _, listed = server.ask("models")
+    roots = {model["id"]: model["root"] for model in listed["data"]}
+    assert roots["later"] == roots["qv"]  # of the same content: one conversion, of `serve`'s cache, for both
+
+
+def test_a_conversion_that_was_left_with_it_is_taken(server, runs, folder):
+    from duallora.export import convert
+
+    adapter = shutil.copytree(runs["all"] / "adapter", folder / "left")
+    convert.convert(adapter, adapter / "lora-r4", rank=4)
+    ids = [504, 284, 260]
+    assert len(completion(server, "left", ids)[0]) == TOKENS
+    _, listed = server.ask("models")
+    assert {model["id"]: model["root"] for model in listed["data"]}["left"] == str(adapter / "lora-r4")
+
+
+def test_what_check_refuses_is_refused_with_its_words_and_nothing_else_is_found(server, runs, folder):
+    damaged = shutil.copytree(runs["qv"] / "adapter", folder / "damaged")
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    status, told = server.ask("completions", model="damaged", prompt="a", max_tokens=1)
+    assert status == 400
+    assert "take a fresh copy of the adapter" in told["error"]["message"]
+    outside = shutil.copytree(runs["qv"] / "adapter", folder.parent / "outside")
+    for name in ("nowhere", "../outside", str(outside)):
+        assert server.ask("completions", model=name, prompt="a", max_tokens=1)[0] == 404, name
