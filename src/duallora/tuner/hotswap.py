@@ -83,6 +83,8 @@ def hotswap(model: nn.Module, folder: str, adapter_name: str = "default", **hub:
     state = load_peft_weights(folder, device="cpu", **hub)
     _leave_embeddings(state, layers, folder)
     here = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+    others = tuple(f".{name}" for name in peft_model.peft_config if name != adapter_name)
+    here = {key: value for key, value in here.items() if not key.endswith(others)}  # PEFT before 0.21 has theirs too
     if odd := sorted(state.keys() ^ here.keys()):
         raise ConfigError(
             f"{folder} and adapter {adapter_name!r} do not adapt the same layers: {odd[0]} is in one of the two "

@@ -144,7 +144,10 @@ class DualLoraModel(BaseTuner):
                     peft_config, adapter_name, model.get_submodule(name), target_name, model.get_submodule(parent),
                     current_key=f"{name}.{key}", parameter_name=key,
                 )  # fmt: skip
-        return [f"{name}.{key}" for name, _, key in found]
+        names = [f"{name}.{key}" for name, _, key in found]
+        known = self.targeted_parameter_names  # where PEFT before 0.21 looks for them
+        known += [name for name in names if name not in known]
+        return names
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
