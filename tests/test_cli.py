@@ -444,10 +444,11 @@ def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(trained, c
     shutil.copytree(trained[0], folder)
     assert cli.run(["train", "-c", str(folder / "recipe.yaml"), "-o", str(folder), "--resume", "auto"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
-    score, merge = line.removeprefix("next: ").split(", or ")
-    assert shlex.split(score) == ["duallora", "eval", str(folder)]
-    assert shlex.split(merge) == ["duallora", "merge", str(folder), "-o", "MERGED"]
-    assert cli.run(shlex.split(score)[1:]) == 0
+    score, answer, merge = map(shlex.split, line.removeprefix("next: ").split(", or "))
+    assert score == ["duallora", "eval", str(folder)]
+    assert answer == ["duallora", "predict", str(folder), "FILE", "-o", "answers.csv"]
+    assert merge == ["duallora", "merge", str(folder), "-o", "MERGED"]
+    assert cli.run(score[1:]) == 0
     shutil.rmtree(folder / "adapter")
     capsys.readouterr()
     assert cli.run(["eval", str(folder), "--json"]) == 2

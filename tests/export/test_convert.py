@@ -306,7 +306,7 @@ def test_signs_that_are_all_up_convert_to_lora_of_the_magnitudes_rank(tmp_path):
     model = get_peft_model(Odd(), DualLoraConfig(r1=3, r2=5, alpha=10, **start))
     (layer,) = convert.dual_layers(model).values()
     layer.duallora_B["default"].data.normal_()
-    errors = [convert.convert_layer("head", layer, rank).facts()["relative_error"] for rank in (3, 2)]
+    errors = [conversion.convert_layer("head", layer, rank).facts()["relative_error"] for rank in (3, 2)]
     assert errors[0] < 1e-6
     assert errors[1] > 1e-2
 

@@ -175,7 +175,7 @@ def test_a_rate_of_the_direction_group_changes_no_weight_decay(make_recipe, cons
     [
         (("adapter.init=gradient", "adapter.warmup=residual"), 'rebuilds dW\\(0\\) from a seed.*use adapter.warmup = "ramp"'),
         (("adapter.init=gradient-signs", "adapter.direction=fixed"), "has no C and D to start"),
-        (("adapter.init=svd",), 'expected "gaussian", "gradient", "gradient-signs" or "gradient-magnitudes"'),
+        (("adapter.init=svd",), 'expected "gaussian", "lora", "gradient", "gradient-signs" or "gradient-magnitudes"'),
         (("adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto", "adapter.init=gradient"), "init = .gradient.: Dual LoRA.s, but"),
         (("adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto", "train.direction_lr_ratio=3"), "ratio = 3"),
     ],
