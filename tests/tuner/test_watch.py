@@ -135,3 +135,24 @@ def test_a_model_without_such_layers_is_refused(tmp_path):
     model = get_peft_model(Net(), LoraConfig(target_modules=["first"]))
     with pytest.raises(ValueError, match="has no Dual LoRA layer to watch"):
         duallora.watch(trainer_of(model, tmp_path))
+
+
+def test_shards_are_left_alone():
+    """A factor of another type than a tensor's own, as FSDP2's: nothing is said of its layer, nor asked of it."""
+
+    class Shard(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if "matmul" in str(function):
+                raise AssertionError("a product of a shard")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    model = adapted()
+    watcher = Watcher(model)
+    for layer in layers(model):
+        for name in "ABCD":
+            held = getattr(layer, f"duallora_{name}")
+            held["default"] = nn.Parameter(held["default"].detach().as_subclass(Shard))
+    assert type(layers(model)[0].duallora_A["default"]) is not nn.Parameter
+    watcher.on_pre_optimizer_step(None, type("State", (), {"global_step": 0, "logging_steps": 1}), None)
+    assert watcher.measure() == {"gate": 0.0}

@@ -299,7 +299,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
     def _factors(self, adapter: str) -> list[Any]:
         """[A, B, C, D], parameters; C and D are None with fixed signs."""
         modules, found = self._modules, []
-        for name in ("duallora_A", "duallora_B", "duallora_C", "duallora_D"):
+        for name in self.adapter_layer_names[:4]:
             held: Any = modules[name]
             # Past torch's look-up, which takes as long as all the rest; FSDP1 puts what it gathers elsewhere.
             factor = held._parameters.get(adapter)
@@ -313,7 +313,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         """dW of ``adapter`` at its present gate."""
         config = self.duallora_config[adapter]
         scaling: float | Tensor = self.scaling[adapter]
-        if config.warmup == "ramp" and (steps := config.warmup_steps):
+        if steps := config.ramp_steps:
             scaling = gated(self.scaling[adapter], self.duallora_step[adapter], steps)
             if not torch.compiler.is_compiling():
                 watch_forward(self, adapter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,8 +90,8 @@ class Watcher(TrainerCallback):
         frozen: dict[int, Tensor] = {}
         flips, sizes, base = [], [], 0.0
         for at, layer in enumerate(self.layers):
-            adapter = next((name for name in layer._acting() if layer.duallora_A[name].ndim == 2), None)
-            if adapter is None or layer.duallora_A[adapter].is_meta:
+            adapter = next((name for name in layer._acting() if _is_whole(layer.duallora_A[name])), None)
+            if adapter is None:
                 continue
             update = layer._update(adapter)
             own = update.rows(self.rows[at].to(update.A.device))
@@ -143,6 +142,12 @@ def _mean_square(layer: DualLoraLayer) -> float | None:
     return float(torch.linalg.vector_norm(W, dtype=torch.float32)) ** 2 / W.numel() if is_ordinary(W) else None  # type: ignore[union-attr]
 
 
+def _is_whole(factor: Any) -> bool:
+    """Whether a factor is one matrix that is here: no shard of it, and no stack of experts."""
+    return is_ordinary(factor) and factor.ndim == 2
+
+
 def _has_gradient(layer: DualLoraLayer) -> bool:
-    factors: Iterable[Any] = (f for name in layer.duallora_A for f in layer._factors(name) if f is not None)
-    return any(f.grad is not None and bool(f.grad.any()) for f in factors)
+    """Of a layer whose factors are shards nothing is said."""
+    factors: list[Any] = [f for name in layer.duallora_A for f in layer._factors(name) if f is not None]
+    return not all(map(is_ordinary, factors)) or any(f.grad is not None and bool(f.grad.any()) for f in factors)
