@@ -318,10 +318,6 @@ def test_labels_that_could_be_mistaken_are_refused(changes):
         ({"base": {"output": "x"}}, "output is the grid's own to set"),
         ({"base": {"r": 3, "adapter.r": 4}}, "adapter.r is set twice"),
         ({"reference": "dora"}, "'dora' is not accepted; expected a variant: lora, duallora"),
-        ({"space": {LR: {"low": 1e-4, "high": 1e-2}}, "trials": 3}, "search and space exclude each other"),
-        ({"search": {}, "space": {LR: {"low": 1e-4, "high": 1e-2}}}, "a space needs trials"),
-        ({"search": {}, "trials": 2, "space": {LR: {"low": 0.0, "high": 1e-2, "log": True}}}, "is not accepted; expected {low"),
-        ({"trials": 20}, "trials: 20, but there is no space"),
         ({"name": "a/b"}, "'a/b' is not accepted"),
     ],
 )  # fmt: skip
@@ -357,10 +353,8 @@ def test_a_grid_file_takes_a_recipe_as_its_base_and_reads_back_what_is_written(t
     assert {cell.settings["seed"] for cell in one.wanted({})} == {3}
     (tmp_path / "study.yaml").write_text(one.yaml())
     assert Study.read(tmp_path) == one
-    space = Study.read(tmp_path, search={}, space={"r": {"low": 2, "high": 8}}, trials=4)
-    (tmp_path / "study.yaml").write_text(space.yaml())
-    assert Study.read(tmp_path) == space
-    assert space != one
+    (tmp_path / "study.yaml").write_text(f"{one.yaml()}space: {{}}\ntrials: 0\n")  # as versions with Optuna wrote it
+    assert Study.read(tmp_path) == one
 
 
 @pytest.mark.parametrize(
@@ -370,6 +364,7 @@ def test_a_grid_file_takes_a_recipe_as_its_base_and_reads_back_what_is_written(t
         ("alpha: 7", "alpha: -7", "grid.yaml:9: adapter.alpha: -7 is not accepted; expected finite number > 0 or null"),
         ("seeds: [3]", "seed: [3]", "grid.yaml:12: unknown key seed; known here: name, base"),
         ("2.5e-3]", "'2']", "grid.yaml:11: train.learning_rate: \"2\" is not accepted"),
+        ("seeds: [3]", "space: {r: {low: 2, high: 8}}", "space: spaces to draw trials from (Optuna's) are gone"),
         ("base: recipe.yaml", "base: none.yaml", "none.yaml: no such file"),
         ("cola: {data.task: cola}", "cola: {data.task: 3}", "grid.yaml:3: data.task: 3 is not accepted"),
         ("base: recipe.yaml", "base: bad.yaml", "bad.yaml:2: train.max_steps: 0 is not accepted; expected integer >= 1"),
@@ -393,11 +388,9 @@ def test_a_file_that_is_not_there_is_not_taken_for_a_recipe(tmp_path):
 
 def test_the_grids_of_the_documentation_are_read(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "grid.md").read_text()
-    grid, space = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (grid,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "grid.yaml").write_text(grid)
     assert Study.read(tmp_path / "grid.yaml").expected({}) == 2 * 3 * (4 + 2) == 36
-    (tmp_path / "grid.yaml").write_text(grid.partition("search:")[0] + space)
-    assert Study.read(tmp_path / "grid.yaml", trials=20).expected({}) == 2 * 3 * (20 + 2)
 
 
 def test_outcomes_are_what_the_cells_folders_say(tmp_path):

@@ -39,10 +39,6 @@ def grid(
     ] = None,
     workers: Workers = 1,
     ray: Ray = None,
-    optuna: Annotated[
-        int | None,
-        typer.Option("--optuna", min=1, metavar="N", help="Trials of the space, for each task and variant."),
-    ] = None,
     keep: Keep = "best",
     retries: Annotated[
         int, typer.Option("--retries", min=0, metavar="N", help="New tries of a cell that was killed.")
@@ -65,7 +61,7 @@ def grid(
     source = config or output
     if source is None:
         raise ConfigError("what is to be run? -c grid.yaml says it, and -o FOLDER goes on with a folder's study")
-    study = Study.read(source, **({} if optuna is None else {"trials": optuna}))
+    study = Study.read(source)
     plugins.load(study.base.get("plugins", ()))  # their metrics say which of two values is better
     folder = output or Path("runs") / study.name
     if dry_run:

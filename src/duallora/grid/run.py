@@ -136,11 +136,6 @@ class _Grid:
         self.waits: dict[str, float] = {}  # until when a cell in a locked folder is left alone
         self.lock_tries: Counter[str] = Counter()
         self.told = False  # the cells, to stop
-        self.trials = None
-        if study.space:
-            from duallora.grid.tuning import Trials
-
-            self.trials = Trials(study, folder)
 
     def go(self) -> dict[str, Outcome]:
         self._tidy()
@@ -151,9 +146,6 @@ class _Grid:
             if self.stopping.number is None:
                 while ready and self.pool.free():
                     self._start(ready.pop(0))
-                if self.trials and not ready and self.pool.free() and self.trials.ask(self.outcomes, self.failed):
-                    wanted = self._wanted()
-                    continue
             elif self.running:
                 self._stop()
             if not self.running and (not waiting or self.stopping.number is not None):
@@ -179,7 +171,7 @@ class _Grid:
 
     def _wanted(self) -> list[Cell]:
         while True:
-            wanted = self.study.wanted(self.outcomes, self.trials.asked if self.trials else None)
+            wanted = self.study.wanted(self.outcomes)
             refuse_drift(wanted, self.outcomes)
             taken = [cell for cell in wanted if cell.name not in self.outcomes and self._take_over(cell)]
             if not taken:

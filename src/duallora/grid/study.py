@@ -31,6 +31,7 @@ SHORT = {"train.learning_rate": "lr"}  # in the names of cells
 LABEL, LABEL_WORDS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,59}"), "letters, digits and . _ + - (60 at most)"
 STUDY = "study.yaml"
 CELLS = "cells"
+FORMER = {"space", "trials"}  # keys of studies written before, empty in all that can still be read
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,6 @@ class Study:
             seed on that task, at its best search value. ``search`` there, or in a variant, replaces the study's.
         variants: label -> settings, over the task's.
         search: key -> values; several keys make a product. Empty: nothing is tuned.
-        space: instead of ``search``, what Optuna draws from: key -> {low, high, log, step} or {choices}.
-        trials: points that Optuna tries for each task and variant.
         seeds: of all cells in the end; the first ``search_seeds`` of them run at every search value.
         extend: whether a grid of numbers grows, by its own factor, while its best value lies at its edge (at most
             three times).
@@ -128,8 +127,6 @@ class Study:
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"data": {}})
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"duallora": {}})
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    space: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    trials: int = 0
     seeds: Sequence[int] = (0, 1, 2)
     search_seeds: int = 1
     extend: bool = True
@@ -144,29 +141,25 @@ class Study:
         def refuse(path: str, message: str) -> None:
             problems.append(f"{self._where(path)}: {message}")
 
-        for step in (self._check_form, self._resolve_keys, self._check_search, self._check_names):
+        for step in (self._check_form, self._resolve_keys, self._check_names):
             step(refuse)
             if problems:
                 raise ConfigError(*dict.fromkeys(problems))
         for task, variant in itertools.product(self.tasks, self.variants):
-            sample = {key: own["choices"][0] if "choices" in own else own["low"] for key, own in self.space.items()}
-            for point in [Point("trial0", sample)] if self.space else self.points({}, task, variant):
+            for point in self.points({}, task, variant):
                 problems += self._refused(task, variant, point)
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
 
     # -- what is to be run ---------------------------------------------------------------------------------------------
 
-    def wanted(self, outcomes: Outcomes, asked: Mapping[tuple[str, str], Sequence[Point]] | None = None) -> list[Cell]:
-        """Every cell that the study asks for as far as ``outcomes`` tell, the finished ones too, task by task.
-
-        ``asked`` holds, by (task, variant), the points Optuna has been asked for in a study that has a ``space``.
-        """
+    def wanted(self, outcomes: Outcomes) -> list[Cell]:
+        """Every cell that the study asks for as far as ``outcomes`` tell, the finished ones too, task by task."""
         cells: dict[str, Cell] = {}
         for task in self.tasks:
             stages: tuple[list[Cell], list[Cell]] = [], []
             for variant in self.variants:
-                for point in self.points(outcomes, task, variant, (asked or {}).get((task, variant), ())):
+                for point in self.points(outcomes, task, variant):
                     stages[0].extend(self.cells_at(outcomes, task, variant, point, self.seeds[: self.search_seeds]))
                 if best := self.best(outcomes, task, variant):
                     stages[1].extend(self.cells_at(outcomes, task, variant, best))
@@ -177,27 +170,20 @@ class Study:
         """How many cells it will come to if no grid grows further and nothing fails."""
         count = 0
         for task, variant in itertools.product(self.tasks, self.variants):
-            points = self.trials if self.space else len(self.points(outcomes, task, variant))
-            count += self.search_seeds * points + len(self.seeds) - self.search_seeds
+            points = self.points(outcomes, task, variant)
+            count += self.search_seeds * len(points) + len(self.seeds) - self.search_seeds
         return count
 
-    def points(self, outcomes: Outcomes, task: str, variant: str, asked: Sequence[Point] = ()) -> list[Point]:
+    def points(self, outcomes: Outcomes, task: str, variant: str) -> list[Point]:
         """The points of the search tried for one task and variant, or to be tried, as far as ``outcomes`` tell."""
-        if not self.space:
-            return self._grid(outcomes, task, variant)[0]
-        found = {point.label: point for point in (*asked, *self._trials_run(outcomes, task, variant))}
-        return sorted(found.values(), key=lambda point: int(point.label.removeprefix("trial")))
+        return self._grid(outcomes, task, variant)[0]
 
     def best(self, outcomes: Outcomes, task: str, variant: str) -> Point | None:
         """The point with the best mean metric on validation rows, or None while that is open or if none came through.
 
         A diverged cell counts as the worst; ties go to the middle of the grid, then to the smaller value.
         """
-        if not self.space:
-            return self._grid(outcomes, task, variant)[1]
-        points = self._trials_run(outcomes, task, variant)
-        scores = [self.score(outcomes, task, variant, point) for point in points]
-        return None if len(points) < self.trials or None in scores else _best(points, scores, {})
+        return self._grid(outcomes, task, variant)[1]
 
     def score(self, outcomes: Outcomes, task: str, variant: str, point: Point) -> float | None:
         """The mean metric of a point on validation rows, greater is better; None while its first seeds are not settled.
@@ -280,15 +266,6 @@ class Study:
             return error.problems
         return ()
 
-    def _trials_run(self, outcomes: Outcomes, task: str, variant: str) -> list[Point]:
-        """The trials that have left a recipe on disk, in their order."""
-        points = []
-        for number in range(self.trials):
-            outcome = outcomes.get(self.cell_name(task, variant, Point(f"trial{number}", {}), self.seeds[0]))
-            if outcome is not None and outcome.recipe:
-                points.append(Point(f"trial{number}", {key: _held(outcome.recipe, key) for key in self.space}))
-        return points
-
     def _value(self, outcome: Outcome) -> float:
         metric = self.metric or outcome.main_metric
         if metric is None or metric not in outcome.metrics:
@@ -306,7 +283,7 @@ class Study:
         """The settings of a cell, each with its place."""
         own = {f"tasks.{task}": self.tasks[task], f"variants.{variant}": self.variants[variant]}
         search = [f"{path}.search" for path, values in own.items() if "search" in values] or ["search"]
-        layers = {"base": self.base, **own, "space" if self.space else search[-1]: point.values}
+        layers = {"base": self.base, **own, search[-1]: point.values}
         placed = [
             {key: (value, self._where(f"{path}.{key}")) for key, value in layer.items() if key not in RESERVED}
             for path, layer in layers.items()
@@ -320,7 +297,7 @@ class Study:
     # -- checks --------------------------------------------------------------------------------------------------------
 
     def _check_form(self, refuse: Refuse) -> None:
-        for group in ("base", "tasks", "variants", "search", "space"):
+        for group in ("base", "tasks", "variants", "search"):
             if not isinstance(getattr(self, group), Mapping):
                 return refuse(group, f"{group}: expected a mapping")
         for group in ("tasks", "variants"):
@@ -338,7 +315,6 @@ class Study:
             ("name", isinstance(self.name, str) and LABEL.fullmatch(self.name), LABEL_WORDS),
             ("seeds", seeds and whole and len(set(seeds)) == len(seeds), "a list of different whole numbers >= 0"),
             ("search_seeds", type(self.search_seeds) is int and 1 <= self.search_seeds <= most, f"1 to {most}"),
-            ("trials", type(self.trials) is int and self.trials >= 0, "a whole number >= 0"),
             ("extend", type(self.extend) is bool, "true or false"),
             ("metric", self.metric is None or isinstance(self.metric, str), "the name of a metric"),
             ("reference", self.reference in (None, *self.variants), f"a variant: {', '.join(map(str, self.variants))}"),
@@ -351,7 +327,6 @@ class Study:
         resolved: dict[str, Any] = {
             "base": self._settings("base", self.base, refuse),
             "search": self._search_of("search", self.search, refuse),
-            "space": {key: dict(values) for key, values in self._resolved("space", self.space, refuse).items()},
             "seeds": tuple(self.seeds),
         }
         for group in ("tasks", "variants"):
@@ -409,25 +384,11 @@ class Study:
             found[key] = tuple(values)
         return found
 
-    def _check_search(self, refuse: Refuse) -> None:
-        if self.search and self.space:
-            refuse("space", "search and space exclude each other: keep one")
-        if self.trials and not self.space:
-            remedy = "write one instead of search, or leave trials (--optuna) out"
-            refuse("trials", f"trials: {self.trials}, but there is no space to draw them from: {remedy}")
-        if self.space and self.trials < 1:
-            refuse("trials", "a space needs trials: --optuna N, or trials: N")
-        for key, values in self.space.items():
-            if not _is_space(values):
-                forms = "{low: 1e-4, high: 1e-2, log: true}, {low: 4, high: 32, step: 4} or {choices: [a, b]}"
-                shown = json.dumps(values, default=str)
-                refuse(f"space.{key}", f"{key}: {shown} is not accepted; expected {forms}")
-
     def _check_names(self, refuse: Refuse) -> None:
         """Cells are told apart by name: what follows task and variant is as many parts, without a hyphen, as keys."""
         seen: dict[str, tuple[tuple[str, str], list[str]]] = {}
         for pair in itertools.product(self.tasks, self.variants):
-            names = ["trial"] if self.space else list(_names(self.search_for(*pair)).values())
+            names = list(_names(self.search_for(*pair)).values())
             prefix, parts = "-".join(pair).casefold(), [name.casefold() for name in names]
             for other, (pair_of_other, parts_of_other) in seen.items():
                 (short, short_parts), (long, long_parts) = sorted([(prefix, parts), (other, parts_of_other)])
@@ -441,8 +402,8 @@ class Study:
     # -- on disk -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def read(cls, path: Path | str, **changes: Any) -> Study:
-        """The study of a grid.yaml (or of a folder's study.yaml); ``changes`` replace what it says.
+    def read(cls, path: Path | str) -> Study:
+        """The study of a grid.yaml (or of a folder's study.yaml).
 
         Raises:
             ConfigError: with every problem found, each naming file, line, key, value and what is allowed.
@@ -454,6 +415,11 @@ class Study:
             raise ConfigError(f"{path}: no such file; expected a grid.yaml (docs/grid.md), or the folder of a grid")
         path = path / STUDY if path.is_dir() else path
         content = read_yaml(path, depth=3)
+        for key in FORMER & content.keys():
+            if content.pop(key)[0]:
+                raise ConfigError(
+                    f"{path}: {key}: spaces to draw trials from (Optuna's) are gone; write a search instead"
+                )
         known = [item.name for item in fields(cls) if item.name != "places"]
         if problems := [
             f"{where}: unknown key {key}; known here: {', '.join(known)}"
@@ -467,13 +433,13 @@ class Study:
             read = read_settings(path.parent / values["base"])
             values["base"] = {key: value for key, (value, _) in read.items() if key not in ("seed", "output")}
             places |= {f"base.{key}": where for key, (_, where) in read.items()}
-        for group in {"base", "tasks", "variants", "search", "space"} & values.keys():
+        for group in {"base", "tasks", "variants", "search"} & values.keys():
             values[group] = {} if values[group] is None else values[group]
         for group in ("tasks", "variants"):
             if isinstance(values.get(group), dict):
                 values[group] = {label: {} if own is None else own for label, own in values[group].items()}
         values.setdefault("name", re.sub(r"[^A-Za-z0-9._+-]", "-", path.stem).lstrip("-._+") or "grid")
-        return cls(**{**values, **changes}, places=places)
+        return cls(**values, places=places)
 
     def yaml(self) -> str:
         """The study as YAML that `read` reads back."""
@@ -534,17 +500,6 @@ def _sum(values: Mapping[str, Any], *names: str) -> float | None:
 
 
 # -- numbers and names ------------------------------------------------------------------------------------------------
-
-
-def _is_space(values: Mapping[str, Any]) -> bool:
-    if "choices" in values:
-        return set(values) == {"choices"} and isinstance(values["choices"], list) and len(values["choices"]) > 0
-    numbers = [values.get("low"), values.get("high"), values.get("step", 1)]
-    if not set(values) <= {"low", "high", "log", "step"} or not all(is_number(number) for number in numbers):
-        return False
-    low, high, step = numbers
-    log = values.get("log", False)
-    return type(log) is bool and low < high and step > 0 and not (log and (low <= 0 or "step" in values))
 
 
 def _grows(values: Sequence[Any]) -> bool:
@@ -613,15 +568,6 @@ def _text(value: Any) -> str:
 
 def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+]+", "_", text).strip("_")[:40]
-
-
-def _held(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key, or of an entry of its mapping, in a recipe by section."""
-    field_name, entry = resolve(key)
-    value: Any = recipe
-    for part in (*str(field_name).split("."), *([entry] if entry else ())):
-        value = value[part]
-    return value
 
 
 def _key(label: str) -> str:

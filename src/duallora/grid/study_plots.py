@@ -276,7 +276,7 @@ def _sensitivity(task: str, figure: Any, summary: Summary, look: Mapping[str, In
 def _searched(summary: Summary, task: str, variant: str) -> str | None:
     """The key that a sensitivity plot has on its axis: the only one of the search, or the learning rate among several."""
     study = summary["study"]
-    layers = (study["variants"][variant], study["tasks"][task], {"search": study["search"] or study["space"]})
+    layers = (study["variants"][variant], study["tasks"][task], study)
     keys = list(next(own["search"] for own in layers if "search" in own))
     return "train.learning_rate" if "train.learning_rate" in keys else keys[0] if len(keys) == 1 else None
 

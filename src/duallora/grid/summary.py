@@ -152,10 +152,12 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _as_json(study: Study) -> dict[str, Any]:
-    shown = {item.name: getattr(study, item.name) for item in dataclasses.fields(study)}
-    return json.loads(
-        json.dumps({key: own for key, own in shown.items() if key not in ("name", "places")}, default=dict)
-    )
+    shown: dict[str, Any] = {}
+    for name in (item.name for item in dataclasses.fields(study) if item.name not in ("name", "places")):
+        shown[name] = getattr(study, name)
+        if name == "search":  # which every committed result has: of a search that is gone
+            shown |= {"space": {}, "trials": 0}
+    return json.loads(json.dumps(shown, default=dict))
 
 
 def _provenance(folder: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -431,7 +433,7 @@ def _unequal(study: Study, tasks: Mapping[str, _Task]) -> dict[str, dict[str, An
         for variant, runs in task.runs.items():
             for key, value in _flat(next(iter(runs.values())).recipe):
                 settings.setdefault(key, {})[variant] = value
-        searched = {key for variant in study.variants for key in study.search_for(name, variant)} | set(study.space)
+        searched = {key for variant in study.variants for key in study.search_for(name, variant)}
         for key, values in settings.items():
             if key not in searched and len({json.dumps(value, sort_keys=True) for value in values.values()}) > 1:
                 found.setdefault(key, {}).update(values)
@@ -499,9 +501,7 @@ def _completeness(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _protocol(summary: Mapping[str, Any]) -> Iterator[str]:
     study, how = summary["study"], ""
-    if study["space"]:
-        how = f"{study['trials']} trials drawn by Optuna for each variant and task"
-    elif study["search"] and "search" in summary["unequal"]:
+    if study["search"] and "search" in summary["unequal"]:
         how = "values that differ between variants"
     elif study["search"]:
         grows = ", one step further while the best lay at the edge" * study["extend"]
