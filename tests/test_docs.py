@@ -1,18 +1,27 @@
-"""What the docs show runs as printed, and every figure file they name exists.
+"""What the docs show runs as printed, and every file and figure they name exists.
 
-Python that needs a hub or a running server is fenced as ``py`` and not run here.
+A block follows what its page says in comments before it: ``<!-- not run: WHY -->`` for all of it, ``<!-- not run (PREFIX): WHY -->``
+for its lines that begin so, ``<!-- before CODE -->`` for Python that makes what the block takes for granted.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
+import os
 import re
 import runpy
+import shlex
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -20,26 +29,172 @@ from duallora.config.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{number}")
-    for page in PAGES
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
-]
+LANGUAGES = {"bash", "bibtex", "diff", "json", "math", "python", "text", "yaml"}
+
+
+class Block(NamedTuple):
+    page: Path
+    language: str
+    text: str
+    before: str  # Python
+    not_run: dict[str, str]  # beginning of a line, "" for all -> why
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """The fences of a page, each with the comments that stand directly before it."""
+    found = re.findall(
+        r"((?:^<!--.*?-->\n)*)^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    return [
+        Block(
+            page,
+            language,
+            text,
+            "".join(re.findall(r"<!-- before\n(.*?)-->", comments, re.DOTALL)),
+            {line or "": why for line, why in re.findall(r"<!-- not run(?: \((.*?)\))?: (.*?) -->", comments)},
+        )
+        for comments, language, text in found
+    ]
+
+
+BLOCKS = [(f"{page.stem}-{number}", block) for page in PAGES for number, block in enumerate(blocks_of(page))]
+PYTHON = [pytest.param(block, id=name) for name, block in BLOCKS if block.language == "python" and not block.not_run]
+SHELL = [pytest.param(block, id=name) for name, block in BLOCKS if block.language == "bash" and "" not in block.not_run]
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of each duallora command of a shell block, those in front of a pipe or a semicolon."""
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    found = [shlex.split(part, comments=True) for line in lines for part in line.split("; ")]
+    return [words[words.index("duallora") :] for words in found if "duallora" in words]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_stands_in_fences_that_name_their_language(page):
+    """An indented block has a copy button and no colors, and escapes the tests below."""
+    prose = re.sub(r"(?ms)^(```\w*\n.*?^```|<!--.*?-->|::: .*?)$", "", page.read_text(encoding="utf-8"))
+    assert re.findall(r"(?m)(?<=\n\n) {4}\S.*", prose.replace("    options:", "")) == []
+    assert {block.language for block in blocks_of(page)} <= LANGUAGES
+
+
+def test_what_is_not_run_says_why_and_the_tests_it_names_exist():
+    marks = [why for _, block in BLOCKS for why in block.not_run.values()]
+    assert len(marks) == sum(page.read_text(encoding="utf-8").count("<!-- not run") for page in PAGES) > 0
+    for name in re.findall(r"tests/[\w/]+(?:\.py)?", " ".join(marks)):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", PYTHON)
 def test_code_blocks_run_as_printed(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "docs", "exec"), {"__name__": "__main__"})
+    names: dict = {"__name__": "__main__"}
+    exec(compile(block.before, "before", "exec"), names)
+    exec(compile(block.text, "docs", "exec"), names)
+
+
+@pytest.mark.parametrize(
+    "words", [w for _, b in BLOCKS if b.language == "bash" for w in commands_of(b.text)], ids=" ".join
+)
+def test_every_command_that_is_shown_has_the_options_it_is_shown_with(words):
+    from duallora.cli.app import app
+
+    command, name = typer.main.get_command(app), "duallora"
+    words = words[1:]
+    while isinstance(command, typer.core.TyperGroup):
+        name, *words = words
+        command = command.commands[name]
+    command.make_context(name, words)  # raises where an option is unknown or an argument is missing
+
+
+# What the docs' commands take for granted: files of the columns that they name.
+TABLES = {
+    "mine": [{"prompt": f"{a} plus {b} is", "completion": str(a + b)} for a in range(6) for b in range(6)],
+    "tickets": [
+        {"question": f"Where is order {n}?", "category": "shipping" if n % 3 else "billing"} for n in range(36)
+    ],
+    "reviews": [{"review": f"a {'good' if n % 2 else 'bad'} film, number {n}", "stars": n % 2} for n in range(36)],
+}
+RUNS = {  # trained once, for the pages to go on from
+    "mine": "--data mine.csv",
+    "tickets": "--data tickets.csv --columns prompt=question,completion=category",
+    "reviews": "--model builtin:minilm-l6 --data reviews.csv --columns text=review,label=stars",
+}
+SHORT = "--set train.max_steps=2 --set data.eval_limit=4"  # of every `duallora train`
+
+
+@pytest.fixture(scope="session")
+def walked(tmp_path_factory, shared_data):
+    """A folder with the docs' files and runs, a `duallora` whose training is two steps, and the environment to call it."""
+    work = tmp_path_factory.mktemp("docs") / "clone"
+    work.mkdir()
+    for name, rows in TABLES.items():
+        for suffix in ("csv", "jsonl"):
+            with (work / f"{name}.{suffix}").open("w", newline="") as file:
+                if suffix == "csv":
+                    writer = csv.DictWriter(file, rows[0])
+                    writer.writeheader()
+                    writer.writerows(rows)
+                else:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+    shutil.copy(work / "mine.csv", work / "test.csv")
+    new = [{"prompt": "1 plus 9 is", "question": "Where is it?", "review": "a good film"}] * 3
+    (work / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
+    (work / "new.csv").write_text("prompt,question,review\n" + ",".join(new[0].values()) + "\n")
+    (work / "recipe.yaml").write_text(
+        "model: {name: builtin:minilm-l6}\ndata: {path: reviews.jsonl, columns: {text: review, label: stars}}\ntrain: {max_steps: 2}\n"
+    )
+    (work / "grid.yaml").write_text(
+        "name: short\nbase: recipe.yaml\nvariants: {lora: {method: lora}, duallora: {r: 4}}\nseeds: [0]\n"
+    )
+    for name in ("examples", "results"):
+        (work / name).symlink_to(ROOT / name)
+    (work.parent / "shared").mkdir()
+    (work.parent / "shared" / "data").symlink_to(shared_data)
+    for block in blocks_of(ROOT / "docs" / "extending.md"):
+        if block.language == "python":
+            (work / re.match(r'"""(\w+\.py):', block.text)[1]).write_text(block.text)
+    program = tmp_path_factory.mktemp("bin") / "duallora"
+    program.write_text(
+        f'#!/bin/sh\nverb=$1; shift\n[ "$verb" = train ] && set -- {SHORT} "$@"\n'
+        f'exec "{sys.executable}" -m duallora "$verb" "$@"\n'
+    )
+    program.chmod(0o755)
+    paths = [str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {**os.environ, "PATH": os.pathsep.join(paths), "DUALLORA_DATA": str(shared_data)}
+    for name, options in RUNS.items():
+        shell(f"duallora train {options} -o runs/{name}", work, environment)
+    return work, environment
+
+
+def shell(script: str, folder: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(["bash", "-e", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+
+
+@pytest.mark.data
+@pytest.mark.pretrained
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not os.environ.get("DUALLORA_SLOW"), reason="minutes: make docs-code")
+@pytest.mark.parametrize("block", SHELL)
+def test_commands_run_as_printed(block, walked, tmp_path):
+    """In a copy of the folder, so that the blocks of a page need no order; those that write runs/mine begin without it."""
+    folder, environment = walked
+    work = tmp_path / "clone"
+    shutil.copytree(folder, work, symlinks=True)
+    (tmp_path / "shared").symlink_to(folder.parent / "shared")
+    if "-o runs/mine\n" in block.text.replace("  ", "\n").replace(" \n", "\n"):
+        shutil.rmtree(work / "runs")
+    lines = [line for line in block.text.splitlines(True) if not line.startswith(tuple(block.not_run))]
+    shell("".join(lines), work, environment)
 
 
 def test_trainer_example_opens_the_gate_by_itself(tmp_path, monkeypatch):
     """The ten lines with plain PEFT and Trainer: no call of ours but the config."""
     monkeypatch.chdir(tmp_path)
-    block = next(b.values[0] for b in BLOCKS if "Trainer(model" in b.values[0])
+    block = next(block for _, block in BLOCKS if "Trainer(model, TrainingArguments" in block.text)
     names: dict = {"__name__": "__main__"}
-    exec(compile(block.replace("merged = model.merge_and_unload()\n", ""), "docs", "exec"), names)
+    exec(compile(block.text.replace("merged = model.merge_and_unload()\n", ""), "docs", "exec"), names)
     import duallora
 
     assert duallora.gate(names["model"]) == 1.0

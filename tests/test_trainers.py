@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import duallora
 from duallora import DualLoraConfig
@@ -55,10 +55,10 @@ def same(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def fit(folder, resume=None, rows=24, **options) -> Trainer:
+def fit(folder, resume=None, rows=24, ramp=5, **options) -> Trainer:
     ids = torch.randint(1, 260, (rows, 9), generator=torch.Generator().manual_seed(2))
     data = [{"input_ids": row, "labels": row} for row in ids]
-    model = peft.get_peft_model(base(), config())
+    model = peft.get_peft_model(base(), config(warmup_steps=ramp))
     trainer = Trainer(model, arguments(TrainingArguments, folder, **options), train_dataset=data, eval_dataset=data[:4])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -88,10 +88,63 @@ def test_the_best_checkpoint_comes_back_with_its_own_gate(tmp_path):
     assert same(state(trainer.model), want)
 
 
-def sft(folder, tokenizer, rows=None, **options) -> trl.SFTTrainer:
+def sft(folder, tokenizer, rows=None, ramp=5, **options) -> trl.SFTTrainer:
     data = Dataset.from_list(rows or [{"text": text} for text in WORDS])
     settings = arguments(trl.SFTConfig, folder, max_length=64, **options)
-    return trl.SFTTrainer(base(), settings, train_dataset=data, processing_class=tokenizer, peft_config=config())
+    return trl.SFTTrainer(
+        base(), settings, train_dataset=data, processing_class=tokenizer, peft_config=config(warmup_steps=ramp)
+    )
+
+
+@pytest.mark.filterwarnings("error:.*whose gate is not open")
+@pytest.mark.parametrize("loop", ["Trainer", "SFTTrainer"])
+def test_an_automatic_warm_up_is_a_third_of_a_short_run_and_a_tenth_of_a_long_one(loop, tiny_tokenizer, tmp_path):
+    """DualLoraConfig's default: nobody who trains for 9 steps saves a gate that is a tenth open, as with 100 it was."""
+    options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 9, "ramp": DualLoraConfig().warmup_steps}
+    if loop == "Trainer":
+        trainer = fit(tmp_path, **options)
+    else:
+        trainer = sft(tmp_path, tiny_tokenizer, **options)
+        trainer.train()
+    assert duallora.gate(trainer.model) == 1.0
+    read = peft.PeftConfig.from_pretrained(tmp_path / "checkpoint-9")
+    assert read.warmup_steps == 3
+    model = trainer.model
+    trainer.args.max_steps = 200
+    trainer.add_callback(StopAtOnce())
+    trainer.train()
+    assert model.peft_config["default"].warmup_steps == 3  # of the first run, which its gate goes on from
+    model.peft_config["default"].warmup_steps = "auto"
+    trainer.train()
+    assert model.peft_config["default"].warmup_steps == 20
+
+
+class StopAtOnce(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_an_automatic_warm_up_that_is_resumed_in_its_middle_ends_where_the_straight_one_ends(tmp_path):
+    straight = fit(tmp_path / "a", ramp="auto", save_strategy="steps", save_steps=1)
+    resumed = fit(tmp_path / "b", ramp="auto", resume=str(tmp_path / "a" / "checkpoint-1"))
+    assert {t.peft_config["default"].warmup_steps for t in (straight.model, resumed.model)} == {2}
+    assert same(state(resumed.model), state(straight.model))
+
+
+def test_in_any_other_loop_an_automatic_warm_up_is_100_steps_and_the_last_save_names_the_remedy(ids, tmp_path):
+    model = peft.get_peft_model(base(), config(warmup_steps="auto"))
+    model.save_pretrained(tmp_path / "new")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "new").warmup_steps == "auto"
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=ids[:, :2], labels=ids[:, :2]).loss.backward()
+        optimizer.step()
+    with pytest.warns(
+        UserWarning, match=r"at 0\.40 \(step 40 of 100\).*train again with warmup_steps=10, or \"auto\" with"
+    ):
+        model.save_pretrained(tmp_path / "trained")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "trained").warmup_steps == 100
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,10 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         _check_base(base)
         if direction == "fixed":
             raise ConfigError("direction='fixed': fixed signs exist in duallora.DualLoraConfig alone.")
+        if warmup_steps == "auto":
+            raise ConfigError(
+                "warmup_steps='auto': a plain layer knows no run; give a number of steps, a tenth of yours."
+            )
         check_backend(backend)  # whether it is there: now, not in the first forward
         r1, r2 = (r if r1 is None else r1), (r if r2 is None else r2)
         alpha = 2 * r if alpha is None else alpha

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pydoc
 
 import pytest
 from peft import PeftConfig
@@ -15,7 +16,8 @@ def test_defaults():
     config = DualLoraConfig()
     assert (config.r, config.r1, config.r2, config.alpha) == (16, None, None, 32)
     assert config.ranks() == (16, 16)
-    assert (config.warmup, config.warmup_steps, config.ste_clip, config.forward) == ("ramp", 100, "chain", "auto")
+    assert (config.warmup, config.warmup_steps, config.ste_clip, config.forward) == ("ramp", "auto", "chain", "auto")
+    assert config.ramp_steps == 100
     assert DualLoraConfig(r=5).alpha == 10
     assert DualLoraConfig(r=5, r2=3).ranks() == (5, 3)
 
@@ -25,6 +27,16 @@ def test_every_field_is_described():
     own = {f.name: f for f in dataclasses.fields(DualLoraConfig) if f.name not in inherited}
     assert {"r", "r1", "r2", "alpha", "warmup", "ste_clip", "forward", "backend", "init_seed"} <= own.keys()
     assert all(f.metadata.get("help", "").endswith(".") for f in own.values())
+    shown = pydoc.render_doc(DualLoraConfig, renderer=pydoc.plaintext)
+    for field in dataclasses.fields(DualLoraConfig):
+        line = next(line for line in shown.splitlines() if line.startswith(f" |      {field.name}: "))
+        assert field.metadata["help"].replace("null", "None").rstrip(".") in line
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        assert line.endswith(f"efault {default!r}.")
+    assert (
+        "r: Rank of both groups (paper: 16 for LLaMA, 8 for GLUE). A whole number >= 1 and <= 65536; default 16."
+        in shown
+    )
 
 
 AS_LORA = {"init": "lora", "magnitude": "identity", "warmup": "none"}

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from duallora.config import Dtype
 from duallora.config.yaml import show, yaml_value
 from duallora.core.settings import MAX_INT, RANKS, Settings, contradictions, hints
+from duallora.core.settings import share_of as share_of
 from duallora.errors import ConfigError
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]+$")]  # no control characters: names and paths
@@ -85,7 +86,7 @@ def _of_dual_lora() -> dict[str, Any]:
     return {name: (_checked(hints()[name]), setting(default, _MEANINGS[name])) for name, default in plain.items()} | {
         "target_modules": (_checked(list[str] | str), setting("all-linear", _MEANINGS["target_modules"])),
         "warmup_steps": (
-            _checked(hints()["warmup_steps"]) | Literal["auto"],
+            _checked(hints()["warmup_steps"]),
             setting(
                 "auto", "Optimizer steps until the gate is 1; auto is the learning rate's warm-up (paper: a warm-up)."
             ),

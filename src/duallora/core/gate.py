@@ -30,6 +30,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from duallora.core.settings import share_of
+
 
 class Gate(NamedTuple):
     """One counter and the factors it counts steps of."""
@@ -66,6 +68,7 @@ class Gated:
 
 
 _BY_HAND = -1  # among the optimizers of _Watch.steps
+AUTO_STEPS = 100  # of a ramp whose length is "auto", where nobody says how long the run is (the paper's base recipe)
 IDLE_BEFORE_WARNING = 10  # optimizer steps that left a layer's new gradients unused before we say so
 SHOWN = 5  # names in a message
 
@@ -388,7 +391,8 @@ def closed_gate_message(step: int, warmup_steps: int) -> str | None:
         )
     return (
         f"the gate is at {step / warmup_steps:.2f} (step {step} of {warmup_steps}), so dW acts at that fraction of its "
-        "full scale. It opens further as training goes on."
+        f"full scale. It opens further as training goes on; if this is its end, train again with warmup_steps={share_of(step)}, "
+        'or "auto" with transformers\' Trainer.'
     )
 
 

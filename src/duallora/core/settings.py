@@ -8,10 +8,11 @@ The one owner: :class:`duallora.DualLoraConfig` has them as fields, a recipe's a
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -57,6 +58,11 @@ class Range(NamedTuple):
 Rank = Annotated[int, Range(ge=1, le=MAX_RANK)]
 Positive = Annotated[float, Range(gt=0)]
 Index = Annotated[int, Range(ge=0, le=MAX_INT)]
+
+
+def share_of(steps: int) -> int:
+    """Warm-up steps of a run of ``steps`` optimizer steps (>= 1): a tenth, and at least 10, but no more than a third of it."""
+    return max(math.ceil(steps / 10), min(10, steps // 3))
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -118,7 +124,11 @@ class Settings:
     warmup: Literal["ramp", "residual", "none"] = setting(
         "ramp", "How dW starts at 0: the gate climbs to 1 (ramp), dW(0) is subtracted (residual), or it does not."
     )
-    warmup_steps: Index = setting(100, "Optimizer steps until the gate is 1 (paper: a warm-up; its base recipe: 100).")
+    warmup_steps: Index | Literal["auto"] = setting(
+        "auto",
+        "Optimizer steps until the gate is 1 (paper: a warm-up; its base recipe: 100). With auto, transformers' Trainer and its "
+        "kin take a tenth of their run, at least 10 and no more than a third of it; any other loop 100.",
+    )
     magnitude: Literal["relu", "abs", "sigmoid", "identity"] = setting(
         "relu", "Function on B A (paper: relu; Table 6: abs, sigmoid; Setting 1: identity)."
     )
@@ -146,6 +156,21 @@ class Settings:
         "(experimental; linear layers).",
     )
     bias: Literal["none", "all", "duallora_only"] = setting("none", "Biases to train (paper: none).")
+
+
+def explained(fields: Iterable[Field[Any]], hints: Mapping[str, Any]) -> str:
+    """Each field, its meaning, the values it takes and its default, as a docstring lists arguments."""
+    lines = []
+    for one in fields:
+        values = _words(hints[one.name]) if one.name in vars(Settings)["__dataclass_fields__"] else ""
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        facts = "; ".join(filter(None, [values, f"default {default!r}"]))
+        lines.append(
+            f"    {one.name}: {one.metadata['help'].rstrip('.')}. {facts[0].upper()}{facts[1:]}.".replace(
+                "null", "None"
+            )
+        )
+    return "Args:\n" + "\n".join(lines)
 
 
 @cache
@@ -257,5 +282,7 @@ def _words(hint: Any) -> str:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin is tuple:
         return f"a list of {len(arguments)} of them"
+    if origin is list and arguments != (str,):
+        return "a list of whole numbers"
     plain = {bool: "True or False", types.NoneType: "None", str: "text", dict: "a mapping"}
     return plain.get(origin or hint, "a list of names")

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from duallora import methods
-from duallora.config.recipe import DataSection, Recipe
+from duallora.config.recipe import DataSection, Recipe, share_of
 from duallora.errors import ConfigError, DataError
 from duallora.methods.projected import OPTIMIZERS
 from duallora.store import adapters
@@ -192,7 +192,7 @@ def schedule(recipe: Recipe, rows: int) -> tuple[int, int]:
         return steps, options.lr_warmup_steps
     if options.lr_warmup_ratio == "auto":
         # While the gate opens the signs settle on the first gradients: three steps of that left runs at chance (LOG.md).
-        return steps, max(math.ceil(steps / 10), min(10, steps // 3))
+        return steps, share_of(steps)
     return steps, math.ceil((options.lr_warmup_ratio or 0) * steps)
 
 

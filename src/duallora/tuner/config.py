@@ -3,8 +3,9 @@
 # ruff: noqa: RUF009  (setting() is a field())
 from __future__ import annotations
 
+import inspect
 import warnings
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from typing import Any
 
 import peft
@@ -13,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.peft_types import PeftType
 
-from duallora.core.gate import closed_gate_message, tracked_layers, warn_never_trained
-from duallora.core.settings import Settings, check, setting
+from duallora.core.gate import AUTO_STEPS, closed_gate_message, tracked_layers, warn_never_trained
+from duallora.core.settings import Settings, check, explained, hints, setting
 from duallora.errors import ConfigError
 
 
@@ -22,8 +23,7 @@ from duallora.errors import ConfigError
 class DualLoraConfig(PeftConfig, Settings):
     """Configuration of Dual LoRA (arXiv 2512.03402): dW = gate * alpha/sqrt(r1 r2) * ReLU(B A) . Sign(D C).
 
-    Trainable parameters of a layer [out, in]: (r1 + r2)(out + in), so r = 8 matches LoRA's r = 16. What each field
-    means stands with the field; ``dataclasses.fields(DualLoraConfig)`` carries it as ``metadata["help"]``.
+    Trainable parameters of a layer [out, in]: (r1 + r2)(out + in), so r = 8 matches LoRA's r = 16.
 
     Raises:
         ConfigError (a ValueError): a value out of range, naming the field, the value and what is allowed.
@@ -86,6 +86,10 @@ class DualLoraConfig(PeftConfig, Settings):
                 "it is, it would hold dW twice when loaded: call unmerge_adapter() and save again, or upgrade to "
                 "peft >= 0.21."
             )
+        if self.warmup_steps == "auto" and any(
+            not (step := layer.duallora_step[adapter]).is_meta and step > 0 for layer, adapter in mine
+        ):
+            self.warmup_steps = AUTO_STEPS  # which is what it has been trained with
         super().save_pretrained(save_directory, **kwargs)
         for adapter in sorted({adapter for _, adapter in mine}):
             layers = [layer for layer, name in mine if name == adapter]
@@ -97,7 +101,9 @@ class DualLoraConfig(PeftConfig, Settings):
     @property
     def ramp_steps(self) -> int:
         """Length of the ramp in optimizer steps; 0 without a ramp."""
-        return self.warmup_steps if self.warmup == "ramp" else 0
+        if self.warmup != "ramp":
+            return 0
+        return AUTO_STEPS if self.warmup_steps == "auto" else self.warmup_steps
 
     def ranks(self, pattern_key: str | None = None) -> tuple[int, int]:
         """(r1, r2) of a layer, ``pattern_key`` being its key in ``rank_pattern`` if it has one."""
@@ -106,3 +112,9 @@ class DualLoraConfig(PeftConfig, Settings):
             return self.r1 or self.r, self.r2 or self.r
         first, second = value if isinstance(value, (list, tuple)) else (value, value)
         return first, second
+
+
+# Of the fields themselves, so that help() and the page of the API say what is checked.
+DualLoraConfig.__doc__ = (
+    f"{inspect.cleandoc(DualLoraConfig.__doc__ or '')}\n\n{explained(fields(DualLoraConfig), hints())}"
+)

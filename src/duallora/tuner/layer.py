@@ -168,7 +168,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         dropout = config.duallora_dropout
         self.duallora_dropout[adapter_name] = nn.Dropout(p=dropout) if dropout > 0 else nn.Identity()
         # Opening the gate by its counter, not by the config, lets the saved weights alone decide.
-        start = 0 if config.init_weights else config.warmup_steps
+        start = 0 if config.init_weights else config.ramp_steps
         self.duallora_step[adapter_name] = new_counter(start)
         seed = layer_seed(config.init_seed, module_name)
         factors = self._draw(adapter_name, seed)

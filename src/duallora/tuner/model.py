@@ -57,6 +57,8 @@ class DualLoraModel(BaseTuner):
             for key in {*config.rank_pattern, *config.alpha_pattern}:
                 if not any(get_pattern_key([key], name) == key for name in names):
                     warnings.warn(f"{key!r} in rank_pattern or alpha_pattern matches no adapted layer.", stacklevel=2)
+        if config.warmup_steps == "auto" and not config.inference_mode:
+            _tell_trainers()
         self._adapt_everywhere()
         self._find_shared_weights()
 
@@ -366,6 +368,18 @@ def _layer_class(base: Any, key: str, config: DualLoraConfig) -> type[DualLoraLa
             f"fan_in_fan_out=True has no effect on {key!r}: a torch.nn.Linear stores [out, in].", stacklevel=3
         )
     return found or Linear
+
+
+def _tell_trainers() -> None:
+    """Has each transformers Trainer that is made from now on resolve warmup_steps="auto" when it begins to train."""
+    try:
+        from transformers import trainer
+    except ImportError:  # without what it needs there are none
+        return
+    from duallora.tuner.watch import RampOfTheRun
+
+    if RampOfTheRun not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(RampOfTheRun)  # type: ignore[arg-type]
 
 
 def _warn_of_experts(model: nn.Module) -> None:

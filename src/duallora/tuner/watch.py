@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from duallora.core.equation import sign
 from duallora.core.gate import gate, named
+from duallora.core.settings import share_of
 from duallora.tuner.layer import DualLoraLayer, is_ordinary
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,17 @@ def watch(trainer: Any) -> Any:
     return trainer
 
 
+class RampOfTheRun(TrainerCallback):
+    """Gives adapters of ``warmup_steps="auto"`` their number of steps, :func:`duallora.core.gate.share_of` the run's."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        layers = [layer for layer in model.modules() if isinstance(layer, DualLoraLayer)] if model is not None else []
+        for config in {id(config): config for layer in layers for config in layer.duallora_config.values()}.values():
+            if config.warmup_steps == "auto" and state.max_steps > 0:
+                config.warmup_steps = share_of(state.max_steps)
+                logger.info("warmup_steps is %d of this run's %d steps", config.warmup_steps, state.max_steps)
+
+
 class Watcher(TrainerCallback):
     """What :func:`watch` measures of one model; a callback, to see gradients before they are applied."""
 
@@ -76,7 +88,7 @@ class Watcher(TrainerCallback):
             self._say(
                 "ramp",
                 f"this run has {steps} optimizer steps, but warmup_steps={longest}: its gate ends at {steps / longest:.2f}, "
-                f"and dW at that share of its size. Set warmup_steps to {max(steps // 10, min(10, steps // 3), 1)}",
+                f'and dW at that share of its size. Set warmup_steps to {share_of(steps)}, or to "auto"',
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
