@@ -220,9 +220,7 @@ class DualLoraLinear(Gated, Foldable, nn.Module):
         """y [..., out] for x [..., in]."""
         if self._folded is not None:
             return apply_weight(x, self._folded, self.bias, False)
-        how = How(backend=self.backend)
-        if self.gradient_tokens < 1 and self.training:
-            how = how.sampling(self.gradient_tokens)
+        how = How(backend=self.backend, gradient_tokens=self.gradient_tokens if self.training else 1.0)
         return product(x, self._base_weight(), self.bias, None, self._update(), how)
 
     def extra_repr(self) -> str:

@@ -210,14 +210,14 @@ def test_kernel_backends_save_no_weight_sized_tensor():
 def test_registered_operator_passes_opcheck():
     x, W, b, factors, _ = make()
     m = (torch.rand(OUT) + 0.5).requires_grad_()
-    update, seed, share = Update(*factors, torch.tensor(0.3)), torch.tensor(7), torch.tensor(0.25)
+    update = Update(*factors, torch.tensor(0.3))
     for backend in ("recompute", "cpu"):
-        for how in (*(How(form, backend=backend) for form in FORMS), How("merged", False, backend, seed, share)):
+        for how in (How(form, backend=backend) for form in FORMS):
             for dora in (None, m):
                 arguments = (x, W, b, dora, *flat(update, how))
                 torch.library.opcheck(torch.ops.duallora.dual_linear.default, arguments)
     x, W, m, *factors = (t.detach() for t in (x, W, m, *factors))
-    fields = flat(Update(*factors, 0.3), How("merged", False, "cpu", seed, share))
+    fields = flat(Update(*factors, 0.3), How("merged", False, "cpu"))
     backward = (torch.randn(N, OUT), x, W, m, m + 0.1, *fields, True, False, True)
     torch.library.opcheck(torch.ops.duallora.dual_linear_backward.default, backward)
     crosswise = torch.randn(2, IN, 5).transpose(1, 2)  # strides the result does not have
@@ -271,7 +271,7 @@ def test_the_weights_own_gradient_can_be_differentiated():
 
 def test_a_sampled_gradient_has_no_derivative():
     x, W, b, factors, _ = make()
-    y = dual_linear(x, W, b, *factors, 0.3, gradient_tokens=0.5, seed=torch.tensor(1))
+    y = dual_linear(x, W, b, *factors, 0.3, gradient_tokens=0.5)
     with pytest.raises(NotImplementedError, match="gradient_tokens < 1"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 

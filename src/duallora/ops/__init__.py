@@ -20,7 +20,7 @@ FORMS = ("merged", "added", "delta")
 
 
 def _check(
-    W: Tensor | None, update: Update, m: Tensor | None, form: str, fan_in_fan_out: bool, gradient_tokens: float | Tensor
+    W: Tensor | None, update: Update, m: Tensor | None, form: str, fan_in_fan_out: bool, gradient_tokens: float
 ) -> None:
     update.check()
     expected = update.weight_shape(fan_in_fan_out)
@@ -33,7 +33,7 @@ def _check(
         raise ValueError("m scales the rows of W + dW, but W is None: give the base weight.")
     if m is not None and tuple(m.shape) != update.shape[:1]:
         raise ValueError(f"m is {tuple(m.shape)}, but the layer has {update.shape[0]} output features: one each.")
-    if not isinstance(gradient_tokens, Tensor) and not 0 < gradient_tokens <= 1:
+    if not 0 < gradient_tokens <= 1:
         raise ValueError(f"gradient_tokens={gradient_tokens!r}: expected a share of the tokens in (0, 1].")
 
 
@@ -55,8 +55,7 @@ def dual_linear(
     m: Tensor | None = None,
     fan_in_fan_out: bool = False,
     form: str = "merged",
-    gradient_tokens: float | Tensor = 1.0,
-    seed: Tensor | None = None,
+    gradient_tokens: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """y = x (W + dW)^T + b, with dW as :func:`duallora.dual_delta` defines it. Differentiable in x, b, m and the factors.
@@ -71,9 +70,7 @@ def dual_linear(
         form: "merged": one product with the sum, rounded to the dtype of x; "added": x W^T + b + x dW^T, a product
             more and no rounding of the sum; "delta": x dW^T (with m: x (W' - W)^T) alone.
         gradient_tokens: experimental, for CPUs: share of the tokens, in (0, 1], that form the factors' gradient: the heaviest, and a
-            weighted sample of the others (arXiv 2305.15265), which leaves the gradient unbiased. 1: exact. A tensor ([], on the CPU) may move without
-            recompiling.
-        seed: [] int64 on the CPU, seed of that sample; without it the gradient is exact.
+            weighted sample of the others (arXiv 2305.15265), which leaves the gradient unbiased; drawn from torch's generator in the backward. 1: exact.
         backend: "auto" (the fastest here), "cpu", "triton", "recompute" or "reference".
 
     Returns:
@@ -86,11 +83,8 @@ def dual_linear(
     update = Update(A, B, C, D, scaling, magnitude, direction, ste_clip, fixed_sign, initial)
     check_backend_name(backend)
     _check(W, update, m, form, fan_in_fan_out, gradient_tokens)
-    share = None
-    if seed is not None:
-        share = gradient_tokens if isinstance(gradient_tokens, Tensor) else torch.tensor(gradient_tokens, device="cpu")
     form = "delta" if W is None else form
-    return product(x, W, b, m, update, How(form, fan_in_fan_out, backend, seed, share))
+    return product(x, W, b, m, update, How(form, fan_in_fan_out, backend, gradient_tokens))
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ _UPDATE = (
     "Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor scaling, str magnitude, str direction, str ste_clip, "
     "Tensor? fixed_sign, Tensor[] initial"
 )
-_HOW = "str form, bool fan_in_fan_out, str backend, Tensor? seed, Tensor? gradient_tokens"
+_HOW = "str form, bool fan_in_fan_out, str backend, float gradient_tokens"
 
 
 class How(NamedTuple):
@@ -42,16 +42,7 @@ class How(NamedTuple):
     form: str = "merged"
     fan_in_fan_out: bool = False
     backend: str = "auto"
-    seed: Tensor | None = None  # [] int64 on the CPU
-    gradient_tokens: Tensor | None = None  # [] on the CPU
-
-    def sampling(self, share: float) -> How:
-        """With a share of the tokens for the factors' gradient, to be drawn from torch's generator.
-
-        Under no_grad too: checkpointing repeats the forward from the same state of the generator.
-        """
-        seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
-        return self._replace(seed=seed, gradient_tokens=torch.tensor(share, device="cpu"))
+    gradient_tokens: float = 1.0  # share of them, in (0, 1], that form the factors' gradient
 
 
 def flat(update: Update, how: How) -> tuple[Any, ...]:
@@ -61,7 +52,7 @@ def flat(update: Update, how: How) -> tuple[Any, ...]:
 
 def of(fields: Sequence[Any]) -> tuple[Update, How]:
     """What :func:`flat` was made of."""
-    return Update(*fields[:10]), How(*fields[10:15])
+    return Update(*fields[:10]), How(*fields[10:14])
 
 
 def _as_operators(update: Update) -> Update:
@@ -120,21 +111,17 @@ def transformed() -> bool:
 def _keep(ctx: Any, x: Tensor | None, W: Tensor | None, m: Any, norm: Any, update: Update, how: How) -> None:
     """Saves for the backward what :func:`_kept` gives back."""
     scaling = update.scaling if isinstance(update.scaling, Tensor) else None
-    ctx.save_for_backward(
-        x, W, m, norm, how.seed, how.gradient_tokens, *update[:4], scaling, update.fixed_sign, *update.initial
-    )
+    ctx.save_for_backward(x, W, m, norm, *update[:4], scaling, update.fixed_sign, *update.initial)
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.how = (None if scaling is not None else update.scaling, *update[5:8]), how[:3]
+    ctx.options, ctx.how = (None if scaling is not None else update.scaling, *update[5:8]), how
 
 
 def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Update, How]:
     """(x, W, m, norm, update, how)"""
-    x, W, m, norm, seed, tokens, A, B, C, D, scaling, fixed_sign, *initial = ctx.saved_tensors
+    x, W, m, norm, A, B, C, D, scaling, fixed_sign, *initial = ctx.saved_tensors
     number, magnitude, direction, ste_clip = ctx.options
     number = number if scaling is None else scaling
-    update = Update(A, B, C, D, number, magnitude, direction, ste_clip, fixed_sign, initial)
-    form, fan_in_fan_out, backend = ctx.how
-    return x, W, m, norm, update, How(form, fan_in_fan_out, backend, seed, tokens)
+    return x, W, m, norm, Update(A, B, C, D, number, magnitude, direction, ste_clip, fixed_sign, initial), ctx.how
 
 
 def _differentiated(dY: Tensor) -> bool:
@@ -240,7 +227,7 @@ def _product_gradients(ctx: Any, dY: Tensor | None) -> list[Tensor | None]:
     x, W, m, norm, update, how = _kept(ctx)
     need_x, need_W, need_b, *needed = ctx.needs_input_grad[:8]
     if _differentiated(dY):
-        if how.seed is not None:
+        if how.gradient_tokens < 1:
             raise NotImplementedError("gradient_tokens < 1 samples its gradient, which has no derivative: set it to 1.")
         dx, dW, *rest = _differentiable_gradients(
             lambda: reference.dual_linear(x, W, None, update, m, how.form, how.fan_in_fan_out),
@@ -295,9 +282,9 @@ def _weight_gradient(dY: Tensor, x: Tensor, tokens: int, how: How) -> Tensor:
 
     Some of the tokens may be gone as zeros; the share counts from all of them.
     """
-    wanted = tokens if how.gradient_tokens is None else max(1, math.ceil(float(how.gradient_tokens) * tokens))
-    if how.seed is not None and wanted < len(dY):
-        chosen, weight = sample(token_weights(x, dY), wanted, int(how.seed))
+    wanted = max(1, math.ceil(how.gradient_tokens * tokens))
+    if how.gradient_tokens < 1 and wanted < len(dY):
+        chosen, weight = sample(token_weights(x, dY), wanted)
         dY, x = (dY[chosen] * weight[:, None]).to(dY.dtype), x[chosen]
     return torch.mm(x.t(), dY) if how.fan_in_fan_out else torch.mm(dY.t(), x)
 
@@ -319,7 +306,7 @@ def _(x, W, b, m, A, B, *_fields):
 
 
 def _backward_body(dY, x, W, m, norm, *fields):
-    return _backward(dY, x, W, m, norm, *of(fields), *fields[15:])
+    return _backward(dY, x, W, m, norm, *of(fields), *fields[14:])
 
 
 _backward_op = _operator(
@@ -435,7 +422,7 @@ def _weight_backward(
 
 def _weight_body(W, m, *fields):
     update, how = of(fields)
-    return _Weight.forward(None, W, m, *update[:4], update, how, fields[15])
+    return _Weight.forward(None, W, m, *update[:4], update, how, fields[14])
 
 
 _weight_op = _operator(
@@ -446,13 +433,13 @@ _weight_op = _operator(
 @_weight_op.register_fake
 def _(W, m, *fields):
     update, how = of(fields)
-    return update.A.new_empty(update.weight_shape(how.fan_in_fan_out), dtype=fields[15]), _norm_like(m, update.A)
+    return update.A.new_empty(update.weight_shape(how.fan_in_fan_out), dtype=fields[14]), _norm_like(m, update.A)
 
 
 _weight_backward_op = _operator(
     f"dual_weight_backward(Tensor G, Tensor? W, Tensor? m, Tensor? norm, {_UPDATE}, {_HOW}, ScalarType dtype) "
     "-> Tensor[]",
-    lambda G, W, m, norm, *fields: _weight_backward(G, W, m, norm, *of(fields), fields[15]),
+    lambda G, W, m, norm, *fields: _weight_backward(G, W, m, norm, *of(fields), fields[14]),
 )
 
 
@@ -464,7 +451,7 @@ def _(G, W, m, norm, A, B, C, D, *_fields):
 def _weight_context(ctx, inputs, output) -> None:
     W, m, *fields = inputs
     _keep_of_operator(ctx, None, W, m, output[1], fields)
-    ctx.dtype = fields[15]
+    ctx.dtype = fields[14]
 
 
 _weight_op.register_autograd(

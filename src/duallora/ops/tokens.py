@@ -37,15 +37,16 @@ def token_weights(x: Tensor, dY: Tensor) -> Tensor:
     return x_norm * torch.linalg.vector_norm(dY, dim=1, dtype=torch.float32)
 
 
-def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
+def sample(p: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """Choose m of n tokens of weights p [n] so that sum_j w_j dY_(t_j) x_(t_j)^T estimates dY^T x without bias.
 
     The c heaviest are kept as they are (w = 1), the other k = m - c are drawn in proportion to p. That has the variance
     (R_c^2 - |G_rest|^2) / k, with R_c the weight of what is not kept: c minimizes R_c^2 / k. The draws are stratified,
-    one in each of k equal slices of that weight, which changes no expectation and never adds variance.
+    one in each of k equal slices of that weight, which changes no expectation and never adds variance. They come from
+    torch's generator of the device and never wait for it, so a captured step draws anew in each replay.
 
     Returns:
-        (t [m] int64, w [m] float32); the same for the same seed.
+        (t [m] int64, w [m] float32).
     """
     p, order = p.sort(descending=True)
     position = torch.arange(m, device=p.device)
@@ -53,8 +54,7 @@ def sample(p: Tensor, m: int, seed: int) -> tuple[Tensor, Tensor]:
     above = (below[-1] - torch.cat([below.new_zeros(1), below[: m - 1]])).clamp(min=0)  # R_c for c = 0 .. m - 1
     c = (above**2 / (m - position)).argmin()
     rest, k = above.gather(0, c[None])[0], m - c  # above[c] would bring c to the host
-    uniform = torch.rand(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
-    uniform = uniform.to(p.device, non_blocking=True)
+    uniform = torch.rand(m, dtype=torch.float64, device=p.device)
     drawn = torch.searchsorted(below, below[-1] - rest + (position - c + uniform) / k * rest, right=True)
     drawn = drawn.clamp(max=len(p) - 1).maximum(c)
     chosen = torch.where(position < c, position, drawn)

@@ -33,8 +33,7 @@ class Linear(DualLoraLayer):
 
     def _how(self, adapter: str, form: str, fan_in_fan_out: bool) -> How:
         config = self.duallora_config[adapter]
-        how = How(form, fan_in_fan_out, config.backend)
-        return how.sampling(config.gradient_tokens) if config.gradient_tokens < 1 and self.training else how
+        return How(form, fan_in_fan_out, config.backend, config.gradient_tokens if self.training else 1.0)
 
     def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
         """dropout(x) dW^T (with DoRA dropout(x) (W' - W0)^T), in the dtype of x; y0 = base_layer(x) where it is known."""
