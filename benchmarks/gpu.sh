@@ -33,12 +33,17 @@ else
     sizes=(--width 4096 --seconds 15)
     tokens=(--tokens 4096 --tokens 1024 --tokens 8192 --tokens 16384)
     model=(--seconds 45)
+    if [[ -z ${MODEL:-} && $device == cuda ]]; then # widths at which a step of a 7B model is one
+        MODEL=${TMPDIR:-/tmp}/llama-7b-width-4-layers
+        part "a model of four layers of LLaMA-7B's widths" 60 "$python" benchmarks/wide_model.py "$MODEL"
+        model+=(--rows 4 --length 1024)
+    fi
 fi
 
 bench "every kernel against float64" 120 kernel "${sizes[@]}" -o "$out/kernel.json"
 bench "a layer as launched and replayed" 240 layer "${sizes[@]}" "${tokens[@]}" --rank 16 --dtype bfloat16 -o "$out/layer.json"
 bench "the host's share" 40 host --rounds "$([[ ${TINY:-} ]] && echo 3 || echo 15)" -o "$out/host.json"
-bench "a training step and its memory" 240 step "${model[@]}" --dtype bfloat16 --model "${MODEL:-builtin:smollm2-135m}" -o "$out/step.json"
+bench "a training step, as launched and replayed, and its memory" 240 step "${model[@]}" --dtype bfloat16 --model "${MODEL:-builtin:smollm2-135m}" -o "$out/step.json"
 if [[ $device == cuda && -z ${TINY:-} ]]; then
     part "tiles" 120 "$python" benchmarks/tiles.py -o "$out/tiles.json"
 fi

@@ -184,10 +184,15 @@ def step(results: Results) -> str | None:
     if not every:
         return None
     names = _unique(name for _, cell in every for name in cell["methods"])
-    rows = [[name, *(_number(ratio(cell, name, methods.LORA)) for _, cell in every)] for name in names]
-    seconds = [f"{cell['methods'][methods.LORA]['median_s']:.2f}" for _, cell in every]
-    rows.append(["*LoRA's step, seconds*", *seconds])
-    parts = [_table(["time / LoRA's", *(where for where, _ in every)], rows)]
+    head, columns = ["time / LoRA's"], []
+    for where, cell in every:
+        head.append(where)
+        seconds = f"{cell['methods'][methods.LORA]['median_s']:.2f}"
+        columns.append([*(_number(ratio(cell, name, methods.LORA)) for name in names), seconds])
+        if any("graph" in method for method in cell["methods"].values()):
+            head.append("replayed")
+            columns.append([*(_number(_replayed(cell, name, "ratio_to_lora")) for name in names), ""])
+    parts = [_table(head, [list(row) for row in zip([*names, "*LoRA's step, seconds*"], *columns, strict=True)])]
     for where, cell in every:
         if cell["cell"]["masked"]:
             batch = cell["batch"]
@@ -267,8 +272,7 @@ def gpu(results: Results) -> str | None:
 
 
 def _replayed(cell: Mapping[str, Any], name: str, what: str) -> float | None:
-    found = cell["methods"].get(name, {}).get("graph")
-    return None if found is None else found[what]["median"]
+    return cell["methods"].get(name, {}).get("graph", {}).get(what, {}).get("median")
 
 
 def quality(results: Results) -> str | None:

@@ -78,3 +78,22 @@ def test_ratios_are_of_medians_and_their_quartiles_go_round_by_round():
     assert found["dual"] | {"median_s": 3.0, "quartiles_s": [2.0, 4.0], "rounds": 5} == found["dual"]
     assert found["dual"]["ratio_to_lora"]["median"] == 1.5
     assert "ratio_to_gemms" not in found["dual"]
+
+
+def test_what_cannot_be_captured_says_why_and_the_others_are_replayed(monkeypatch):
+    """Where the device is no GPU nothing is captured at all."""
+
+    def captured(subject):
+        if subject.times == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return subject
+
+    monkeypatch.setattr(timing, "captured", captured)
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    subjects = {"lora": Subject(lambda: None), "waits": Subject(lambda: None, times=2), "dual": Subject(lambda: None)}
+    found, why = timing.replayed(subjects, torch.device("cuda"), {"lora": "lora"}, rounds=3, seconds=9)
+    assert why == {"graph of waits": "operation not permitted when stream is capturing"}
+    assert list(found) == ["lora", "dual"]
+    assert found["dual"]["rounds"] == 3
+    assert "ratio_to_lora" in found["dual"]
+    assert timing.replayed(subjects, CPU, {}, rounds=3, seconds=9) == ({}, {})

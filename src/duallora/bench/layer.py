@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from duallora.bench import methods
 from duallora.bench.store import Store, default_device
-from duallora.bench.timing import Subject, back_to_back, captured, figures, interleave
+from duallora.bench.timing import Subject, back_to_back, figures, interleave, replayed
 from duallora.ops import dual_linear
 
 DEFAULT = {"widths": (576, 1024, 2048), "tokens": (512, 2048), "ranks": (16,)}  # about ten minutes on two cores
@@ -105,23 +105,10 @@ def measure(
     times = interleave(subjects, device, rounds=rounds, seconds=seconds)
     over = {"lora": methods.LORA, "gemms": methods.FLOOR}
     found = figures(times, over)
-    if device.type == "cuda":
-        graphs, why = _graphs(subjects)
-        skipped |= why
-        replayed = figures(interleave(graphs, device, rounds=rounds, seconds=seconds), over)
-        facts = {name: fact | ({"graph": replayed[name]} if name in graphs else {}) for name, fact in facts.items()}
+    graphs, why = replayed(subjects, device, over, rounds=rounds, seconds=seconds)
+    facts = {name: fact | ({"graph": graphs[name]} if name in graphs else {}) for name, fact in facts.items()}
+    skipped |= why
     return {"methods": {name: {**facts[name], **found[name]} for name in subjects}, "skipped": skipped}
-
-
-def _graphs(subjects: Mapping[str, Subject]) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Replays of what can be captured, and why the others cannot."""
-    found, why = {}, {}
-    for name, subject in subjects.items():
-        try:
-            found[name] = captured(subject)
-        except RuntimeError as error:
-            why[f"graph of {name}"] = str(error).strip().splitlines()[0][:200]
-    return found, why
 
 
 def _layer(W: nn.Parameter, method: methods.Method) -> nn.Module:

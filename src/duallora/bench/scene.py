@@ -65,8 +65,11 @@ class Stage:
     def _methods(self) -> Mapping[str, methods.Method]:
         return methods.methods(self.scene.rank, "all-linear", getattr(torch, self.scene.dtype))
 
-    def trial(self, name: str) -> Trial:
-        """A training step (forward, backward, AdamW) under the method of that name."""
+    def trial(self, name: str, *, capturable: bool = False) -> Trial:
+        """A training step (forward, backward, AdamW) under the method of that name.
+
+        ``capturable``, on a GPU: nothing in it waits for the device, so that it can become a CUDA graph.
+        """
         if name not in self.names():
             raise ConfigError(f"no method {name!r}: expected one of {', '.join(self.names())}")
         model = share(self.base)
@@ -75,14 +78,14 @@ class Stage:
         model = bare(model) if name == methods.FLOOR else methods.adapt(model, self._methods()[name])
         model.train()
         parameters = methods.trained(model)
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, capturable=capturable)
 
         def step() -> None:
             loss = model(**self.batch, use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if not torch.isfinite(loss):
+            if not capturable and not torch.isfinite(loss):
                 raise NonFiniteError(f"{name}: the loss is {loss.item()}; its times would mean nothing")
 
         return Trial(step, 0 if name == methods.FLOOR else sum(p.numel() for p in parameters))

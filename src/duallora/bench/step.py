@@ -14,7 +14,7 @@ from rich.console import Console
 from duallora.bench import memory, methods
 from duallora.bench.scene import Scene, Stage
 from duallora.bench.store import Store, default_device
-from duallora.bench.timing import Subject, figures, interleave
+from duallora.bench.timing import Subject, figures, interleave, replayed
 
 DTYPES = ("float32", "bfloat16")
 
@@ -73,16 +73,25 @@ def summary(cell: dict[str, Any]) -> str:
 
 
 def measure(scene: Scene, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """One cell, times only: ``batch`` (its shape and shares) and ``methods`` -> figures."""
+    """One cell, times only: ``batch`` (its shape and shares) and ``methods`` -> figures; on a GPU ``graph`` holds those of
+    the whole step as a CUDA graph that is replayed, and ``skipped`` says what cannot be captured."""
     stage = Stage(scene)
     trials = {name: stage.trial(name) for name in stage.names()}
     subjects = {name: Subject(trial.step) for name, trial in trials.items()}
     times = interleave(subjects, stage.device, rounds=rounds, seconds=seconds)
-    found = figures(times, {"lora": methods.LORA, "gemms": methods.FLOOR, "dora": methods.DORA})
+    over = {"lora": methods.LORA, "gemms": methods.FLOOR, "dora": methods.DORA}
+    found = figures(times, over)
+    on_gpu = trials if stage.device.type == "cuda" else ()
+    steps = {name: Subject(stage.trial(name, capturable=True).step) for name in on_gpu}
+    graphs, why = replayed(steps, stage.device, over, rounds=rounds, seconds=seconds)
+    facts: dict[str, dict[str, Any]] = {name: {"parameters": trials[name].parameters, **found[name]} for name in trials}
+    for name, graph in graphs.items():
+        facts[name]["graph"] = graph
     return {
         "batch": stage.facts(),
         "model_bytes": stage.model_bytes(),
-        "methods": {name: {"parameters": trials[name].parameters, **found[name]} for name in trials},
+        "methods": facts,
+        **({"skipped": why} if why else {}),
     }
 
 

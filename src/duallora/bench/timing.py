@@ -101,6 +101,19 @@ def captured(subject: Subject) -> Subject:
     return Subject(graph.replay, times=times)
 
 
+def replayed(
+    subjects: Mapping[str, Subject], device: torch.device, over: Mapping[str, str], *, rounds: int, seconds: float
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """`figures` of those that can be captured, and "graph of NAME" -> why the others cannot; nothing but on a GPU."""
+    found, why = {}, {}
+    for name, subject in subjects.items() if device.type == "cuda" else ():
+        try:
+            found[name] = captured(subject)
+        except RuntimeError as error:
+            why[f"graph of {name}"] = str(error).strip().splitlines()[0][:200]
+    return figures(interleave(found, device, rounds=rounds, seconds=seconds), over), why
+
+
 def back_to_back(device: torch.device) -> int:
     """``Subject.times`` for what takes a GPU about as long as the host needs to launch it."""
     return 20 if device.type == "cuda" else 1
