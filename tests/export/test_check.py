@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import BOFTConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from duallora import cli
 from duallora.errors import ConfigError
@@ -238,17 +238,18 @@ def test_a_native_adapter_is_sent_to_convert_or_merge(native):
         ({"bias": "lora_only"}, ("vllm", "sglang")),
         ({"modules_to_save": ["score"]}, ("sglang",)),
         ({"modules_to_save": ["lm_head"]}, ("vllm", "sglang")),
-        ({"init_lora_weights": "pissa"}, ("vllm",)),
-        ({"init_lora_weights": "PiSSA_niter_4"}, ("vllm",)),
+        ({"init_lora_weights": "pissa"}, tuple(checking.TARGETS)),
+        ({"init_lora_weights": "PiSSA_niter_4"}, tuple(checking.TARGETS)),
         ({"init_lora_weights": "gaussian"}, ()),
         ({"use_rslora": True}, ("sglang", "llamacpp")),
         ({"alpha_pattern": {"q_proj": 5}}, ("llamacpp",)),
         ({"lora_alpha": 7}, ()),
-        ({"layer_replication": [[0, 2], [1, 2]]}, ("vllm",)),
-        ({"alora_invocation_tokens": [1, 2]}, ("vllm",)),
+        ({"layer_replication": [[0, 2], [1, 2]]}, ("vllm", "llamacpp")),
+        ({"alora_invocation_tokens": [1, 2]}, ("vllm", "llamacpp")),
         ({"use_qalora": True}, ("vllm",)),
         ({"target_modules": r".*\.(q|v)_proj"}, ("sglang",)),
         ({"target_parameters": ["experts.down_proj"]}, tuple(checking.TARGETS)),
+        ({"trainable_token_indices": [5]}, tuple(checking.TARGETS)),
     ],
 )
 def test_targets_agree_with_the_engines_documented_limits(lora, values, refused_by):
@@ -273,13 +274,22 @@ def test_vllm_is_told_the_rank_it_allows(lora, rank, flag):
         assert flag is None or f"--max-lora-rank {flag} " in verdict.flags
 
 
-def test_what_the_tensors_tell(lora):
+def test_what_the_tensors_tell(lora, tmp_path):
     config = json.loads((lora / "adapter_config.json").read_text())
     prefix = "base_model.model.model"
     embedding = {f"{prefix}.embed_tokens.lora_embedding_A": (4, 63), f"{prefix}.embed_tokens.lora_embedding_B": (10, 4)}
     assert "embeddings" in checking.llamacpp(config, embedding).reasons[0]
     head = {"base_model.model.score.weight": (3, 32)}
     assert "no lora_A or lora_B" in checking.llamacpp(config, head).reasons[0]
+    norm = {f"{prefix}.norm.weight": (32,)}
+    assert "norms are trained" in checking.llamacpp(config, norm).reasons[0]
+    head = {"base_model.model.lm_head.lora_A.weight": (20, 32), "base_model.model.lm_head.lora_B.weight": (63, 20)}
+    for is_tied in (True, False):
+        base = tmp_path / str(is_tied)
+        AutoConfig.for_model("llama", tie_word_embeddings=is_tied).save_pretrained(base)
+        assert checking.llamacpp({**config, "base_model_name_or_path": str(base)}, head).accepted is not is_tied
+    unknown = {**config, "base_model_name_or_path": str(tmp_path / "none")}
+    assert "no such tensor" in checking.llamacpp(unknown, head).reasons[0]
     convolution = {f"{prefix}.conv.lora_A.weight": (20, 5, 3, 2), f"{prefix}.conv.lora_B.weight": (7, 20, 1, 1)}
     for judge in checking.TARGETS.values():
         assert any("convolutions" in reason for reason in judge(config, convolution).reasons)

@@ -95,6 +95,9 @@ class Settings:
     modules_to_save: list[str] | None = setting(
         None, "Modules trained in full and saved with the adapter, such as a new head (PEFT)."
     )
+    trainable_token_indices: list[Index] | dict[str, list[Index]] | None = setting(
+        None, "Tokens whose embeddings are trained, new ones say; or such lists by the embeddings' names (PEFT)."
+    )
     layers_to_transform: list[Index] | Index | None = setting(
         None, "Layer numbers, counted from 0, to adapt; null is all of them (PEFT)."
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from duallora.core.gate import closed_gate_message
 from duallora.errors import ConfigError, DualLoraError, IntegrityError, NonFiniteError
 from duallora.export import merge
-from duallora.store import adapters, untrusted
+from duallora.store import adapters, models, untrusted
 from duallora.terminal import quiet_libraries, shown
 
 Target = Literal["vllm", "sglang", "llamacpp"]
@@ -32,8 +32,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 # vllm/config/lora.py, MaxLoRARanks; the default is 16.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
-# Initializations that leave the base weights as they are (vllm/lora/peft_helper.py).
-VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# Initializations that leave the base weights as they are (vllm/lora/peft_helper.py); PEFT changes them by the others.
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _COLORS = {"ok": "green", "note": "yellow", "failed": "red"}
 
 
@@ -80,7 +80,8 @@ def check(
     with quiet_libraries():
         config, shapes = _files(report, folder)
         if shapes and config:
-            _targets(report, config, shapes, target)
+            named = {"base_model_name_or_path": base} if base else {}
+            _targets(report, {**config, **named}, shapes, target)
             if not report.errors and not files_only:
                 _model(report, adapter, base, config)
     first = next((finding.exit_code for finding in report.findings if finding.exit_code), 0)
@@ -268,7 +269,7 @@ def compare(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
 
 
 # -- serving engines ---------------------------------------------------------------------------------------------------
-# What follows is each engine's own source, read; `make engines` holds vLLM to it.
+# What follows is each engine's own source, read; `make engines` holds vLLM and llama.cpp to it.
 
 
 def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
@@ -282,9 +283,6 @@ def vllm(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     others = [name for name in config.get("modules_to_save") or () if name not in ("classifier", "score")]
     if others:
         reasons.append(f"modules_to_save={others}: only classifier and score are taken")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in VLLM_INITS:
-        reasons.append(f"init_lora_weights={init!r} changes the base weights, so it is refused")
     flag = vllm_rank(config)
     if flag == 0:
         reasons.append(f"rank {_largest_rank(config)} is above {VLLM_RANKS[-1]}, the largest --max-lora-rank")
@@ -320,8 +318,15 @@ def sglang(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
 def llamacpp(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
     """llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.h (scale = lora_alpha / rank of the tensor)."""
     reasons = []
+    for key in ("alora_invocation_tokens", "layer_replication"):
+        if config.get(key):
+            reasons.append(f"{key}={config[key]!r} is not applied")
     if any("lora_embedding" in name for name in shapes):
         reasons.append("embeddings are adapted, and PEFT's layout of them is not the one its converter expects")
+    if any("_layernorm" in name or ".norm" in name for name in shapes):
+        reasons.append("norms are trained, which the converter writes and llama.cpp leaves out")
+    if any(_module(name).endswith("lm_head") for name in shapes) and _is_tied(config):
+        reasons.append("lm_head is adapted, and where it is tied to the embeddings a GGUF file has no such tensor")
     known = r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_layernorm|\.norm"
     if strange := [name for name in shapes if not re.search(known, name)]:
         reasons.append(f"{len(strange)} tensors are no lora_A or lora_B (first: {strange[0]}), so the converter exits")
@@ -341,9 +346,16 @@ def _verdict(
     missing = [key for key in needed if config.get(key) is None]
     convolutions = [_module(name) for name, shape in shapes.items() if "lora_" in name and len(shape) > 2]
     every = [f"adapter_config.json lacks {', '.join(missing)}"] if missing else []
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        every.append(f"init_lora_weights={init!r} changes the base weights, so it is refused")
     if experts := config.get("target_parameters"):
         every.append(
             f"target_parameters={experts}: LoRA on fused experts was not tried in an engine; serve the merged model"
+        )
+    if tokens := config.get("trainable_token_indices"):
+        every.append(
+            f"trainable_token_indices={str(tokens)[:40]}: a LoRA has no embeddings of single tokens; serve the merged model"
         )
     every += reasons + ([f"convolutions are adapted ({convolutions[0]})"] if convolutions else [])
     return Verdict(every, "" if every else start)
@@ -363,6 +375,15 @@ def _not_a_lora(config: Mapping[str, Any]) -> str | None:
         f"{config.get('peft_type')} is not served natively, only plain LoRA is: duallora convert ADAPTER -o FOLDER --rank 64, "
         "or duallora merge ADAPTER -o FOLDER"
     )
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the base's head is its embeddings; also where its configuration cannot be read."""
+    try:
+        base = models.load_config(str(config.get("base_model_name_or_path")), revision=config.get("revision"))
+    except DualLoraError:
+        return True
+    return bool(base.get_text_config().tie_word_embeddings)
 
 
 def vllm_rank(config: Mapping[str, Any]) -> int:

@@ -59,6 +59,7 @@ def put(
                 f"adapter.modules_to_save holds {module!r}, but no module of {recipe.model.name} ends so; expected the end of a "
                 f"name, such as {', '.join(name for name in last if not name.isdigit())}"
             )
+    _check_tokens(fields.get("trainable_token_indices"), model)
     if kind != "generate" and not method.whole:
         heads = adapters.head_modules(model)
         # PEFT adds "classifier" and "score" by itself; DeBERTa's pooler, new as well, it forgets.
@@ -88,6 +89,17 @@ def put(
     # The name the user gave, not the local folder it resolved to: the adapter may be loaded on another machine.
     config.base_model_name_or_path, config.revision = recipe.model.name, recipe.model.revision
     return found
+
+
+def _check_tokens(tokens: list[int] | dict[str, list[int]] | None, model: Any) -> None:
+    """ConfigError for a token that no row of the embeddings is for."""
+    known = model.get_input_embeddings().weight.shape[0]
+    named = [token for held in tokens.values() for token in held] if isinstance(tokens, dict) else tokens or []
+    if above := [token for token in named if token >= known]:
+        raise ConfigError(
+            f"adapter.trainable_token_indices holds {above[0]}, and the model has {known} tokens: add yours to its tokenizer, "
+            "model.resize_token_embeddings(len(tokenizer)), save both, and train that folder"
+        )
 
 
 def other(recipe: Recipe, method: methods.Method, fields: dict[str, Any], task_type: str) -> methods.MethodSpec:

@@ -35,9 +35,6 @@ class DualLoraConfig(PeftConfig, Settings):
     layers_pattern: list[str] | str | None = setting(
         None, "Name of the layer list, if layers_to_transform is given and it is not a usual one."
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
-        None, "Tokens whose embeddings are trained, new ones say; or such lists by the embeddings' names (PEFT)."
-    )
     init_weights: bool = setting(True, "True: dW = 0 at the start; False: the gate starts open (for tests).")
     gradient_tokens_by: InitVar[str] = "uniform"  # in files of version 0.1
 

@@ -380,6 +380,7 @@ def lora_config(model: PeftModel, layers: Iterable[str], rank: int, adapter: str
         lora_alpha=rank,
         target_modules=suffixes if len(selected) == len(names) else sorted(names),
         target_parameters=config.target_parameters,
+        trainable_token_indices=config.trainable_token_indices,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in dual_layers(model).values()),
         bias={"duallora_only": "lora_only"}.get(config.bias, config.bias),
         modules_to_save=list(dict.fromkeys(config.modules_to_save)) if config.modules_to_save else None,
