@@ -94,11 +94,13 @@ def marked(runs, environment, base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def loras(runs, tmp_path_factory) -> dict[str, Path]:
-    """Their conversions at rank 16, made apart from any cache."""
+    """Their conversions at rank 16 as `serve` makes them, apart from any cache."""
     from duallora.export import convert
 
     place = tmp_path_factory.mktemp("loras")
-    return {name: Path(convert.convert(run, place / name, rank=16)["output"]) for name, run in runs.items()}
+    return {
+        name: Path(convert.convert(run, place / name, rank=16, calibrate=True)["output"]) for name, run in runs.items()
+    }
 
 
 def prompt_ids(base: Path, before: str = "") -> list[list[int]]:

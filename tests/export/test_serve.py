@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duallora import DualLoraConfig, cli
 from duallora.errors import ConfigError
-from duallora.export import serve
+from duallora.export import serve, served
 from duallora.store import adapters
 
 LACKING = [name for name in ("fastapi", "uvicorn", "openai", "transformers.cli") if find_spec(name) is None]
@@ -182,7 +182,7 @@ def test_the_cache_holds_what_was_made_of_this_content_or_makes_it_anew(native, 
         weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
 
     def cut():
-        (model.parent / serve.MADE).write_text("{")
+        (model.parent / served.MADE).write_text("{")
 
     def exchanged():
         shutil.rmtree(model.parent)
@@ -198,6 +198,28 @@ def test_the_cache_holds_what_was_made_of_this_content_or_makes_it_anew(native, 
     shutil.copy(other / "adapter_config.json", folder)
     assert ready()[0] not in (model, another)
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
+
+
+def test_of_a_run_the_lora_is_calibrated_on_its_own_rows_and_else_the_weights_alone_count(run_folder, tmp_path, cache):
+    from duallora.export import convert
+
+    console = Console(file=io.StringIO(), width=300)
+    made = served.made(run_folder / "adapter", 3, console)
+    assert "of |dW x|² on its training rows kept at rank 3" in console.file.getvalue()
+    assert served.made(run_folder / "adapter", 3, console) == made
+    alone = served.made(Path(shutil.copytree(run_folder / "adapter", tmp_path / "adapter")), 3, console)
+    assert "of |dW|² kept at rank 3" in console.file.getvalue()
+    for place, calibrate in ((made, True), (alone, False)):
+        convert.convert(run_folder, tmp_path / str(calibrate), rank=3, calibrate=calibrate)
+        found, expected = (load_file(folder / adapters.WEIGHTS) for folder in (place, tmp_path / str(calibrate)))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert made != alone
+    run = Path(shutil.copytree(run_folder, tmp_path / "moved"))
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("sums.jsonl", "gone.jsonl"))
+    assert served.made(run / "adapter", 3, console) == alone
+    assert "by the weights alone: the run's own rows cannot be read" in console.file.getvalue()
 
 
 def test_a_plain_lora_is_served_as_it_is_and_a_model_from_where_it_lies(native, other, tmp_path, vllm):
@@ -325,7 +347,7 @@ def test_vllm_gets_nothing_for_other_names_and_the_reason_for_an_adapter_that_is
         with pytest.raises(ValueError, match=words):
             named(name, model)
     left = [path for path in cache.glob("*") if path.is_dir()] if cache.exists() else []
-    assert all((path / serve.MADE).is_file() for path in left)
+    assert all((path / served.MADE).is_file() for path in left)
 
 
 def test_the_resolver_is_there_only_where_a_folder_is_set_and_its_rank_is_a_number(named, monkeypatch):

@@ -480,7 +480,13 @@ def _field_lines(owner: type[Section], key: str, value: Any, indent: str) -> lis
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
-    for section, key in (("adapter", "target_parameters"), ("data", "columns"), ("eval", "forgetting")):
+    later = (
+        ("adapter", "target_parameters"),
+        ("adapter", "trainable_token_indices"),
+        ("data", "columns"),
+        ("eval", "forgetting"),
+    )
+    for section, key in later:
         if values[section].get(key) is None:  # came later: runs that had no such setting keep theirs
             values[section].pop(key, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

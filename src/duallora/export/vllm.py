@@ -51,9 +51,9 @@ def resolve(folder: Path, name: str, served: str, rank: int) -> Path | None:
     from rich.console import Console
 
     from duallora.errors import DualLoraError
-    from duallora.export import serve
+    from duallora.export import served as cache
 
     try:
-        return serve.named_lora(place, served, rank, Console(stderr=True))
+        return cache.named_lora(place, served, rank, Console(stderr=True))
     except DualLoraError as error:
         raise ValueError(f"{name}: {error}") from error
