@@ -60,6 +60,7 @@ FORMS = {  # of DualLoraConfig, for the long sweep
 DUAL = ("peft", "nn", *FORMS)
 METHODS = ("lora", *DUAL)
 WITH_PEFT = ("lora", "peft", *FORMS)
+Judgements = list[dict[str, Any]]
 
 
 class Net(nn.Module):
@@ -153,12 +154,19 @@ class Task:
         options = {"lr": self.lr, **options}
         return of(self.trained() if parameters is None else list(parameters), **options)
 
-    def train(self, optimizer: Any, steps: int, model: nn.Module | None = None) -> None:
-        """``steps`` times zero_grad, forward, backward, step."""
+    def train(
+        self, optimizer: Any, steps: int, model: nn.Module | None = None, backward: Callable[[], Any] | None = None
+    ) -> None:
+        """``steps`` times zero_grad, forward and ``backward`` (that of the loss), step."""
         for _ in range(steps):
             optimizer.zero_grad()
-            self.loss(model=model).backward()
+            backward() if backward else self.loss(model=model).backward()
             optimizer.step()
+
+    def run(self, steps: int = STEPS, optimizer: Any = None, **how: Any) -> Judgements:
+        """:meth:`train`, judged."""
+        self.train(optimizer or self.optimizer(), steps, **how)
+        return [self.judge(steps)]
 
     @torch.no_grad()
     def judge(self, steps: float, model: nn.Module | None = None, twin: nn.Module | None = None) -> dict[str, Any]:
@@ -180,9 +188,6 @@ def factor(name: str) -> str:
     """A, B, C or D of a parameter's name; LoRA's A and B included."""
     part = next(part for part in name.split(".") if part.startswith(("lora_", "duallora_")))
     return part[-1]
-
-
-Judgements = list[dict[str, Any]]
 
 
 @dataclass
@@ -222,25 +227,17 @@ def loop(family: str, **how: Any) -> Callable:
 
 @loop("gradients")
 def plain(task: Task) -> Judgements:
-    task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS)]
+    return task.run()
 
 
 @loop("gradients")
 def plain_to_an_open_gate(task: Task) -> Judgements:
-    task.train(task.optimizer(), 2 * STEPS)
-    return [task.judge(2 * STEPS)]
+    return task.run(2 * STEPS)
 
 
 @loop("gradients")
 def accumulation_of_four(task: Task) -> Judgements:
-    optimizer = task.optimizer()
-    for _ in range(STEPS):
-        for k in range(4):
-            (task.loss(slice(k, None, 4)) / 4).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [task.judge(STEPS)]
+    return task.run(backward=lambda: [(task.loss(slice(k, None, 4)) / 4).backward() for k in range(4)])
 
 
 @loop("gradients")
@@ -281,30 +278,26 @@ def clipped_gradients_and_a_schedule(task: Task) -> Judgements:
 def gradient_hooks(task: Task) -> Judgements:
     for p in task.trained():
         p.register_hook(lambda g: g.clamp(-0.1, 0.1))
-    task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS)]
+    return task.run()
 
 
 @loop("gradients")
 def two_losses_of_one_graph(task: Task) -> Judgements:
-    optimizer = task.optimizer()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
+    def backward() -> None:
         out = task.model(task.ids)
         F.mse_loss(out[:, :3], task.targets[:, :3]).backward(retain_graph=True)
         F.mse_loss(out[:, 3:], task.targets[:, 3:]).backward()
-        optimizer.step()
-    return [task.judge(STEPS)]
+
+    return task.run(backward=backward)
 
 
 @loop("gradients")
 def gradients_by_autograd_grad(task: Task) -> Judgements:
-    optimizer = task.optimizer()
-    for _ in range(STEPS):
+    def backward() -> None:
         for p, g in zip(task.trained(), torch.autograd.grad(task.loss(), task.trained()), strict=True):
             p.grad = g
-        optimizer.step()
-    return [task.judge(STEPS)]
+
+    return task.run(backward=backward)
 
 
 @loop("gradients")
@@ -312,12 +305,12 @@ def gradient_penalty(task: Task) -> Judgements:
     """Second derivatives: those of plain autograd, which ``backend="reference"`` is."""
     twin = Task("reference" if task.method == "peft" else task.method, task.ramp)
     for each in (task, twin):
-        optimizer = each.optimizer()
-        for _ in range(STEPS):
-            optimizer.zero_grad()
+
+        def backward(each: Task = each) -> None:
             gradients = torch.autograd.grad(loss := each.loss(), each.trained(), create_graph=True)
             (loss + 1e-3 * sum(g.square().sum() for g in gradients)).backward()
-            optimizer.step()
+
+        each.run(backward=backward)
     return [task.judge(STEPS, twin=twin.model)]
 
 
@@ -338,8 +331,7 @@ def evaluation_in_between(task: Task) -> Judgements:
 @loop("gradients")
 def training_in_evaluation_mode(task: Task) -> Judgements:
     task.model.eval()
-    task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS)]
+    return task.run()
 
 
 @loop("gradients")
@@ -382,8 +374,7 @@ def checkpointing_with_accumulation(task: Task) -> Judgements:
 @loop("memory")
 def activations_offloaded(task: Task) -> Judgements:
     with torch.autograd.graph.save_on_cpu():
-        task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS)]
+        return task.run()
 
 
 def step_in_backward(task: Task) -> None:
@@ -427,14 +418,12 @@ def optimizer_in_backward_by_torch(task: Task) -> Judgements:
 
 @loop("precision")
 def autocast_bf16(task: Task) -> Judgements:
-    optimizer = task.optimizer()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
+    def backward() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = task.loss()
         loss.backward()
-        optimizer.step()
-    return [task.judge(STEPS)]
+
+    return task.run(backward=backward)
 
 
 def scaled(task: Task, **options: Any) -> Judgements:
@@ -483,8 +472,7 @@ def cast_to_bf16_and_back_far_into_the_ramp(task: Task) -> Judgements:
 @loop("precision")
 def float64(task: Task) -> Judgements:
     task.model.double()
-    task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS)]
+    return task.run()
 
 
 # -- compilers -----------------------------------------------------------------------------------------------------------
@@ -492,8 +480,7 @@ def float64(task: Task) -> Judgements:
 
 @loop("compilers")
 def compiled(task: Task) -> Judgements:
-    task.train(task.optimizer(), STEPS, torch.compile(task.model, backend="aot_eager", fullgraph=True))
-    return [task.judge(STEPS)]
+    return task.run(model=torch.compile(task.model, backend="aot_eager", fullgraph=True))
 
 
 @loop("compilers", slow=True)
@@ -510,32 +497,29 @@ def compiled_optimizer(task: Task) -> Judgements:
 @loop("compilers", slow=True)
 def compiled_train_step(task: Task) -> Judgements:
     """Forward, loss and backward in one compiled function."""
-    optimizer = task.optimizer()
-
-    @torch.compile(backend="aot_eager")
-    def forward_and_loss() -> Tensor:
-        return task.loss()
-
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        forward_and_loss().backward()
-        optimizer.step()
-    return [task.judge(STEPS)]
+    forward_and_loss = torch.compile(task.loss, backend="aot_eager")
+    return task.run(backward=lambda: forward_and_loss().backward())
 
 
 # -- optimizers ----------------------------------------------------------------------------------------------------------
 
 
-@loop("optimizers", ramp=SHORT)
-def lbfgs(task: Task) -> Judgements:
-    """Several closures, one step. The ramp is short: what is solved at a half-open gate is none of the final problem's."""
-    optimizer = task.optimizer(of=torch.optim.LBFGS, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+def closed(task: Task, optimizer: Any) -> Callable[[], Tensor]:
+    """What an optimizer calls that evaluates the loss by itself."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         (loss := task.loss()).backward()
         return loss
 
+    return closure
+
+
+@loop("optimizers", ramp=SHORT)
+def lbfgs(task: Task) -> Judgements:
+    """Several closures, one step. The ramp is short: what is solved at a half-open gate is none of the final problem's."""
+    optimizer = task.optimizer(of=torch.optim.LBFGS, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+    closure = closed(task, optimizer)
     for _ in range(SHORT // 2):
         optimizer.step(closure)
     half_way = task.judge(SHORT // 2)
@@ -549,39 +533,29 @@ def lbfgs(task: Task) -> Judgements:
 @loop("optimizers")
 def closure_of_adam(task: Task) -> Judgements:
     optimizer = task.optimizer()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        (loss := task.loss()).backward()
-        return loss
-
     for _ in range(STEPS):
-        optimizer.step(closure)
+        optimizer.step(closed(task, optimizer))
     return [task.judge(STEPS)]
+
+
+def each_anew(task: Task, *options: dict[str, Any]) -> Judgements:
+    """A training for each of the optimizers."""
+    tasks = [Task(task.method, task.ramp) for _ in options]
+    return [one for each, own in zip(tasks, options, strict=True) for one in each.run(optimizer=each.optimizer(**own))]
 
 
 @loop("optimizers")
 def every_optimizer_of_torch(task: Task) -> Judgements:
-    found = []
     kinds: dict[str, dict[str, float]] = {
         "Adam": {}, "Adamax": {}, "NAdam": {}, "RAdam": {"lr": 0.1}, "Adafactor": {"lr": 0.3}, "RMSprop": {"lr": 0.01},
         "Rprop": {}, "SGD": {"lr": 0.2, "momentum": 0.9},
     }  # fmt: skip
-    for kind, options in kinds.items():
-        task = Task(task.method, task.ramp)
-        task.train(task.optimizer(of=getattr(torch.optim, kind), **options), STEPS)
-        found.append(task.judge(STEPS))
-    return found
+    return each_anew(task, *({"of": getattr(torch.optim, kind), **options} for kind, options in kinds.items()))
 
 
 @loop("optimizers")
 def foreach_and_fused(task: Task) -> Judgements:
-    found = []
-    for option in ("foreach", "fused"):
-        task = Task(task.method, task.ramp)
-        task.train(task.optimizer(**{option: True}), STEPS)
-        found.append(task.judge(STEPS))
-    return found
+    return each_anew(task, {"foreach": True}, {"fused": True})
 
 
 def interleaved(task: Task, groups: Iterable[list[nn.Parameter]]) -> Judgements:
@@ -597,14 +571,12 @@ def interleaved(task: Task, groups: Iterable[list[nn.Parameter]]) -> Judgements:
 
 @loop("optimizers", slow=True)
 def an_optimizer_for_each_group(task: Task) -> Judgements:
-    halves = ("A", "C"), ("B", "D")
-    return interleaved(task, [task.trained(*half) for half in halves])
+    return interleaved(task, [task.trained("A", "C"), task.trained("B", "D")])
 
 
 @loop("optimizers")
 def an_optimizer_for_each_group_the_last_first(task: Task) -> Judgements:
-    halves = ("B", "D"), ("A", "C")
-    return interleaved(task, [task.trained(*half) for half in halves])
+    return interleaved(task, [task.trained("B", "D"), task.trained("A", "C")])
 
 
 @loop("optimizers")
@@ -615,8 +587,7 @@ def an_optimizer_for_each_parameter(task: Task) -> Judgements:
 @loop("optimizers")
 def parameter_groups(task: Task) -> Judgements:
     groups = [{"params": [p], "lr": task.lr * (1 + n % 2)} for n, p in enumerate(task.trained())]
-    task.train(torch.optim.AdamW(groups, lr=task.lr), STEPS)
-    return [task.judge(STEPS)]
+    return task.run(optimizer=torch.optim.AdamW(groups, lr=task.lr))
 
 
 @loop("optimizers")
@@ -662,14 +633,12 @@ def only_b_is_trained(task: Task) -> Judgements:
     for name, p in task.model.named_parameters():
         if p.requires_grad and factor(name) != "B":
             p.requires_grad_(False)
-    task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS)]
+    return task.run()
 
 
 @loop("optimizers")
 def an_optimizer_that_holds_the_frozen_parameters_too(task: Task) -> Judgements:
-    task.train(task.optimizer(parameters=task.model.parameters()), STEPS)
-    return [task.judge(STEPS)]
+    return task.run(optimizer=task.optimizer(parameters=task.model.parameters()))
 
 
 @loop("optimizers")
@@ -767,8 +736,7 @@ class Lookahead:
 
 @loop("optimizers")
 def lookahead(task: Task) -> Judgements:
-    task.train(task.optimizer(of=Lookahead), STEPS)
-    return [task.judge(STEPS)]
+    return task.run(optimizer=task.optimizer(of=Lookahead))
 
 
 @loop("optimizers")
@@ -821,18 +789,24 @@ def reloaded(task: Task, copies: nn.Module) -> nn.Module:
         return peft.PeftModel.from_pretrained(Net(seed=0), folder)
 
 
-@loop("averages", ramp=SHORT)
-def ema_by_lerp_of_the_floats(task: Task) -> Judgements:
-    """Anything that is no float is left as it is in the copy."""
-    ema = copy.deepcopy(task.model)
+def averaged_pairwise(
+    task: Task, mix: Callable[[Tensor, Tensor], Any], of: Callable[[nn.Module], Iterable[Tensor]] | None = None
+) -> Judgements:
+    """A copy made before training; after each step ``mix(mine, its)`` for each of its tensors (``of``: all of the state)."""
+    ema, of = copy.deepcopy(task.model), of or (lambda model: model.state_dict().values())
 
     @torch.no_grad()
     def update(model: nn.Module) -> None:
-        for mine, its in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(its, 1 - DECAY)
+        for mine, its in zip(of(ema), of(model), strict=True):
+            mix(mine, its)
 
     return averaged(task, ema, update)
+
+
+@loop("averages", ramp=SHORT)
+def ema_by_lerp_of_the_floats(task: Task) -> Judgements:
+    """Anything that is no float is left as it is in the copy."""
+    return averaged_pairwise(task, lambda mine, its: mine.is_floating_point() and mine.lerp_(its, 1 - DECAY))
 
 
 @loop("averages", ramp=SHORT)
@@ -854,43 +828,21 @@ def ema_by_a_new_state_dict(task: Task) -> Judgements:
 @loop("averages", ramp=SHORT)
 def ema_in_place_over_everything(task: Task) -> Judgements:
     """As timm's ModelEmaV2: deepcopy, then ``copy_`` of the mean into every entry of the state, integers too."""
-    ema = copy.deepcopy(task.model).eval()
-
-    @torch.no_grad()
-    def update(model: nn.Module) -> None:
-        for mine, its in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-            mine.copy_(DECAY * mine + (1 - DECAY) * its)
-
-    return averaged(task, ema, update)
+    return averaged_pairwise(task, lambda mine, its: mine.copy_(DECAY * mine + (1 - DECAY) * its))
 
 
 @loop("averages", ramp=SHORT, slow=True)
 def ema_by_lerp_or_copy(task: Task) -> Judgements:
     """As timm's ModelEmaV3: floats by lerp, the others copied."""
-    ema = copy.deepcopy(task.model).eval()
-
-    @torch.no_grad()
-    def update(model: nn.Module) -> None:
-        for mine, its in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
-            if mine.is_floating_point():
-                mine.lerp_(its, 1 - DECAY)
-            else:
-                mine.copy_(its)
-
-    return averaged(task, ema, update)
+    return averaged_pairwise(
+        task, lambda mine, its: mine.lerp_(its, 1 - DECAY) if mine.is_floating_point() else mine.copy_(its)
+    )
 
 
 @loop("averages", ramp=SHORT, says="average state_dict() or buffers() too")
 def ema_of_parameters_alone(task: Task) -> Judgements:
     """Buffers keep the value that they had when the copy was made: before training. No gate in a buffer can be right."""
-    ema = copy.deepcopy(task.model)
-
-    @torch.no_grad()
-    def update(model: nn.Module) -> None:
-        for mine, its in zip(ema.parameters(), model.parameters(), strict=True):
-            mine.lerp_(its, 1 - DECAY)
-
-    return averaged(task, ema, update)
+    return averaged_pairwise(task, lambda mine, its: mine.lerp_(its, 1 - DECAY), nn.Module.parameters)
 
 
 @loop("averages", ramp=SHORT, slow=True)
@@ -908,22 +860,24 @@ def ema_of_shadows_put_into_the_model(task: Task) -> Judgements:
     return averaged(task, last, update)
 
 
+def averaged_by_torch(task: Task, **options: Any) -> Judgements:
+    ema = AveragedModel(task.model, **options)
+    return averaged(task, ema, ema.update_parameters, start=1)
+
+
 @loop("averages", ramp=SHORT)
 def ema_by_torch_with_buffers(task: Task) -> Judgements:
-    ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
-    return averaged(task, ema, ema.update_parameters, start=1)
+    return averaged_by_torch(task, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
 
 
 @loop("averages", ramp=SHORT, slow=True)
 def ema_by_torch_without_buffers(task: Task) -> Judgements:
-    ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    return averaged(task, ema, ema.update_parameters, start=1)
+    return averaged_by_torch(task, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
 
 @loop("averages", ramp=SHORT, slow=True)
 def ema_by_torch_one_by_one_with_buffers(task: Task) -> Judgements:
-    ema = AveragedModel(task.model, avg_fn=get_ema_avg_fn(DECAY), use_buffers=True)
-    return averaged(task, ema, ema.update_parameters, start=1)
+    return averaged_by_torch(task, avg_fn=get_ema_avg_fn(DECAY), use_buffers=True)
 
 
 def stochastic(task: Task, use_buffers: bool) -> Judgements:
@@ -1147,9 +1101,7 @@ def zero_redundancy(task: Task) -> Judgements:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     with one_process_group():
-        optimizer = ZeroRedundancyOptimizer(task.trained(), torch.optim.AdamW, lr=task.lr)
-        task.train(optimizer, STEPS)
-    return [task.judge(STEPS)]
+        return task.run(optimizer=ZeroRedundancyOptimizer(task.trained(), torch.optim.AdamW, lr=task.lr))
 
 
 # -- copies and checkpoints ----------------------------------------------------------------------------------------------
@@ -1328,14 +1280,13 @@ def merged_while_another_model_trains(task: Task) -> Judgements:
 @loop("several adapters", methods=WITH_PEFT)
 def a_reference_policy_by_disabling(task: Task) -> Judgements:
     """As DPO's: the same model without its adapter, in every step."""
-    optimizer = task.optimizer()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
+
+    def backward() -> None:
         with torch.no_grad(), task.model.disable_adapter():
             reference = task.model(task.ids)
         (task.loss() + 1e-3 * F.mse_loss(task.model(task.ids), reference)).backward()
-        optimizer.step()
-    return [task.judge(STEPS)]
+
+    return task.run(backward=backward)
 
 
 # -- functional ----------------------------------------------------------------------------------------------------------
