@@ -44,9 +44,7 @@ import duallora.nn
 from duallora.store import record
 
 STEPS = 40
-RAMP = (
-    64  # warm-up steps: above STEPS, so that the gate tells the count, and a power of two, so that it tells it exactly
-)
+RAMP = 64  # warm-up steps: above STEPS, so that the gate tells the count; a power of two, so that it tells it exactly
 SHORT = 8  # the ramp of loops that ask for an open gate
 DECAY = 0.9  # of the averages
 TRAINED = 0.9  # of the first loss, at which an adapter with a closed gate stays to the bit

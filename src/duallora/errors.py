@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Iterable
 from typing import Any
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -122,6 +123,20 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> ConfigError:
+    """For a ``name`` that is none of ``known``: the nearest of them, all of them, and ``more``."""
+    import difflib
+
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
+    return ConfigError(f"unknown {what} {name!r}; nearest: {near}. Expected one of {', '.join(known)}{more}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

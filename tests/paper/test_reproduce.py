@@ -17,7 +17,7 @@ from duallora import cli
 from duallora.config.load import load_recipe
 from duallora.errors import ConfigError, GridError
 from duallora.grid.study import Outcome, Study
-from duallora.paper import figure3, ranks, reproduce, table2
+from duallora.paper import ablations, ranks, reproduce, table2
 from duallora.paper.variants import methods
 from duallora.store.adapters import load_adapter
 from duallora.tasks import hold_out, load_task
@@ -175,7 +175,7 @@ def test_figure_3_ends_with_the_ranks_of_its_runs(cola, tiny_encoder_folder, mon
         tasks = {"cola": {"data.task": "cola", "data.holdout": 8}}
         return Study("figure3", base, tasks, rows, search={}, seeds=(0,), reference="duallora-r2")
 
-    monkeypatch.setattr(figure3, "figure3", mini)
+    monkeypatch.setattr(ablations, "figure3", mini)
     assert run(capsys, "figure3", "--scale", "mini", "-o", "runs/f")["status"] == "done"
     rows = json.loads(Path("results/studies/figure3-mini.json").read_text())["ranks"]
     found = {(row["variant"], row["matrix"]): row for row in rows}

@@ -404,7 +404,7 @@ def test_columns_of_any_name_are_read_as_they_are_told(tmp_path):
     assert load_data(str(file), columns={"text": "question", "label": "category"}).labels == ("a person", "a place")
     with pytest.raises(DataError, match=r"has no column 'categry' .*it has prompt, question, completion, category, id"):
         load_data(str(file), columns={"prompt": "question", "completion": "categry"})
-    with pytest.raises(ConfigError, match="no format has a column 'answer'"):
+    with pytest.raises(ConfigError, match=r"unknown name in data\.columns 'answer'; nearest: label"):
         load_data(str(file), columns={"answer": "category"})
     file.write_text("question;category\nWho?;a person\nWhere?;\n")
     with pytest.raises(DataError, match=r"x.csv:3, column category: empty answer"):

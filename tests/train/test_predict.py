@@ -212,5 +212,5 @@ def test_a_chat_of_the_assistant_alone_asks_nothing(tmp_path):
     (tmp_path / "new.jsonl").write_text(json.dumps({"messages": CHAT[1:2]}))
     with pytest.raises(DataError, match="nothing is asked"):
         Questions(str(tmp_path / "new.jsonl"), "generate")
-    with pytest.raises(ConfigError, match="no format has a column 'txet'; nearest: text"):
+    with pytest.raises(ConfigError, match=r"unknown name in data\.columns 'txet'; nearest: text"):
         Questions(str(tmp_path / "new.jsonl"), "generate", columns={"txet": "a"})

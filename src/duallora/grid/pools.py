@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, first_line
 from duallora.train.launch import PARENT
 
 POLL = 0.2  # seconds
@@ -126,13 +126,11 @@ class Cluster:
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores() // workers) if here else 1))
         options: dict[str, Any] = {}
         if here:  # nothing goes through the object store but a command and an exit code
-            options = {"num_cpus": workers * threads, "object_store_memory": 100 * 2**20}
-        options |= {"include_dashboard": False} if here else {}
+            options = {"num_cpus": workers * threads, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"--ray {address}: {reason}; expected local, auto or HOST:PORT") from error
+            raise ConfigError(f"--ray {address}: {first_line(error)}; expected local, auto or HOST:PORT") from error
         self.workers, self.threads = workers, threads
         self.gpu = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
         self.task = ray.remote(num_cpus=threads, num_gpus=self.gpu, max_retries=0)(run_cell)

@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 
@@ -32,7 +33,7 @@ from duallora.train.launch import Stopping
 
 Keep = Literal["none", "best", "all"]
 PROGRAM = ("-m", "duallora.cli")
-KEEPS = ("none", "best", "all")
+KEEPS = get_args(Keep)
 LOST = {  # exit codes after which another try may do
     OutOfMemoryError.exit_code: OutOfMemoryError.kind,
     LostProcessError.exit_code: "one of its processes is gone",
@@ -112,30 +113,25 @@ def require_all(found: Mapping[str, Outcome], folder: Path | str) -> None:
         )
 
 
+@dataclass
 class _Grid:
     """What a grid knows while it runs, beyond what lies on disk."""
 
-    def __init__(
-        self,
-        study: Study,
-        folder: Path,
-        found: dict[str, Outcome],
-        pool: Pool,
-        stopping: Stopping,
-        show: Show,
-        retries: int,
-        keep: Keep,
-        elsewhere: Mapping[str, Path],
-    ):
-        self.study, self.folder, self.outcomes, self.pool = study, folder, found, pool
-        self.stopping, self.show, self.retries, self.keep = stopping, show, retries, keep
-        self.elsewhere = elsewhere
-        self.running: dict[str, Cell] = {}
-        self.failed: dict[str, str] = {}  # given up, with the reason
-        self.tries: Counter[str] = Counter()
-        self.waits: dict[str, float] = {}  # until when a cell in a locked folder is left alone
-        self.lock_tries: Counter[str] = Counter()
-        self.told = False  # the cells, to stop
+    study: Study
+    folder: Path
+    outcomes: dict[str, Outcome]
+    pool: Pool
+    stopping: Stopping
+    show: Show
+    retries: int
+    keep: Keep
+    elsewhere: Mapping[str, Path]
+    running: dict[str, Cell] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # given up, with the reason
+    tries: Counter[str] = field(default_factory=Counter)
+    waits: dict[str, float] = field(default_factory=dict)  # until when a cell in a locked folder is left alone
+    lock_tries: Counter[str] = field(default_factory=Counter)
+    told = False  # the cells, to stop
 
     def go(self) -> dict[str, Outcome]:
         self._tidy()

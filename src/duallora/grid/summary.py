@@ -286,15 +286,13 @@ class _Task:
 
     def difference(self, one: str, other: str) -> tuple[list[int], Sample] | None:
         """The seeds that both variants have, and the difference on them; None without any."""
-        seeds = (
-            [list(self.runs[variant]) for variant in (one, other)] if {one, other} <= self.samples.keys() else [[], []]
-        )
-        common = [seed for seed in seeds[0] if seed in seeds[1]]
-        mine, its = (
-            self.samples[variant].of([own.index(seed) for seed in common]) if common else None
-            for variant, own in zip((one, other), seeds, strict=True)
-        )
-        return (common, statistics.difference(mine, its)) if mine and its else None
+        if not {one, other} <= self.samples.keys():
+            return None
+        seeds = {variant: list(self.runs[variant]) for variant in (one, other)}
+        if not (common := [seed for seed in seeds[one] if seed in seeds[other]]):
+            return None
+        mine, its = (self.samples[variant].of([own.index(seed) for seed in common]) for variant, own in seeds.items())
+        return common, statistics.difference(mine, its)
 
     def row(self, variant: str) -> dict[str, Any]:
         point, runs, metric = self.best[variant], self.runs[variant], self.facts["metric"]

@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from duallora import DualLoraConfig
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, first_line
 from duallora.plan.architectures import is_encoder
 from duallora.terminal import quiet_libraries
 
@@ -333,8 +333,9 @@ def build(config: Any, setting: Setting) -> Any:
     try:
         return factory.from_config(config, dtype=setting.dtype, **options).requires_grad_(False)
     except (ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"no model can be built from this config ({config.model_type}): {first}") from error
+        raise ConfigError(
+            f"no model can be built from this config ({config.model_type}): {first_line(error)}"
+        ) from error
 
 
 def _enable_checkpointing(model: Any) -> None:

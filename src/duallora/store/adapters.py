@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
-from duallora.errors import ConfigError, IntegrityError, is_out_of_memory
+from duallora.errors import ConfigError, IntegrityError, first_line, is_out_of_memory
 from duallora.store import untrusted
 from duallora.store.checkpoint import compare_files, file_record
 from duallora.store.models import load_config, load_model, weights_fingerprint
@@ -375,8 +375,7 @@ def _from_hub(repository: str) -> Path | None:
     except EntryNotFoundError:  # also offline, where the cache holds no such adapter: it may hold a full model
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{repository}: no such folder, and the hub cannot give it: {reason}") from None
+        raise ConfigError(f"{repository}: no such folder, and the hub cannot give it: {first_line(error)}") from None
 
 
 def _listed_files(folder: Path) -> list[str]:
@@ -387,7 +386,7 @@ def _listed_files(folder: Path) -> list[str]:
 def adapter_kind(adapter: str | Path) -> Kind:
     """What the adapter was trained for, from its own files; ConfigError where it is no adapter."""
     folder = find(adapter)
-    if folder is None or not (folder / "adapter_config.json").is_file():
+    if folder is None or not _is_adapter(folder):
         raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to merge")
     known = trained_for(adapter)
     if known is not None:

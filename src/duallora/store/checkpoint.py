@@ -205,7 +205,7 @@ def drift(before: Mapping[str, Any], after: Mapping[str, Any], free: tuple[str, 
 
     Smaller batches and as much more accumulation are the same run: the rows of each optimizer step are the same.
     """
-    old, new = _flatten(before), _flatten(after)
+    old, new = flatten(before), flatten(after)
     same = _step_rows(old) == _step_rows(new)
     changed = []
     for key in sorted(old.keys() | new.keys()):
@@ -229,11 +229,12 @@ def refuse_drift(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         )
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

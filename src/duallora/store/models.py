@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import importlib.util
 import io
@@ -40,7 +39,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from duallora.config import Dtype
-from duallora.errors import ConfigError, DiskError, DualLoraError, IntegrityError, is_disk_failure, is_out_of_memory
+from duallora.errors import (
+    ConfigError,
+    DiskError,
+    DualLoraError,
+    IntegrityError,
+    first_line,
+    is_disk_failure,
+    is_out_of_memory,
+    unknown,
+)
 from duallora.folders import cache_folder
 from duallora.store import untrusted
 from duallora.store.checkpoint import file_record
@@ -149,8 +157,7 @@ def resolve(name: str) -> str:
     """Local folder or hub id that transformers can load. The first use of SmolLM2 converts it (about 30 s, shown)."""
     if name.startswith("builtin:"):
         if name not in _PACKAGES:
-            near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown model {name!r}; nearest: {near}. Built in are {', '.join(BUILTIN)}")
+            raise unknown("model", name, BUILTIN)
         path = _package_path(name)
         return str(path if path.is_dir() else _converted_smollm2(path))
     folder = Path(name).expanduser()
@@ -268,7 +275,7 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
             raise  # it says nothing of the model
         if isinstance(error, (SafetensorError, RuntimeError)):
             raise IntegrityError(
-                f"the weights of {name} cannot be read: {_first_line(error)}. Fetch them again."
+                f"the weights of {name} cannot be read: {first_line(error)}. Fetch them again."
             ) from error
         if "trust_remote_code" in str(error):
             raise IntegrityError(
@@ -280,15 +287,11 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
                 f"the weights of {name} are a pickle that holds more than tensors; it was not opened. Expected safetensors"
             ) from None
         if local or not isinstance(error, (OSError, ValueError, KeyError)):
-            raise ConfigError(f"{name} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+            raise ConfigError(f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
         hub = "the hub does not give it" if reachable() else "the hub cannot be reached (nor is it in the hub's cache)"
         raise ConfigError(
-            f"model {name!r} is neither a folder here nor one of {', '.join(BUILTIN)}, and {hub}: {_first_line(error)}"
+            f"model {name!r} is neither a folder here nor one of {', '.join(BUILTIN)}, and {hub}: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, unknown
 from duallora.tasks import commonsense, docstrings, e2e, glue, made_up, metrics  # noqa: F401 (each registers its metrics)
 from duallora.tasks.encode import IGNORE, Collator, Counts, Encoded, encode, encode_prompt, encode_split, encode_texts
 from duallora.tasks.example import Example
@@ -64,8 +63,7 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
     Raises ConfigError for an unknown name.
     """
     if name not in names():
-        near = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown task {name!r}; nearest: {near}. Expected one of {', '.join(names())}")
+        raise unknown("task", name, names())
     folder = data_folder(data_dir)
     if name in _added:
         return _added[name](folder)

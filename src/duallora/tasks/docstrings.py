@@ -11,7 +11,6 @@ are the same on every machine with the same Python; another Python has other fun
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import gc
 import hashlib
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from duallora.errors import ConfigError, DataError
+from duallora.errors import DataError, unknown
 from duallora.tasks import metrics
 from duallora.tasks.example import Example
 from duallora.tasks.task import SPLITS, LazySplits, Task
@@ -58,8 +57,7 @@ class Function:
 def load(name: str) -> Task:
     """The task behind one of `NAMES`; ConfigError for another name."""
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown data {name!r}; nearest: {near}. Built in are {', '.join(NAMES)}")
+        raise unknown("data", name, NAMES)
     source = f"standard library of Python {platform.python_version()} ({sysconfig.get_path('stdlib')})"
     if name == "builtin:reference":
         paragraphs = LazySplits({split: functools.partial(_reference, split) for split in SPLITS})

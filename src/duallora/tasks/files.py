@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from duallora.errors import ConfigError, DataError
+from duallora.errors import ConfigError, DataError, unknown
 from duallora.tasks import chats, commonsense
 from duallora.tasks.example import BadRow, Example
 from duallora.tasks.hub import SUFFIXES
@@ -79,8 +78,7 @@ def load_data(
     """
     for name, value, known in (("format", format, FORMATS), ("labels", labels, ("classes", "numbers"))):
         if value is not None and value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown data.{name} {value!r}; nearest: {near}. Expected one of {', '.join(known)}")
+            raise unknown(f"data.{name}", str(value), known)
     if taken := chats.reserved(chat_template_kwargs or {}):
         raise ConfigError(f"data.chat_template_kwargs.{taken[0]} is not the chat template's to know: leave it out")
     if not 0 < eval_fraction < 1:
@@ -143,11 +141,8 @@ class Renamed:
         known = sorted({*_KNOWN_COLUMNS, *chats.COLUMNS})
         for name in self.columns:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(
-                    f"data.columns: no format has a column {name!r}; nearest: {near}. Expected one of {', '.join(known)}, "
-                    "as in --columns prompt=question,completion=answer"
-                )
+                more = ", as in --columns prompt=question,completion=answer"
+                raise unknown("name in data.columns", name, known, more)
         said = ", ".join(f"{name} is {own}" for name, own in self.columns.items())
         self.note = f"columns as told: {said}" if said else ""
 

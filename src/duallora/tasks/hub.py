@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 
-from duallora.errors import DataError
+from duallora.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # of the files that can be read instead
 _LOCAL = f"a local file ({', '.join(SUFFIXES)}) or, for a task, the folder of its data (--data-dir, DUALLORA_DATA)"
@@ -54,8 +54,3 @@ def load_hub(name: str, config: str | None, revision: str | None = None) -> Any:
         raise DataError(
             f"data set {label} cannot be loaded from the hub{offline}: {first_line(error)}. Or give {_LOCAL}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

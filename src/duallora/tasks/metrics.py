@@ -7,7 +7,6 @@ imported where a metric needs them: most runs never do, and their import costs e
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, unknown
 from duallora.tasks import nlg
 from duallora.tasks.example import Example
 
@@ -148,12 +147,8 @@ def get(name: str, task: str | None = None) -> Metric:
     """As `find`; ConfigError for a name that nobody has made known."""
     if (found := find(name, task)).higher_is_better is not None:
         return found
-    names = sorted({own for _, own in (*_OWN, *_added)})
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-    raise ConfigError(
-        f"unknown metric {name!r}; nearest: {near}. Expected one of {', '.join(names)}, or one that a plug-in adds with "
-        "duallora.tasks.metrics.add (docs/extending.md)"
-    )
+    more = ", or one that a plug-in adds with duallora.tasks.metrics.add (docs/extending.md)"
+    raise unknown("metric", name, sorted({own for _, own in (*_OWN, *_added)}), more)
 
 
 def register(metric: Metric, task: str = "") -> Metric:

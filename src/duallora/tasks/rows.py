@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from duallora.errors import DataError
-from duallora.tasks.hub import first_line, load_hub
+from duallora.errors import DataError, first_line
+from duallora.tasks.hub import load_hub
 from duallora.tasks.labels import Name
 from duallora.tasks.text import decode_json, excerpt, parse_json, shown
 

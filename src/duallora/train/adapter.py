@@ -14,7 +14,7 @@ from safetensors.torch import load_model as load_model_weights
 import duallora
 from duallora import methods
 from duallora.config.recipe import RUNS_OWN, Recipe
-from duallora.errors import ConfigError, IntegrityError
+from duallora.errors import ConfigError, IntegrityError, first_line
 from duallora.methods import starts
 from duallora.store import adapters
 from duallora.tasks.task import Kind
@@ -162,7 +162,7 @@ def load_weights(method: methods.Adapted, folder: Path) -> None:
     try:
         load_model_weights(model, folder / WHOLE_MODEL)
     except RuntimeError as error:  # names or shapes
-        raise IntegrityError(f"{folder / WHOLE_MODEL} does not fit the model: {str(error).splitlines()[0]}") from error
+        raise IntegrityError(f"{folder / WHOLE_MODEL} does not fit the model: {first_line(error)}") from error
 
 
 def gate(model: Any) -> float:

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import duallora
 from duallora.config.recipe import Recipe
@@ -40,39 +39,29 @@ def batches(rows: Sequence[Mapping[str, Any]], tokenizer, batch_size: int, model
         yield {name: value.to(device) for name, value in collate(rows[first : first + batch_size]).items()}
 
 
-def answer_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """The share of some rows in the mean loss over ``num_items_in_batch`` trained tokens."""
-    labels = labels[:, 1:]
-    trained = labels != IGNORE
-    logits = outputs["logits"][:, :-1][trained].float()
-    return F.cross_entropy(logits, labels[trained], reduction="sum") / num_items_in_batch
-
-
 def start_from_gradient(
     model: Any,
     recipe: Recipe,
     rows: Sequence[Mapping[str, Any]],
     tokenizer,
-    row_loss: Callable[[Any, Tensor, Tensor], Tensor] | None = None,
+    loss: Callable[[Any, Tensor, Tensor], Tensor],
 ) -> int:
     """Starts the adapter as ``adapter.init`` says and returns how many rows it looked at.
 
-    ``row_loss(outputs, labels, n)`` is the share of some rows in the run's mean loss over n rows; None is the loss on
-    answers. The shares add up, so the start does not depend on how the rows are cut into batches.
+    ``loss(outputs, labels, n)`` is the share of some rows in the run's mean loss over n of them, or over n trained tokens.
+    The shares add up, so the start does not depend on how the rows are cut into batches.
     """
     options = recipe.train
     step = options.batch_size * options.gradient_accumulation_steps
     drawn = draw_rows(rows, recipe.adapter.init_batches * step, recipe.seed)
     # Checkpointing is off with dropout; where training needs it, one row at a time saves the memory instead.
     batch_size = 1 if options.gradient_checkpointing else options.batch_size
-    if row_loss is None:
-        learned = sum(label != IGNORE for row in drawn for label in row["labels"][1:])
-    else:
-        learned = len(drawn)
+    labels = [row["labels"] for row in drawn]
+    learned = sum(sum(label != IGNORE for label in own[1:]) if isinstance(own, list) else 1 for own in labels)
 
     def share(model: Any, batch: dict[str, Tensor]) -> Tensor:
         labels = batch.pop("labels")
-        return (row_loss or answer_loss)(model(**batch), labels, torch.tensor(learned, device=labels.device))
+        return loss(model(**batch), labels, torch.tensor(learned, device=labels.device))
 
     given = batches(drawn, tokenizer, batch_size, model)
     duallora.init_from_gradient(model, given, share, **GRADIENT_STARTS[recipe.adapter.init])

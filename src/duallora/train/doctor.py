@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from duallora.console import UTF8
+from duallora.errors import first_line
 from duallora.folders import cache_folder
 
 GIGABYTE = 1e9
@@ -52,10 +53,9 @@ def _guarded(part: Callable[[], Iterator[Check]]) -> list[Check]:
     try:
         return list(part())
     except Exception as error:  # a broken installation can raise anything at import, and that is the finding
-        reason = (str(error).splitlines() or [""])[0]
         name = part.__name__.removeprefix("_")
         fix = UTF8 if isinstance(error, UnicodeDecodeError) else "pip install --force-reinstall duallora"
-        return [Check(name, "missing", f"{type(error).__name__}: {reason}", fix)]
+        return [Check(name, "missing", f"{type(error).__name__}: {first_line(error)}", fix)]
 
 
 def _python() -> Iterator[Check]:

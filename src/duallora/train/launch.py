@@ -26,9 +26,7 @@ S = TypeVar("S", bound="Stopping")
 
 PARENT = "DUALLORA_PARENT"  # process id of the grid that started this run; if it dies, the run stops
 TIMEOUT = timedelta(minutes=60)  # the longest that processes wait for each other, as while one evaluates
-STOP_WITHIN = (
-    600  # seconds in which a launched run may finish its step and save; torch's default of 30 loses long steps
-)
+STOP_WITHIN = 600  # seconds for a launched run to finish its step and save; torch's default of 30 loses long steps
 # What accelerate's launcher puts into the environment for the strategies that shard the model.
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",

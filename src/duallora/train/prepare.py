@@ -157,16 +157,13 @@ def arguments(
             logging_steps=options.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
-            save_strategy="steps",
             save_steps=options.save_steps,
             save_total_limit=options.save_total_limit,
             report_to=[name for name in options.report_to if name != "tensorboard"],
             run_name=checkpoints.parent.name,
             disable_tqdm=True,
             remove_unused_columns=False,
-            dataloader_num_workers=0,
             dataloader_pin_memory=torch.cuda.is_available(),
-            push_to_hub=False,
         )
     except ValueError as error:
         raise ConfigError(

@@ -416,7 +416,7 @@ class _Run:
         recipe, init = self.recipe, getattr(self.recipe.adapter, "init", "gaussian")
         if init.startswith("gradient"):
             began = time.monotonic(), time.process_time()
-            loss = None if self.task.kind == "generate" else partial(row_loss, self.task.kind)
+            loss = partial(token_loss, 0.0) if self.task.kind == "generate" else partial(row_loss, self.task.kind)
             start = partial(calibration.start_from_gradient, self.method.model, recipe, self.rows, self.tokenizer, loss)
             seen = self.processes.from_main(start)  # the others get these factors as DDP begins
             self._note_init(f"{init} of {seen:,} training rows", seen, *began)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from duallora.errors import ConfigError, DualLoraError
+from duallora.store.checkpoint import flatten
 from duallora.store.run_folder import FACTS, RunFolder
 from duallora.terminal import clock
 
@@ -86,7 +87,7 @@ def _facts(path: Path) -> dict[str, Any]:
         **told,
         "status": facts["status"],
         "started": facts.get("started"),
-        "recipe": _flat(facts.get("recipe", {})),
+        "recipe": flatten(facts.get("recipe", {})),
         "steps": facts.get("steps"),
         "step": max((line["step"] for line in lines), default=0) if facts["status"] != "done" else facts.get("steps"),
         "loss_before": facts.get("loss_before"),
@@ -96,13 +97,6 @@ def _facts(path: Path) -> dict[str, Any]:
         "seconds": result.get("seconds"),
         "at_chance": bool(result.get("at_chance")),
     }
-
-
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return found
 
 
 def _differing(recipes: Sequence[dict[str, Any]]) -> list[str]:
