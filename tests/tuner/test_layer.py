@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
 
@@ -14,8 +15,9 @@ from torch import nn
 
 import duallora
 from duallora import DualLoraConfig
+from duallora.errors import ConfigError
 from duallora.nn import DualLoraLinear
-from duallora.tuner import Linear
+from duallora.tuner import DualLoraLayer, Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*whose gate is not open")
 
@@ -195,6 +197,22 @@ def test_mixed_methods_in_one_model(llama, ids):
     lora = peft.get_peft_model(merged, peft.LoraConfig(r=2, target_modules=["v_proj"]))
     assert torch.equal(lora(ids).logits, want)
     assert not any("duallora" in n for n, _ in lora.named_parameters())
+
+
+def test_unloading_for_good_keeps_no_second_copy_of_the_weights(llama, ids):
+    model = peft.get_peft_model(llama(), DualLoraConfig(**AWKWARD))
+    train(model, ids)
+    layers = [module for module in model.modules() if isinstance(module, DualLoraLayer)]
+    before = {id(layer): layer.get_base_layer().weight.clone() for layer in layers}
+    merged = model.merge_and_unload()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    for layer in layers:
+        W0 = before[id(layer)]
+        assert not torch.equal(layer.get_base_layer().weight, W0)
+        assert not any(t is not W0 and t.shape == W0.shape and torch.equal(t, W0) for t in tensors)
+        with pytest.raises(ConfigError, match="merged this layer for good"):
+            layer.unmerge()
+    assert torch.isfinite(merged(ids).logits).all()
 
 
 def test_dead_layer_and_excess_rank_are_named():

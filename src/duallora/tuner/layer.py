@@ -110,6 +110,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         self._disable_adapters = False
         self.merged_adapters = []
         self._base_weight_before_merge: Tensor | dict[str, Any] | None = None  # a dict: of a quantized base
+        self.unloading = False  # what is merged now is merged for good: W0 need not be kept
         self.requantize: quantized.Requantize | None = None
         self.shares_weight = False  # with another module: found out by the model
         self.module_name = ""  # in the base model
@@ -470,11 +471,11 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         base: Any = self.get_base_layer()
         before, loss = self._base_weight_before_merge, None
         if quantized.storage(base) is not None:
-            before = quantized.hold(base) if before is None else before
+            before = quantized.hold(base) if before is None and not self.unloading else before
             loss = quantized.write(base, merged, float(torch.linalg.vector_norm(merged - W)), self.requantize)
         else:
             held = getattr(base, self.weight_name)
-            before = held.data.cpu() if before is None else before
+            before = held.data.cpu() if before is None and not self.unloading else before
             if self.shares_weight and not self._tied_weight:  # the other layer keeps what both had
                 self._tied_weight.append(held)
                 held = nn.Parameter(torch.empty_like(held), requires_grad=held.requires_grad)
@@ -492,7 +493,8 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
             return
         base: Any = self.get_base_layer()
         before = self._base_weight_before_merge
-        assert before is not None
+        if before is None:
+            raise ConfigError("merge_and_unload() merged this layer for good: W0 was not kept. Load the base model again.")
         if isinstance(before, dict):
             quantized.put_back(base, before)
         elif self._tied_weight:

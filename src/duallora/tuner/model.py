@@ -186,7 +186,13 @@ class DualLoraModel(BaseTuner):
         with quantized.merge_losses(self.model) as losses, warnings.catch_warnings(), ties.flags_kept(self.model):
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             unload: Any = super()._unload_and_optionally_merge  # which says that it gives None
-            unloaded = unload(merge, *args, **kwargs)
+            for layer in layers:
+                layer.unloading = True
+            try:
+                unloaded = unload(merge, *args, **kwargs)
+            finally:
+                for layer in layers:
+                    layer.unloading = False
         for module in list(unloaded.modules()):  # of a layer that stands in several places PEFT unloads one
             for name, child in module._modules.items():
                 if isinstance(child, DualLoraLayer):
