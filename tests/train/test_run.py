@@ -105,6 +105,11 @@ def test_training_learns_and_its_folder_tells_the_whole_story(make_recipe, conso
     folder = Path(recipe.output)
     assert result["metrics"]["loss"] < result["metrics"]["loss_before"]
     assert {"bleu", "perplexity", "tokens_per_second", "train_loss"} <= set(result["metrics"])
+    assert 10**8 < result["metrics"]["train_peak_memory"] < 10**12  # Python and torch alone are more than 100 MB
+    kept = record.read_json(folder / "metrics.json")["answers"]
+    assert len(kept) == 3
+    assert all(one.keys() == {"prompt", "expected", "before", "after"} and one["prompt"] for one in kept)
+    assert [one["before"] for one in kept] != [one["after"] for one in kept]
     assert load_recipe(folder / "recipe.yaml") == recipe
     facts = record.read_json(folder / "run.json")
     assert facts["status"] == "done"

@@ -12,7 +12,12 @@ import numpy as np
 from duallora.analysis.flips import overall
 from duallora.plots import PALETTE, figures, save
 
-MATRICES = {"magnitude": "ReLU(B A)", "direction": "Sign(D C)", "dW": "dW"}
+MATRICES = {
+    "magnitude": "ReLU(B A): which entries move",
+    "direction": "Sign(D C): up or down",
+    "dW": "dW, their product",
+}
+TURNED, STRETCHED = "DeltaD: how far the rows turned, 1 - cos", "DeltaM: how much their lengths changed"
 Row = Mapping[str, Any]
 
 
@@ -49,11 +54,11 @@ def _flips(figure: Any, rows: Sequence[Row]) -> Any:
 
 
 def _rank(figure: Any, rows: Sequence[Row]) -> Any:
-    """Over min(out, in), of each layer at the last state, the first one dotted: the effective rank, and below it the rank at
-    float32's tolerance, at float64's dashed. A column a source.
+    """Over min(out, in), of each layer: above the effective rank, at the first and the last state; below the rank at the last,
+    at two tolerances. A column a source.
     """
     sources = _sources(rows)
-    figure.set_size_inches(max(3.3, 2.4 * len(sources)), 4.4)
+    figure.set_size_inches(max(4.6, 2.4 * len(sources)), 4.8)
     panels, ranks = figure.subplots(2, len(sources), squeeze=False, sharey=True, sharex="col")
     named: dict[str, Any] = {}  # of LoRA there is dW alone
     for axes, (label, of) in zip(panels, sources.items(), strict=True):
@@ -75,35 +80,62 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
                 row[name] / min(row["out"], row["in"]) for row in of if (row["matrix"], row["step"]) == (matrix, last)
             ]
             axes.plot(range(len(shares)), shares, dash, color=color, linewidth=1.2)
-        axes.set(xlabel="layer")
-    panels[0].set_ylabel("effective rank / min(out, in)")
-    ranks[0].set_ylabel("rank / min(out, in)")
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+        axes.set(xlabel="layer, from the input on")
+    panels[0].set_ylabel("effective rank,\nshare of the largest possible")
+    ranks[0].set_ylabel("rank,\nshare of the largest possible")
+    for axes, lines in (
+        (panels[0], (("-", "last state"), (":", "first state"))),
+        (ranks[0], (("-", "in float32"), ("--", "in float64"))),
+    ):
+        for dash, words in lines:
+            axes.plot([], [], dash, color="#555555", linewidth=1.2, label=words)
+        axes.legend(frameon=False, fontsize=6)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=1, frameon=False)
     return figure
 
 
 def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
-    """DeltaM over DeltaD, a point a layer and step, with the line of least squares: a row a module, a panel a source."""
+    """DeltaM over DeltaD, a point a layer and step, with the line of least squares: a row a module, a panel a source, on the
+    row's own axes, so that sources can be compared; layers by color.
+    """
     sources = _sources(rows)
     kinds = list(dict.fromkeys(row["module"] for row in rows))
-    figure.set_size_inches(max(3.3, 2.4 * len(sources)), 2.2 * len(kinds) + 0.2)
-    grid = figure.subplots(len(kinds), len(sources), squeeze=False)
+    figure.set_size_inches(max(4.2, 2.6 * len(sources) + 0.6), 2.4 * len(kinds) + 0.4)
+    grid = figure.subplots(len(kinds), len(sources), squeeze=False, sharex="row", sharey="row")
+    most = max(
+        sum(row["module"] == kind and row["step"] == step for row in of)
+        for of in sources.values()
+        for kind in kinds
+        for step in {row["step"] for row in of}
+    )
+    points: Any = None
     for line, kind in zip(grid, kinds, strict=True):
         for axes, (label, of) in zip(line, sources.items(), strict=True):
-            points = [row for row in of if row["module"] == kind]
-            steps = sorted({row["step"] for row in points})
+            chosen_rows = [row for row in of if row["module"] == kind]
+            steps = sorted({row["step"] for row in chosen_rows})
             for marker, step in zip("osv^D*PX" * (len(steps) // 8 + 1), steps, strict=False):
-                chosen = [row for row in points if row["step"] == step]
+                chosen = [row for row in chosen_rows if row["step"] == step]
                 turned, stretched = ([row[name] for row in chosen] for name in ("direction", "magnitude"))
-                style: Any = {"c": range(len(chosen)), "cmap": "viridis", "s": 9, "linewidths": 0}
-                axes.scatter(turned, stretched, marker=marker, label=step, **style)
-            x, y = (np.array([row[name] for row in points]) for name in ("direction", "magnitude"))
-            if len(points) > 2 and np.ptp(x) > 0:
+                style: Any = {
+                    "c": range(len(chosen)),
+                    "cmap": "viridis",
+                    "s": 9,
+                    "linewidths": 0,
+                    "vmin": 0,
+                    "vmax": max(most - 1, 1),
+                }
+                points = axes.scatter(turned, stretched, marker=marker, label=step, **style)
+            x, y = (np.array([row[name] for row in chosen_rows]) for name in ("direction", "magnitude"))
+            if len(chosen_rows) > 2 and np.ptp(x) > 0:
                 ends = np.array([x.min(), x.max()])
                 slope, offset = np.polyfit(x, y, 1)
                 axes.plot(ends, slope * ends + offset, color="#999999", linewidth=1)
-            axes.set(title=f"{label}, {kind}", xlabel="DeltaD", ylabel="DeltaM")
+            axes.set(title=f"{label}, {kind}")
             axes.ticklabel_format(style="sci", scilimits=(-2, 3))
             if len(steps) <= 6:
                 axes.legend(title="step", frameon=False, fontsize=6, title_fontsize=6)
+    figure.supxlabel(TURNED, fontsize=8)
+    figure.supylabel(STRETCHED, fontsize=8)
+    if points is not None:
+        figure.colorbar(points, ax=grid, label="layer, from the input on", shrink=min(1.0, 2.0 / len(kinds)))
     return figure

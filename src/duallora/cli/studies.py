@@ -246,7 +246,7 @@ def analyze(
 ) -> dict[str, Any]:
     """What training did to adapters: flipped signs, ranks, how far the weights turned and stretched.
 
-    A run with train.save_total_limit=null keeps its start and all its checkpoints, which make the curves.
+    A run with train.save_total_limit=null keeps all its checkpoints, which with the start make the curves; others have the start, the last ones and the result.
 
     [dim]Example:[/]
       duallora analyze runs/gaussian runs/gradient -o analysis

@@ -112,7 +112,7 @@ def key_of(summary: Summary) -> str:
 def tables(summary: Summary, printed: Sequence[Printed] = ()) -> list[Table]:
     """Every table of a study that there is something to say in."""
     own = _Tables(summary, printed)
-    made = (own.metrics(), own.beside_the_paper(), own.differences(), own.chosen(), _ranks(summary))
+    made = (own.metrics(), own.beside_the_paper(), own.differences(), own.chosen(), _ranks(summary), own.answers())
     return [table for table in made if table.rows]
 
 
@@ -165,7 +165,7 @@ class _Tables:
         """Every variant's metrics and costs; what can be told from the reference is marked."""
         told = {(pair["task"], pair["other"]): pair["better"] for pair in self.summary["pairs"]}
         best = {column: self._best(column) for column in self.columns}
-        ratios = any("cpu_ratio" in row for row in self.summary["rows"])
+        ratios, peaks = (any(name in row for row in self.summary["rows"]) for name in ("cpu_ratio", "peak_memory"))
         rows = []
         for variant in self.variants:
             own = [row for (name, _), row in self.rows.items() if name == variant]
@@ -174,6 +174,7 @@ class _Tables:
             line = [Value(variant, kind="reference" if variant == self.reference else "")]
             line.append(Value("" if trained is None else f"{trained:,}"))
             line += [Value(f"{cost['cpu_ratio']:.2f}" if "cpu_ratio" in cost else "")] if ratios else []
+            line += [Value(f"{cost['peak_memory']:.2f}" if "peak_memory" in cost else "")] if peaks else []
             for column in self.columns:
                 answer = "" if column.metric else told.get((column.task, variant), "")
                 kinds = {"yes": "worse", "no": "better"}.get(answer, ""), "best" if variant in best[column] else ""
@@ -189,7 +190,15 @@ class _Tables:
             caption += (
                 f" ▲ and ▼: better or worse than {self.reference}, after Holm's correction; unmarked: cannot be told."
             )
-        head = ["variant", "trained", *["time / LoRA's"] * ratios, *(column.heading for column in self.columns)]
+        head = [
+            "variant",
+            "trained",
+            *["time / LoRA's"] * ratios,
+            *["peak GB"] * peaks,
+            *(column.heading for column in self.columns),
+        ]
+        if peaks:
+            caption += " Peak GB: of the GPU's memory; without a GPU of the whole process, Python and torch included."
         title = "Metrics on validation rows: there are no test rows" if splits == {"validation"} else "Metrics"
         return Table("metrics", title, head, rows, caption)
 
@@ -307,6 +316,22 @@ class _Tables:
         said = f"; paper {mine - its:+.{digits}f}" if mine is not None and its is not None else ""
         kind = {"yes": "better", "no": "worse"}.get(pair["better"], "")
         return Value(f"{pair['mean']:+.{digits}f}", f"{low:+.{digits}f} to {high:+.{digits}f}{said}", kind)
+
+    def answers(self) -> Table:
+        """To the first validation rows, of the first seed's chosen run, beside those of the untrained model."""
+        shown = {key: row["answers"] for key, row in self.rows.items() if row.get("answers")}
+        rows = []
+        for task in dict.fromkeys(task for _, task in shown):
+            own = {variant: found for (variant, name), found in shown.items() if name == task}
+            for number, row in enumerate(next(iter(own.values()))):
+                after = [own[name][number]["after"] if name in own else NONE for name in self.variants]
+                texts = (task, row["prompt"], row["expected"], row.get("before", NONE), *after)
+                rows.append([Value(" ".join(text.split())) for text in texts])
+        head = ["task", "prompt", "expected", "before", *self.variants]
+        caption = (
+            "The first validation rows: what is right, what the model said before training, and what it says after it."
+        )
+        return Table("answers", "Answers before and after", head, rows, caption)
 
     def chosen(self) -> Table:
         """The value each variant got on each task; ◂ and ▸ mark the ends of what was tried."""

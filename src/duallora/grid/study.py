@@ -73,6 +73,8 @@ class Outcome:
     parameters: Mapping[str, int] = field(default_factory=dict)
     seconds: float | None = None
     cpu_seconds: float | None = None
+    peak_memory: int | None = None  # bytes
+    answers: Sequence[Mapping[str, str]] = ()  # to the first validation rows, before and after
     error: str | None = None
     main_metric: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -486,6 +488,8 @@ def outcome(folder: Path | str, name: str) -> Outcome | None:
         parameters=run.get("parameters") or {},
         seconds=_sum(values, "start_seconds", "train_seconds"),
         cpu_seconds=_sum(values, "start_cpu_seconds", "train_cpu_seconds"),
+        peak_memory=values.get("train_peak_memory"),
+        answers=result.get("answers", ()),
         error=run.get("error"),
         main_metric=result.get("main_metric"),
         recipe=cell.recipe(),

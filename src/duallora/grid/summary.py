@@ -315,7 +315,10 @@ class _Task:
             "steps": (cell_folder(self.folder, first.name).facts() or {}).get("steps"),
             "seconds": _mean(outcome.seconds for outcome in runs.values()),
             "cpu_seconds": _mean(outcome.cpu_seconds for outcome in runs.values()),
+            **({"answers": [dict(one) for one in first.answers]} if first.answers else {}),
         }
+        if (peak := _mean(outcome.peak_memory for outcome in runs.values())) is not None:
+            row["peak_memory"] = peak / 1e9
         if variant in self.samples:
             row |= _estimated(statistics.estimate(self.samples[variant], self.spread(variant)))
         return row
@@ -389,6 +392,11 @@ def _average(variant: str, tasks: Sequence[_Task], rows: Sequence[dict[str, Any]
         "metric": AVERAGE,
         "parameters": own[0]["parameters"],
         "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
+        **(
+            {"peak_memory": max(peaks)}
+            if (peaks := [row["peak_memory"] for row in own if "peak_memory" in row])
+            else {}
+        ),
         **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
         **_estimated(estimate),
     }

@@ -71,6 +71,7 @@ class Facts(TypedDict, total=False):
     steps: int
     loss_before: float | None
     forgetting_before: float | None  # the loss on `eval.forgetting` before training
+    answers_before: list[str] | None  # to the first validation rows
     left_out: list[int]  # steps whose rows were not learned from, as their loss was a spike
     init: dict[str, float]  # start_rows, start_seconds, start_cpu_seconds of start values taken from data
     result: dict[str, Any]  # what `duallora train --json` prints
@@ -84,6 +85,7 @@ class Metrics(TypedDict, total=False):
     main_metric: str | None
     notes: dict[str, str]  # on the metrics, by split
     at_chance: dict[str, Any] | None
+    answers: list[dict[str, str]]  # to the first validation rows: prompt, expected, before, after
     data: dict[str, str]
     base: str
     recipe: dict[str, Any]

@@ -212,6 +212,18 @@ def select(task: Task, split: str, limit: int | None = None) -> list[Example]:
     return examples
 
 
+def answers(model: Any, tokenizer, task: Task, examples: Sequence[Example], **how: Any) -> list[str]:
+    """What the model answers to ``examples`` of a task that generates; ``how`` as for `generate`, over the task's own."""
+    with inference(model), _folded_on_cpu(model):
+        texts = generate(model, tokenizer, examples, **{**task.generation, **how})
+        return [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
+
+
+def in_words(example: Example) -> str:
+    """What a row asks."""
+    return example.prompt or " | ".join(example.texts) or str(example.messages[0]["content"])
+
+
 def answer_loss(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **how: Any) -> float:
     """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
     return metrics.get("loss").value(_answers(log_likelihoods(model, tokenizer, rows, **how), rows), ())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -64,6 +66,7 @@ from duallora.train.loop import (
 )
 
 MAX_LEFT_OUT = 5  # steps whose loss was a spike
+ANSWERS, ANSWER_LETTERS = 3, 400  # validation rows whose answers are kept before and after, and how much of each
 LAST_STEPS = 10  # whose training loss tells whether anything was learned
 
 
@@ -138,6 +141,7 @@ class _Run:
         self.init: dict[str, float] = {}  # what start values from data took
         self.notes: dict[str, str] = {}  # on the metrics, by split
         self.findings: list[chance.Finding] = []  # whether they are above chance
+        self.answers: list[dict[str, Any]] = []  # of the first validation rows, before and after
 
     def go(self, source: str | Path, stopping: StopTraining) -> dict[str, Any]:
         previous, finished = self.processes.from_main(lambda: self._previous(source))
@@ -167,6 +171,8 @@ class _Run:
         self.method.model.to(adapters.default_device())
         if self.held_out and recipe.eval.before and self.facts["loss_before"] is None:
             self._write_facts(loss_before=self._loss("before"))
+        if self._answers_are_kept() and recipe.eval.before and self.facts.get("answers_before") is None:
+            self._write_facts(answers_before=self._answers_before())
         if self.elsewhere and self.facts.get("forgetting_before") is None:
             self._write_facts(forgetting_before=self._loss_elsewhere())
         if resume_from is None:
@@ -191,6 +197,7 @@ class _Run:
                 main_metric=self.task.main_metric,
                 notes=self.notes,
                 at_chance=at_chance,
+                **({"answers": self.answers} if self.answers else {}),
             )
             self.folder.write_metrics(result)
         told = {
@@ -250,6 +257,7 @@ class _Run:
             steps=self.steps,
             loss_before=before.get("loss_before") if same_rows else None,
             forgetting_before=before.get("forgetting_before") if same_text else None,
+            answers_before=before.get("answers_before") if same_rows else None,
             init=before.get("init") or self.init,
             left_out=before.get("left_out", []),
         )
@@ -412,7 +420,7 @@ class _Run:
             say(self.console, "disk", f"[yellow]{note}: free some, or lower train.save_total_limit[/]")
 
     def _start_values(self) -> None:
-        """Start values from the gradient where the recipe asks for them; kept where every checkpoint is."""
+        """Start values from the gradient where the recipe asks for them; the start is kept, for `analyze`."""
         recipe, init = self.recipe, getattr(self.recipe.adapter, "init", "gaussian")
         if init.startswith("gradient"):
             began = time.monotonic(), time.process_time()
@@ -421,7 +429,7 @@ class _Run:
             seen = self.processes.from_main(start)  # the others get these factors as DDP begins
             self._note_init(f"{init} of {seen:,} training rows", seen, *began)
             self._write_facts(init=self.init)
-        if recipe.train.save_total_limit is None and self.processes.main and isinstance(self.method.model, PeftModel):
+        if self.processes.main and isinstance(self.method.model, PeftModel):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Saving a Dual LoRA adapter whose gate is not open")
                 self.method.save(self.folder.init)
@@ -475,6 +483,7 @@ class _Run:
             words = f"the gradient was 0 in the last {finite.without} steps: nothing was learned in them"
             say(self.console, "warning", f"[yellow]{words}; look at the rows, or lower train.learning_rate[/]")
         found = self.processes.from_main(log.summary)
+        found |= {"train_peak_memory": _peak_memory()}
         found |= {"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}
         found |= {"steps_without_gradient": finite.without} if finite.without > 1 else {}
         found |= {"spikes": spikes.found} if spikes.found else {}
@@ -609,9 +618,33 @@ class _Run:
                 self.findings.append(chance.of_losses("validation", loss, loss_before))
             return {**before, "loss": loss}
         result = self._score("validation", loss_before)
+        self._keep_answers(result)
         self._say_loss("after", result.metrics["loss"])
         self._say_scores(result, "validation")
         return {**before, **result.metrics}
+
+    def _answers_are_kept(self) -> bool:
+        options = self.recipe.eval
+        return bool(self.held_out) and self.task.kind == "generate" and options.metrics and not self.task.loss_only
+
+    def _answers_before(self) -> list[str]:
+        """What the untrained model answers to the first validation rows."""
+        options = self.recipe.eval
+        first = evaluate.select(self.task, "validation", ANSWERS)
+        how: dict[str, Any] = {"max_length": self.recipe.data.max_length, "processes": self.processes}
+        model, tokenizer = self.method.model, self.tokenizer
+        return evaluate.answers(model, tokenizer, self.task, first, **how, **(options.generation() or {}))
+
+    def _keep_answers(self, result: evaluate.EvalResult) -> None:
+        """The first rows' answers beside what is right, each cut, for metrics.json."""
+        if not self._answers_are_kept():
+            return
+        before = self.facts.get("answers_before") or []
+        for number, (example, after) in enumerate(zip(result.examples[:ANSWERS], result.predictions, strict=False)):
+            right = example.references[0] if example.references else example.answer
+            one = {"prompt": evaluate.in_words(example)[-ANSWER_LETTERS:], "expected": right, "after": after}
+            one |= {"before": before[number]} if number < len(before) else {}
+            self.answers.append({name: str(text)[:ANSWER_LETTERS] for name, text in one.items()})
 
     def _forgetting(self) -> dict[str, float]:
         """How much the loss on other text grew, in nats a token; below 0 where it fell."""
@@ -774,6 +807,13 @@ class _Run:
         if stopped and (self.began or previous):
             again = escape(command("train", "-c", self.folder.recipe_file, "--resume", "auto"))
             say(self.console, "stopped", f"{error or 'interrupted'}; continue with: [bold]{again}[/]")
+
+
+def _peak_memory() -> int:
+    """Bytes: what torch held on the GPU at most; without one, the most that was resident of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _name(dtype: torch.dtype) -> str:

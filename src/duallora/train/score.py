@@ -226,7 +226,7 @@ def _show(source: str, task: Task, split: str, result: evaluate.EvalResult, cons
     for prediction, example in list(zip(result.predictions, result.examples, strict=True))[
         : 0 if task.loss_only else 3
     ]:
-        asked = example.prompt or " | ".join(example.texts) or example.messages[0]["content"]
+        asked = evaluate.in_words(example)
         wanted = example.references[0] if example.references else example.label
         if task.kind == "classify":
             prediction, wanted = task.labels[prediction], task.labels[int(wanted or 0)]

@@ -1,0 +1,101 @@
+"""Runs the notebooks in place and writes a page of the docs from each: what `make notebooks` does.
+
+python tools/notebooks.py            run all (minutes), then write docs/notebooks/
+python tools/notebooks.py --pages    write the pages alone, from the outputs that are there
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = ROOT / "docs" / "notebooks"
+
+
+def run(path: Path) -> None:
+    """Executes a notebook in an empty folder and keeps its outputs, without what depends on the machine."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    os.environ |= {"COLUMNS": "110", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TERM": "dumb"}
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": folder}}
+        ).execute()
+    notebook.metadata = {"language_info": {"name": "python"}}
+    for cell in notebook.cells:
+        cell.metadata = {}
+        cell.outputs = (
+            _joined([out for out in cell.get("outputs", ()) if not _is_noise(out)]) if "outputs" in cell else None
+        )
+        if cell.outputs is None:
+            del cell["outputs"]
+    nbformat.write(notebook, path)
+
+
+def _is_noise(output: Any) -> bool:
+    """Warnings and progress."""
+    return output.get("name") == "stderr"
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Neighboring pieces of one stream as one, since a kernel cuts them where time falls."""
+    found: list[Any] = []
+    for output in outputs:
+        if (
+            found
+            and output["output_type"] == found[-1]["output_type"] == "stream"
+            and output["name"] == found[-1]["name"]
+        ):
+            found[-1]["text"] += output["text"]
+        else:
+            found.append(output)
+    return found
+
+
+def page(path: Path) -> tuple[str, dict[str, str]]:
+    """The Markdown of a notebook as it stands, and its images by name."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    parts, images = [], {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source.replace("](../docs/", "](../"))
+            continue
+        shell = source.startswith(("!", "%%bash"))
+        code = re.sub(r"(?m)^!", "", source.removeprefix("%%bash\n")) if shell else source
+        parts.append(f"```{'bash' if shell else 'python'}\n{code}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/svg+xml" in data:
+                name = f"{path.stem}-{len(images)}.svg"
+                images[name] = "".join(data["image/svg+xml"])
+                parts.append(f"![{cell['source'][0].lstrip('# ').strip()}]({name})")
+            elif text := "".join(output.get("text", data.get("text/plain", ()))).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(
+        [parts[0], f"This page is `notebooks/{path.name}`, run by `make notebooks`.", *parts[1:]]
+    ) + "\n", images
+
+
+def main() -> None:
+    for path in NOTEBOOKS:
+        if "--pages" not in sys.argv:
+            print(path.name, flush=True)
+            run(path)
+        text, images = page(path)
+        PAGES.mkdir(exist_ok=True)
+        for name, content in {f"{path.stem}.md": text, **images}.items():
+            (PAGES / name).write_text(content, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
