@@ -57,9 +57,11 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))  # run by `make notebooks`, and their pages made of that
 BLOCKS = [(f"{page.stem}-{number}", block) for page in PAGES for number, block in enumerate(blocks_of(page))]
-PYTHON = [pytest.param(block, id=name) for name, block in BLOCKS if block.language == "python" and not block.not_run]
-SHELL = [pytest.param(block, id=name) for name, block in BLOCKS if block.language == "bash" and "" not in block.not_run]
+RUN = [(name, block) for name, block in BLOCKS if "" not in block.not_run and block.page.parent.name != "notebooks"]
+PYTHON = [pytest.param(block, id=name) for name, block in RUN if block.language == "python"]
+SHELL = [pytest.param(block, id=name) for name, block in RUN if block.language == "bash"]
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -187,6 +189,23 @@ def test_commands_run_as_printed(block, walked, tmp_path):
         shutil.rmtree(work / "runs")
     lines = [line for line in block.text.splitlines(True) if not line.startswith(tuple(block.not_run))]
     shell("".join(lines), work, environment)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_ran_from_top_to_bottom_and_their_pages_hold_what_they_said(path):
+    """`make notebooks` runs them; here: nothing failed, nothing tells of the machine, and the page is the notebook's."""
+    text = path.read_text(encoding="utf-8")
+    code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert len(outputs) > 3
+    assert [output for output in outputs if output["output_type"] == "error"] == []
+    said = json.dumps(outputs)
+    assert re.findall(r"/(?:home|root|tmp|usr|work|Users)/|\\u001b|Traceback|Error:", said) == []
+    page, images = runpy.run_path(str(ROOT / "tools" / "notebooks.py"))["page"](path)
+    folder = ROOT / "docs" / "notebooks"
+    assert (folder / f"{path.stem}.md").read_text(encoding="utf-8") == page, "python tools/notebooks.py --pages"
+    assert all((folder / name).read_text(encoding="utf-8") == content for name, content in images.items())
 
 
 def test_trainer_example_opens_the_gate_by_itself(tmp_path, monkeypatch):

@@ -25,7 +25,13 @@ def run(path: Path) -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    os.environ |= {"COLUMNS": "110", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TERM": "dumb"}
+    os.environ |= {
+        "COLUMNS": "110",
+        "NO_COLOR": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TERM": "dumb",
+    }
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
             notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": folder}}
@@ -33,32 +39,27 @@ def run(path: Path) -> None:
     notebook.metadata = {"language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {}
-        cell.outputs = (
-            _joined([out for out in cell.get("outputs", ()) if not _is_noise(out)]) if "outputs" in cell else None
-        )
-        if cell.outputs is None:
-            del cell["outputs"]
+        if "outputs" in cell:
+            cell.outputs = [nbformat.from_dict(output) for output in _cleaned(cell.outputs)]
     nbformat.write(notebook, path)
 
 
-def _is_noise(output: Any) -> bool:
-    """Warnings and progress."""
-    return output.get("name") == "stderr"
+# What packages say of themselves as they are loaded, on some machines.
+NOISE = re.compile(r"^(Failed to load |W\d{4} |\[20\d\d-|/.*Warning: |  warnings\.warn|\s*$)")
 
 
-def _joined(outputs: list[Any]) -> list[Any]:
-    """Neighboring pieces of one stream as one, since a kernel cuts them where time falls."""
+def _cleaned(outputs: list[Any]) -> list[Any]:
+    """Neighboring pieces of text as one, since a kernel cuts them where time falls, without the noise."""
     found: list[Any] = []
     for output in outputs:
-        if (
-            found
-            and output["output_type"] == found[-1]["output_type"] == "stream"
-            and output["name"] == found[-1]["name"]
-        ):
-            found[-1]["text"] += output["text"]
-        else:
-            found.append(output)
-    return found
+        if output["output_type"] == "stream":
+            lines = [line for line in output["text"].splitlines(True) if not NOISE.match(line)]
+            output = {"output_type": "stream", "name": "stdout", "text": "".join(lines)}
+            if found and found[-1]["output_type"] == "stream":
+                found[-1]["text"] += output["text"]
+                continue
+        found.append(output)
+    return [output for output in found if output["output_type"] != "stream" or output["text"]]
 
 
 def page(path: Path) -> tuple[str, dict[str, str]]:

@@ -104,7 +104,7 @@ def interrupted():
         shutil.copytree(folder, copy)
         for result in ("adapter", "model"):
             shutil.rmtree(copy / result, ignore_errors=True)
-        for later in (copy / "checkpoints").iterdir():
+        for later in (copy / "checkpoints").glob("checkpoint-*"):
             if int(later.name.removeprefix("checkpoint-")) > at:
                 shutil.rmtree(later)
         facts = json.loads((copy / "run.json").read_text())

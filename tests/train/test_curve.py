@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from duallora import cli, console
 from duallora.errors import LockedError
 from duallora.store.lock import locked
 from duallora.store.run_folder import RunFolder
-from duallora.train import curve
+from duallora.train import curve, runs
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -100,6 +102,26 @@ def test_runs_are_listed_with_what_they_differ_in(capsys):
     assert cli.run(["runs", "nowhere"]) == 2
     Path("empty").mkdir()
     assert cli.run(["runs", "empty"]) == 2
+
+
+def test_live_runs_are_shown_anew_until_none_is_running(monkeypatch):
+    write_run("runs/one", 1.0)
+    write_run("runs/two", 2.0, status="running")
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        RunFolder("runs/two").log.append(9 + 2 * len(waits), {"loss": 0.5, "gate": 1.0})
+        if len(waits) == 3:
+            facts = json.loads(Path("runs/two/run.json").read_text())
+            Path("runs/two/run.json").write_text(json.dumps({**facts, "status": "failed"}))
+
+    monkeypatch.setattr(runs.time, "sleep", wait)
+    out = Console(file=io.StringIO(), force_terminal=True, width=100)
+    found = runs.listed([Path("runs")], out, live=True)["runs"]
+    assert len(waits) == 3
+    assert [run["status"] for run in found] == ["done", "failed"]
+    assert all(step in out.file.getvalue() for step in ("7/20", "11/20", "13/20", "15/20"))
 
 
 def test_a_run_that_never_began_leaves_no_folder_above_it_either():

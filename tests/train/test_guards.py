@@ -115,6 +115,7 @@ def test_stopping_at_a_spike_leaves_its_step_unapplied(make_recipe, console, jum
     assert sorted(path.name for path in (Path(recipe.output) / "checkpoints").iterdir()) == [
         "checkpoint-12",
         "checkpoint-8",
+        "init",
     ]
     assert record.read_json(Path(recipe.output) / "run.json")["kind"] == "diverged"
 

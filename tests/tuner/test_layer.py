@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import warnings
 
 import oracle
@@ -261,3 +262,15 @@ def test_bf16_base_keeps_float32_factors(llama, ids):
     assert {p.dtype for p in factors} == {torch.float32}
     train(model, ids)
     assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_a_layer_shows_the_groups_that_it_has(llama):
+    """PEFT's way of printing a layer, without the empty dictionaries of what this adapter does not use."""
+    plain, dora = (
+        {m for m in adapted(llama(), **options).modules() if isinstance(m, Linear)}.pop()
+        for options in ({}, {"use_dora": True})
+    )
+    assert "()" not in re.sub(r"Identity\(\)", "", repr(plain))
+    assert all(f"(duallora_{name}):" in repr(plain) for name in ("A", "B", "C", "D", "step"))
+    assert "(duallora_m):" not in repr(plain)
+    assert "(duallora_m):" in repr(dora)

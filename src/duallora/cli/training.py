@@ -144,16 +144,20 @@ def runs(
     folders: Annotated[
         list[Path] | None, typer.Argument(metavar="[DIR...]", help="Runs, or folders of runs; runs/ if not given.")
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="In a terminal, show them anew every 2 seconds until none is running.")
+    ] = False,
 ) -> dict[str, Any]:
     """List runs side by side: status, losses, score, time, and the settings they differ in; running ones as far as they are.
 
     [dim]Examples:[/]
       duallora runs
       duallora runs runs/lora runs/duallora
+      duallora runs --live
     """
     from duallora.train.runs import listed
 
-    return listed(folders or [Path("runs")], console.results)
+    return listed(folders or [Path("runs")], console.results, live)
 
 
 @verb(app, "eval")

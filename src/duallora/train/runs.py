@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -25,22 +28,42 @@ PLACES = (
     "train.save_steps",
     "train.report_to",
 )  # settings that say nothing of a run
+REFRESH = 2.0  # seconds
 TAIL = 1 << 14  # bytes of a log that hold its last line
 
 
-def listed(folders: Sequence[Path], console: Console) -> dict[str, Any]:
+def listed(folders: Sequence[Path], console: Console, live: bool = False) -> dict[str, Any]:
     """Shows the runs in and below ``folders``, the newest last, and returns ``{"runs": [...]}``.
+
+    ``live`` shows them anew every `REFRESH` seconds, in a terminal, until none is running or Ctrl-C.
 
     Raises:
         ConfigError: a folder does not exist, or holds no run.
     """
+    found, differing = _found(folders)
+    if not (live and console.is_terminal):
+        console.print(_table(found, differing))
+        return {"runs": found, "differing": differing}
+    with Live(_table(found, differing), console=console, auto_refresh=False) as view, suppress(KeyboardInterrupt):
+        while any(run["status"] == "running" for run in found):
+            time.sleep(REFRESH)
+            found, differing = _found(folders)
+            view.update(_table(found, differing), refresh=True)
+    return {"runs": found, "differing": differing}
+
+
+def _found(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The runs and the settings they differ in."""
     found = [_facts(path) for folder in folders for path in _below(folder)]
     if not found:
         raise ConfigError(
             f"no run in {', '.join(map(str, folders))}, nor {DEEP} folders below; duallora train -o DIR makes one"
         )
     found.sort(key=lambda run: run.get("started") or "")
-    differing = _differing([run["recipe"] for run in found if run["recipe"]])
+    return found, _differing([run["recipe"] for run in found if run["recipe"]])
+
+
+def _table(found: Sequence[dict[str, Any]], differing: Sequence[str]) -> Table:
     table = Table(Column("run", overflow="fold"), "status", box=SIMPLE)
     for heading in ("steps", "loss", "score", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -57,8 +80,7 @@ def listed(folders: Sequence[Path], console: Console) -> dict[str, Any]:
         seconds = "" if run["seconds"] is None else clock(run["seconds"])
         row = [escape(run["run"]), status, steps, loss, score, seconds]
         table.add_row(*row, *([escape(words)] if differing else []))
-    console.print(table)
-    return {"runs": found, "differing": differing}
+    return table
 
 
 def _below(folder: Path) -> Iterator[Path]:

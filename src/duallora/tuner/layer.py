@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Container, Iterator
 from typing import Any
@@ -642,4 +643,5 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         return False
 
     def __repr__(self) -> str:
-        return "duallora." + super().__repr__()
+        shown = "duallora." + super().__repr__()
+        return re.sub(r"\n *\(duallora_\w+\): \w+\(\)(?=\n)", "", shown)  # groups that this adapter has not
