@@ -48,17 +48,37 @@ def run(path: Path) -> None:
 NOISE = re.compile(r"^(Failed to load |W\d{4} |\[20\d\d-|/.*Warning: |  warnings\.warn|\s*$)")
 
 
+def _screen(text: str) -> str:
+    """What is left on a terminal once ``text`` has been written to it: a kernel has programs draw as if there were one."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\n\r]|[^\x1b\n\r]+", text):
+        if part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif part == "\r":
+            column = 0
+        elif part.endswith("A") and part[0] == "\x1b":
+            row = max(0, row - int(part[2:-1] or 1))
+        elif part.endswith("K") and part[0] == "\x1b":
+            lines[row] = ""
+        elif part[0] != "\x1b":  # other escapes are colors
+            before = lines[row].ljust(column)
+            lines[row] = before[:column] + part + before[column + len(part) :]
+            column += len(part)
+    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
+
+
 def _cleaned(outputs: list[Any]) -> list[Any]:
-    """Neighboring pieces of text as one, since a kernel cuts them where time falls, without the noise."""
+    """Neighboring pieces of text as one, since a kernel cuts them where time falls, as they look in the end, without noise."""
     found: list[Any] = []
     for output in outputs:
+        if output["output_type"] == "stream" and found and found[-1]["output_type"] == "stream":
+            found[-1]["text"] += output["text"]
+        else:
+            found.append(dict(output, name="stdout") if output["output_type"] == "stream" else output)
+    for output in found:
         if output["output_type"] == "stream":
-            lines = [line for line in output["text"].splitlines(True) if not NOISE.match(line)]
-            output = {"output_type": "stream", "name": "stdout", "text": "".join(lines)}
-            if found and found[-1]["output_type"] == "stream":
-                found[-1]["text"] += output["text"]
-                continue
-        found.append(output)
+            output["text"] = "".join(line for line in _screen(output["text"]).splitlines(True) if not NOISE.match(line))
     return [output for output in found if output["output_type"] != "stream" or output["text"]]
 
 

@@ -229,3 +229,27 @@ def test_only_that_leaves_nothing_names_what_there_is():
         reproduce.parts("table2", "paper", ["study=table2-roberta-base", "task=rte"])
     with pytest.raises(ConfigError, match="nearest: table2"):
         reproduce.parts("tabel2", "mini")
+
+
+def test_memory_is_predicted_where_it_is_the_most_of_a_variant_alone(monkeypatch):
+    """Table 2's tasks have eight sizes of a step on XXL, of which three are outdone by none; each prediction takes a trace."""
+    from duallora.paper import cost
+
+    asked = []
+
+    def memory(recipe, machine):
+        asked.append((recipe.model.name, recipe.train.batch_size, recipe.data.max_length))
+        return 1e6 * recipe.train.batch_size * recipe.data.max_length
+
+    monkeypatch.setattr(cost, "memory", memory)
+    monkeypatch.setattr(cost, "shape", lambda recipe: cost.Shape(10**8, 10**8, 10**7, 10**6))
+    chosen = reproduce.parts("table2", "paper", ["variant=lora-r8"])
+    found = reproduce.plan(chosen, "h100")
+    for part, one in zip(chosen, found["studies"], strict=True):
+        every = [memory(cell.recipe(), None) for cell in part.first_cells()]
+        told = [line["memory"] for line in one["lines"] if line["memory"] is not None]
+        assert max(told) == max(every)
+        sizes = {(cell.recipe().train.batch_size, cell.recipe().data.max_length) for cell in part.first_cells()}
+        best = {s for s in sizes if not any(o != s and o[0] >= s[0] and o[1] >= s[1] for o in sizes)}
+        assert len(set(told)) == len({rows * length for rows, length in best})
+        assert len(best) < len(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Column, Table
 
 from duallora import terminal as progress
 from duallora.config.load import resolve
+from duallora.config.recipe import Recipe
 from duallora.config.yaml import plain_value, yaml_value
 from duallora.errors import ConfigError
 from duallora.grid.study import CELLS, EXTENSIONS, Cell, Study
@@ -137,11 +139,13 @@ def plan(chosen: Sequence[Part], gpu: str) -> dict[str, Any]:
     for part in chosen:
         study = part.study
         cells = {(cell.tags["task"], cell.tags["variant"]): cell for cell in part.first_cells()}
+        recipes = {key: cells[key].recipe() for key in itertools.product(study.tasks, study.variants)}
         lines: list[dict[str, Any]] = []
         for task in study.tasks:
             for variant in study.variants:
                 points = study.points({}, task, variant)
-                recipe = cells[task, variant].recipe()
+                recipe = recipes[task, variant]
+                outdone = _outdone(recipe, [recipes[other, variant] for other in study.tasks])
                 one, counted = cost.cost(recipe, machine), cost.shape(recipe)
                 more = len(study.seeds) - study.search_seeds
                 lines.append(
@@ -154,7 +158,7 @@ def plan(chosen: Sequence[Part], gpu: str) -> dict[str, Any]:
                         "hours": one.hours,
                         "trained_parameters": counted.trained,
                         "base_parameters": counted.base,
-                        "memory": cost.memory(recipe, machine),
+                        "memory": None if outdone else cost.memory(recipe, machine),
                     }
                 )
         planned.append(
@@ -169,6 +173,13 @@ def plan(chosen: Sequence[Part], gpu: str) -> dict[str, Any]:
         "hours": sum(line["runs"] * line["hours"] for line in every),
         "studies": planned,
     }
+
+
+def _outdone(recipe: Recipe, others: Sequence[Recipe]) -> bool:
+    """Whether one of ``others`` has more rows or longer ones, and none fewer or shorter: the plan tells the most that is needed,
+    and each prediction takes a traced step."""
+    own, *sizes = ((one.train.batch_size, one.data.max_length) for one in (recipe, *others))
+    return any(size != own and size[0] >= own[0] and size[1] >= own[1] for size in sizes)
 
 
 def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]) -> None:
