@@ -495,7 +495,9 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         base: Any = self.get_base_layer()
         before = self._base_weight_before_merge
         if before is None:
-            raise ConfigError("merge_and_unload() merged this layer for good: W0 was not kept. Load the base model again.")
+            raise ConfigError(
+                "merge_and_unload() merged this layer for good: W0 was not kept. Load the base model again."
+            )
         if isinstance(before, dict):
             quantized.put_back(base, before)
         elif self._tied_weight:
