@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from duallora import DualLoraConfig, cli
 from duallora.errors import ConfigError, IntegrityError, NonFiniteError
-from duallora.export import convert, merge
+from duallora.export import check, convert, merge
 from duallora.store import adapters
 from duallora.tuner import conversion
 
@@ -113,6 +113,35 @@ def test_at_a_cut_rank_no_lora_is_nearer(native, deltas, tmp_path, rank):
         assert facts["rank_99"] == int((kept < 0.99).sum()) + 1
     assert result["energy"] == pytest.approx(1 - sum(losts) / sum(squares), abs=2e-6)
     assert result["lowest_energy"] == min(facts["energy"] for facts in result["layers"])
+
+
+def test_per_layer_each_has_the_smallest_rank_of_its_own_that_keeps_the_energy(native, deltas, tmp_path):
+    """Read back by PEFT's and vLLM's rule, with the patterns; engines of one rank are told to refuse it."""
+    result = convert.convert(native, tmp_path / "lora", energy=0.8, per_layer=True)
+    wanted = {}
+    for name, dW in deltas.items():
+        lost = torch.linalg.svdvals(dW).square().flip(0).cumsum(0).flip(0)
+        wanted[name] = int((lost > 0.2 * lost[0]).sum())
+    assert {layer["name"]: layer["rank"] for layer in result["layers"]} == wanted
+    assert len({*wanted.values()}) > 2
+    found = read_as_peft_says(tmp_path / "lora")
+    for layer in result["layers"]:
+        dW = deltas[layer["name"]]
+        error = float((found[layer["name"]] - dW).norm() / dW.norm())
+        assert layer["relative_error"] == pytest.approx(error, abs=2e-6)
+    targets = check.check(tmp_path / "lora", files_only=True)["targets"]
+    assert {name: told["accepted"] for name, told in targets.items()} == {
+        "vllm": True,
+        "sglang": False,
+        "llamacpp": False,
+    }
+    for words, options in [
+        ("that of every layer", {"rank": 4}),
+        ("leave out --per-layer", {"energy": 0.5, "format": "gguf"}),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            convert.convert(native, tmp_path / "not", per_layer=True, **options)
+    assert not (tmp_path / "not").exists()
 
 
 @pytest.mark.parametrize("energy", [0.6, 0.95, 1.0])

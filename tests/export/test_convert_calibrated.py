@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,13 @@ def test_a_classifier_keeps_its_head_and_its_rows_outputs(make_adapter, tmp_path
     assert list(done["held_out"]) == ["adapter", "conversion"]
     assert done["held_out"]["conversion"]["kl"] <= 1e-3
     assert done["calibration"]["held_out_rows"] == 18
+    bound = done["held_out"]["conversion"]["kl"] / 10
+    options = {"rank": "auto", "kl": bound, "per_layer": True, "calibrate": str(rows), "calibration_rows": 12}
+    apart = convert.convert(folder, tmp_path / "apart", **options)
+    assert apart["held_out"]["conversion"]["kl"] <= bound
+    ranks = [layer["rank"] for layer in apart["layers"]]
+    assert min(ranks) < max(ranks) == apart["rank"]
+    shutil.rmtree(tmp_path / "apart")
     with pytest.raises(ConfigError, match=r"largest tried.*Raise --kl"):
         convert.convert(folder, tmp_path / "near", rank="auto", kl=1e-30, calibrate=str(rows), calibration_rows=12)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "rows.csv"]

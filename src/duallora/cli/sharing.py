@@ -113,6 +113,10 @@ def convert(
     calibration_rows: Annotated[
         int, typer.Option("--calibration-rows", min=1, metavar="N", help="How many rows are looked at.")
     ] = 64,
+    per_layer: Annotated[
+        bool,
+        typer.Option("--per-layer", help="Each layer a rank of its own, for PEFT and vLLM; with --energy or auto."),
+    ] = False,
     kl: Annotated[float, typer.Option("--kl", metavar="NATS", help="What --rank auto allows, per token.")] = 1e-3,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the factors; auto as trained.")] = "auto",
     format: Annotated[
@@ -134,7 +138,7 @@ def convert(
     ] = None,
     lenient: Lenient = False,
 ) -> dict[str, Any]:
-    """Turn an adapter into a plain LoRA of one rank, for PEFT, vLLM, SGLang and llama.cpp; says what each layer keeps.
+    """Turn an adapter into a plain LoRA, for PEFT, vLLM, SGLang and llama.cpp; says what each layer keeps.
 
     [dim]Examples:[/]
       duallora convert runs/mine -o runs/mine/lora-r16 --rank 16
@@ -175,6 +179,7 @@ def convert(
         calibration_rows=calibration_rows,
         data_dir=data_dir,
         kl=kl,
+        per_layer=per_layer,
         format=format,
         console=console.results,
     )

@@ -300,6 +300,9 @@ def sglang(config: Mapping[str, Any], shapes: Shapes) -> Verdict:
         reasons.append("trained biases are not applied")
     if config.get("use_rslora"):
         reasons.append("use_rslora=True: the scale is taken as lora_alpha / r")
+    for key, own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if {*(config.get(key) or {}).values()} - {config.get(own)}:
+            reasons.append(f"{key}: every layer is taken to have {own}={config.get(own)}")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         reasons.append(f"target_modules is the pattern {targets[:40]!r}; a list of names is expected")

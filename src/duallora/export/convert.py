@@ -35,7 +35,8 @@ from duallora.tuner.conversion import (
     kept,
     lora_config,
     most_useful_rank,
-    smallest_rank,
+    rank_for,
+    smallest_ranks,
     together,
     too_few,
 )
@@ -47,6 +48,7 @@ SHOWN_LAYERS = 12  # longer tables show the worst; the sidecar holds all
 KL = 1e-3  # nats per token that rank="auto" allows
 MOST = 512  # that rank="auto" tries: the largest rank of vLLM
 FIRST = 8  # that it tries first
+STEPS = 60  # of the share that each layer loses, per_layer: 10^(-n/10) at step n, nothing at the last
 
 
 class _Plan(NamedTuple):
@@ -94,6 +96,7 @@ def convert(
     calibration_rows: int = calibration.ROWS,
     data_dir: Path | None = None,
     kl: float = KL,
+    per_layer: bool = False,
     format: Literal["peft", "gguf"] = "peft",
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -106,7 +109,8 @@ def convert(
     ``rank`` is that of every layer, zero-padded where a layer has less and at most what the widest can have; "auto" is the
     smallest whose ``held_out`` KL from the adapter is at most ``kl`` nats per token; ``energy`` in (0, 1] picks the smallest
     with which every layer keeps that share of |dW|_F^2 (calibrated: of |dW x|^2). lora_alpha = rank, so that every
-    reader's scale is 1. ``format="gguf"`` adds ``adapter.gguf``, the same for llama.cpp. ``scores(model, tokenizer)`` measures adapter, conversion and base model. The folder is built
+    reader's scale is 1. ``per_layer`` leaves each layer the smallest rank of its own with which it keeps ``energy``, or for
+    "auto" the largest share of |dW x|_F^2 that may be lost, the same in every layer. ``format="gguf"`` adds ``adapter.gguf``, the same for llama.cpp. ``scores(model, tokenizer)`` measures adapter, conversion and base model. The folder is built
     beside its place, loaded from the disk by PEFT, compared tensor by tensor, and only then renamed.
 
     Raises:
@@ -119,7 +123,7 @@ def convert(
     """
     console = console or Console()
     output = Path(output)
-    _check(rank, energy, kl)
+    _check(rank, energy, kl, per_layer and format)
     source, kind = _dual(adapter)
     plan = _Plan(
         adapter, kind, None if dtype == "auto" else getattr(torch, dtype), strict, calibrate, calibration_rows, data_dir
@@ -128,20 +132,28 @@ def convert(
         model, tokenizer = plan.load()
         config: Any = model.peft_config["default"]
         say(console, "adapter", f"{shown(Path(adapter))} on {escape(str(config.base_model_name_or_path))}")
+        if per_layer and config.target_parameters:
+            raise ConfigError("--per-layer: fused experts lie in one tensor, so they have one rank; leave it out")
         data = plan.data(model, tokenizer, console)
+        ranks: dict[str, int] = {}
         if rank == "auto":
-            rank = _smallest_within(kl, plan, model, tokenizer, data, folder, console)
+            ranks = _smallest_within(kl, plan, model, tokenizer, data, folder, per_layer, console)
             model, tokenizer = plan.load()  # the first one is a base model now
         batches = data.batches(model, tokenizer) if data else None
         layers = dual_layers(model)
-        rank = _useful(layers, rank, console) if rank else smallest_rank(model, layers, float(energy or 0), batches)
-        found = convert_layers(model, layers, rank, batches, plan.dtype)
+        if isinstance(rank, int):
+            ranks = dict.fromkeys(layers, _useful(layers, rank, console))
+        elif energy is not None:
+            ranks = smallest_ranks(model, layers, energy, batches)
+            ranks = ranks if per_layer else dict.fromkeys(ranks, max(ranks.values()))
+        rank = max(ranks.values())
+        found = convert_layers(model, layers, ranks, batches, plan.dtype)
         done = list(_progress(found, len(layers), console, "convert"))
         if said := too_few(done):
             say(console, "rows", f"[yellow]{escape(said)}[/]")
         total = _total(done, adapter)
         tensors = together(done) | carried(model)
-        lora = lora_config(model, list(layers), rank)
+        lora = lora_config(model, list(layers), ranks)
         _write(folder, lora, tensors)
         if (source / "tokenizer_config.json").is_file():
             tokenizer.save_pretrained(str(folder))
@@ -150,6 +162,7 @@ def convert(
         measured, difference = _measured(model, tokenizer, folder, tensors, data, scores)
         conversion = {
             "rank": rank,
+            "per_layer": per_layer,
             "energy_asked": energy,
             **total,
             "dtype": str(next(iter(done[0].tensors.values())).dtype).removeprefix("torch."),
@@ -161,11 +174,26 @@ def convert(
         trained = _seal(folder, source, kind, conversion)
         written = sum(path.stat().st_size for path in folder.iterdir())
     _show(console, conversion)
-    say(console, "written", f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {rank}, alpha {rank}")
+    say(
+        console,
+        "written",
+        f"[bold]{shown(output)}[/] ({size(written)}), a plain LoRA of rank {_ranks(ranks)}, alpha the rank",
+    )
     return {"output": str(output), "kind": kind, "trained": trained, **conversion}
 
 
-def _check(rank: int | str | None, energy: float | None, kl: float) -> None:
+def _ranks(ranks: Mapping[str, int]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    return str(high) if low == high else f"{low} to {high} ({sum(ranks.values()) / len(ranks):.1f} on average)"
+
+
+def _check(rank: int | str | None, energy: float | None, kl: float, per_layer: str | bool) -> None:
+    if per_layer and isinstance(rank, int):
+        raise ConfigError(
+            f"rank={rank} is that of every layer, and per_layer gives each its own: use --rank auto or --energy"
+        )
+    if per_layer == "gguf":
+        raise ConfigError("--format gguf has one alpha for all layers, and so one rank: leave out --per-layer")
     if (rank is None) == (energy is None):
         raise ConfigError(f"rank={rank}, energy={energy}: give one of them, --rank 64, --rank auto or --energy 0.99")
     if rank is not None and rank != "auto":
@@ -203,11 +231,13 @@ def _smallest_within(
     tokenizer: Any,
     data: calibration.Data | None,
     folder: Path,
+    per_layer: bool,
     console: Console,
-) -> int:
-    """The smallest rank whose KL from the adapter on held-out rows is at most ``kl``; ``model`` loses its adapter.
+) -> dict[str, int]:
+    """The smallest ranks by layer whose KL from the adapter on held-out rows is at most ``kl``; ``model`` loses its adapter.
 
-    Factors of one rank hold those of all smaller ones, so the layers are converted once, at the largest.
+    They are equal, or ``per_layer`` such that each layer loses the same share. Factors of one rank hold those of all
+    smaller ones, so the layers are converted once, at the largest.
     """
     if data is None or data.kind == "regress":
         why = (
@@ -221,30 +251,36 @@ def _smallest_within(
     reference = data.outputs(model, tokenizer)
     found = convert_layers(model, layers, most, data.batches(model, tokenizer), plan.dtype)
     done = list(_progress(found, len(layers), console, "rank"))
-    lora, rest = lora_config(model, list(layers), most), carried(model)
-    base = model.unload()
+    rest, base = carried(model), model.unload()
+    last = STEPS if per_layer else most
 
-    def distance(rank: int) -> float:
-        tensors = together(_cut(layer, rank) for layer in done) | rest
-        lora.r = lora.lora_alpha = rank
-        _write(folder, lora, tensors)
+    def ranks(level: int) -> dict[str, int]:
+        if not per_layer:
+            return {layer.name: level for layer in done}
+        share = 1 - 10 ** (-level / 10) if level < last else 1.0
+        return {layer.name: min(most, max(1, rank_for(layer.e, share))) for layer in done}
+
+    def distance(level: int) -> float:
+        tried = ranks(level)
+        tensors = together(_cut(layer, tried[layer.name]) for layer in done) | rest
+        _write(folder, lora_config(model, list(layers), tried), tensors)
         plain = _load(base, folder, tensors)
         found = data.measure(data.outputs(plain, tokenizer), reference)["kl"]
         plain.unload()
-        say(console, "rank", f"{rank}: KL {found:.2e} on {len(data.held_out)} held-out rows")
+        say(console, "rank", f"{_ranks(tried)}: KL {found:.2e} on {len(data.held_out)} held-out rows")
         return found
 
-    low, high = 0, min(FIRST, most)  # low is too low
+    low, high = 0, min(FIRST, last)  # low is too low
     while (at := distance(high)) > kl:
-        if high == most:
+        if high == last:
             raise ConfigError(
                 f"rank {most}, the largest tried, is {at:.2e} nats per token from the adapter: expected at most kl={kl}. Raise --kl, or use duallora merge"
             )
-        low, high = high, min(2 * high, most)
+        low, high = high, min(2 * high, last)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if distance(middle) <= kl else (middle, high)
-    return high
+    return ranks(high)
 
 
 def _cut(layer: Converted, rank: int) -> Converted:
@@ -366,10 +402,16 @@ def _show(console: Console, conversion: Mapping[str, Any]) -> None:
         say(console, "layers", f"the worst {SHOWN_LAYERS} of {len(facts)}; all are in {adapters.SIDECAR}")
     table = Table(box=SIMPLE)
     table.add_column("layer", overflow="fold")
-    for column in ("out x in", "99 % at", f"kept at {conversion['rank']}", "error"):
+    for column in (
+        "out x in",
+        "99 % at",
+        f"kept at {'its rank' if conversion['per_layer'] else conversion['rank']}",
+        "error",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in facts[:SHOWN_LAYERS]:
         sides, kept = " x ".join(map(str, layer["shape"])), f"{layer['energy']:.4%}"
+        kept += f" ({layer['rank']})" if conversion["per_layer"] else ""
         table.add_row(escape(layer["name"]), sides, str(layer["rank_99"]), kept, f"{layer['relative_error']:.2e}")
     console.print(table)
     norm = "|dW x|² on the rows" if conversion["calibration"] else "|dW|²"

@@ -55,6 +55,8 @@ class Converted(NamedTuple):
     """|(dW - B A) S|_F^2 with the factors as they are stored."""
     tokens: int | None
     """Of how many vectors C is the mean; None where it was not asked for, 0 where the layer saw none and C = 1."""
+    e: Tensor
+    """The squared singular values of dW S, falling."""
 
     def facts(self) -> dict[str, Any]:
         energy, error = kept(self.square, self.lost)
@@ -159,14 +161,14 @@ def with_moments(
 def convert_layers(
     model: nn.Module,
     layers: Layers,
-    rank: int,
+    rank: int | Mapping[str, int],
     batches: Batches | None = None,
     dtype: torch.dtype | None = None,
     adapter: str = "default",
 ) -> Iterator[Converted]:
-    """The layers as `convert_layer` has them, in their order."""
+    """The layers as `convert_layer` has them, in their order; ``rank`` of all, or of each by its name."""
     for name, layer, moments in with_moments(model, layers, batches):
-        yield convert_layer(name, layer, rank, dtype, moments, adapter)
+        yield convert_layer(name, layer, rank if isinstance(rank, int) else rank[name], dtype, moments, adapter)
 
 
 @torch.no_grad()
@@ -209,7 +211,7 @@ def convert_layer(
             B = B.reshape(*B.shape, *[1] * (base.weight.dim() - 2))
         tensors = {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
     tokens = None if moments is None else moments.tokens
-    return Converted(name, tensors, (M.shape[0], M.shape[1]), rank, rank_for(e, 0.99), square, lost, tokens)
+    return Converted(name, tensors, (M.shape[0], M.shape[1]), rank, rank_for(e, 0.99), square, lost, tokens, e)
 
 
 def too_few(done: Iterable[Converted]) -> str:
@@ -337,10 +339,10 @@ def _gram_of_columns(M: Tensor, scales: Tensor | None = None) -> Tensor:
     return G
 
 
-def smallest_rank(model: nn.Module, layers: Layers, energy: float, batches: Batches | None = None) -> int:
-    """The one rank with which every layer keeps ``energy`` of its |dW S|_F^2; at least 1."""
+def smallest_ranks(model: nn.Module, layers: Layers, energy: float, batches: Batches | None = None) -> dict[str, int]:
+    """Per layer the smallest rank, at least 1, with which it keeps ``energy`` of its |dW S|_F^2."""
     found = with_moments(model, layers, batches)
-    return max(1, *(rank_for(eigenvalues(delta_matrix(name, layer), root(C)), energy) for name, layer, C in found))
+    return {name: max(1, rank_for(eigenvalues(delta_matrix(name, layer), root(C)), energy)) for name, layer, C in found}
 
 
 def most_useful_rank(layers: Layers) -> int:
@@ -364,8 +366,15 @@ def _refuse_odd_convolution(name: str, base: nn.Module) -> None:
         )
 
 
-def lora_config(model: PeftModel, layers: Iterable[str], rank: int, adapter: str = "default") -> LoraConfig:
-    """The configuration of the conversion: the layers by their last part where that selects no other module."""
+def lora_config(
+    model: PeftModel, layers: Iterable[str], rank: int | Mapping[str, int], adapter: str = "default"
+) -> LoraConfig:
+    """The configuration of the conversion: the layers by their last part where that selects no other module.
+
+    ``rank`` is that of all layers, or of each by its name: the largest is r, the others patterns. alpha is the rank.
+    """
+    most = rank if isinstance(rank, int) else max(rank.values())
+    others = {} if isinstance(rank, int) else {name: own for name, own in rank.items() if own != most}
     config: Any = model.peft_config[adapter]
     names = [name for name in layers if "[" not in name]  # experts are target_parameters
     suffixes = sorted({name.rpartition(".")[2] for name in names})
@@ -376,8 +385,10 @@ def lora_config(model: PeftModel, layers: Iterable[str], rank: int, adapter: str
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
-        r=rank,
-        lora_alpha=rank,
+        r=most,
+        lora_alpha=most,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
         target_modules=suffixes if len(selected) == len(names) else sorted(names),
         target_parameters=config.target_parameters,
         trainable_token_indices=config.trainable_token_indices,
