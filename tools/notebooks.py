@@ -44,8 +44,11 @@ def run(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-# What packages say of themselves as they are loaded, on some machines.
-NOISE = re.compile(r"^(Failed to load |W\d{4} |\[20\d\d-|/.*Warning: |  warnings\.warn|\s*$)")
+# What packages say of themselves as they are loaded, on some machines: lines, and progress without an end of line.
+NOISE = re.compile(
+    r"torchao|opaque value type|install kernels|kernels-community|get_accelerator|able to detect it|autonotebook|Warning:|warnings\.warn"
+)
+PROGRESS = re.compile(r"(Loading|Writing) [^\n]*?\|[^\n]*?it/s\]")
 
 
 def _screen(text: str) -> str:
@@ -78,7 +81,8 @@ def _cleaned(outputs: list[Any]) -> list[Any]:
             found.append(dict(output, name="stdout") if output["output_type"] == "stream" else output)
     for output in found:
         if output["output_type"] == "stream":
-            output["text"] = "".join(line for line in _screen(output["text"]).splitlines(True) if not NOISE.match(line))
+            text = PROGRESS.sub("", output["text"])
+            output["text"] = "".join(line for line in _screen(text).splitlines(True) if not NOISE.search(line))
     return [output for output in found if output["output_type"] != "stream" or output["text"]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ def figures() -> Iterator[type]:
         import matplotlib
     except ImportError as error:
         raise ConfigError("the plots need matplotlib: pip install 'duallora[report]'") from error
+    except ValueError:  # MPLBACKEND, as a notebook sets it for all it starts, names what is not in this environment
+        del os.environ["MPLBACKEND"]
+        import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = STYLE  # its keys are literals there

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -401,3 +404,10 @@ def test_what_cannot_be_analysed_is_said(run_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(IntegrityError, match="cannot be read"):
         analyze.analyze([run_folder], tmp_path / "out", only=["flips"])
+
+
+def test_plots_are_drawn_under_a_notebooks_backend_that_is_not_installed_here():
+    """A notebook of another environment hands MPLBACKEND down to what it starts, and importing matplotlib refuses it."""
+    code = "from duallora.plots import figures\nwith figures() as Figure: Figure().subplots()"
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.inline"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
