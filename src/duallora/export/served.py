@@ -69,7 +69,7 @@ def made(folder: Path, rank: int | None, console: Console) -> Path:
 def _convert(folder: Path, output: Path, rank: int, calibrate: bool, console: Console) -> None:
     done = convert.convert(folder, output, rank=rank, calibrate=calibrate, console=Console(quiet=True))
     norm = "|dW x|² on its training rows" if calibrate else "|dW|²"
-    say(console, "converted", f"{shown(folder)}: {done['energy']:.2%} of {norm} kept at rank {done['rank']}")
+    say(console, "lora", f"{shown(folder)}: {done['energy']:.2%} of {norm} kept at rank {done['rank']}")
     if kl := done["held_out"].get("conversion", {}).get("kl"):
         say(console, "held out", f"KL {kl:.2e} from the adapter")
 
