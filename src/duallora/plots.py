@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,20 @@ def figures() -> Iterator[type]:
     Raises:
         ConfigError: matplotlib is absent.
     """
+    named = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
+    if (
+        "matplotlib" not in sys.modules
+        and named.isidentifier()
+        and "module://" in os.environ["MPLBACKEND"]
+        and not find_spec(named)
+    ):
+        del os.environ[
+            "MPLBACKEND"
+        ]  # as a notebook of another environment sets it for all it starts; importing would fail
     try:
         import matplotlib
     except ImportError as error:
         raise ConfigError("the plots need matplotlib: pip install 'duallora[report]'") from error
-    except ValueError:  # MPLBACKEND, as a notebook sets it for all it starts, names what is not in this environment
-        del os.environ["MPLBACKEND"]
-        import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = STYLE  # its keys are literals there

@@ -406,8 +406,8 @@ def test_what_cannot_be_analysed_is_said(run_folder, tmp_path):
         analyze.analyze([run_folder], tmp_path / "out", only=["flips"])
 
 
-def test_plots_are_drawn_under_a_notebooks_backend_that_is_not_installed_here():
+def test_plots_are_drawn_under_a_notebooks_backend_that_is_not_installed_here(tmp_path):
     """A notebook of another environment hands MPLBACKEND down to what it starts, and importing matplotlib refuses it."""
-    code = "from duallora.plots import figures\nwith figures() as Figure: Figure().subplots()"
+    code = "from duallora.plots import figures\nwith figures() as Figure: Figure().savefig('x.svg')"
     environment = {**os.environ, "MPLBACKEND": "module://not_installed.inline"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
