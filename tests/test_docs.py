@@ -7,6 +7,7 @@ for its lines that begin so, ``<!-- before CODE -->`` for Python that makes what
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -306,3 +307,16 @@ def test_every_message_that_is_explained_is_one_that_is_printed():
 def test_every_page_is_in_the_navigation():
     named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert named == {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_page_of_the_api_explains_every_field_as_help_does():
+    """A docstring that is put together when it is imported is not what the docs' builder reads."""
+    import peft
+
+    from duallora import DualLoraConfig
+
+    of_peft = {field.name for field in dataclasses.fields(peft.PeftConfig)}  # which are others in other releases
+    fields = re.findall(r"(?m)^    (\w+): (.*)$", (DualLoraConfig.__doc__ or "").partition("Args:\n")[2])
+    assert len(fields) > 30
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").splitlines()
+    assert [name for name, words in fields if name not in of_peft and f"* `{name}`: {words}" not in page] == []

@@ -169,7 +169,7 @@ def explained(fields: Iterable[Field[Any]], hints: Mapping[str, Any]) -> str:
         default = one.default if one.default_factory is MISSING else one.default_factory()
         facts = "; ".join(filter(None, [values, f"default {default!r}"]))
         lines.append(
-            f"    {one.name}: {one.metadata['help'].rstrip('.')}. {facts[0].upper()}{facts[1:]}.".replace(
+            f"    {one.name}: {one.metadata.get('help', 'of PEFT').rstrip('.')}. {facts[0].upper()}{facts[1:]}.".replace(
                 "null", "None"
             )
         )
