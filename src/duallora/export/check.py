@@ -20,7 +20,7 @@ from rich.markup import escape
 from safetensors import safe_open
 from torch import Tensor
 
-from duallora.core.gate import closed_gate_message
+from duallora.core.gate import AUTO_STEPS, closed_gate_message
 from duallora.errors import ConfigError, DualLoraError, IntegrityError, NonFiniteError
 from duallora.export import merge
 from duallora.store import adapters, models, untrusted
@@ -164,6 +164,7 @@ def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[s
         say(f"finite, {', '.join(sorted(dtypes))}")
         if gates and config is not None:
             warmup = config.get("warmup_steps", 0) if config.get("warmup") == "ramp" else 0
+            warmup = AUTO_STEPS if warmup == "auto" else warmup  # of one that no step has trained yet
             closed = closed_gate_message(min(gates), warmup)
             report.add("gate", "note" if closed else "ok", closed or f"open (step {min(gates)} of {warmup})")
     return config, shapes
