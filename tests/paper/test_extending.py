@@ -31,7 +31,7 @@ def files(tmp_path, monkeypatch) -> Path:
 
 def test_the_page_from_the_command_line(files, tiny_encoder_folder, monkeypatch, capsys):
     """Train with both in a process of its own, by the page's first command; the run's code is not run unasked after."""
-    first = re.search(r"^    duallora (train .*)$", PAGE.read_text(), re.MULTILINE).group(1)
+    first = re.search(r"^duallora (train .*)$", PAGE.read_text(), re.MULTILINE).group(1)
     words = [word.strip("'") for word in re.findall(r"'[^']+'|\S+", first)]
     words[words.index("builtin:minilm-l6")] = str(tiny_encoder_folder)
     settings = [

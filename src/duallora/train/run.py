@@ -448,7 +448,7 @@ class _Run:
         if resume_from is not None and done >= self.steps:
             # Trainer would take one more step here if the last one was not the last of its epoch.
             load_weights(self.method, resume_from)
-            return log.summary()
+            return {**self._found_before(), **log.summary()}
         self.began, spikes, rows_at_once = True, self._spikes(), 0
         while True:
             trainer = self._trainer(stopping)
@@ -492,6 +492,14 @@ class _Run:
         opened = f", gate {gate(self.method.model):.2f}" if has_gate(self.method.model) else ""
         say(self.console, "trained", f"{self.steps:,} steps in {clock(seconds)}, last loss {loss:.3f}{opened}")
         return found
+
+    def _found_before(self) -> dict[str, Any]:
+        """What the steps of a finished training found that no log line has, from its metrics.json, where that is whole."""
+        found: dict[str, Any] = {}
+        with suppress(IntegrityError):
+            found = (self.folder.metrics() or {}).get("metrics", {})
+        of_steps = ("train_peak_memory", "rows_at_once", "steps_without_gradient", "spikes", "left_out")
+        return {name: found[name] for name in of_steps if name in found}
 
     def _spikes(self) -> Spikes:
         def tell(said: str) -> None:
