@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from duallora.errors import first_line
+
 LEAST_ROUNDS = 3
 
 
@@ -110,7 +112,9 @@ def replayed(
         try:
             found[name] = captured(subject)
         except RuntimeError as error:
-            why[f"graph of {name}"] = str(error).strip().splitlines()[0][:200]
+            why[f"graph of {name}"] = first_line(error)[:200]
+    if not found:
+        return {}, why
     return figures(interleave(found, device, rounds=rounds, seconds=seconds), over), why
 
 

@@ -55,7 +55,7 @@ def watch(trainer: Any) -> Any:
 
 
 class RampOfTheRun(TrainerCallback):
-    """Gives adapters of ``warmup_steps="auto"`` their number of steps, :func:`duallora.core.gate.share_of` the run's."""
+    """Gives adapters of ``warmup_steps="auto"`` their number of steps, :func:`duallora.core.settings.share_of` the run's."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         layers = [layer for layer in model.modules() if isinstance(layer, DualLoraLayer)] if model is not None else []
