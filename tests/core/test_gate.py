@@ -12,6 +12,7 @@ from torch import nn
 import duallora
 from duallora.core import gate as gate_module
 from duallora.core.gate import gated, new_counter, ramp
+from duallora.core.settings import share_of
 from duallora.nn import DualLoraLinear, adapt, merge
 
 
@@ -205,3 +206,11 @@ def test_the_scaling_of_an_eager_forward_is_a_number_with_the_bits_of_the_ramp()
             found = gated(scaling, new_counter(t), steps)
             assert isinstance(found, float)
             assert found == float(scaling * ramp(new_counter(t), steps))
+
+
+@pytest.mark.parametrize(
+    ("steps", "ramp"), [(1, 1), (2, 1), (6, 2), (30, 10), (31, 10), (100, 10), (101, 11), (110, 11), (1000, 100)]
+)
+def test_an_automatic_ramp_is_a_tenth_of_the_run_at_least_ten_and_at_most_a_third(steps, ramp):
+    """Written out; a tenth is rounded up."""
+    assert share_of(steps) == ramp
