@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import duallora
-from duallora.tuner.watch import DEAD_LOGS, Watcher
+from duallora.tuner.watch import PATIENCE, Watcher
 
 IN, HIDDEN, OUT = 23, 4, 3  # few rows: all of them are looked at
 
@@ -93,7 +93,7 @@ def test_a_layer_that_cannot_learn_is_counted_and_named_once(tmp_path, caplog):
         first.duallora_A["default"].abs_()
         first.duallora_B["default"].abs_().neg_()
     with caplog.at_level(logging.WARNING):
-        trainer = duallora.watch(trainer_of(model, tmp_path, steps=DEAD_LOGS + 2))
+        trainer = duallora.watch(trainer_of(model, tmp_path, steps=PATIENCE + 2))
         trainer.train()
     last = [line for line in trainer.state.log_history if "loss" in line][-1]
     assert last["layers_without_gradient"] == 1
@@ -129,6 +129,68 @@ def test_what_a_form_does_not_have_is_not_logged(options):
     found = Watcher(adapted(**options)).measure()
     assert ("frozen_share" in found) == ("magnitude" not in options)
     assert json.dumps(found)
+
+
+@pytest.mark.parametrize(("clip", "scale"), [("chain", 300.0), ("update", 30.0)])
+def test_the_share_that_is_clipped_is_that_of_the_gradient_of_every_entry(clip, scale, tmp_path):
+    """The oracle: autograd's gradient for W' written out, of the factors before the step that is logged."""
+    model = adapted(ste_clip=clip, warmup="none")
+    start = [factors(layer) for layer in layers(model)]
+    trainer = duallora.watch(trainer_of(model, tmp_path, steps=1))
+    trainer.compute_loss = lambda model, inputs, **kwargs: scale * model(**inputs)["loss"]
+    seen = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    trainer.train()
+    (batch,) = seen
+    shifted, net = [], model.base_model.model
+    for layer, (A, B, C, D) in zip(layers(model), start, strict=True):
+        dW = 2 * torch.clamp(B @ A, min=0) * torch.where(D @ C > 0, 1.0, -1.0)
+        shifted.append((layer.base_layer.weight.double() + dW).requires_grad_())
+    y = torch.tanh(batch["x"].double() @ shifted[0].T + net.first.base_layer.bias) @ shifted[1].T
+    loss = scale * (y + net.second.base_layer.bias - batch["labels"]).square().mean()
+    shares = []
+    for G, (A, B, _, _) in zip(torch.autograd.grad(loss, shifted), start, strict=True):
+        M = 2 * torch.clamp(B @ A, min=0)
+        shares.append(float(((G * M if clip == "chain" else G * (M > 0)).abs() > 1).double().mean()))
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    assert 0.02 < sum(shares) / 2 < 0.8
+    assert line["clip_share"] == pytest.approx(sum(shares) / 2, abs=0.004)
+
+
+def test_no_clip_is_told_of_where_the_inputs_are_not_kept_and_nothing_stays_hooked(tmp_path):
+    model = adapted()
+    trainer = duallora.watch(trainer_of(model, tmp_path, logging_steps=3))
+    first, hooked = layers(model)[0], []
+    model.register_forward_pre_hook(lambda module, args: hooked.append(len(first._forward_hooks)))
+    trainer.train()
+    assert hooked == [0, 0, 1, 0, 0, 1]
+    assert not first._forward_hooks
+    assert all("clip_share" in line for line in trainer.state.log_history if "loss" in line)
+    watcher = Watcher(adapted())
+    watcher._look_at_gradient(0, lambda: None, torch.ones(2, HIDDEN))
+    assert "clip_share" not in watcher.measure()
+
+
+@pytest.mark.parametrize(
+    ("rate", "turn", "words"),
+    [
+        (0.02, 1, None),
+        (1e-12, 1, "no sign of D C has turned in 3 logs"),
+        (1e-12, -1, "the signs of D C do not settle: 100% turned"),
+    ],
+)
+def test_signs_that_stand_still_or_do_not_settle_are_said_once(rate, turn, words, tmp_path, caplog):
+    class Turn(duallora.tuner.watch.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for layer in layers(model):
+                layer.duallora_D["default"].data.mul_(turn)
+
+    trainer = trainer_of(adapted(), tmp_path, steps=20, learning_rate=rate, lr_scheduler_type="constant")
+    trainer.add_callback(Turn())
+    with caplog.at_level(logging.WARNING):
+        duallora.watch(trainer).train()
+    said = [record.message for record in caplog.records if "D C" in record.message]
+    assert [words] * (words is not None) == [message[: len(words)] for message in said]
 
 
 def test_a_model_without_such_layers_is_refused(tmp_path):

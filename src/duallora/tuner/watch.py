@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from duallora.core.equation import sign
+from duallora.core.equation import Update, clip_direction_gradient, sign
 from duallora.core.gate import gate, named
 from duallora.core.settings import share_of
 from duallora.tuner.layer import DualLoraLayer, is_ordinary
+from duallora.tuner.linear import Linear
 
 logger = logging.getLogger(__name__)
 
 ROWS = 4  # of dW that are looked at in each layer: a few hundredths of a step's time, once a log
-DEAD_LOGS = 3  # logs in a row without a moving entry before a layer is called dead
+PATIENCE = 3  # logs in a row that must show the same before it is warned of
+UNSETTLED = (
+    0.25  # share of signs that turn from log to log in the second half of a run; in sound ones less than half of it
+)
 
 
 def watch(trainer: Any) -> Any:
@@ -28,11 +35,14 @@ def watch(trainer: Any) -> Any:
     * ``gate``: mean gate of the active layers, in [0, 1].
     * ``frozen_share``: share of entries with ReLU(B A) = 0, which neither move a weight nor have a gradient.
     * ``sign_flips``: share of the signs of D C that changed since the last log.
+    * ``clip_share``: share of entries of dL/d(D C) that the clip of Eq. 7 (or 12) cut in the last step, by the layer's inputs and
+      its output's gradient. Linear layers alone, not with DoRA, nor where gradient checkpointing has let the inputs go.
     * ``update_size``: |dW| / |W0|, of plain weights.
     * ``layers_without_gradient``: layers whose factors all had a gradient of 0 in the last step; left out where it is 0.
 
-    A warning names, once, layers that are dead (no entry above 0 in three logs), and a warm-up that the run will not reach
-    the end of.
+    A warning names, once, layers that are dead (no entry above 0 in three logs), a warm-up that the run will not reach the
+    end of, and signs that stand still in the middle of the run (none turned in three logs) or do not settle (more than a
+    quarter turned in each of three logs of its second half).
 
     Args:
         trainer: a transformers ``Trainer`` or one of its kin (TRL's), before ``train()``.
@@ -78,6 +88,10 @@ class Watcher(TrainerCallback):
         self.signs: list[Tensor | None] = [None] * len(self.layers)
         self.base: list[float | None] = [_mean_square(layer) for layer in self.layers]
         self.dead_logs = [0] * len(self.layers)
+        self.still_logs = self.unsettled_logs = 0
+        self.progress = 0.0  # share of the run's steps that are done
+        self.clipped: list[Tensor] = []  # of each layer in the step to be logged
+        self.hooks: list[Any] = []
         self.said: set[str] = set()
         self.without_gradient = 0
 
@@ -91,8 +105,20 @@ class Watcher(TrainerCallback):
                 f'and dW at that share of its size. Set warmup_steps to {share_of(steps)}, or to "auto"',
             )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress = state.global_step / max(state.max_steps, 1)
+        self._let_go()
+        if _is_logged(state):
+            self.clipped = []
+            self.hooks = [
+                layer.register_forward_hook(partial(self._look_at_forward, at))
+                for at, layer in enumerate(self.layers)
+                if isinstance(layer, Linear)
+            ]
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (state.global_step + 1) % max(int(state.logging_steps), 1) == 0:
+        self._let_go()
+        if _is_logged(state):
             opened = gate(self.model) > 0  # while it is shut none has one
             self.without_gradient = sum(not _has_gradient(layer) for layer in self.layers) if opened else 0
 
@@ -102,14 +128,11 @@ class Watcher(TrainerCallback):
         frozen: dict[int, Tensor] = {}
         flips, sizes, base = [], [], 0.0
         for at, layer in enumerate(self.layers):
-            adapter = next((name for name in layer._acting() if _is_whole(layer.duallora_A[name])), None)
-            if adapter is None:
+            if (own := self._own(at)) is None:
                 continue
-            update = layer._update(adapter)
-            own = update.rows(self.rows[at].to(update.A.device))
-            if update.magnitude == "relu":
+            if own.magnitude == "relu":
                 frozen[at] = (own.B.float() @ own.A.float() <= 0).float().mean()
-            if own.C is not None and own.D is not None and update.direction != "identity":
+            if own.C is not None and own.D is not None and own.direction != "identity":
                 signs = sign(own.D.float() @ own.C.float())
                 before, self.signs[at] = self.signs[at], signs
                 if before is not None:
@@ -119,21 +142,73 @@ class Watcher(TrainerCallback):
                 base += held * layer.in_features * layer.out_features
         found = {"gate": gate(self.model)}
         if frozen:
-            shares = torch.stack([*frozen.values()]).tolist()
+            shares = _together(frozen.values()).tolist()
             found["frozen_share"] = sum(shares) / len(shares)
             self._look_for_dead(dict(zip(frozen, shares, strict=True)))
         if flips:
-            found["sign_flips"] = float(torch.stack(flips).mean())
+            found["sign_flips"] = float(_together(flips).mean())
+            self._look_for_restless(found["sign_flips"], found["gate"])
+        if self.clipped:
+            found["clip_share"] = float(_together(self.clipped).mean())
         if base:
-            found["update_size"] = (float(torch.stack(sizes).sum()) / base) ** 0.5
+            found["update_size"] = (float(_together(sizes).sum()) / base) ** 0.5
         if self.without_gradient:
             found["layers_without_gradient"] = float(self.without_gradient)
         return found
 
+    def _own(self, at: int) -> Update | None:
+        """The rows of dW that are looked at, of the first adapter that is here as a whole."""
+        layer = self.layers[at]
+        adapter = next((name for name in layer._acting() if _is_whole(layer.duallora_A[name])), None)
+        return (
+            None if adapter is None else layer._update(adapter).rows(self.rows[at].to(layer.duallora_A[adapter].device))
+        )
+
+    def _look_at_forward(self, at: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if (
+            torch.compiler.is_compiling()
+            or not (isinstance(output, Tensor) and output.requires_grad)
+            or layer.duallora_m
+        ):
+            return
+        # Held weakly: what autograd does not keep for the backward shall not be kept for this.
+        output.register_hook(partial(self._look_at_gradient, at, weakref.ref(inputs[0])))
+
+    @torch.no_grad()
+    def _look_at_gradient(self, at: int, held: weakref.ref[Tensor], dY: Tensor) -> None:
+        x, own = held(), self._own(at)
+        if x is None or own is None or own.direction != "ste" or own.ste_clip not in ("chain", "update"):
+            return
+        G = dY.flatten(0, -2)[:, self.rows[at].to(dY.device)].float().T @ x.flatten(0, -2).float()
+        M = own._replace(initial=()).delta()  # M . Sign(Q): the clip is symmetric
+        cut, whole = (clip_direction_gradient(G, M, M, "ste", clip) for clip in (own.ste_clip, "none"))
+        self.clipped.append((cut != whole).float().mean())
+
+    def _let_go(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+    def _look_for_restless(self, share: float, opened: float) -> None:
+        still = share == 0 and opened > 0 and 0.25 <= self.progress <= 0.75
+        self.still_logs = self.still_logs + 1 if still else 0
+        self.unsettled_logs = self.unsettled_logs + 1 if share > UNSETTLED and self.progress >= 0.5 else 0
+        if self.still_logs == PATIENCE:
+            self._say(
+                "still",
+                f"no sign of D C has turned in {PATIENCE} logs, so the direction group stands still and dW is what its "
+                "magnitude group makes of it. Raise the learning rate, or see whether C and D are trained",
+            )
+        if self.unsettled_logs == PATIENCE:
+            self._say(
+                "unsettled",
+                f"the signs of D C do not settle: {share:.0%} turned since the last log, in the second half of the run. "
+                "Lower the learning rate, or let it decay",
+            )
+
     def _look_for_dead(self, shares: dict[int, float]) -> None:
         for at, share in shares.items():
             self.dead_logs[at] = self.dead_logs[at] + 1 if share == 1 else 0
-        dead = [layer for count, layer in zip(self.dead_logs, self.layers, strict=True) if count == DEAD_LOGS]
+        dead = [layer for count, layer in zip(self.dead_logs, self.layers, strict=True) if count == PATIENCE]
         if dead:
             self._say(
                 "dead",
@@ -147,11 +222,22 @@ class Watcher(TrainerCallback):
             logger.warning("%s", words)
 
 
+def _is_logged(state: Any) -> bool:
+    """Whether the step under way is one whose loss is logged."""
+    return (state.global_step + 1) % max(int(state.logging_steps), 1) == 0
+
+
 @torch.no_grad()
 def _mean_square(layer: DualLoraLayer) -> float | None:
     """Of the entries of W0; None where it is quantized, sharded or not here."""
     W = getattr(layer.get_base_layer(), "weight", None)
     return float(torch.linalg.vector_norm(W, dtype=torch.float32)) ** 2 / W.numel() if is_ordinary(W) else None  # type: ignore[union-attr]
+
+
+def _together(values: Iterable[Tensor]) -> Tensor:
+    """Numbers of layers that may be on several devices, as one tensor."""
+    values = [*values]
+    return torch.stack([value.to(values[0].device) for value in values])
 
 
 def _is_whole(factor: Any) -> bool:
