@@ -45,6 +45,7 @@ bench "a layer as launched and replayed" 240 layer "${sizes[@]}" "${tokens[@]}" 
 bench "the host's share" 40 host --rounds "$([[ ${TINY:-} ]] && echo 3 || echo 15)" -o "$out/host.json"
 bench "a training step, as launched and replayed, and its memory" 240 step "${model[@]}" --dtype bfloat16 --model "${MODEL:-builtin:smollm2-135m}" -o "$out/step.json"
 if [[ $device == cuda && -z ${TINY:-} ]]; then
+    part "G that never leaves the product" 60 "$python" benchmarks/epilogue.py -o "$out/epilogue.json"
     part "tiles" 120 "$python" benchmarks/tiles.py -o "$out/tiles.json"
 fi
 exit $failed

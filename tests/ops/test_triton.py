@@ -7,6 +7,7 @@ ones spill elsewhere (docs/gpu.md).
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -89,7 +90,7 @@ class NoSync(TorchDispatchMode):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """A function that runs both passes up to the launch and returns [(name, compiled kernel)]."""
+    """A function that runs both passes, or ``run``, up to the launch and returns [(name, compiled kernel)]."""
     active = driver._active
     found = []
     run = JITFunction.run
@@ -100,7 +101,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", compile_only)
 
     def launch(architecture, dtype, *, r1=16, r2=16, out=256, inn=512, conv=False, m=False, residual=False,
-               base=None, scaling=0.5, minus_base=False, **options):  # fmt: skip
+               base=None, scaling=0.5, minus_base=False, run=None, **options):  # fmt: skip
         monkeypatch.setattr(kernels, "_architecture", lambda _device: architecture)
         driver.set_active(Driver(architecture))
         shapes = (r1, inn), (out, r1), (r2, inn), (out, r2)
@@ -112,8 +113,11 @@ def compiled(monkeypatch):
         given = {"fan_in_fan_out": conv, "dtype": dtype, "m": norm, "minus_base": minus_base}
         found.clear()
         with NoSync():
-            kernels.build_weight(W, update, **given)
-            kernels.weight_and_gradients(G, W, update, norm=norm, **given)
+            if run is not None:
+                run(W, update)
+            else:
+                kernels.build_weight(W, update, **given)
+                kernels.weight_and_gradients(G, W, update, norm=norm, **given)
         return list({kernel.hash: (name, kernel) for name, kernel in found}.values())
 
     yield launch
@@ -214,6 +218,34 @@ def test_the_scale_is_not_read_by_python(compiled):
     """Both kinds of scale launch without a sync: NoSync, in the fixture, would raise."""
     for scaling in (0.5, torch.tensor(0.5)):
         assert compiled("gfx942", FP32, scaling=scaling, m=True)
+
+
+EPILOGUE = Path(__file__).parents[2] / "benchmarks" / "epilogue.py"
+
+
+def test_the_benchmark_whose_G_stays_in_registers_compiles_without_spilling(compiled):
+    spec = importlib.util.spec_from_file_location("epilogue", EPILOGUE)
+    epilogue = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(epilogue)
+    dY, x = torch.empty(128, 256, dtype=BF16), torch.empty(128, 512, dtype=BF16)
+    for size in epilogue.TILES:
+        found = compiled(
+            "sm_90", BF16, run=lambda W, update, size=size: epilogue.weight_and_gradients(dY, x, W, update, size)
+        )
+        ((_, kernel),) = found
+        assert spills(kernel) == {"SASS": 0}, size
+        assert "wgmma.mma_async" in kernel.asm["ptx"]
+
+
+def test_its_results_are_those_of_float64_in_the_interpreter():
+    """Tiles that reach over every edge; the script itself compares, and ends where it is off."""
+    run = subprocess.run(
+        [sys.executable, EPILOGUE, "--width", "72", "--tokens", "50"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("50 tokens: errors")
 
 
 def test_what_the_kernels_do_not_compute_they_decline(monkeypatch):
