@@ -175,7 +175,7 @@ def test_no_clip_is_told_of_where_the_inputs_are_not_kept_and_nothing_stays_hook
     ("rate", "turn", "words"),
     [
         (0.02, 1, None),
-        (1e-12, 1, "no sign of D C has turned in 3 logs"),
+        (1e-12, 1, "the signs of D C stand still"),
         (1e-12, -1, "the signs of D C do not settle: 100% turned"),
     ],
 )

@@ -22,9 +22,8 @@ logger = logging.getLogger(__name__)
 
 ROWS = 4  # of dW that are looked at in each layer: a few hundredths of a step's time, once a log
 PATIENCE = 3  # logs in a row that must show the same before it is warned of
-UNSETTLED = (
-    0.25  # share of signs that turn from log to log in the second half of a run; in sound ones less than half of it
-)
+STILL = 1e-4  # share of signs that turn from log to log in the middle of a run; in sound ones above 1e-2
+UNSETTLED = 0.25  # the same in its second half; in sound runs less than 0.2
 
 
 def watch(trainer: Any) -> Any:
@@ -41,7 +40,7 @@ def watch(trainer: Any) -> Any:
     * ``layers_without_gradient``: layers whose factors all had a gradient of 0 in the last step; left out where it is 0.
 
     A warning names, once, layers that are dead (no entry above 0 in three logs), a warm-up that the run will not reach the
-    end of, and signs that stand still in the middle of the run (none turned in three logs) or do not settle (more than a
+    end of, and signs that stand still in the middle of the run (next to none turned in three logs) or do not settle (more than a
     quarter turned in each of three logs of its second half).
 
     Args:
@@ -189,14 +188,15 @@ class Watcher(TrainerCallback):
             self.hooks.pop().remove()
 
     def _look_for_restless(self, share: float, opened: float) -> None:
-        still = share == 0 and opened > 0 and 0.25 <= self.progress <= 0.75
+        still = share < STILL and opened > 0 and 0.25 <= self.progress <= 0.75
         self.still_logs = self.still_logs + 1 if still else 0
         self.unsettled_logs = self.unsettled_logs + 1 if share > UNSETTLED and self.progress >= 0.5 else 0
         if self.still_logs == PATIENCE:
             self._say(
                 "still",
-                f"no sign of D C has turned in {PATIENCE} logs, so the direction group stands still and dW is what its "
-                "magnitude group makes of it. Raise the learning rate, or see whether C and D are trained",
+                f"the signs of D C stand still: fewer than one in {1 / STILL:,.0f} turned in each of the last {PATIENCE} logs. "
+                "Either the learning rate is too low for them, or it was so high that D C is far from 0 everywhere: "
+                "try another, and see whether C and D are trained",
             )
         if self.unsettled_logs == PATIENCE:
             self._say(
