@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from duallora.grid.study import Study
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 PAGE = EXAMPLES.parent / "docs" / "examples.md"
@@ -47,3 +49,9 @@ def test_the_page_shows_the_command_of_each_example(script):
     command = f"python examples/{script}"
     assert command in PAGE.read_text()
     assert command in (EXAMPLES / script).read_text()
+
+
+@pytest.mark.parametrize("grid", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_cell_of_a_grid_is_a_recipe(grid):
+    """Nobody runs them in a test: hours."""
+    assert all(cell.recipe().train.max_steps for cell in Study.read(grid).wanted({}))

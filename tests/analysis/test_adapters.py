@@ -228,11 +228,10 @@ def test_correlations_are_pooled_by_module_and_told_by_step():
     rows = []
     for step in (1, 2):
         for kind, sign in (("q", 1), ("v", -1)):
-            for _ in range(4):
+            for layer in range(4):
                 x = draw.random()
-                rows.append(
-                    {"step": step, "module": kind, "layer": "x", "direction": x, "magnitude": sign * x + 10 * step}
-                )
+                where = {"step": step, "module": kind, "layer": layer}
+                rows.append({**where, "direction": x, "magnitude": sign * x + 10 * step})
     found = {(row["module"], row["step"]): row for row in dynamics.correlations(rows)}
     assert found["q", 1]["pearson"] == pytest.approx(1)
     assert found["v", 2]["spearman"] == pytest.approx(-1)
@@ -241,6 +240,22 @@ def test_correlations_are_pooled_by_module_and_told_by_step():
     assert found["q", None]["pearson"] == pytest.approx(expected)
     assert found["q", None]["points"] == 8
     assert dynamics.correlations(rows[:2]) == []
+    for row in found.values():
+        assert row["interval"][0] - 1e-9 <= row["pearson"] <= row["interval"][1] + 1e-9
+    assert found["q", 1]["interval"] == pytest.approx([1, 1])
+
+
+def test_the_interval_of_a_correlation_is_over_layers_and_not_over_points():
+    """A layer's steps move together: ten steps of five layers say no more than one step of them."""
+    draw = np.random.default_rng(0)
+    layers = [{"module": "q", "layer": n, "direction": draw.random(), "magnitude": draw.random()} for n in range(5)]
+    once, often = (
+        dynamics.correlations([{**row, "step": step} for step in range(steps) for row in layers])[0]
+        for steps in (1, 10)
+    )
+    assert often["points"] == 10 * once["points"]
+    assert often["interval"] == pytest.approx(once["interval"])
+    assert once["interval"][0] < 0 < once["interval"][1]
 
 
 @pytest.fixture(scope="module")
@@ -299,8 +314,43 @@ def test_a_model_trained_as_a_whole_has_dynamics_of_every_linear_layer(tiny_caus
     assert row["step"] == "7"
     assert float(row["magnitude"]) == pytest.approx(np.abs(m - m0).mean())
     assert float(row["direction"]) == pytest.approx((1 - (W0 * W).sum(1) / m0 / m).mean(), rel=1e-6)
-    with pytest.raises(ConfigError, match="rank: none of the 1 sources"):
-        analyze.analyze([folder], tmp_path / "out", only=["rank"])
+    with pytest.raises(ConfigError, match="flips: none of the 1 sources"):
+        analyze.analyze([folder], tmp_path / "out", only=["flips"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rank_of_a_model_trained_as_a_whole_is_that_of_its_change_and_not_of_its_rounding(dtype):
+    """As stored, every change has full rank; one of rank 3 and none at all are told nevertheless."""
+    draw = torch.Generator().manual_seed(0)
+    W0 = torch.randn(40, 63, generator=draw).to(dtype)
+    moved = torch.randn(40, 3, generator=draw) @ torch.randn(3, 63, generator=draw)
+    W = (W0.double() + 20 * moved.double()).to(dtype)
+    assert rank.of_matrix(W.double() - W0.double())["rank"] == 40
+    found = rank.of_change(W0, W)
+    assert found["rank"] == found["rank_float32"] == 3
+    assert 1 < found["effective_rank"] <= 3
+    assert rank.of_change(W0, W0)["rank"] == 0
+
+
+def test_where_the_base_of_a_whole_model_is_gone_nothing_is_left_to_tell(tmp_path):
+    save(llama(), tmp_path / "model")
+    (tmp_path / "model" / "duallora.json").write_text(json.dumps({"kind": "generate", "base": {"name": "gone"}}))
+    with pytest.raises(ConfigError, match="none of the 1 sources"):
+        analyze.analyze([tmp_path], tmp_path / "out", draw=False)
+
+
+def test_cells_of_a_grid_are_called_by_what_tells_them_apart():
+    names = ["cola-lora-lr0.001-seed0", "cola-dual-lora-lr0.003-seed0"]
+    assert [*analyze.labels(names)] == ["lr0.001", "dual-lr0.003"]
+    assert [*analyze.labels(names[:1])] == names[:1]
+    assert [*analyze.labels(["a-b", "b-a", "b"])] == ["a-b", "b-a", "b"]
+
+
+def test_layers_come_in_the_order_of_their_numbers(tmp_path):
+    config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=11, num_attention_heads=2)
+    lora = peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(r=1, target_modules=["q_proj"]))
+    (start,) = states.states(save(lora, tmp_path / "lora"))
+    assert [row["layer"] for row in rank.table(start)] == [f"model.layers.{n}.self_attn.q_proj" for n in range(11)]
 
 
 def test_ranks_and_flips_need_no_base_model(trained_run, tmp_path, capsys):
@@ -369,6 +419,15 @@ def test_the_dynamics_of_two_runs_stand_on_the_same_axes_and_say_in_words_what_t
     (drawn,) = adapter_plots.draw({"dynamics": rows}, tmp_path)
     shown = (adapter_plots.TURNED, adapter_plots.STRETCHED, "layer, from the input on", "near, q_proj", "far, q_proj")
     assert {words: drawn.read_text().count(f">{words}<") for words in shown} == dict.fromkeys(shown, 1)
+
+
+def test_sources_are_compared_by_the_modules_that_all_have():
+    def rows(source, *kinds):
+        return [{"source": source, "module": kind} for kind in kinds]
+
+    kinds = adapter_plots._kinds
+    assert kinds({"full": rows("full", "q", "up", "v"), "lora": rows("lora", "v", "q")}) == ["q", "v"]
+    assert kinds({"bert": rows("bert", "query"), "llama": rows("llama", "q")}) == ["query", "q"]
 
 
 def test_a_start_that_cancels_has_rank_0(tmp_path):

@@ -35,6 +35,13 @@ def _sources(rows: Sequence[Row]) -> dict[str, list[Row]]:
     }
 
 
+def _kinds(sources: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The kinds of modules that every source has, to compare them by; all, where there is none."""
+    own = [dict.fromkeys(row["module"] for row in of) for of in sources.values()]
+    every = list(dict.fromkeys(itertools.chain(*own)))
+    return [kind for kind in every if all(kind in kinds for kinds in own)] or every
+
+
 def _flips(figure: Any, rows: Sequence[Row]) -> Any:
     """Share of signs flipped since the start and share of open entries, by step; None for single states."""
     courses = {label: overall([dict(row) for row in of]) for label, of in _sources(rows).items()}
@@ -55,32 +62,32 @@ def _flips(figure: Any, rows: Sequence[Row]) -> Any:
 
 def _rank(figure: Any, rows: Sequence[Row]) -> Any:
     """Over min(out, in), of each layer: above the effective rank, at the first and the last state; below the rank at the last,
-    at two tolerances. A column a source.
+    at two tolerances. A column a source; in it the kinds of modules side by side, each from the input on.
     """
     sources = _sources(rows)
+    kinds = _kinds(sources)
     figure.set_size_inches(max(4.6, 2.4 * len(sources)), 4.8)
     panels, ranks = figure.subplots(2, len(sources), squeeze=False, sharey=True, sharex="col")
     named: dict[str, Any] = {}  # of LoRA there is dW alone
-    for axes, (label, of) in zip(panels, sources.items(), strict=True):
+    for upper, lower, (label, of) in zip(panels, ranks, sources.items(), strict=True):
         steps = sorted({row["step"] for row in of})
-        for color, matrix in zip(PALETTE, MATRICES, strict=False):
-            for step in steps:
-                those = [row for row in of if (row["matrix"], row["step"]) == (matrix, step)]
-                shares = [row["effective_rank"] / min(row["out"], row["in"]) for row in those]
-                last = step == steps[-1]
-                (line,) = axes.plot(range(len(shares)), shares, "-" if last else ":", color=color, linewidth=1.2)
-                named |= {MATRICES[matrix]: line} if shares and last else {}
-        axes.set(title=label, ylim=(0, 1.02))
-    for axes, of in zip(ranks, sources.values(), strict=True):
-        last = max(row["step"] for row in of)
-        for (color, matrix), (name, dash) in itertools.product(
-            zip(PALETTE, MATRICES, strict=False), (("rank", "--"), ("rank_float32", "-"))
-        ):
-            shares = [
-                row[name] / min(row["out"], row["in"]) for row in of if (row["matrix"], row["step"]) == (matrix, last)
-            ]
-            axes.plot(range(len(shares)), shares, dash, color=color, linewidth=1.2)
-        axes.set(xlabel="layer, from the input on")
+        drawn = [(upper, "effective_rank", step, "-" if step == steps[-1] else ":") for step in steps]
+        drawn += [(lower, "rank", steps[-1], "--"), (lower, "rank_float32", steps[-1], "-")]
+        for (color, matrix), (axes, name, step, dash) in itertools.product(zip(PALETTE, MATRICES, strict=False), drawn):
+            start, middles = 0, {}
+            for kind in kinds:
+                those = [row for row in of if (row["module"], row["matrix"], row["step"]) == (kind, matrix, step)]
+                if those:
+                    shares = [row[name] / min(row["out"], row["in"]) for row in those]
+                    places = range(start, start + len(those))
+                    (named[MATRICES[matrix]],) = axes.plot(places, shares, dash, color=color, linewidth=1.2)
+                    middles[start + (len(those) - 1) / 2] = kind
+                    start += len(those) + 1
+            if middles:
+                lower.set_xticks([*middles], middles.values(), rotation=45 if len(middles) > 3 else 0)
+        upper.set(title=label, ylim=(0, 1.02))
+        lower.tick_params(axis="x", length=0)
+        lower.set(xlabel="layer, from the input on")
     panels[0].set_ylabel("effective rank,\nshare of the largest possible")
     ranks[0].set_ylabel("rank,\nshare of the largest possible")
     for axes, lines in (
@@ -90,7 +97,8 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
         for dash, words in lines:
             axes.plot([], [], dash, color="#555555", linewidth=1.2, label=words)
         axes.legend(frameon=False, fontsize=6)
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=1, frameon=False)
+    order = [words for words in MATRICES.values() if words in named]
+    figure.legend([named[w] for w in order], order, loc="outside lower center", ncols=1, frameon=False)
     return figure
 
 
@@ -99,7 +107,7 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
     row's own axes, so that sources can be compared; layers by color.
     """
     sources = _sources(rows)
-    kinds = list(dict.fromkeys(row["module"] for row in rows))
+    kinds = _kinds(sources)
     figure.set_size_inches(max(4.2, 2.6 * len(sources) + 0.6), 2.4 * len(kinds) + 0.4)
     grid = figure.subplots(len(kinds), len(sources), squeeze=False, sharex="row", sharey="row")
     most = max(
@@ -108,6 +116,7 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
         for kind in kinds
         for step in {row["step"] for row in of}
     )
+    told = len({tuple(sorted({row["step"] for row in of})) for of in sources.values()}) > 1  # steps, in every panel
     points: Any = None
     for line, kind in zip(grid, kinds, strict=True):
         for axes, (label, of) in zip(line, sources.items(), strict=True):
@@ -132,7 +141,7 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
                 axes.plot(ends, slope * ends + offset, color="#999999", linewidth=1)
             axes.set(title=f"{label}, {kind}")
             axes.ticklabel_format(style="sci", scilimits=(-2, 3))
-            if len(steps) <= 6:
+            if len(steps) <= 6 and (told or axes is line[0]):
                 axes.legend(title="step", frameon=False, fontsize=6, title_fontsize=6)
     figure.supxlabel(TURNED, fontsize=8)
     figure.supylabel(STRETCHED, fontsize=8)

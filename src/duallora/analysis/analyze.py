@@ -1,7 +1,7 @@
 """What training did to adapters, as tables (CSV), a summary (JSON) and plots (SVG): the verb `analyze`.
 
 flips     which signs turned over, which entries are open, state by state (`flips`); Dual LoRA
-rank      rank and effective rank of the first and the last state (`rank`); Dual LoRA and LoRA
+rank      rank and effective rank of the first and the last state (`rank`); Dual LoRA, LoRA, whole models
 dynamics  how far the weights turned and stretched (`dynamics`); every method that merges; needs the base model
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from rich.markup import escape
 
 from duallora.analysis import adapter_plots, flips, rank
 from duallora.analysis.states import Adapter, State, states
-from duallora.errors import ConfigError
+from duallora.errors import ConfigError, IntegrityError
 from duallora.store import record
+from duallora.store.run_folder import RunFolder
 from duallora.terminal import say, shown
 
 PARTS = ("flips", "rank", "dynamics")
@@ -60,14 +62,26 @@ def analyze(
     told: dict[str, Any] = {}
     for label, course in courses.items():
         adapter = None if course[-1].whole else Adapter(course[-1])
-        told[label] = {"path": str(found[label]), "steps": [state.step for state in course]}
+        told[label] = {"path": shown(found[label]), "steps": [state.step for state in course]}
+        with suppress(ConfigError, IntegrityError):  # a run of another version is analyzed nevertheless
+            if facts := RunFolder(found[label]).facts():
+                told[label] |= {name: facts.get(name) for name in ("commit", "device", "parameters")}
+                told[label]["recipe"] = facts.get("recipe", {}) | {"output": None}
         for part, table in tables.items():
-            if part == "dynamics":
-                rows, summary = _dynamics(console, label, found[label], course, axis, asked=only is not None)
-            elif adapter and (adapter.layers() or (part == "rank" and adapter.low_rank_layers())):
-                rows, summary = (_flips if part == "flips" else _rank)(console, label, course)
-            else:
-                continue
+            try:
+                if part == "dynamics":
+                    rows, summary = _dynamics(console, label, found[label], course, axis)
+                elif part == "rank" and (adapter is None or adapter.layers() or adapter.low_rank_layers()):
+                    rows, summary = _rank(console, label, course)
+                elif part == "flips" and adapter and adapter.layers():
+                    rows, summary = _flips(console, label, course)
+                else:
+                    continue
+            except ConfigError as error:
+                if only is not None:
+                    raise
+                say(console, "note", f"[yellow]no {part} of {escape(label)}: {escape(str(error))}[/]")
+                rows, summary = [], []
             table += [{"source": label, **row} for row in rows]
             told[label][part] = summary
     empty = [part for part, rows in tables.items() if not rows]
@@ -99,8 +113,9 @@ def _flips(console: Console, label: str, course: Sequence[State]) -> tuple[list[
 
 
 def _rank(console: Console, label: str, course: Sequence[State]) -> tuple[list[Row], list[Row]]:
-    """The summary has means over the layers, by step and matrix; ``largest`` is the mean of min(out, in)."""
-    rows = [row for state in dict.fromkeys((course[0], course[-1])) for row in rank.table(state)]
+    """The summary has means over the layers, by step and matrix; ``largest`` is the mean of min(out, in). The start of a whole model, all 0, is not kept."""
+    ends = course[-1:] if course[-1].whole else dict.fromkeys((course[0], course[-1]))
+    rows = [row for state in ends for row in rank.table(state)]
     summary: list[Row] = []
     for step, matrix in dict.fromkeys((row["step"], row["matrix"]) for row in rows):
         of = [row for row in rows if (row["step"], row["matrix"]) == (step, matrix)]
@@ -114,26 +129,22 @@ def _rank(console: Console, label: str, course: Sequence[State]) -> tuple[list[R
 
 
 def _dynamics(
-    console: Console, label: str, source: Path, course: Sequence[State], axis: str, *, asked: bool
+    console: Console, label: str, source: Path, course: Sequence[State], axis: str
 ) -> tuple[list[Row], list[Row]]:
     from duallora.analysis import dynamics  # loads PEFT and the base model
 
-    try:
-        rows = dynamics.course(source, course, axis)  # type: ignore[arg-type]
-    except ConfigError as error:
-        if asked:
-            raise
-        say(console, "note", f"[yellow]no dynamics of {escape(label)}: {escape(str(error))}[/]")
-        rows = []
+    rows = dynamics.course(source, course, axis)  # type: ignore[arg-type]
     summary = dynamics.correlations(rows)
     for row in (row for row in summary if row["step"] is None):
-        text = f"Pearson {row['pearson']:+.2f}, Spearman {row['spearman']:+.2f} over {row['points']} points"
+        low, high = row["interval"]
+        text = f"Pearson {row['pearson']:+.2f} ({low:+.2f} to {high:+.2f} over other layers), Spearman {row['spearman']:+.2f} over {row['points']} points"
         say(console, "dynamics", f"{label}, {row['module']}: {text}")
     return rows, summary
 
 
 def labels(sources: Sequence[Path | str]) -> dict[str, Path]:
-    """A name for each source: its folder's, or the run's where the folder is called adapter or model.
+    """A name for each source: its folder's, or the run's where the folder is called adapter or model; without the
+    words between hyphens that all have (of a grid's cells, the task and the seed).
 
     Raises:
         ConfigError: two sources have the same.
@@ -145,7 +156,9 @@ def labels(sources: Sequence[Path | str]) -> dict[str, Path]:
         if label in found:
             raise ConfigError(f"{found[label]} and {path} would both be {label}: give folders of different names")
         found[label] = path
-    return found
+    shared = set.intersection(*({*label.split("-")} for label in found))
+    short = {"-".join(word for word in label.split("-") if word not in shared): path for label, path in found.items()}
+    return short if all(short) and len(short) == len(found) else found
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -88,7 +88,10 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
         IntegrityError: see `duallora.store.adapters.load_adapter`.
     """
     if states[-1].whole:
-        return list(_of_whole(states, axis))
+        return [
+            {"step": state.step, "layer": name, "module": module(name), **change(W0, W, axis)}
+            for state, name, W0, W in whole_layers(states)
+        ]
     model, _ = adapters.load_adapter(source, adapters.adapter_kind(source))
     rows: list[Row] = []
     for state in (state for state in states if state.step > 0 or len(states) == 1):
@@ -106,8 +109,8 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
     return rows
 
 
-def _of_whole(states: Sequence[State], axis: Axis) -> Iterator[Row]:
-    """The linear layers of a model that was trained as a whole, all but its head's, beside those of its base."""
+def whole_layers(states: Sequence[State]) -> Iterator[tuple[State, str, Tensor, Tensor]]:
+    """(state, name, W0, W), both [out, in], of each linear layer of a model that was trained as a whole, all but its head's."""
     sidecar = adapters.read_sidecar(states[-1].folder)
     base, kind = sidecar.get("base", {}), sidecar.get("kind")
     if "name" not in base or kind is None:
@@ -130,12 +133,13 @@ def _of_whole(states: Sequence[State], axis: Axis) -> Iterator[Row]:
                     )
                 pair = (layer.weight.detach(), file.get_tensor(f"{name}.weight"))
                 W0, W = (X.T if isinstance(layer, Conv1D) else X for X in pair)
-                yield {"step": state.step, "layer": name, "module": module(name), **change(W0, W, axis)}
+                yield state, name, W0, W
 
 
 def correlations(rows: Sequence[Row]) -> list[Row]:
     """Pearson's and Spearman's correlation of DeltaD and DeltaM by kind of module: over all layers and steps (``step``
-    None), and over the layers of each step. Fewer than three points, or equal ones, have none.
+    None), and over the layers of each step. Fewer than three points, or equal ones, have none. ``interval`` is Pearson's 95 % over
+    other layers, drawn again from these with all their steps, which move together.
     """
     found = []
     for kind in dict.fromkeys(row["module"] for row in rows):
@@ -146,7 +150,16 @@ def correlations(rows: Sequence[Row]) -> list[Row]:
             if len(chosen) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
                 continue
             pearson, spearman = float(stats.pearsonr(x, y)[0]), float(stats.spearmanr(x, y)[0])
-            found.append(
-                {"module": kind, "step": step, "points": len(chosen), "pearson": pearson, "spearman": spearman}
-            )
+            layers = len({row["layer"] for row in chosen})
+            drawn = np.random.default_rng(0).integers(layers, size=(1000, layers))
+            u, v = (z.reshape(-1, layers).T[drawn].reshape(1000, -1) for z in (x, y))  # rows go step by step
+            u, v = (z - z.mean(1, keepdims=True) for z in (u, v))
+            with np.errstate(invalid="ignore"):  # a draw of equal points
+                others = (u * v).sum(1) / np.sqrt((u * u).sum(1) * (v * v).sum(1))
+            told = {
+                "pearson": pearson,
+                "interval": np.nanquantile(others, (0.025, 0.975)).tolist(),
+                "spearman": spearman,
+            }
+            found.append({"module": kind, "step": step, "points": len(chosen), **told})
     return found

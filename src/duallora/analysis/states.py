@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,12 @@ class Adapter:
             self._file = safe_open(state.folder / WEIGHTS, "pt")
         except (OSError, ValueError, SafetensorError) as error:
             raise IntegrityError(f"{state.folder}: the adapter cannot be read: {error}; take a fresh copy") from error
-        self._names = set(self._file.keys())
+        self._names = sorted(self._file.keys(), key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(9), name))
 
     def layers(self) -> list[str]:
-        """The names of the Dual LoRA layers, in the order of the file; fused experts one by one, as ``name[number]``."""
+        """The names of the Dual LoRA layers, by number; fused experts one by one, as ``name[number]``."""
         found = []
-        for name in self._file.keys():  # noqa: SIM118
+        for name in self._names:
             if name.endswith(".duallora_A"):
                 shape = self._file.get_slice(name).get_shape()
                 layer = name.removesuffix(".duallora_A")
@@ -90,7 +91,7 @@ class Adapter:
 
     def low_rank_layers(self) -> list[str]:
         """The names of plain LoRA's layers."""
-        return [name.removesuffix(".lora_A.weight") for name in self._file.keys() if name.endswith(".lora_A.weight")]  # noqa: SIM118
+        return [name.removesuffix(".lora_A.weight") for name in self._names if name.endswith(".lora_A.weight")]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the file, floating-point ones in float64."""
