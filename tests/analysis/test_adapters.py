@@ -416,6 +416,10 @@ def test_the_dynamics_of_two_runs_stand_on_the_same_axes_and_say_in_words_what_t
         near, far, *_ = adapter_plots._dynamics(Figure(layout="constrained"), rows).axes
     assert near.get_xlim() == far.get_xlim()
     assert near.get_xlim()[1] > 0.12
+    assert near.get_xscale() == far.get_yscale() == "log"  # or the near one is a dot at 0
+    with figures() as Figure:
+        alone, *_ = adapter_plots._dynamics(Figure(layout="constrained"), rows[: len(rows) // 2]).axes
+    assert alone.get_xscale() == "linear"
     (drawn,) = adapter_plots.draw({"dynamics": rows}, tmp_path)
     shown = (adapter_plots.TURNED, adapter_plots.STRETCHED, "layer, from the input on", "near, q_proj", "far, q_proj")
     assert {words: drawn.read_text().count(f">{words}<") for words in shown} == dict.fromkeys(shown, 1)

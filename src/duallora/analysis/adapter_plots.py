@@ -104,7 +104,7 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
 
 def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
     """DeltaM over DeltaD, a point a layer and step, with the line of least squares: a row a module, a panel a source, on the
-    row's own axes, so that sources can be compared; layers by color.
+    row's own axes, so that sources can be compared, logarithmic where one reaches ten times as far as another; layers by color.
     """
     sources = _sources(rows)
     kinds = _kinds(sources)
@@ -116,6 +116,8 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
         for kind in kinds
         for step in {row["step"] for row in of}
     )
+    reach = [max(row["direction"] for row in of if row["module"] in kinds) for of in sources.values()]
+    scale = "log" if max(reach) > 10 * min(reach) > 0 else "linear"
     told = len({tuple(sorted({row["step"] for row in of})) for of in sources.values()}) > 1  # steps, in every panel
     points: Any = None
     for line, kind in zip(grid, kinds, strict=True):
@@ -129,6 +131,7 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
                     "c": range(len(chosen)),
                     "cmap": "viridis",
                     "s": 9,
+                    "clip_on": False,  # a third of the file
                     "linewidths": 0,
                     "vmin": 0,
                     "vmax": max(most - 1, 1),
@@ -136,12 +139,13 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
                 points = axes.scatter(turned, stretched, marker=marker, label=step, **style)
             x, y = (np.array([row[name] for row in chosen_rows]) for name in ("direction", "magnitude"))
             if len(chosen_rows) > 2 and np.ptp(x) > 0:
-                ends = np.array([x.min(), x.max()])
-                slope, offset = np.polyfit(x, y, 1)
-                axes.plot(ends, slope * ends + offset, color="#999999", linewidth=1)
-            axes.set(title=f"{label}, {kind}")
-            axes.ticklabel_format(style="sci", scilimits=(-2, 3))
-            if len(steps) <= 6 and (told or axes is line[0]):
+                along = np.geomspace(x.min(), x.max()) if scale == "log" else np.array([x.min(), x.max()])
+                axes.plot(along, np.polyval(np.polyfit(x, y, 1), along), color="#999999", linewidth=1)
+            axes.set(title=f"{label}, {kind}", xscale=scale, yscale=scale)
+            axes.minorticks_off()
+            if scale == "linear":
+                axes.ticklabel_format(style="sci", scilimits=(-2, 3))
+            if len(steps) <= 6 and (told or axes is grid[0][0]):
                 axes.legend(title="step", frameon=False, fontsize=6, title_fontsize=6)
     figure.supxlabel(TURNED, fontsize=8)
     figure.supylabel(STRETCHED, fontsize=8)
