@@ -66,7 +66,7 @@ def _rank(figure: Any, rows: Sequence[Row]) -> Any:
     """
     sources = _sources(rows)
     kinds = _kinds(sources)
-    figure.set_size_inches(max(4.6, 2.4 * len(sources)), 4.8)
+    figure.set_size_inches(max(4.6, 2.0 * len(sources) + 0.6), 4.8)
     panels, ranks = figure.subplots(2, len(sources), squeeze=False, sharey=True, sharex="col")
     named: dict[str, Any] = {}  # of LoRA there is dW alone
     for upper, lower, (label, of) in zip(panels, ranks, sources.items(), strict=True):
@@ -108,7 +108,7 @@ def _dynamics(figure: Any, rows: Sequence[Row]) -> Any:
     """
     sources = _sources(rows)
     kinds = _kinds(sources)
-    figure.set_size_inches(max(4.2, 2.6 * len(sources) + 0.6), 2.4 * len(kinds) + 0.4)
+    figure.set_size_inches(max(4.2, 2.0 * len(sources) + 0.6), 2.2 * len(kinds) + 0.4)
     grid = figure.subplots(len(kinds), len(sources), squeeze=False, sharex="row", sharey="row")
     most = max(
         sum(row["module"] == kind and row["step"] == step for row in of)
