@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -341,10 +342,30 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     assert cli.run(["doctor", "--json"]) == 2
     missing = {check["name"]: check for check in json_line(capsys)["checks"] if check["status"] == "missing"}
-    assert set(missing) == {"peft", "sacrebleu", "jinja2"}
+    assert set(missing) == {"peft", "command line", "jinja2"}
     assert "CVE-2025-27516" in missing["jinja2"]["found"]
     assert missing["peft"]["fix"] == 'pip install -U "peft>=0.18"'
-    assert missing["sacrebleu"]["fix"] == 'pip install "sacrebleu>=2.4"'
+    assert missing["command line"]["found"] == "not installed: sacrebleu"
+    assert missing["command line"]["fix"] == "pip install 'duallora[train]'"
+
+
+def test_a_base_install_says_what_it_lacks(capsys, monkeypatch):
+    """No fault of the program: each verb imports what it needs when it needs it, so any of them may meet it."""
+    for name in ("scipy", "scipy.stats"):
+        monkeypatch.setattr(cli, "_invoke", lambda _, name=name: importlib.import_module(f"{name}_not_there"))
+        assert cli.run(["report", "runs/x"]) == 2
+        said = capsys.readouterr().err
+        assert "needs the package scipy" in said
+        assert "pip install 'duallora[train]'" in said
+    monkeypatch.setattr(cli, "_invoke", lambda _: importlib.import_module("duallora.not_there"))
+    assert cli.run(["report", "runs/x"]) == 1
+
+
+def test_a_setting_given_as_an_option_is_told_how_it_is_given(capsys):
+    assert cli.run(["train", "--data", "x.csv", "--learning-rate", "1e-3"]) == 2
+    assert "--set learning_rate=VALUE" in capsys.readouterr().err
+    assert cli.run(["doctor", "--learning-rate", "1e-3"]) == 2
+    assert "--set" not in capsys.readouterr().err
 
 
 ROWS = "".join(f'"Count {i}:","{i + 1}, {i + 2}"\n' for i in range(20))

@@ -10,13 +10,11 @@ def main() -> None:
     try:
         from duallora import cli
     except ModuleNotFoundError as error:
-        if not error.name or error.name.partition(".")[0] == "duallora":
+        from duallora.errors import lacking
+
+        if not (message := lacking(error)):
             raise
-        print(
-            f"the command line needs the package {error.name}, which is not installed: pip install 'duallora[train]'. "
-            "The method itself (import duallora) works without it.",
-            file=sys.stderr,
-        )
+        print(message, file=sys.stderr)
         sys.exit(2)
     cli.main()
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from duallora.errors import DualLoraError, is_disk_failure, is_out_of_memory
+from duallora.errors import DualLoraError, is_disk_failure, is_out_of_memory, lacking
 
 results = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
@@ -106,6 +106,8 @@ def exit_code_for(error: BaseException) -> int:
         return 2  # a path in the command is wrong; missing data files raise DataError
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return 2
+    if isinstance(error, ModuleNotFoundError) and lacking(error):
+        return 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of a path that begins with ~
         return 2
     return 2 if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii" else 1
@@ -118,7 +120,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, s
         return str(error), ""
     if isinstance(error, USAGE_ERROR):
         path = error.ctx.command_path if error.ctx else "duallora"
-        return _with_value(error, arguments), f"{path} --help shows what it takes."
+        name = getattr(error, "option_name", "").strip("-").replace("-", "_")
+        takes_settings = error.ctx is not None and any("--set" in one.opts for one in error.ctx.command.params)
+        setting = f"A setting of the recipe is given as --set {name}=VALUE. " if name and takes_settings else ""
+        return _with_value(error, arguments), f"{setting}{path} --help shows what it takes."
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return (isinstance(error, KeyboardInterrupt) and str(error)) or "nothing is left half-written", ""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -132,6 +137,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, s
         first = f"{error.filename}: {error.strerror}"
     if code == 7:
         return first, "Free space or permissions are needed there; choose another folder with -o."
+    if isinstance(error, ModuleNotFoundError) and code == 2:
+        return lacking(error), ""
     if isinstance(error, UnicodeDecodeError) and code == 2:
         return first, f"Files are read as ASCII here, which torch cannot be imported with: {UTF8}."
     if code == 2 and isinstance(error, RuntimeError):

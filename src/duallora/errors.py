@@ -139,6 +139,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def lacking(error: ModuleNotFoundError) -> str:
+    """What to say where a package of another is not installed, as in a base install; "" where the module is our own."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name == "duallora":
+        return ""
+    return (
+        f"the command line needs the package {name}, which is not installed: pip install 'duallora[train]' brings all that it "
+        "needs. The method itself (import duallora) works without it."
+    )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the device has no memory left, by what Python, torch or the system raises."""
     if isinstance(error, OSError):

@@ -108,6 +108,12 @@ def _typed(path: Path) -> str:
 QUIET = ("accelerate", "peft", "datasets", "bitsandbytes", "torchao", "torch.utils._pytree")
 
 
+def quiet_imports() -> None:
+    """For the command line, where no `quiet_libraries` is around them: what libraries say of themselves when imported."""
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences the load reports, bars and advice of the libraries below, which name things the user never chose.

@@ -25,6 +25,15 @@ def run(run_folder, tmp_path) -> Path:
     return Path(shutil.copytree(run_folder, tmp_path / "runs" / "sums"))
 
 
+def test_what_a_run_found_beside_metrics_is_no_metric(run, console):
+    """The steps whose loss was a spike, or that were left out, are lists."""
+    facts = json.loads((run / "run.json").read_text())
+    facts["result"]["metrics"]["spikes"] = [13, 21]
+    (run / "run.json").write_text(json.dumps(facts))
+    card.card(run, base_model=BASE, console=console)
+    assert "spikes" not in (run / "adapter" / "README.md").read_text()
+
+
 def test_the_hubs_own_library_reads_what_was_meant(run, console):
     convert.convert(run, run / "lora-r2", rank=2)
     result = card.card(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duallora import cli
 from duallora.errors import ConfigError, IntegrityError
 from duallora.grid.study import CELLS, Outcome, Study, cell_folder, outcomes
 from duallora.store import record
@@ -377,6 +378,15 @@ def test_a_mistake_in_a_file_is_told_with_its_line(old, new, words, tmp_path):
     with pytest.raises(ConfigError) as error:
         Study.read(tmp_path / "grid.yaml")
     assert words in str(error.value)
+
+
+def test_a_method_that_is_not_there_is_told_before_any_cell(tmp_path, capsys):
+    """Its name may be a plug-in's, so the recipe cannot check it."""
+    (tmp_path / "recipe.yaml").write_text("model: {name: there}\n")
+    (tmp_path / "grid.yaml").write_text(GRID.replace("method: lora", "method: lorra"))
+    assert cli.run(["grid", "-c", str(tmp_path / "grid.yaml"), "-o", str(tmp_path / "runs")]) == 2
+    assert "method='lorra': no such method; nearest: " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_file_that_is_not_there_is_not_taken_for_a_recipe(tmp_path):

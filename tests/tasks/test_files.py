@@ -163,6 +163,13 @@ def test_a_blank_answer_is_a_bad_row(tmp_path, suffix):
     assert sorted(example.answer for example in rows_of(load_data(path, bad_rows="skip"))) == ["a", "b"]
 
 
+def test_a_class_that_is_hardly_trained_on_is_named(tmp_path):
+    rows = [f"text {n},{'a' if n % 2 else 'b'}" for n in range(40)]
+    task = load_data(write(tmp_path / "t.csv", "\n".join(["text,label", *rows, "once,c"])))
+    trained = sum(task.labels[row.label] == "c" for row in task.splits["train"])
+    assert f"classes of hardly any training row: c ({trained})" in task.notes
+
+
 def test_faults_in_csv(tmp_path):
     head = "prompt,completion\n"
     cases = {
@@ -232,8 +239,8 @@ def test_a_table_is_read_however_it_is_written(tmp_path, suffix, separator, note
 def test_a_separator_inside_the_text_is_none_and_a_carriage_return_among_line_feeds_ends_no_line(tmp_path):
     task = load_data(write(tmp_path / "t.csv", "text,label\na;b;c,x\nd|e,y\n"))
     assert {row.texts for row in rows_of(task)} == {("a;b;c",), ("d|e",)}
-    with pytest.raises(DataError, match="has the columns question;answer, which fit none"):
-        load_data(write(tmp_path / "t.csv", "question;answer\na;b\n"))
+    with pytest.raises(DataError, match="has the columns question, answer, which fit none"):
+        load_data(write(tmp_path / "t.csv", "question;answer\na;b, c\n"))
     task = load_data(write(tmp_path / "t.csv", b'text,label\n"a\rb",x\n"c",y\n'))
     assert {row.texts for row in rows_of(task)} == {("a\rb",), ("c",)}
     content = "\r".join(good_lines(3)).encode("utf-16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from duallora.errors import ConfigError
@@ -38,6 +40,15 @@ def test_held_out_rows_and_the_rest_are_the_training_rows_and_the_test_rows_stay
     again = hold_out(numbered(31)[0], 10)
     assert (texts(again.splits["train"]), texts(again.splits["validation"])) == (train, validation)
     assert reads.count("validation") == 0, "the data's own validation rows are not read"
+
+
+def test_rows_that_choose_nothing_are_a_files_test():
+    """A file of one's own has training and validation rows: without a third split no study of it could be fair."""
+    task, _ = numbered(31)
+    own = replace(task, splits={split: task.splits[split] for split in ("train", "validation")})
+    held = hold_out(own, 10)
+    assert texts(held.splits["test"]) == texts(task.splits["validation"])
+    assert texts(held.splits["validation"]) == texts(hold_out(task, 10).splits["validation"])
 
 
 def test_holding_out_more_than_a_third_is_refused():

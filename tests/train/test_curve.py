@@ -91,7 +91,8 @@ def test_runs_are_listed_with_what_they_differ_in(capsys):
     assert "0.750 → 0.500" in one
     assert "accuracy 60" in one
     assert "1:15" in one
-    assert "learning_rate 1.0" in one
+    told = out.partition("differ in:")[2].splitlines()
+    assert [" ".join(line.split()) for line in told if "b/one" in line] == ["runs/b/one learning_rate 1.0"]
     assert "7/20" in two
     assert "0.750 → 0.625" in two
     assert "damaged" in bad

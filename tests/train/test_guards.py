@@ -159,11 +159,11 @@ def test_what_a_spike_is():
     class State:
         global_step = 0
 
-    for loss in (*[50.0] * 9, 700.0, *[1.0] * 60, 9.9, 10.1, 0.002, *[0.001] * 60, 0.099, 0.11):
+    for loss in (*[50.0] * 9, 700.0, *[1.0] * 60, 9.9, 10.1, 0.002, *[0.001] * 60, 0.99, 1.1):
         trainer.step_loss = loss
         spikes.on_pre_optimizer_step(None, State, None, model=torch.nn.Linear(1, 1))
         State.global_step += 1
-    # Nothing before ten losses are known, ten times the median, and never below a tenth.
+    # Nothing before ten losses are known, ten times the median, and never below one.
     assert spikes.found == [72, 135]
     assert len(told) == 2
 

@@ -22,6 +22,7 @@ import typer
 
 from duallora import console
 from duallora.cli.app import app
+from duallora.terminal import quiet_imports
 
 TOLD_BY_FIRST = (9, 130, 143)  # ends of all processes, of which the first one tells
 FIRST_WORD = 15.0  # seconds the first one has to report a failure that all share: the launcher then ends the others
@@ -48,6 +49,7 @@ def run(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))  # of several processes only the first one has the word
     as_json = "--json" in options and not rank
     console.use_json("--json" in options)
+    quiet_imports()
     try:
         # With --json stdout is the JSON line's alone, whatever a library prints (DeepSpeed does on import).
         aside = redirect_stdout(sys.stderr) if "--json" in options else nullcontext()

@@ -35,7 +35,11 @@ def doctor() -> dict[str, Any]:
             table.add_row("", "", f"[bold]{escape(check.fix)}[/]")
     console.results.print(table)
     usable = examination.usable(checks)
-    console.results.print("ready" if usable else "[red]not usable yet: see the lines marked missing[/]")
+    lacking = {check.name for check in checks if check.status == "missing"}
+    only = (
+        "the method (import duallora) is ready, the command line is " if lacking == {examination.COMMAND_LINE} else ""
+    )
+    console.results.print("ready" if usable else f"[red]{only}not usable yet: see the lines marked missing[/]")
     return {"usable": usable, "checks": [check._asdict() for check in checks], "exit_code": 0 if usable else 2}
 
 

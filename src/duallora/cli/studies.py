@@ -52,6 +52,7 @@ def grid(
       duallora grid -c grid.yaml -o runs/grid --workers 2
       duallora grid -c grid.yaml -o runs/grid --ray auto
     """
+    from duallora import methods
     from duallora.errors import ConfigError
     from duallora.grid import live
     from duallora.grid.run import require_all, run
@@ -64,8 +65,11 @@ def grid(
     study = Study.read(source)
     plugins.load(study.base.get("plugins", ()))  # their metrics say which of two values is better
     folder = output or Path("runs") / study.name
+    cells = study.wanted(outcomes(folder))
+    for cell in cells:  # a method's name may be a plug-in's, so the recipe itself cannot check it
+        plugins.load(cell.recipe().plugins)
+        methods.get(cell.recipe().adapter.method)
     if dry_run:
-        cells = study.wanted(outcomes(folder))
         for cell in cells:
             console.results.print(cell.name, soft_wrap=True, markup=False)
         expected = study.expected(outcomes(folder))

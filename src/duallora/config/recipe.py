@@ -220,7 +220,9 @@ class DataSection(Section):
     limit: Count | None = setting(None, "Train on at most this many rows; null is all of them.")
     eval_limit: Count | None = setting(None, "Evaluate on at most this many rows; null is all of them.")
     holdout: Count | None = setting(
-        None, "Validate on this many training rows, drawn the same for every seed; null is the data's own validation."
+        None,
+        "Validate on this many training rows, drawn the same for every seed, and test on the data's own validation rows where "
+        "they have no test rows; null validates on those.",
     )
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from yaml import YAMLError  # what huggingface_hub reads front matter with
 
-from duallora.errors import ConfigError, DualLoraError, IntegrityError
+from duallora.errors import ConfigError, DualLoraError, IntegrityError, is_number
 from duallora.store import adapters, checkpoint, record, untrusted
 from duallora.store.run_folder import RunFolder
 from duallora.tasks import TASKS, Example, Task, commonsense, e2e, glue, load_task, made_up, metrics
@@ -247,7 +247,8 @@ def _datasets(task: str, run: dict[str, Any]) -> list[str]:
 def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, Any]]:
     """The run's own metrics on its held-out rows."""
     chosen = run.get("result", {}).get("metrics", {})
-    chosen = {name: value for name, value in chosen.items() if not name.startswith(("train_", "tokens_"))}
+    left_out = ("train_", "tokens_")
+    chosen = {name: v for name, v in chosen.items() if is_number(v) and not name.startswith(left_out)}
     if not chosen:
         return []
     rows = run.get("data", {}).get("validation")

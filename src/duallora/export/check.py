@@ -166,7 +166,9 @@ def _files(report: _Report, folder: Path) -> tuple[dict[str, Any] | None, dict[s
             warmup = config.get("warmup_steps", 0) if config.get("warmup") == "ramp" else 0
             warmup = AUTO_STEPS if warmup == "auto" else warmup  # of one that no step has trained yet
             closed = closed_gate_message(min(gates), warmup)
-            report.add("gate", "note" if closed else "ok", closed or f"open (step {min(gates)} of {warmup})")
+            report.add(
+                "gate", "note" if closed else "ok", closed or f"open ({min(gates)} steps, the ramp has {warmup})"
+            )
     return config, shapes
 
 

@@ -32,7 +32,9 @@ def sound(source: str, console: Console) -> Path | None:
     trained = None if is_adapter else adapters.trained_for(source)
     kind = adapters.adapter_kind(source) if is_adapter else trained.kind if trained else "generate"
     if kind != "generate":
-        raise ConfigError(f"{source} was trained to {kind}, no text to serve. Use {command('eval', source)}")
+        raise ConfigError(
+            f"{source} was trained to {kind}, no text to serve. Use {command('predict', source, 'FILE', '-o', 'answers.csv')}"
+        )
     return folder if is_adapter else None
 
 

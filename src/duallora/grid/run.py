@@ -108,7 +108,7 @@ def require_all(found: Mapping[str, Outcome], folder: Path | str) -> None:
     if failed:
         lines = "".join(f"\n  {name}: {error}" for name, error in failed.items())
         raise GridError(
-            f"{len(failed)} of {len(found)} cells failed:{lines}\nthe others are done; the same command tries these again. "
+            f"{len(failed)} of {len(found)} cells failed:{lines}\nThe same command tries these again, and these alone. "
             f"What they said is in {Path(folder) / CELLS}/NAME.log"
         )
 

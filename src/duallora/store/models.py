@@ -287,7 +287,13 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
                 f"the weights of {name} are a pickle that holds more than tensors; it was not opened. Expected safetensors"
             ) from None
         if local or not isinstance(error, (OSError, ValueError, KeyError)):
-            raise ConfigError(f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            if factory is AutoTokenizer:
+                raise ConfigError(
+                    f"the tokenizer of {name} cannot be loaded: {reason} Expected its files beside the model's: "
+                    "tokenizer.save_pretrained(FOLDER)"
+                ) from error
+            raise ConfigError(f"{name} cannot be loaded: {reason}") from error
         hub = "the hub does not give it" if reachable() else "the hub cannot be reached (nor is it in the hub's cache)"
         raise ConfigError(
             f"model {name!r} is neither a folder here nor one of {', '.join(BUILTIN)}, and {hub}: {first_line(error)}"

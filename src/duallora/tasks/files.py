@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ _ALPACA = (
 Converter = Callable[[Mapping[str, Any], str], Example]
 
 ANSWERS = ("completion", "output", "label")  # columns that rows to be answered need not have
+FEW = 20  # rows, of which a class may well have one
+RARE = 8  # classes with hardly a row that are named
 WORDS = 4  # of an answer that BLEU, which counts four words in a row, can say something about
 
 
@@ -111,6 +114,11 @@ def load_data(
     unused = [column for column in there if column not in _used(chosen, there)]
     notes += [f"columns not used: {', '.join(unused)}"] * bool(unused)
     notes.insert(0, renamed.note)
+    if found is not None and trained is None and len(examples["train"]) >= FEW:
+        seen = Counter(example.label for example in examples["train"])
+        rare = [f"{name} ({seen[number]})" for number, name in enumerate(found.classes) if seen[number] < 2]
+        more = ", ..." if len(rare) > RARE else ""
+        notes += [f"classes of hardly any training row: {', '.join(rare[:RARE])}{more}"] * bool(rare)
     if chosen == "alpaca" and any(_is_commonsense(row) for _, row, _ in rows):
         notes.append("rows as in LLM-Adapters' commonsense files: in the prompt of that protocol (docs/evaluation.md)")
     kind: Kind = "generate" if found is None else "classify" if found.classes else "regress"
@@ -148,8 +156,11 @@ class Renamed:
 
     def require(self, data: str, there: Sequence[str]) -> None:
         """DataError where the data lack one of the columns."""
-        if missing := [own for own in self.columns.values() if own not in there]:
-            raise DataError(f"{data} has no column {missing[0]!r} (data.columns); it has {', '.join(there)}")
+        if missing := [name for name, own in self.columns.items() if own not in there]:
+            raise DataError(
+                f"{data} has no column {self.columns[missing[0]]!r} (data.columns); it has {', '.join(there)}. Say which of "
+                f"them is the {missing[0]}: --columns {missing[0]}=COLUMN"
+            )
 
     def row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """One row; what had a name that was given to another column is left out."""
@@ -280,7 +291,7 @@ def _used(format: str, columns: Sequence[str]) -> set[str]:
     if format == "classification":
         return {"label", *_text_columns(columns)}
     if format == "messages":
-        return {"messages" if "messages" in columns else "conversations", *chats.COLUMNS, *chats.MEDIA}
+        return {*_TEXT_COLUMNS[format], *chats.COLUMNS, *chats.MEDIA}
     return {*_TEXT_COLUMNS[format], *_CHAT_ONLY}
 
 

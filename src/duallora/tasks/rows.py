@@ -33,7 +33,7 @@ ACCEPTED = """  prompt-completion  prompt, completion
   alpaca             instruction, output, optional input
   classification     label, and text | sentence | text1, text2 | sentence1, sentence2 | premise, hypothesis
   text               text, and no other column; a line each of a .txt file
-Columns of other names: --columns prompt=question,completion=answer"""
+Columns of other names: --columns prompt=question,completion=answer, or text=review,label=stars"""
 
 
 class Faults:
@@ -62,7 +62,7 @@ class Faults:
         listing = "\n".join(self.kept) + more
         total = f"{self.count} bad row{'s' if self.count > 1 else ''} of {self.count + good} in {self.source}"
         if self.bad_rows == "error":
-            raise DataError(f"{total}:\n{listing}\nMend them, or leave them out with data.bad_rows=skip.")
+            raise DataError(f"{total}:\n{listing}\nMend them, or leave them out with --set data.bad_rows=skip.")
         if not good:
             raise DataError(f"{total}, and no good one is left:\n{listing}")
         return f"{total} skipped, the first: {self.kept[0]}"
@@ -230,11 +230,11 @@ def _read_csv(path: Path, faults: Faults, delimiter: str, known: Collection[str]
     head = start[-1][1] if start else ""
     taken: list[tuple[int, str]] = []  # the lines of the row at hand: a quoted field may span several
 
-    def columns(delimiter: str) -> int:
-        fields = next(csv.reader([head], delimiter=delimiter), [])
-        return len({field.strip() for field in fields} & {*known})
+    def columns(sign: str) -> tuple[int, bool]:
+        fields = next(csv.reader([head], delimiter=sign), [])
+        return len({field.strip() for field in fields} & {*known}), len(fields) > 1
 
-    # What separates the columns: the usual sign, unless another makes more known columns of the first line.
+    # What separates the columns: the usual sign, unless another makes more known columns, or columns at all, of the first line.
     if (used := max((delimiter, *DELIMITERS), key=columns)) != delimiter:
         delimiter = used
         faults.notes.append(f"{path.name} is separated by {DELIMITERS[used]}")

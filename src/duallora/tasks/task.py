@@ -90,6 +90,7 @@ class Task:
 def hold_out(task: Task, rows: int) -> Task:
     """``task`` with its training rows in a random order, the same always, and the first ``rows`` of them its validation.
 
+    What was its validation becomes its test, where it has none: the rows of a user's own file that choose nothing.
     For tasks whose validation rows are what the result is reported on, and for taking the first n training rows of a
     file that is sorted. Raises ConfigError where fewer than two training rows a held-out one would be left.
     """
@@ -106,7 +107,8 @@ def hold_out(task: Task, rows: int) -> Task:
     order = LazySplits({"train": shuffled})  # shuffled once
     mine = {"train": lambda: order["train"][rows:], "validation": lambda: order["train"][:rows]}
     theirs = {split: (lambda split=split: task.splits[split]) for split in task.splits if split not in mine}
-    return replace(task, splits=LazySplits({**mine, **theirs}))
+    freed = {"test": lambda: task.splits["validation"]} if "validation" in [*task.splits] else {}
+    return replace(task, splits=LazySplits({**mine, **freed, **theirs}))
 
 
 def _canonical(example: Example) -> str:

@@ -17,6 +17,7 @@ from duallora.folders import cache_folder
 
 GIGABYTE = 1e9
 ROOM = 2 * GIGABYTE  # a small model, its cache and a few checkpoints
+COMMAND_LINE = "command line"  # whose packages a base install lacks
 
 
 # Releases that mend what a stranger's file could use, by what we read such files with.
@@ -72,6 +73,7 @@ def _packages() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
     yield Check("duallora", "ok", metadata.version("duallora"))
+    absent = []
     for line in metadata.requires("duallora") or ():
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": "train"}):
@@ -80,12 +82,14 @@ def _packages() -> Iterator[Check]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            yield Check(requirement.name, "missing", "not installed", f'pip install "{wanted}"')
+            absent.append(requirement.name)
             continue
         if requirement.specifier.contains(version, prereleases=True):
             yield Check(requirement.name, "ok", version)
         else:
             yield Check(requirement.name, "missing", f"{version}, needs {wanted}", f'pip install -U "{wanted}"')
+    if absent:
+        yield Check(COMMAND_LINE, "missing", f"not installed: {', '.join(absent)}", "pip install 'duallora[train]'")
 
 
 def _vulnerable() -> Iterator[Check]:

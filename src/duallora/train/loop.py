@@ -293,7 +293,7 @@ class Spikes(TrainerCallback):
     left out. Comes after `FiniteGradients`, which gathers the loss.
     """
 
-    WINDOW, LEAST, TIMES, FLOOR = 50, 10, 10.0, 0.01
+    WINDOW, LEAST, TIMES, FLOOR = 50, 10, 10.0, 0.1
 
     def __init__(
         self, on_spike: str, left_out: Collection[int], leave_out: Callable[[int], bool], tell: Callable[[str], None]

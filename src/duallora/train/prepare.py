@@ -70,7 +70,9 @@ def load(recipe: Recipe, console: Console, trained: adapters.Trained | None = No
         )
     if recipe.eval.test and "test" not in task.splits:
         raise ConfigError(
-            f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}"
+            f"eval.test=true: {task.source or task.name} has no test rows; it has {', '.join(task.splits)}. "
+            "Set data.holdout=N, which makes its validation rows the test rows and validates on N training rows, or leave "
+            "eval.test out"
         )
     counts = ", ".join(
         f"{len(task.splits[split]):,} {split}" for split in ("train", "validation") if split in task.splits
@@ -165,6 +167,8 @@ def arguments(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
+    except ConfigError:  # of our own settings
+        raise
     except ValueError as error:
         raise ConfigError(
             f"transformers does not accept train.optimizer={options.optimizer}, train.lr_scheduler={options.lr_scheduler} "

@@ -273,6 +273,7 @@ class _Run:
         """Reads data, model and plug-ins, encodes the rows, and says what will be trained on what for how long."""
         recipe = self.recipe
         code = plugins.load(recipe.plugins)
+        methods.get(recipe.adapter.method)  # a name that leads nowhere is told before the data and the model are read
         prepare.check_settings(recipe, self.processes)
         self.task = task = prepare.load(recipe, self.console)
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn

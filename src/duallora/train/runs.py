@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
@@ -42,13 +42,13 @@ def listed(folders: Sequence[Path], console: Console, live: bool = False) -> dic
     """
     found, differing = _found(folders)
     if not (live and console.is_terminal):
-        console.print(_table(found, differing))
+        console.print(_shown(found, differing))
         return {"runs": found, "differing": differing}
-    with Live(_table(found, differing), console=console, auto_refresh=False) as view, suppress(KeyboardInterrupt):
+    with Live(_shown(found, differing), console=console, auto_refresh=False) as view, suppress(KeyboardInterrupt):
         while any(run["status"] == "running" for run in found):
             time.sleep(REFRESH)
             found, differing = _found(folders)
-            view.update(_table(found, differing), refresh=True)
+            view.update(_shown(found, differing), refresh=True)
     return {"runs": found, "differing": differing}
 
 
@@ -63,12 +63,12 @@ def _found(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     return found, _differing([run["recipe"] for run in found if run["recipe"]])
 
 
-def _table(found: Sequence[dict[str, Any]], differing: Sequence[str]) -> Table:
+def _shown(found: Sequence[dict[str, Any]], differing: Sequence[str]) -> Group:
+    """The table, and below it, where there is the width of the terminal for them, the settings that differ."""
     table = Table(Column("run", overflow="fold"), "status", box=SIMPLE)
     for heading in ("steps", "loss", "score", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    if differing:
-        table.add_column("differs in", overflow="fold")
+    settings = Table.grid(Column(overflow="fold"), "", padding=(0, 2, 0, 0))
     for run in found:
         own = {key: run["recipe"].get(key) for key in differing if run["recipe"].get(key) is not None}
         words = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in own.items())
@@ -78,9 +78,9 @@ def _table(found: Sequence[dict[str, Any]], differing: Sequence[str]) -> Table:
         steps = "" if run["steps"] is None else f"{run['steps']:,}"
         steps = f"{run['step']:,}/{steps}" if steps and run["step"] != run["steps"] else steps
         seconds = "" if run["seconds"] is None else clock(run["seconds"])
-        row = [escape(run["run"]), status, steps, loss, score, seconds]
-        table.add_row(*row, *([escape(words)] if differing else []))
-    return table
+        table.add_row(escape(run["run"]), status, steps, loss, score, seconds)
+        settings.add_row(f"  {escape(run['run'])}", escape(words))
+    return Group(table, "  differ in:", settings) if differing else Group(table)
 
 
 def _below(folder: Path) -> Iterator[Path]:
