@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "analysis": {"analysis", "store", "tuner", "core", "plots", "errors", "terminal"},
     "bench": {"bench", "store", "tasks", "ops", "core", "errors", "terminal", "__root__"},
     "lm_eval": {"store", "errors"},
-    "__main__": {"cli", "__root__"},
+    "__main__": {"cli", "errors", "__root__"},
 }
 # A verb calls whatever has something to show, never the layers themselves.
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli", "__root__"} - {"core", "ops", "nn"}
