@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from duallora import cli
 from duallora.errors import ConfigError, IntegrityError
@@ -23,6 +25,20 @@ BASE = "org/tiny-llama"
 def run(run_folder, tmp_path) -> Path:
     """A copy of the run, to write a card into."""
     return Path(shutil.copytree(run_folder, tmp_path / "runs" / "sums"))
+
+
+def test_the_form_that_peft_leaves_is_written_over_until_somebody_fills_it_in(
+    make_adapter, tiny_causal_folder, tmp_path, console
+):
+    run = adapter = Path(shutil.copytree(make_adapter(), tmp_path / "mine"))
+    base = AutoModelForCausalLM.from_pretrained(tiny_causal_folder)
+    PeftModel.from_pretrained(base, adapter).save_pretrained(adapter, save_embedding_layers=False)
+    form = (adapter / "README.md").read_text()
+    assert "[More Information Needed]" in form
+    card.card(run, base_model=BASE, console=console)
+    (adapter / "README.md").write_text(form.replace("[More Information Needed]", "me", 1))
+    with pytest.raises(ConfigError, match=r"edited by hand.*--force"):
+        card.card(run, base_model=BASE, console=console)
 
 
 def test_what_a_run_found_beside_metrics_is_no_metric(run, console):

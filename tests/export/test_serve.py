@@ -249,7 +249,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_made(
     (base / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-5}))
     (foreign / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
     for code, words, line in [
-        (2, "no text to serve. Use duallora eval", [classifier]),
+        (2, "no text to serve. Use duallora predict", [classifier]),
         (4, "damaged", [moved]),
         (2, "not adapters of one base model", [native, foreign]),
         (2, "not adapters of one base model", [native, base]),

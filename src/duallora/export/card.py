@@ -71,7 +71,7 @@ def card(
     folder = adapter_folder(adapter)
     path = Path(output) if output is not None else folder / "README.md"
     text, metadata, notes = build(folder, **options)
-    if path.exists() and not force and not is_ours(path.read_text(encoding="utf-8")):
+    if path.exists() and not force and not (is_ours(path.read_text(encoding="utf-8")) or _is_blank(path)):
         raise ConfigError(
             f"{path} was edited by hand or written by another tool; --force overwrites it, or choose -o FILE"
         )
@@ -199,6 +199,13 @@ def is_ours(text: str) -> bool:
     """Whether the card was written here and not touched since."""
     body, _, last = text.rstrip("\n").rpartition("\n")
     return last == _mark(body)
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether it is the form that PEFT leaves beside every adapter it saves, with nothing filled in."""
+    form = ModelCard.from_template(ModelCardData()).text.strip()
+    text = ModelCard.load(path, ignore_metadata_errors=True).text.strip()
+    return re.fullmatch(r"(\s*### Framework versions\s*- PEFT \S+)?", text.removeprefix(form)) is not None
 
 
 def validate(path: Path, base_model: str) -> None:

@@ -290,7 +290,7 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
             reason = f"{type(error).__name__}: {first_line(error)}"
             if factory is AutoTokenizer:
                 raise ConfigError(
-                    f"the tokenizer of {name} cannot be loaded: {reason} Expected its files beside the model's: "
+                    f"the tokenizer of {name} cannot be loaded ({reason.rstrip(' .:')}). Expected its files beside the model's: "
                     "tokenizer.save_pretrained(FOLDER)"
                 ) from error
             raise ConfigError(f"{name} cannot be loaded: {reason}") from error
