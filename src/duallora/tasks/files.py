@@ -43,7 +43,7 @@ _ALPACA = (
 Converter = Callable[[Mapping[str, Any], str], Example]
 
 ANSWERS = ("completion", "output", "label")  # columns that rows to be answered need not have
-FEW = 20  # rows, of which a class may well have one
+FEW = 5  # rows of a class on average: with fewer, any class may well have one
 RARE = 8  # classes with hardly a row that are named
 WORDS = 4  # of an answer that BLEU, which counts four words in a row, can say something about
 
@@ -114,7 +114,7 @@ def load_data(
     unused = [column for column in there if column not in _used(chosen, there)]
     notes += [f"columns not used: {', '.join(unused)}"] * bool(unused)
     notes.insert(0, renamed.note)
-    if found is not None and trained is None and len(examples["train"]) >= FEW:
+    if found is not None and trained is None and len(examples["train"]) >= FEW * len(found.classes) > 0:
         seen = Counter(example.label for example in examples["train"])
         rare = [f"{name} ({seen[number]})" for number, name in enumerate(found.classes) if seen[number] < 2]
         more = ", ..." if len(rare) > RARE else ""
