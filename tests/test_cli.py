@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -496,6 +497,19 @@ def test_eval_on_the_training_file_scores_the_held_out_rows_alone(written, train
     assert f"{data} is what {folder} was trained on: scored on the run's own validation rows" in captured.err
     assert named["n"] == 1
     assert named == own
+
+
+def test_rows_that_are_not_those_of_the_training_are_told(trained, tmp_path, capsys):
+    """As where rows were added to the file since: the draw is another, and holds rows that were trained on."""
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    told = f"the train rows are not those of {folder}'s training"
+    assert cli.run(["eval", str(folder)]) == 0
+    assert told not in capsys.readouterr().out
+    facts = json.loads((folder / "run.json").read_text())
+    facts["fingerprints"]["data"]["train"] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(facts))
+    assert cli.run(["eval", str(folder)]) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, tmp_path, capsys):

@@ -424,6 +424,18 @@ def test_the_test_rows_are_scored_after_training_and_every_prediction_is_kept(ma
     assert (data["train"], data["validation"]) == (22, 11)
 
 
+def test_a_files_held_out_rows_are_the_same_for_every_seed(make_recipe, console):
+    """Or the runs of a study could not be compared."""
+    recipe = make_recipe()
+    data = recipe.data.model_copy(update={"holdout": 3})
+    drawn = [
+        prepare.load(recipe.model_copy(update={"data": data, "seed": seed}), console) for seed in (0, 1, 2**32 - 1)
+    ]
+    assert {*drawn[0].splits} == {"train", "validation", "test"}
+    for split in drawn[0].splits:
+        assert len({task.fingerprint(split) for task in drawn}) == 1
+
+
 def test_test_rows_that_do_not_exist_are_missed_before_training(make_recipe, console):
     recipe = make_recipe()
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"test": True})})

@@ -53,7 +53,6 @@ def load_data(
     *,
     eval_data: str | None = None,
     eval_fraction: float = 0.05,
-    seed: int = 0,
     format: str | None = None,
     labels: LabelKind | None = None,
     trained: tuple[Kind, Sequence[str]] | None = None,
@@ -67,7 +66,7 @@ def load_data(
     data: a path (jsonl, json, csv, tsv, parquet, txt), a hub id "org/name" or "org/name:config", "builtin:docstrings",
         "builtin:packages" or "builtin:reference".
     eval_data: path or hub id of the validation rows; without it ``eval_fraction`` of the rows (at least one) are set
-        aside, drawn with ``seed``, unless the hub has a validation or test split of its own.
+        aside, the same ones for every seed of a run, unless the hub has a validation or test split of its own.
     format: one of FORMATS where the columns fit several; None detects it.
     labels: what the label column holds, "classes" or "numbers"; None goes by the labels (`duallora.tasks.labels`).
     trained: what the model that these rows are for was trained to do, and its classes by id: they decide what the label
@@ -110,7 +109,7 @@ def load_data(
     if chat_template_kwargs and not any(example.messages for rows in examples.values() for example in rows):
         raise ConfigError(f"data.chat_template_kwargs is for chats, but {data} holds none: leave it out")
     if "validation" not in examples:
-        examples |= _split(examples["train"], eval_fraction, seed, data)
+        examples |= _split(examples["train"], eval_fraction, data)
     unused = [column for column in there if column not in _used(chosen, there)]
     notes += [f"columns not used: {', '.join(unused)}"] * bool(unused)
     notes.insert(0, renamed.note)
@@ -481,7 +480,7 @@ def _texts(row: Mapping[str, Any], texts: tuple[str, ...]) -> tuple[str, ...]:
     return found
 
 
-def _split(examples: Sequence[Example], fraction: float, seed: int, data: str) -> dict[str, Sequence[Example]]:
+def _split(examples: Sequence[Example], fraction: float, data: str) -> dict[str, Sequence[Example]]:
     """Train and validation rows, at least one of each."""
     if len(examples) < 2:
         raise DataError(
@@ -489,5 +488,5 @@ def _split(examples: Sequence[Example], fraction: float, seed: int, data: str) -
             "Give the validation rows with data.eval_path."
         )
     count = min(len(examples) - 1, max(1, round(fraction * len(examples))))
-    train, validation = draw(examples, count, seed)
+    train, validation = draw(examples, count, 0)
     return {"train": train, "validation": validation}

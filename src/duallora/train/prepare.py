@@ -49,7 +49,6 @@ def read(recipe: Recipe, trained: adapters.Trained | None = None) -> Task:
         str(data.path),
         eval_data=data.eval_path,
         eval_fraction=data.eval_fraction,
-        seed=recipe.seed,
         trained=trained,
         **reading(data),
     )

@@ -99,6 +99,13 @@ def choose(
                 "evaluate it on data of the kind it was trained for"
             )
     split = split or next(name for name in ("test", "validation", *chosen.splits) if name in chosen.splits)
+    changed = _changed_since(source, chosen) if own else []
+    if changed:
+        console.print(
+            f"[yellow]the {' and '.join(changed)} rows are not those of {escape(source)}'s training: its data have changed, so it "
+            "may have been trained on what is held out now[/]",
+            soft_wrap=True,
+        )
     if own and data is not None:
         told = f"{escape(data)} is what {escape(source)} was trained on: scored on the run's own {split} rows"
         console.print(told, soft_wrap=True)
@@ -163,6 +170,13 @@ def score(
         console.print(f"written to [bold]{escape(str(output))}[/]", soft_wrap=True)
     told = {"data": task.source, "notes": task.notes, "metrics": result.metrics, "labels": task.labels}
     return {**facts, **told, **({"output": str(output)} if output else {})}
+
+
+def _changed_since(source: str, task: Task) -> list[str]:
+    """The splits that are other rows than those ``source`` was trained with."""
+    run = RunFolder.around(source)
+    recorded = ((run and run.facts()) or {}).get("fingerprints", {}).get("data", {})
+    return [name for name, value in recorded.items() if name in task.splits and task.fingerprint(name) != value]
 
 
 def recipe_file(source: str | Path) -> Path | None:
