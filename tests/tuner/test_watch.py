@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 import duallora
@@ -22,8 +23,16 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(IN, HIDDEN), nn.Linear(HIDDEN, OUT)
 
+    reentrant = None  # of the gradient checkpointing; None: there is none
+
+    def body(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
     def forward(self, x, labels=None):
-        y = self.second(torch.tanh(self.first(x)))
+        if self.reentrant is None:
+            y = self.body(x)
+        else:
+            y = checkpoint(self.body, x.requires_grad_(), use_reentrant=self.reentrant)
         return {"loss": (y - labels).square().mean(), "logits": y}
 
 
@@ -131,11 +140,17 @@ def test_what_a_form_does_not_have_is_not_logged(options):
     assert json.dumps(found)
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize(("clip", "scale"), [("chain", 300.0), ("update", 30.0)])
-def test_the_share_that_is_clipped_is_that_of_the_gradient_of_every_entry(clip, scale, tmp_path):
+def test_the_share_that_is_clipped_is_that_of_the_gradient_of_every_entry(
+    clip, scale, reentrant, tmp_path, monkeypatch
+):
     """The oracle: autograd's gradient for W' written out, of the factors before the step that is logged."""
     model = adapted(ste_clip=clip, warmup="none")
+    model.base_model.model.reentrant = reentrant
     start = [factors(layer) for layer in layers(model)]
+    watcher = Watcher(model)
+    monkeypatch.setattr(duallora.tuner.watch, "Watcher", lambda _: watcher)
     trainer = duallora.watch(trainer_of(model, tmp_path, steps=1))
     trainer.compute_loss = lambda model, inputs, **kwargs: scale * model(**inputs)["loss"]
     seen = []
@@ -154,10 +169,11 @@ def test_the_share_that_is_clipped_is_that_of_the_gradient_of_every_entry(clip, 
         shares.append(float(((G * M if clip == "chain" else G * (M > 0)).abs() > 1).double().mean()))
     (line,) = [line for line in trainer.state.log_history if "loss" in line]
     assert 0.02 < sum(shares) / 2 < 0.8
+    assert len(watcher.clipped) == 2  # both layers, also what comes last in a block that is run again
     assert line["clip_share"] == pytest.approx(sum(shares) / 2, abs=0.004)
 
 
-def test_no_clip_is_told_of_where_the_inputs_are_not_kept_and_nothing_stays_hooked(tmp_path):
+def test_nothing_stays_hooked_and_inputs_that_are_gone_are_not_told_of(tmp_path):
     model = adapted()
     trainer = duallora.watch(trainer_of(model, tmp_path, logging_steps=3))
     first, hooked = layers(model)[0], []

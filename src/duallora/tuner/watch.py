@@ -35,7 +35,7 @@ def watch(trainer: Any) -> Any:
     * ``frozen_share``: share of entries with ReLU(B A) = 0, which neither move a weight nor have a gradient.
     * ``sign_flips``: share of the signs of D C that changed since the last log.
     * ``clip_share``: share of entries of dL/d(D C) that the clip of Eq. 7 (or 12) cut in the last step, by the layer's inputs and
-      its output's gradient. Linear layers alone, not with DoRA, nor where gradient checkpointing has let the inputs go.
+      its output's gradient. Linear layers alone, and not with DoRA.
     * ``update_size``: |dW| / |W0|, of plain weights.
     * ``layers_without_gradient``: layers whose factors all had a gradient of 0 in the last step; left out where it is 0.
 
@@ -90,6 +90,7 @@ class Watcher(TrainerCallback):
         self.still_logs = self.unsettled_logs = 0
         self.progress = 0.0  # share of the run's steps that are done
         self.clipped: list[Tensor] = []  # of each layer in the step to be logged
+        self.halves: dict[int, dict[str, Tensor]] = {}  # of a layer under gradient checkpointing: x, or rows of dY
         self.hooks: list[Any] = []
         self.said: set[str] = set()
         self.without_gradient = 0
@@ -109,11 +110,10 @@ class Watcher(TrainerCallback):
         self._let_go()
         if _is_logged(state):
             self.clipped = []
-            self.hooks = [
-                layer.register_forward_hook(partial(self._look_at_forward, at))
-                for at, layer in enumerate(self.layers)
-                if isinstance(layer, Linear)
-            ]
+            for at, layer in enumerate(self.layers):
+                if isinstance(layer, Linear):
+                    self.hooks.append(layer.register_forward_pre_hook(partial(self._look_at_input, at)))
+                    self.hooks.append(layer.register_forward_hook(partial(self._look_at_forward, at)))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._let_go()
@@ -163,27 +163,44 @@ class Watcher(TrainerCallback):
             None if adapter is None else layer._update(adapter).rows(self.rows[at].to(layer.duallora_A[adapter].device))
         )
 
+    def _look_at_input(self, at: int, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling() and _in_backward() and isinstance(inputs[0], Tensor):
+            self._meet(at, x=inputs[0].detach())
+
     def _look_at_forward(self, at: int, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if (
-            torch.compiler.is_compiling()
-            or not (isinstance(output, Tensor) and output.requires_grad)
-            or layer.duallora_m
-        ):
+        if torch.compiler.is_compiling() or layer.duallora_m:
             return
-        # Held weakly: what autograd does not keep for the backward shall not be kept for this.
-        output.register_hook(partial(self._look_at_gradient, at, weakref.ref(inputs[0])))
+        if isinstance(output, Tensor) and output.requires_grad:
+            # Held weakly: what autograd does not keep for the backward shall not be kept for this.
+            output.register_hook(partial(self._look_at_gradient, at, weakref.ref(inputs[0])))
+
+    def _look_at_gradient(self, at: int, held: weakref.ref[Tensor], dY: Tensor) -> None:
+        dY, x = dY.flatten(0, -2)[:, self.rows[at].to(dY.device)], held()
+        if x is None:
+            self._meet(at, dY=dY)
+        else:
+            self.halves.pop(at, None)
+            self._count(at, x, dY)
+
+    def _meet(self, at: int, **half: Tensor) -> None:
+        """Of what is checkpointed the input comes again within the backward, before the output's gradient or after it."""
+        halves = self.halves.setdefault(at, {})
+        halves |= half
+        if len(halves) == 2:
+            self._count(at, **self.halves.pop(at))
 
     @torch.no_grad()
-    def _look_at_gradient(self, at: int, held: weakref.ref[Tensor], dY: Tensor) -> None:
-        x, own = held(), self._own(at)
-        if x is None or own is None or own.direction != "ste" or own.ste_clip not in ("chain", "update"):
+    def _count(self, at: int, x: Tensor, dY: Tensor) -> None:
+        own, x = self._own(at), x.flatten(0, -2)
+        if own is None or own.direction != "ste" or own.ste_clip not in ("chain", "update") or len(x) != len(dY):
             return
-        G = dY.flatten(0, -2)[:, self.rows[at].to(dY.device)].float().T @ x.flatten(0, -2).float()
+        G = dY.float().T @ x.float()
         M = own._replace(initial=()).delta()  # M . Sign(Q): the clip is symmetric
         cut, whole = (clip_direction_gradient(G, M, M, "ste", clip) for clip in (own.ste_clip, "none"))
         self.clipped.append((cut != whole).float().mean())
 
     def _let_go(self) -> None:
+        self.halves.clear()
         while self.hooks:
             self.hooks.pop().remove()
 
@@ -225,6 +242,11 @@ class Watcher(TrainerCallback):
 def _is_logged(state: Any) -> bool:
     """Whether the step under way is one whose loss is logged."""
     return (state.global_step + 1) % max(int(state.logging_steps), 1) == 0
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs this, as it does what was checkpointed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()
