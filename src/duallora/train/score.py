@@ -99,7 +99,8 @@ def choose(
                 "evaluate it on data of the kind it was trained for"
             )
     split = split or next(name for name in ("test", "validation", *chosen.splits) if name in chosen.splits)
-    changed = _changed_since(source, chosen) if own else []
+    # Of files alone: a task's rows are not drawn, and hashing its training rows would read all of them.
+    changed = _changed_since(source, chosen) if recipe is not None and own and recipe.data.path else []
     if changed:
         console.print(
             f"[yellow]the {' and '.join(changed)} rows are not those of {escape(source)}'s training: its data have changed, so it "
