@@ -191,14 +191,22 @@ def test_a_fault_of_the_program_says_so(capsys, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_sigterm_unwinds_and_leaves_with_143(capsys, monkeypatch):
-    """Locks and half-written files are let go in finally blocks; the default action of SIGTERM would skip them."""
+@pytest.mark.parametrize("within_an_import", [False, True])
+def test_sigterm_unwinds_and_leaves_with_143(capsys, monkeypatch, within_an_import):
+    """Locks and half-written files are let go in finally blocks, which the default action of SIGTERM would skip.
+
+    A library that is being imported may make a missing module of it.
+    """
     unwound = []
 
     def wait(arguments):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
+        except SystemExit as error:
+            if within_an_import:
+                raise ModuleNotFoundError("Could not import module 'Trainer'", name="trainer") from error
+            raise
         finally:
             unwound.append(True)
 

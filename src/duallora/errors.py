@@ -145,8 +145,8 @@ def lacking(error: ModuleNotFoundError) -> str:
     if not name or name == "duallora":
         return ""
     return (
-        f"the command line needs the package {name}, which is not installed: pip install 'duallora[train]' brings all that it "
-        "needs. The method itself (import duallora) works without it."
+        f"this needs the package {name}, which is not installed: pip install 'duallora[train]' brings all that the command line "
+        f"needs, pip install {name} what a model or a plug-in asks for beyond that. The method itself (import duallora) works without."
     )
 
 

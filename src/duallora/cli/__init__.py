@@ -89,12 +89,18 @@ def _invoke(arguments: list[str]) -> dict[str, Any]:
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C does, so that locks are let go and half-written files removed."""
+    came: list[int] = []
 
     def stop(number: int, frame: object) -> NoReturn:
+        came.append(number)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Exception as error:
+        if came:  # transformers makes a missing module of whatever ends an import
+            raise SystemExit(128 + came[0]) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
