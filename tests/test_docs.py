@@ -26,6 +26,7 @@ import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import duallora
 from duallora.config.load import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -43,19 +44,13 @@ class Block(NamedTuple):
 
 def blocks_of(page: Path) -> list[Block]:
     """The fences of a page, each with the comments that stand directly before it."""
-    found = re.findall(
-        r"((?:^<!--.*?-->\n)*)^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
-    return [
-        Block(
-            page,
-            language,
-            text,
-            "".join(re.findall(r"<!-- before\n(.*?)-->", comments, re.DOTALL)),
-            {line or "": why for line, why in re.findall(r"<!-- not run(?: \((.*?)\))?: (.*?) -->", comments)},
-        )
-        for comments, language, text in found
-    ]
+    pattern = r"((?:^<!--.*?-->\n)*)^```(\w*)\n(.*?)^```$"
+    blocks = []
+    for comments, language, text in re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        before = "".join(re.findall(r"<!-- before\n(.*?)-->", comments, re.DOTALL))
+        not_run = dict(re.findall(r"<!-- not run(?: \((.*?)\))?: (.*?) -->", comments))
+        blocks.append(Block(page, language, text, before, not_run))
+    return blocks
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))  # run by `make notebooks`, and their pages made of that
@@ -92,8 +87,12 @@ def test_what_is_not_run_says_why_and_the_tests_it_names_exist():
 def test_code_blocks_run_as_printed(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
+    head, *merge = block.text.partition("merged = model.merge_and_unload()\n")
     exec(compile(block.before, "before", "exec"), names)
-    exec(compile(block.text, "docs", "exec"), names)
+    exec(compile(head, "docs", "exec"), names)
+    if "Trainer(model, TrainingArguments" in head:  # plain PEFT and Trainer: no call of ours but the config
+        assert duallora.gate(names["model"]) == 1.0
+    exec(compile("".join(merge), "docs", "exec"), names)
 
 
 @pytest.mark.parametrize(
@@ -113,15 +112,10 @@ def test_every_command_that_is_shown_has_the_options_it_is_shown_with(words):
 # What the docs' commands take for granted: files of the columns that they name.
 TABLES = {
     "mine": [{"prompt": f"{a} plus {b} is", "completion": str(a + b)} for a in range(6) for b in range(6)],
-    "tickets": [
-        {"question": f"Where is order {n}?", "category": "shipping" if n % 3 else "billing"} for n in range(36)
-    ],
-    "chats": [
-        {"messages": [{"role": "user", "content": f"{n} plus {n}?"}, {"role": "assistant", "content": f"{n + n}"}]}
-        for n in range(24)
-    ],
+    "tickets": [{"question": f"Where is order {n}?", "category": "shipping" if n % 3 else "billing"} for n in range(36)],
+    "chats": [{"messages": [{"role": "user", "content": f"{n} plus {n}?"}, {"role": "assistant", "content": f"{n + n}"}]} for n in range(24)],
     "reviews": [{"review": f"a {'good' if n % 2 else 'bad'} film, number {n}", "stars": n % 2} for n in range(36)],
-}
+}  # fmt: skip
 RUNS = {  # trained once, for the pages to go on from
     "mine": "--data mine.csv",
     "chats": "--data chats.jsonl",
@@ -137,14 +131,11 @@ def walked(tmp_path_factory, shared_data):
     work = tmp_path_factory.mktemp("docs") / "clone"
     work.mkdir()
     for name, rows in TABLES.items():
-        for suffix in ("csv", "jsonl"):
-            with (work / f"{name}.{suffix}").open("w", newline="") as file:
-                if suffix == "csv":
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
-                else:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with (work / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
     shutil.copy(work / "mine.csv", work / "test.csv")
     new = [{"prompt": "1 plus 9 is", "question": "Where is it?", "review": "a good film"}] * 3
     (work / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
@@ -214,17 +205,6 @@ def test_notebooks_ran_from_top_to_bottom_and_their_pages_hold_what_they_said(pa
     assert all((folder / name).read_text(encoding="utf-8") == content for name, content in images.items())
 
 
-def test_trainer_example_opens_the_gate_by_itself(tmp_path, monkeypatch):
-    """The ten lines with plain PEFT and Trainer: no call of ours but the config."""
-    monkeypatch.chdir(tmp_path)
-    block = next(block for _, block in BLOCKS if "Trainer(model, TrainingArguments" in block.text)
-    names: dict = {"__name__": "__main__"}
-    exec(compile(block.text.replace("merged = model.merge_and_unload()\n", ""), "docs", "exec"), names)
-    import duallora
-
-    assert duallora.gate(names["model"]) == 1.0
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_and_results_exist(page):
     text = page.read_text()
@@ -240,11 +220,10 @@ def test_no_run_of_the_robustness_table_is_at_chance_and_the_page_shows_it():
     facts = json.loads((ROOT / "results" / "robustness.json").read_text())
     names = runpy.run_path(str(ROOT / "benchmarks" / "robustness.py"))
     assert names["markdown"](facts["rows"]) in (ROOT / "docs" / "results.md").read_text()
-    own = [one for one in facts["cells"] if one["method"] == "duallora"]
-    assert [one for one in own if one["at_chance"] is not None] == []
-    for one in own:
-        better = one["value"] < one["chance"] if one["metric"] == "loss" else one["value"] > one["chance"]
-        assert better, one
+    for one in facts["cells"]:
+        if one["method"] == "duallora":
+            assert one["at_chance"] is None, one
+            assert (one["value"] < one["chance"]) == (one["metric"] == "loss"), one
     defaults = load_recipe(None, data="mine.csv")
     for row in facts["rows"]:
         if row["method"] == "duallora":
@@ -273,9 +252,8 @@ def test_every_python_has_one_pin_for_each_requirement(version):
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [line.split(" #")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
-    pins = [
-        pin for pin in map(Requirement, lines) if not pin.marker or pin.marker.evaluate({"python_version": version})
-    ]
+    here = {"python_version": version}
+    pins = [pin for pin in map(Requirement, lines) if not pin.marker or pin.marker.evaluate(here)]
     count = Counter(canonicalize_name(pin.name) for pin in pins)
     assert set(count.values()) == {1}, count.most_common(5)
     required = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
@@ -306,9 +284,8 @@ def test_every_message_that_is_explained_is_one_that_is_printed():
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(quoted) > 10
-    assert [
-        message for message in quoted if message not in source and not message.startswith(("KeyError", "TypeError"))
-    ] == []
+    ours = [message for message in quoted if not message.startswith(("KeyError", "TypeError"))]
+    assert [message for message in ours if message not in source] == []
 
 
 def test_every_page_is_in_the_navigation():

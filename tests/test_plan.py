@@ -70,8 +70,9 @@ def saved_bytes(model, **batch) -> int:
     ("model_type", "dtype", "padded", "method"),
     [
         *(("qwen2", torch.float32, False, method) for method in METHODS),
-        *(("qwen2", torch.bfloat16, True, method) for method in METHODS),
-        *(("gpt2", torch.float32, True, method) for method in METHODS),
+        ("qwen2", torch.bfloat16, True, "dora"),
+        ("qwen2", torch.bfloat16, True, "duallora"),
+        ("gpt2", torch.float32, True, "duallora"),
     ],
 )
 def test_what_is_kept_is_what_autograd_saves(model_type, dtype, padded, method):
@@ -86,8 +87,9 @@ def test_what_is_kept_is_what_autograd_saves(model_type, dtype, padded, method):
     assert found == pytest.approx(expected, rel=0.005)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "checkpointing"), [("lora", False), ("dora", True), ("duallora", False), ("duallora", True)]
+)
 def test_two_shallow_traces_give_the_deep_one_to_the_byte(method, checkpointing):
     """The second shape is one where the peak lies in the layers, not in the head."""
     config, setting = tiny(num_hidden_layers=7, vocab_size=150), Setting(method, checkpointing=checkpointing)
@@ -119,8 +121,7 @@ def test_a_real_step_peaks_where_predicted():
         "checkpointing": False, "padded": False,
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "benchmarks/plan_check.py"), "--measure", json.dumps(cell)]
-    environment = {**os.environ, **memory.ALLOCATOR}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **memory.ALLOCATOR})
     measured = json.loads(done.stdout.splitlines()[-1])["measured_bytes"]
     setting = Setting("duallora", rank=8, dtype=torch.float32, fused_attention=False)
     config = AutoConfig.for_model(
@@ -135,24 +136,21 @@ def test_a_real_step_peaks_where_predicted():
 def test_workspace_is_what_the_operators_allocate_inside(dtype):
     """Their bodies run on real tensors under the ledger, which sees W' and G come and go."""
     out, into, tokens, r = 1000, 630, 40, 4
-    x, W, dY = torch.randn(tokens, into, dtype=dtype), torch.randn(out, into, dtype=dtype), torch.randn(tokens, out, dtype=dtype)  # fmt: skip
+    x, W, dY = (torch.randn(size, dtype=dtype) for size in ((tokens, into), (out, into), (tokens, out)))
     A, B, C, D = (torch.randn(size) for size in ((r, into), (out, r), (r, into), (out, r)))
     if pick("auto", Update(A, B, C, D, 1.0), dtype).__name__.endswith("recompute"):
         pytest.skip("no C++ compiler: torch operators, which hold more")
     fields = autograd.flat(Update(A, B, C, D, torch.tensor(0.5)), autograd.How())
-    forward = (x, W, None, None, *fields)
-    backward = (dY, x, W, None, torch.empty(0), *fields, True, False, True)
-    operators = torch.ops.duallora.dual_linear.default, torch.ops.duallora.dual_linear_backward.default
-    bodies = (autograd._product_body, forward), (autograd._backward_body, backward)
-    for operator, (body, arguments) in zip(operators, bodies, strict=True):
-        expected = trace.workspace(operator, arguments)
-        ledger = trace._Ledger({})
-        with ledger:
+    operators = torch.ops.duallora
+    for operator, body, arguments in (
+        (operators.dual_linear, autograd._product_body, (x, W, None, None, *fields)),
+        (operators.dual_linear_backward, autograd._backward_body, (dY, x, W, None, torch.empty(0), *fields, True, False, True)),
+    ):  # fmt: skip
+        with (ledger := trace._Ledger({})):
             held = body(*arguments)
-        outputs = ledger.live
-        inside = max(ledger.peaks.values()) - outputs
+        inside = max(ledger.peaks.values()) - ledger.live  # but for the outputs
         # Forward: y is a product with W', so both are alive. Backward: dx, the last, while W' and G are.
-        assert inside == pytest.approx(expected, rel=0.03)
+        assert inside == pytest.approx(trace.workspace(operator.default, arguments), rel=0.03)
         del held
 
 
@@ -173,17 +171,12 @@ PUBLISHED = {
 def test_known_models_have_the_published_number_of_parameters(name):
     """Classifiers with their head of two classes, as transformers counts them."""
     config = config_of(name)
-    full = trace.depth_of(config)
-
-    def count(depth):
-        with torch.device("meta"):
-            return sum(p.numel() for p in build(at_depth(config, depth), Setting("lora")).parameters())
-
-    one, two = count(1), count(2)
-    assert one + (full - 1) * (two - one) == PUBLISHED[name]
+    with torch.device("meta"):
+        one, two = (build(at_depth(config, depth), Setting("lora")).num_parameters() for depth in (1, 2))
+    assert one + (trace.depth_of(config) - 1) * (two - one) == PUBLISHED[name]
 
 
-def test_every_known_model_can_be_built_and_is_found_by_its_repository():
+def test_every_known_model_is_found_by_its_repository():
     for name, (repository, _) in KNOWN.items():
         assert config_of(repository).to_dict() == config_of(name).to_dict()
         assert trace.depth_of(config_of(name)) > 2
@@ -194,10 +187,7 @@ def test_every_known_model_can_be_built_and_is_found_by_its_repository():
     ("name", "method", "rank", "parameters", "percent"),
     [
         ("llama-7b", "lora", 16, 56_098_816, 0.8256),
-        ("llama-7b", "duallora", 16, 56_098_816, 0.8256),
-        ("llama-2-7b", "dora", 16, 56_975_360, 0.8384),
         ("llama-13b", "duallora", 16, 87_818_240, 0.6702),
-        ("llama-3-8b", "duallora", 16, 56_623_104, 0.7002),
         ("llama-3-8b", "dora", 8, 29_097_984, 0.3610),
         ("llama-3-70b", "duallora", 8, 138_936_320, 0.1965),
     ],
@@ -317,9 +307,7 @@ def test_the_verb_plans_seventy_billion_parameters_without_weights(plain, capsys
     arguments = ["--gpus", "8x80", "--checkpointing", "--method", "duallora", "--strategy", "fsdp", "--r", "2"]
     assert cli.run(["plan", "--model", "llama-3-70b", "--target-modules", "q_proj,v_proj", *arguments, "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
-    assert out["base_parameters"] == PUBLISHED["llama-3-70b"]
-    assert out["predicted"] is True
-    assert out["suggested"] == "fsdp"
+    assert (out["base_parameters"], out["predicted"], out["suggested"]) == (PUBLISHED["llama-3-70b"], True, "fsdp")
     found = out["strategies"]["fsdp"]["duallora"]
     assert found["fits"]
     assert found["weights"] == pytest.approx(2 * PUBLISHED["llama-3-70b"] / 8, rel=1e-6)
@@ -333,17 +321,8 @@ def test_the_verb_shows_the_three_methods_side_by_side(plain, capsys, tmp_path):
     arguments = ["plan", "--model", str(tmp_path / "model"), "--gpus", "2x24", "--length", "64"]
     assert cli.run([*arguments, "--target-modules", "q_proj,v_proj", "--r", "4"]) == 0
     out = capsys.readouterr().out
-    for words in (
-        "LoRA, r = 8",
-        "DoRA, r = 8",
-        "Dual LoRA, r = 4",
-        "ddp",
-        "zero3",
-        "offload",
-        "predicted",
-        "(assumed)",
-    ):
-        assert words in out
+    words = ("LoRA, r = 8", "DoRA, r = 8", "Dual LoRA, r = 4", "ddp", "zero3", "offload", "predicted", "(assumed)")
+    assert [word for word in words if word not in out] == []
     assert "nothing here fits" not in out
 
 
@@ -372,10 +351,10 @@ def test_a_model_of_another_kind_is_refused():
 
 def test_a_classifier_that_looks_at_its_labels_is_traced():
     """DeBERTa picks its loss by the labels' values, which fake tensors have not got."""
-    small = {"hidden_size": 96, "pooler_hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 2}
     config = config_of("deberta-v3-base")
-    for name, value in {**small, "vocab_size": 700}.items():
-        setattr(config, name, value)
+    config.update(
+        {"hidden_size": 96, "pooler_hidden_size": 96, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 700}
+    )  # fmt: skip
     use = Traced(config, Setting("lora", rank=2, targets=["query_proj", "value_proj"]), depths=(2, 4)).use(2, 16)
     assert 0 < use.kept < use.peak
 

@@ -32,13 +32,8 @@ def unsafe(tree: ast.AST) -> list[str]:
                 found.append("torch.load without weights_only=True")
             if name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "__import__"):
                 found.append(name)
-            found += [
-                f"{key}={keywords[key]}"
-                for key in ("shell", "trust_remote_code")
-                if keywords.get(key, "False") != "False"
-            ]
-            if keywords.get("weights_only", "True") != "True":
-                found.append("weights_only=" + keywords["weights_only"])
+            harmless = {"shell": "False", "trust_remote_code": "False", "weights_only": "True"}
+            found += [f"{key}={keywords[key]}" for key, value in harmless.items() if keywords.get(key, value) != value]
     return found
 
 
@@ -80,13 +75,12 @@ def test_two_builds_of_a_wheel_are_the_same_bytes(tmp_path):
     pytest.importorskip("hatchling")
     sums = []
     for name in ("first", "second"):
-        tree = tmp_path / name
-        for file in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
-            tree.mkdir(exist_ok=True)
-            shutil.copy(ROOT / file, tree)  # not copy2: times differ
+        tree, ignored = tmp_path / name, shutil.ignore_patterns("__pycache__")
         shutil.copytree(
-            ROOT / "src", tree / "src", copy_function=shutil.copy, ignore=shutil.ignore_patterns("__pycache__")
-        )
+            ROOT / "src", tree / "src", copy_function=shutil.copy, ignore=ignored
+        )  # not copy2: times differ
+        for file in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+            shutil.copy(ROOT / file, tree)
         command = [sys.executable, "-m", "hatchling", "build", "--directory", str(tmp_path / f"{name}-dist")]
         subprocess.run(command, cwd=tree, check=True, capture_output=True)
         built = sorted((tmp_path / f"{name}-dist").iterdir())

@@ -94,14 +94,12 @@ def in_a_base(stage: Stage, draw: random.Random) -> tuple[list[Any], Path]:
 def in_rows(stage: Stage, draw: random.Random) -> tuple[list[Any], Path]:
     path = stage.place().with_suffix(draw.choice((".jsonl", ".json", ".csv")))
     content = stage.rows.read_bytes()
-    if path.suffix != ".jsonl":
-        rows = [json.loads(line) for line in content.splitlines()]
-        text = (
-            json.dumps(rows)
-            if path.suffix == ".json"
-            else "prompt,completion\n" + "".join(f'"{r["prompt"]}",{r["completion"]}\n' for r in rows)
-        )
-        content = text.encode()
+    rows = [json.loads(line) for line in content.splitlines()]
+    if path.suffix == ".json":
+        content = json.dumps(rows).encode()
+    elif path.suffix == ".csv":
+        content = b"prompt,completion\n"
+        content += b"".join(f'"{row["prompt"]}",{row["completion"]}\n'.encode() for row in rows)
     if draw.random() < 0.5 and path.suffix == ".jsonl":
         lines = content.splitlines()
         at = draw.randrange(len(lines))
@@ -123,12 +121,10 @@ def in_a_recipe(stage: Stage, draw: random.Random) -> tuple[list[Any], Path]:
 
 
 def in_settings(stage: Stage, draw: random.Random) -> tuple[list[Any], Path]:
+    adapter = "r alpha target_modules magnitude rank_pattern modules_to_save method"
+    run = "learning_rate epochs report_to optimizer on_spike nosuch"
     known = [setting.partition("=")[0] for setting in SETTINGS]
-    known += [
-        f"adapter.{name}"
-        for name in ("r", "alpha", "target_modules", "magnitude", "rank_pattern", "modules_to_save", "method")
-    ]
-    known += [f"train.{name}" for name in ("learning_rate", "epochs", "report_to", "optimizer", "on_spike", "nosuch")]
+    known += [*(f"adapter.{name}" for name in adapter.split()), *(f"train.{name}" for name in run.split())]
     value = draw.choice(NASTY)
     text = value if isinstance(value, str) else json.dumps(value)
     text = text.replace("\x00", "\\0").encode("utf-8", "replace").decode()
@@ -136,44 +132,11 @@ def in_settings(stage: Stage, draw: random.Random) -> tuple[list[Any], Path]:
 
 
 def in_arguments(stage: Stage, draw: random.Random) -> tuple[list[Any], Path]:
-    words = [
-        "--data",
-        "--model",
-        "--set",
-        "-c",
-        "--json",
-        "--files-only",
-        "--base",
-        "--resume",
-        "auto",
-        "-o",
-        "--rank",
-        "--seed",
-        "--",
-    ]
-    words += [
-        str(stage.rows),
-        str(stage.model),
-        str(stage.straight),
-        "r=4",
-        "-1",
-        "nan",
-        "",
-        "~nobody/x",
-        "a" * 300,
-        "--no-such",
-    ]
-    verb = draw.choice(
-        (
-            ["check"],
-            ["data", "check"],
-            ["data", "preview"],
-            ["config", "show"],
-            ["merge"],
-            ["eval"],
-            ["train", "--dry-run"],
-        )
-    )
+    options = "--data --model --set -c --json --files-only --base --resume auto -o --rank --seed --"
+    words = [*options.split(), str(stage.rows), str(stage.model), str(stage.straight)]
+    words += ["r=4", "-1", "nan", "", "~nobody/x", "a" * 300, "--no-such"]
+    verbs = ("check", "data check", "data preview", "config show", "merge", "eval", "train --dry-run")
+    verb = draw.choice(verbs).split()
     output = stage.place()
     return [*verb, *draw.choices(words, k=draw.randrange(6))], output
 

@@ -127,6 +127,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
 
 
+def finite(path: Path) -> bool:
+    """Whether no tensor of a file holds a NaN or an infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
+
+
 class Stage:
     """A folder with a model, rows, an uninterrupted run of them, and a place for each case."""
 
@@ -173,13 +178,16 @@ class Stage:
             argv += ["--set", setting]
         return self.call(*argv, *more, **how)
 
+    def begin(self, model: Path, *more: Any, rows: Path | None = None, seconds: float = 30) -> Result:
+        """``duallora train`` of another model, into a new folder."""
+        argv = ["train", "--model", model, "--data", rows or self.rows, "-o", self.place()]
+        return self.call(*argv, *more, seconds=seconds)
+
     def resumed(self, output: Path, name: str, **how: Any) -> Case:
         """Whether ``--resume auto`` ends with the bits of the uninterrupted run."""
         done = self.train(output, "--resume", "auto", **how)
-        same = digest(output / "adapter" / WEIGHTS) == self.wanted
-        return Case(
-            name, done.code == 0 and same, "" if done.code == 0 and same else f"exit {done.code}: {tail(done.said)}"
-        )
+        fine = done.code == 0 and digest(output / "adapter" / WEIGHTS) == self.wanted
+        return Case(name, fine, "" if fine else f"exit {done.code}: {tail(done.said)}")
 
     def interrupted(self) -> Path:
         """A run that was killed after its third checkpoint, made once."""
@@ -194,9 +202,8 @@ class Stage:
     def close(self, output: Path, atol: float) -> bool:
         """Whether a run ended with the weights of the uninterrupted one, but for rounding."""
         found, wanted = (load_file(folder / "adapter" / WEIGHTS) for folder in (output, self.straight))
-        return found.keys() == wanted.keys() and all(
-            torch.allclose(found[k], wanted[k], atol=atol, rtol=0) for k in wanted
-        )
+        near = (torch.allclose(found[name], wanted[name], atol=atol, rtol=0) for name in wanted)
+        return found.keys() == wanted.keys() and all(near)
 
     def drop(self, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,6 @@ import rows
 import torch
 from harness import SAVE, STEPS, WEIGHTS, digest, fork, when
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -74,12 +73,7 @@ def compare(folder: Path, long: bool, sealed: bool = False) -> dict[str, dict[st
             damaged.append(resumed(output))
     output = folder / "rate"
     done = run(output, rate=1e30)
-    saved = [
-        path for path in output.rglob("*.safetensors") if any(not t.isfinite().all() for t in load_file(path).values())
-    ]
-    counts = {
-        "kill inside a save": kills,
-        "damaged checkpoint": damaged,
-        "NaN, infinity": [done.code != 0 and not saved],
-    }
+    saved = [path for path in output.rglob("*.safetensors") if not harness.finite(path)]
+    stopped = [done.code != 0 and not saved]
+    counts = {"kill inside a save": kills, "damaged checkpoint": damaged, "NaN, infinity": stopped}
     return {name: {"tried": len(found), "survived": sum(found)} for name, found in counts.items()}

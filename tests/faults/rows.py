@@ -64,22 +64,14 @@ def kills_anywhere(stage: Stage, long: bool) -> Row:
         took = stage.call(verb, stage.straight, "-o", whole).seconds
         for i in range(50 if long else 5):
             folder, draw = stage.place(), random.Random(f"{verb} {i}")
-            stage.call(
-                verb,
-                stage.straight,
-                "-o",
-                folder,
-                watch=when(lambda: True, signal.SIGKILL, draw.uniform(0.3, 1) * took),
-            )
+            kill = when(lambda: True, signal.SIGKILL, draw.uniform(0.3, 1) * took)
+            stage.call(verb, stage.straight, "-o", folder, watch=kill)
             half = folder.exists() and digest(folder / file) != digest(whole / file)
             again = stage.call(verb, stage.straight, "-o", folder) if not folder.exists() else None
             strays = list(folder.parent.glob(f".{folder.name}.*"))
             fine = not half and digest(folder / file) == digest(whole / file) and not strays
-            yield Case(
-                f"{verb}, kill {i}",
-                fine,
-                f"half-written {half}, left behind {strays} {tail(again.said) if again else ''}",
-            )
+            note = f"half-written {half}, left behind {strays} {tail(again.said) if again else ''}"
+            yield Case(f"{verb}, kill {i}", fine, note)
             stage.drop(folder)
 
 
@@ -137,16 +129,17 @@ def weights_alone(stage: Stage, long: bool) -> Row:
         yield ended(stage.train(folder, "--resume", "auto"), 4, f"no {name}", name)
 
 
+def _another_token(tokenizer: Any) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["ab"] = max(vocabulary.values()) + 5
+    tokenizer["model"]["merges"].append(["a", "b"])
+
+
 def other_settings(stage: Stage, long: bool) -> Row:
     """A resumed run with other settings, rows, base or tokenizer is refused by name; the same run split otherwise is not."""
     whole = stage.interrupted()
-    for setting in (
-        "train.learning_rate=0.5",
-        "adapter.alpha=3",
-        "adapter.r1=4",
-        "seed=7",
-        "train.gradient_accumulation_steps=4",
-    ):
+    changed = "train.learning_rate=0.5 adapter.alpha=3 adapter.r1=4 seed=7 train.gradient_accumulation_steps=4"
+    for setting in changed.split():
         done = stage.train(stage.place(whole), "--resume", "auto", settings=(setting,))
         yield ended(done, 2, setting, setting.partition("=")[0].rpartition(".")[2])
     same = ("train.batch_size=1", "train.gradient_accumulation_steps=4")
@@ -155,20 +148,14 @@ def other_settings(stage: Stage, long: bool) -> Row:
     rows = stage.folder / "other.jsonl"
     harness.write_rows(rows, 41)
     yield ended(stage.train(stage.place(whole), "--resume", "auto", rows=rows), 2, "other rows")
-    for file, change in (
-        ("model.safetensors", None),
-        ("tokenizer.json", lambda found: found["model"]["merges"].append(["a", "b"])),
-    ):
+    for file in ("model.safetensors", "tokenizer.json"):
         kept = (stage.model / file).read_bytes()
         try:
-            if change is None:
+            if file.endswith("json"):
+                edit(stage.model / file, _another_token)
+            else:
                 tensors = load_file(stage.model / file)
                 save_file({k: v * 1.001 for k, v in tensors.items()}, stage.model / file, {"format": "pt"})
-            else:
-                found = json.loads(kept)
-                found["model"]["vocab"]["ab"] = max(found["model"]["vocab"].values()) + 5
-                change(found)
-                (stage.model / file).write_text(json.dumps(found))
             yield ended(stage.train(stage.place(whole), "--resume", "auto"), (2, 4), f"another {file}")
         finally:
             (stage.model / file).write_bytes(kept)
@@ -204,11 +191,7 @@ def non_finite(stage: Stage, long: bool) -> Row:
                 folder = stage.place()
                 name = f"{'gradient' if gradient else 'loss'} x {factor} in step {at + 1}"
                 done = stage.train(folder, patch=spoiled(factor, at, gradient))
-                bad = [
-                    p
-                    for p in folder.rglob("*.safetensors")
-                    if any(not t.isfinite().all() for t in load_file(p).values())
-                ]
+                bad = [path for path in folder.rglob("*.safetensors") if not harness.finite(path)]
                 yield ended(done, 5, name, f"step {at + 1}") if not bad else Case(name, False, f"non-finite in {bad}")
                 yield stage.resumed(folder, name + ", resumed") if at >= SAVE else Case(name, True)
                 stage.drop(folder)
@@ -263,13 +246,11 @@ def shared_folders(stage: Stage, long: bool) -> Row:
     folder = stage.place()
     results: list[Any] = []
     log = folder / "log.jsonl"
-    first = stage.train(
-        folder, watch=when(log.exists, lambda pid: results.append(stage.train(folder, "--resume", "auto")))
-    )
+    second = when(log.exists, lambda pid: results.append(stage.train(folder, "--resume", "auto")))
+    first = stage.train(folder, watch=second)
     yield ended(results[0], 6, "a second run", "in use by another run")
-    yield Case(
-        "the first run", first.code == 0 and digest(folder / "adapter" / WEIGHTS) == stage.wanted, tail(first.said)
-    )
+    same = digest(folder / "adapter" / WEIGHTS) == stage.wanted
+    yield Case("the first run", first.code == 0 and same, tail(first.said))
     yield stage.resumed(stage.place(stage.interrupted()), "the holder was killed")
     folder, target = stage.place(stage.interrupted()), stage.place()
     target.write_text("precious")
@@ -359,10 +340,8 @@ def bad_rows(stage: Stage, long: bool) -> Row:
         path = stage.folder / "bad.jsonl"
         path.write_bytes((GOOD * 3).encode() * bool(content.strip()) + content)
         yield ended(stage.train(stage.place(), rows=path), 3, name, "bad.jsonl", within=20)
-    for name, content in {
-        "BOM": b"\xef\xbb\xbf" + (GOOD * 8).encode(),
-        "CRLF": (GOOD * 8).replace("\n", "\r\n").encode(),
-    }.items():
+    good = (GOOD * 8).encode()
+    for name, content in {"BOM": b"\xef\xbb\xbf" + good, "CRLF": good.replace(b"\n", b"\r\n")}.items():
         path = stage.folder / "good.jsonl"
         path.write_bytes(content)
         yield ended(stage.train(stage.place(), rows=path), 0, name)
@@ -370,9 +349,8 @@ def bad_rows(stage: Stage, long: bool) -> Row:
     path.write_text(GOOD * 8 + json.dumps({"prompt": "ab " * 500_000, "completion": "b"}) + "\n")
     done = stage.train(stage.place(), rows=path)
     yield ended(done, (0, 3), "a row of 1.5 MB", within=8)
-    yield Case(
-        "its memory", done.peak < stage.idle + (300 << 20), f"{(done.peak - stage.idle) >> 20} MiB more than idle"
-    )
+    more = (done.peak - stage.idle) >> 20
+    yield Case("its memory", more < 300, f"{more} MiB more than idle")
 
 
 BAD_SETTINGS = (
@@ -412,11 +390,8 @@ def damaged_adapters(stage: Stage, long: bool) -> Row:
     """A weights file with a lying header, empty, or of text: refused with its name at no cost of memory."""
     source = (stage.straight / "adapter" / WEIGHTS).read_bytes()
     yield ended(stage.call("check", stage.straight / "adapter"), 0, "sound")
-    for name, content in {
-        "header of 2^60": (1 << 60).to_bytes(8, "little") + source[8:],
-        "empty": b"",
-        "text": b"hello",
-    }.items():
+    lying = (1 << 60).to_bytes(8, "little") + source[8:]
+    for name, content in {"header of 2^60": lying, "empty": b"", "text": b"hello"}.items():
         folder = _adapter(stage)
         (folder / WEIGHTS).write_bytes(content)
         yield ended(stage.call("check", folder), 4, name, WEIGHTS, within=10)
@@ -424,23 +399,19 @@ def damaged_adapters(stage: Stage, long: bool) -> Row:
 
 def killed_grids(stage: Stage, long: bool) -> Row:
     """A cell, or the grid itself, is killed: called again, it ends with every cell's bits."""
-    grid = stage.folder / "grid.yaml"
-    base = {
-        setting.partition("=")[0]: json.loads(f"{setting.partition('=')[2]}")
-        for setting in SETTINGS
-        if setting[-1].isdigit()
-    }
+    grid, whole = stage.folder / "grid.yaml", stage.place()
+    settings = dict(setting.split("=") for setting in SETTINGS if setting[-1].isdigit())
+    base = {name: json.loads(value) for name, value in settings.items()}
     base |= {"model.name": str(stage.model), "data.path": str(stage.rows)}
-    study = {
-        "name": "kills",
-        "base": base,
-        "tasks": {"sums": {}},
-        "variants": {"a": {"adapter.r1": 2}, "b": {"adapter.r1": 3}},
-    }
-    grid.write_text(json.dumps({**study, "seeds": [0]}))
-    whole = stage.place()
-    done = stage.call("grid", "-c", grid, "-o", whole, "--keep", "all", seconds=300)
-    yield ended(done, 0, "undisturbed")
+    variants = {"a": {"adapter.r1": 2}, "b": {"adapter.r1": 3}}
+    grid.write_text(
+        json.dumps({"name": "kills", "base": base, "tasks": {"sums": {}}, "variants": variants, "seeds": [0]})
+    )
+
+    def run(folder: Path, **how: Any) -> harness.Result:
+        return stage.call("grid", "-c", grid, "-o", folder, "--keep", "all", seconds=300, **how)
+
+    yield ended(run(whole), 0, "undisturbed")
     wanted = {path.relative_to(whole): digest(path) for path in whole.glob(f"cells/*/adapter/{WEIGHTS}")}
     yield Case("both cells", len(wanted) == 2, str(sorted(wanted)))
     for i in range(12 if long else 2):
@@ -450,32 +421,17 @@ def killed_grids(stage: Stage, long: bool) -> Row:
             return any(folder.glob("cells/*/checkpoints/*/MANIFEST.json"))
 
         def kill(pid: int, folder: Path = folder, parent: bool = i % 2 == 0) -> None:
-            victims = (
-                [pid] if parent else [json.loads(path.read_text())["pid"] for path in folder.glob("cells/*/run.json")]
-            )
-            for victim in victims:
+            cells = [json.loads(path.read_text())["pid"] for path in folder.glob("cells/*/run.json")]
+            for victim in [pid] if parent else cells:
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
 
-        stage.call(
-            "grid",
-            "-c",
-            grid,
-            "-o",
-            folder,
-            "--keep",
-            "all",
-            seconds=300,
-            watch=when(sealed, kill, draw.uniform(0, 0.5)),
-        )
+        run(folder, watch=when(sealed, kill, draw.uniform(0, 0.5)))
         time.sleep(1.0)  # an orphaned cell ends by itself
-        done = stage.call("grid", "-c", grid, "-o", folder, "--keep", "all", seconds=300)
+        done = run(folder)
         found = {path.relative_to(folder): digest(path) for path in folder.glob(f"cells/*/adapter/{WEIGHTS}")}
-        yield Case(
-            f"{'grid' if i % 2 == 0 else 'cell'}, kill {i}",
-            done.code == 0 and found == wanted,
-            f"exit {done.code}: {tail(done.said)}",
-        )
+        fine = done.code == 0 and found == wanted
+        yield Case(f"{'grid' if i % 2 == 0 else 'cell'}, kill {i}", fine, f"exit {done.code}: {tail(done.said)}")
 
 
 def failing_calls(stage: Stage, long: bool) -> Row:
@@ -493,14 +449,8 @@ def failing_calls(stage: Stage, long: bool) -> Row:
                 argv = ["train", "--model", stage.model, "--data", stage.rows, "-o", folder]
                 argv += [word for setting in SETTINGS for word in ("--set", setting)]
                 inject = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={call}:{fault}:when={k}"]
-                done = subprocess.run(
-                    [*inject, sys.executable, "-c", code, *map(str, argv)],
-                    capture_output=True,
-                    text=True,
-                    cwd=stage.folder,
-                    timeout=300,
-                    check=False,
-                )
+                command = [*inject, sys.executable, "-c", code, *map(str, argv)]
+                done = subprocess.run(command, capture_output=True, text=True, cwd=stage.folder, timeout=300)
                 name = f"{call} {k}: {fault}"
                 if fault.startswith("error") and done.returncode not in (0, 7):
                     yield Case(name, False, f"exit {done.returncode}: {tail(done.stdout + done.stderr)}")
@@ -545,9 +495,8 @@ def pickles(stage: Stage, long: bool) -> Row:
             (folder / WEIGHTS).unlink()
         (folder / name).write_bytes(content)
         done = stage.call("check", folder)
-        fine = (
-            not canary.exists() and "weights_only" not in done.said and (done.code == 4 or name == "training_args.bin")
-        )
+        fine = not canary.exists() and "weights_only" not in done.said
+        fine = fine and (done.code == 4 or name == "training_args.bin")
         yield Case(f"adapter: {name}", fine, f"exit {done.code}: {tail(done.said)}")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         folder = stage.place(stage.interrupted())
@@ -558,7 +507,7 @@ def pickles(stage: Stage, long: bool) -> Row:
     base = stage.place(stage.model)
     (base / "model.safetensors").unlink()
     (base / "pytorch_model.bin").write_bytes(content)
-    done = stage.call("train", "--model", base, "--data", stage.rows, "-o", stage.place())
+    done = stage.begin(base)
     yield ended(done, (2, 4), "base: pytorch_model.bin")
     yield Case("its words", not canary.exists() and "weights_only" not in done.said, tail(done.said))
 
@@ -569,14 +518,11 @@ def strangers_code(stage: Stage, long: bool) -> Row:
     code = f"open({str(canary)!r}, 'w')\nclass Evil: pass\n"
     kinds = {
         "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"},
-        "config.json": {
-            "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
-            "model_type": "evil",
-        },
+        "config.json": {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, "model_type": "evil"},
         "adapter_config.json": {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}},
         "processor_config.json": {"auto_map": {"AutoProcessor": "evil.Evil"}},
         "generation_config.json": {"custom_generate": "evil.py"},
-    }
+    }  # fmt: skip
 
     def answers_yes() -> None:
         read, write = os.pipe()
@@ -596,12 +542,8 @@ def strangers_code(stage: Stage, long: bool) -> Row:
                 verbs = [("train", "--model", folder, "--data", stage.rows, "-o", stage.place(), "--dry-run")]
             for verb in verbs:
                 done = stage.call(*verb, patch=answers_yes, seconds=30)
-                fine = (
-                    not canary.exists()
-                    and "trust_remote_code=True" not in done.said
-                    and "[y/N]" not in done.said
-                    and not done.hung
-                )
+                asked = "trust_remote_code=True" in done.said or "[y/N]" in done.said
+                fine = not (canary.exists() or asked or done.hung)
                 yield Case(f"{where} {name}: {verb[0]}", fine, f"exit {done.code}: {tail(done.said)}")
 
 
@@ -612,11 +554,8 @@ def bombs(stage: Stage, long: bool) -> Row:
     """Templates without end, catastrophic patterns, deep and huge JSON beside an adapter or a base: 10 s and an exit code."""
     chats = stage.folder / "chats.jsonl"
     chats.write_text('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n' * 8)
-    for name, template in {
-        "loops": LOOPS,
-        "growth": "{% set x = 'a' * 99999999 %}{{ x * 99999 }}",
-        "syntax": "{% for %}",
-    }.items():
+    growth = "{% set x = 'a' * 99999999 %}{{ x * 99999 }}"
+    for name, template in {"loops": LOOPS, "growth": growth, "syntax": "{% for %}"}.items():
         for file in ("chat_template.jinja", "tokenizer_config.json"):
             folder = stage.place(stage.model)
             if file.endswith("jinja"):
@@ -624,7 +563,7 @@ def bombs(stage: Stage, long: bool) -> Row:
             else:
                 (folder / "chat_template.jinja").unlink(missing_ok=True)
                 edit(folder / file, lambda found, template=template: {**found, "chat_template": template})
-            done = stage.call("train", "--model", folder, "--data", chats, "-o", stage.place(), seconds=40)
+            done = stage.begin(folder, rows=chats, seconds=40)
             yield ended(done, (2, 3, 4), f"template {name} in {file}", within=15)
     for field, value in {
         "target_modules": "(a+)+$" + "|(b*)*c" * 50, "target_modules ": ["x" * 100_000], "r": 10**9, "r1": -1, "alpha": "x",
@@ -635,49 +574,31 @@ def bombs(stage: Stage, long: bool) -> Row:
         folder = _adapter(stage)
         edit(folder / "adapter_config.json", lambda found, field=field, value=value: {**found, field.strip(): value})
         (folder / "duallora.json").unlink(missing_ok=True)
-        yield ended(
-            stage.call("check", folder, seconds=30), (0, 2, 4), f"{field.strip()} = {str(value)[:30]}", within=10
-        )
-    texts = {
-        "deep": "[" * 200_000,
-        "a list": "[]",
-        "a number": "3",
-        "empty": "",
-        "binary": "\x00\xff",
-        "nested": '{"a":' * 50_000,
-    }
+        done = stage.call("check", folder, seconds=30)
+        yield ended(done, (0, 2, 4), f"{field.strip()} = {str(value)[:30]}", within=10)
+    texts = {"deep": "[" * 200_000, "a list": "[]", "a number": "3", "empty": "", "binary": "\x00\xff"}
+    texts["nested"] = '{"a":' * 50_000
     for file in ("adapter_config.json", "duallora.json", "tokenizer.json", "tokenizer_config.json"):
         for name, text in texts.items():
             folder = _adapter(stage)
             (folder / file).write_text(text)
-            yield ended(
-                stage.call("eval", folder, "--data", stage.rows, seconds=30), (0, 2, 4), f"{file}: {name}", within=15
-            )
+            done = stage.call("eval", folder, "--data", stage.rows, seconds=30)
+            yield ended(done, (0, 2, 4), f"{file}: {name}", within=15)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         for name, text in texts.items():
             folder = stage.place(stage.model)
             (folder / file).write_text(text)
-            done = stage.call("train", "--model", folder, "--data", stage.rows, "-o", stage.place(), seconds=30)
-            yield ended(done, (0, 2, 4), f"base {file}: {name}", within=15)
+            yield ended(stage.begin(folder), (0, 2, 4), f"base {file}: {name}", within=15)
     folder = stage.place(stage.model)
     evil = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     edit(folder / "tokenizer.json", lambda found: {**found, "pre_tokenizer": evil})
     rows = stage.folder / "aaa.jsonl"
     rows.write_text((json.dumps({"prompt": "a" * 60 + "!", "completion": "b"}) + "\n") * 4)
-    yield ended(
-        stage.call("train", "--model", folder, "--data", rows, "-o", stage.place(), seconds=30),
-        (0, 2, 4),
-        "regex bomb",
-        within=15,
-    )
+    yield ended(stage.begin(folder, rows=rows), (0, 2, 4), "regex bomb", within=15)
     folder = stage.place(stage.model)
     edit(folder / "tokenizer.json", lambda found: found["model"]["vocab"].update({"Q": 10**6}))
     rows.write_text((json.dumps({"prompt": "Q" * 5, "completion": "Q"}) + "\n") * 4)
-    yield ended(
-        stage.call("train", "--model", folder, "--data", rows, "-o", stage.place(), seconds=30),
-        (2, 4),
-        "token ids beyond the vocabulary",
-    )
+    yield ended(stage.begin(folder, rows=rows), (2, 4), "token ids beyond the vocabulary")
 
 
 def escapes(stage: Stage, long: bool) -> Row:

@@ -27,9 +27,8 @@ from duallora.store import record
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--long", action="store_true", help="hundreds of kills, thousands of damaged files")
-    parser.add_argument(
-        "--rows", nargs="+", default=[""], metavar="WORD", help="rows whose name holds one of these words"
-    )
+    words = "rows whose name holds one of these words"
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="WORD", help=words)
     parser.add_argument("--output", type=Path, help="where the record goes")
     parser.add_argument("--page", type=Path, help="a page whose table is made of that record")
     arguments = parser.parse_args()
@@ -43,10 +42,8 @@ def main() -> int:
         if arguments.rows == [""]:
             beside = plain.compare(folder / "plain", arguments.long)
             sealed = plain.compare(folder / "sealed", arguments.long, sealed=True)
-        print(
-            f"{'':42}{'tried':>6}{'survived':>9}{'lost':>6}{'seconds':>9}   plain Trainer, and with SealedCheckpoints",
-            flush=True,
-        )
+        heads = f"{'tried':>6}{'survived':>9}{'lost':>6}{'seconds':>9}"
+        print(f"{'':42}{heads}   plain Trainer, and with SealedCheckpoints", flush=True)
         for name, row in chosen.items():
             start, cases = time.monotonic(), []
             try:
@@ -62,9 +59,8 @@ def main() -> int:
             others = (beside[name], sealed[name]) if name in beside else ()
             trainer = ", ".join("{survived} of {tried}".format(**other) for other in others)
             seconds = time.monotonic() - start
-            print(
-                f"{name:42}{line['tried']:6}{line['survived']:9}{line['lost']:6}{seconds:9.0f}   {trainer}", flush=True
-            )
+            numbers = f"{line['tried']:6}{line['survived']:9}{line['lost']:6}{seconds:9.0f}"
+            print(f"{name:42}{numbers}   {trainer}", flush=True)
             for case in lost:
                 print(f"    {case.name}: {case.note}", flush=True)
     finally:

@@ -58,48 +58,56 @@ def test_what_an_earlier_attempt_left_is_no_part_of_an_epochs_checkpoint(tiny_ca
     assert checkpoint.verify(stray.parent) is None
 
 
-@pytest.mark.parametrize("step", [SAVE, 2 * SAVE])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_save_that_did_not_finish_is_passed_over(step, whole, tiny_causal_folder, tmp_path, monkeypatch, caplog):
-    wanted = train(tiny_causal_folder, tmp_path / "straight", whole=whole)
+@pytest.mark.parametrize(("step", "whole"), [(SAVE, True), (2 * SAVE, False)])
+def test_a_save_that_did_not_finish_is_passed_over(
+    step, whole, tiny_causal_folder, straight, tmp_path, monkeypatch, caplog
+):
+    wanted = train(tiny_causal_folder, tmp_path / "straight", whole=True) if whole else straight[0]
     commit = checkpoint.commit
 
-    def killed(folder, **facts):
+    def broken(folder, **facts):
         if folder.name == f"checkpoint-{step}":
             (folder / "optimizer.pt").write_bytes(b"half")
             raise Killed
         commit(folder, **facts)
 
-    monkeypatch.setattr(checkpoint, "commit", killed)
+    monkeypatch.setattr(checkpoint, "commit", broken)
     with pytest.raises(Killed):
         train(tiny_causal_folder, tmp_path / "run", whole=whole)
     monkeypatch.setattr(checkpoint, "commit", commit)
     found = train(tiny_causal_folder, tmp_path / "run", whole=whole)
     assert f"checkpoint-{step}: MANIFEST.json is missing" in caplog.text
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert same(found, wanted)
+
+
+def killed(run):
+    """``run()`` in a process of its own, which must end by SIGKILL."""
+    pid = os.fork()
+    if not pid:
+        try:
+            run()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def same(found, wanted):
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+class Kill(TrainerCallback):
+    """SIGKILL in the step after the second save."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 * SAVE:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_process_goes_on_to_the_same_bits(tiny_causal_folder, straight, tmp_path):
-    class Kill(TrainerCallback):
-        def on_substep_end(self, args, state, control, **kwargs):
-            self.on_pre_optimizer_step(args, state, control)
-
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 2 * SAVE + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    pid = os.fork()
-    if not pid:
-        try:
-            train(tiny_causal_folder, tmp_path, Kill())
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed(lambda: train(tiny_causal_folder, tmp_path, Kill()))
     assert steps(tmp_path) == [SAVE, 2 * SAVE]
-    found = train(tiny_causal_folder, tmp_path)
-    assert all(torch.equal(found[name], straight[0][name]) for name in found)
+    assert same(train(tiny_causal_folder, tmp_path), straight[0])
 
 
 def test_every_damage_is_found_and_named(straight, tmp_path, caplog):
@@ -188,20 +196,7 @@ def test_trls_trainer_is_as_safe(tiny_causal_folder, tiny_tokenizer, tmp_path):
         trainer.train(resume_from_checkpoint=duallora.latest_verified(output))
         return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
-    class Kill(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 2 * SAVE:
-                os.kill(os.getpid(), signal.SIGKILL)
-
     wanted = fit(tmp_path / "straight")
-    pid = os.fork()
-    if not pid:
-        try:
-            fit(tmp_path / "run", Kill())
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed(lambda: fit(tmp_path / "run", Kill()))
     assert steps(tmp_path / "run") == [SAVE, 2 * SAVE]
-    found = fit(tmp_path / "run")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert same(fit(tmp_path / "run"), wanted)

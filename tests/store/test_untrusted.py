@@ -35,9 +35,14 @@ def change(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+DEEP = ("[" * 200_000, '{"a":' * 50_000, '{"a":' + "[" * 80 + "]" * 80 + "}")
+NAMES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
 @pytest.mark.parametrize(
-    "text", ["[" * 200_000, '{"a":' * 50_000, "[]", "3", "", "\x00", '{"a":' + "[" * 80 + "]" * 80 + "}"]
+    ("name", "text"),
+    [*((NAMES[0], text) for text in (*DEEP, "3", "", "\x00")), *((name, "[]") for name in NAMES), (NAMES[1], DEEP[0])],
+    ids=range(11),
 )
 def test_what_is_no_object_is_refused_by_name(folder, name, text):
     (folder / name).write_text(text)
@@ -69,53 +74,41 @@ def test_code_beside_a_model_is_never_run_nor_asked_about(folder, name, monkeypa
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+$", "(a|a)*$", "(?:(?:a*)b?)*", "((a{2,})x?)+", r"x(\p{L}+)*y", "([ab]*c*)+"]
-)
-def test_a_tokenizer_that_can_take_for_ever_is_refused(folder, pattern):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    change(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split]})
-    with pytest.raises(ConfigError, match="repeats what itself repeats"):
-        models.load_model(str(folder), "generate")
+def splits_by(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        # The forms that tokenizers in use have: contractions, classes of letters, nested classes, look-aheads, thousands.
-        r"'s|'t|'ll| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
-        r"[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t|'d)?|\p{N}{1,3}", r" ?[^(\s|[.,!?])]+", r"(?=(\d{3})+(?!\d))", r"\(\+\)+", " {2,}",
-    ],
-)  # fmt: skip
-def test_patterns_in_use_are_taken(pattern):
-    assert not can_take_for_ever(pattern)
+def test_a_tokenizer_that_can_take_for_ever_is_refused(folder, lay_in_cache):
+    """Its own folder or the hub's."""
+    lay_in_cache("org/sound", folder)
+    models.load_model("org/sound", "generate")
+    change(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [splits_by("(a+)+$")]})
+    lay_in_cache("org/evil", folder)
+    for name in (str(folder), "org/evil"):
+        with pytest.raises(ConfigError, match="repeats what itself repeats"):
+            models.load_model(name, "generate")
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        # How adapters name their modules: one alternative each, parts of a name, all but some, unsloth's.
-        "|".join(rf".*\.{name}_proj" for name in ("q", "k", "v", "o", "up", "down", "gate")),
-        "(" + "|".join(rf".*\.{name}_proj" for name in ("q", "k", "v", "o", "up", "down", "gate")) + ")",
-        r"(?:model\.)?(?:\w+\.)*layers\.\d+\.self_attn\.(q|v)_proj", r"^(?:(?!visual|mtp).)*\.(q_proj|v_proj)$",
-        r"^(?!.*(vision|audio)).*\.(q_proj|k_proj)$", r".*\.layers\.\d+\.(self_attn|mlp)\.(q|k|up)_proj",
-        r"(?:.*?(?:language|text).*?(?:self_attn|mlp|ffn|dense).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp)",
-    ],
-)  # fmt: skip
-def test_patterns_of_modules_in_use_are_taken(pattern):
-    assert not can_take_for_ever(pattern)
+IN_USE = [
+    # Of tokenizers: contractions, classes of letters, nested classes, look-aheads, thousands.
+    r"'s|'t|'ll| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
+    r"[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t|'d)?|\p{N}{1,3}", r" ?[^(\s|[.,!?])]+", r"(?=(\d{3})+(?!\d))", r"\(\+\)+", " {2,}",
+    # Of adapters for their modules: one alternative each, parts of a name, all but some, unsloth's.
+    alternatives := "|".join(rf".*\.{name}_proj" for name in ("q", "k", "v", "o", "up", "down", "gate")), f"({alternatives})",
+    r"(?:model\.)?(?:\w+\.)*layers\.\d+\.self_attn\.(q|v)_proj", r"^(?:(?!visual|mtp).)*\.(q_proj|v_proj)$",
+    r"^(?!.*(vision|audio)).*\.(q_proj|k_proj)$", r".*\.layers\.\d+\.(self_attn|mlp)\.(q|k|up)_proj",
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp|ffn|dense).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp)",
+]  # fmt: skip
+ENDLESS = [
+    "(a+)+$", "(a|a)*$", "(?:(?:a*)b?)*", "((a{2,})x?)+", r"x(\p{L}+)*y", "([ab]*c*)+", r"(\w+\.?)*x", r"(\w+\.|\w)*x", "(?=(a+)+$)",
+    "(?x)(a+ # )\n)+", "(a+(?#()b)+", "(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)", "()" * 500_000,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r"(\w+\.?)*x", r"(\w+\.|\w)*x", "(?=(a+)+$)", "(?x)(a+ # )\n)+", "(a+(?#()b)+",
-        "(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)(.*a|b)", "()" * 500_000,
-    ],
-)  # fmt: skip
-def test_patterns_that_hide_their_repeats_are_refused(pattern):
-    assert can_take_for_ever(pattern)
+def test_patterns_in_use_are_taken_and_those_that_hide_their_repeats_are_not():
+    assert [pattern for pattern in IN_USE if can_take_for_ever(pattern)] == []
+    assert [pattern[:40] for pattern in ENDLESS if not can_take_for_ever(pattern)] == []
 
 
 def test_ids_beyond_the_vocabulary_are_refused(folder):
@@ -195,28 +188,22 @@ def test_a_hostile_pattern_in_an_adapter_hangs_no_loader(field, tiny_causal_fold
         peft.PeftModel.from_pretrained(base, str(tmp_path))
 
 
-def test_what_comes_from_the_hub_passes_the_same_gate(folder, lay_in_cache):
-    lay_in_cache("org/sound", folder)
-    models.load_model("org/sound", "generate")
-    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    change(folder / "tokenizer.json", pre_tokenizer=split)
-    lay_in_cache("org/evil", folder)
-    with pytest.raises(ConfigError, match="repeats what itself repeats"):
-        models.load_model("org/evil", "generate")
-
-
-@pytest.mark.parametrize("length", ["512", {}, [1], True])
-def test_a_length_that_is_no_number_is_refused(folder, length):
-    change(folder / "tokenizer_config.json", model_max_length=length)
-    with pytest.raises(ConfigError, match="model_max_length="):
-        models.load_model(str(folder), "generate")
+def test_a_length_that_is_no_number_is_refused(folder):
+    for length in ("512", {}, True):
+        change(folder / "tokenizer_config.json", model_max_length=length)
+        with pytest.raises(ConfigError, match="model_max_length="):
+            models.load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("intermediate_size", 2**22), ("vocab_size", 2**25), ("num_hidden_layers", 2**31), ("num_labels", 2**31)],
+    ("name", "value", "kind"),
+    [
+        ("intermediate_size", 2**22, "generate"),
+        ("vocab_size", 2**25, "classify"),
+        ("num_hidden_layers", 2**31, "generate"),
+        ("num_labels", 2**31, "classify"),
+    ],
 )
-@pytest.mark.parametrize("kind", ["generate", "classify"])
 def test_a_model_that_its_weights_do_not_hold_is_refused_before_memory_is_taken(folder, name, value, kind):
     if name == "num_hidden_layers":
         change(folder / "config.json", layer_types=None)
@@ -229,8 +216,7 @@ def test_a_model_that_its_weights_do_not_hold_is_refused_before_memory_is_taken(
 
 
 def test_what_weights_hold_is_read_from_their_headers(tmp_path):
-    save_file(
-        {"a": torch.zeros(3, 5), "b": torch.zeros((), dtype=torch.bfloat16)}, tmp_path / "model-00001-of-2.safetensors"
-    )
+    plain = {"a": torch.zeros(3, 5), "b": torch.zeros((), dtype=torch.bfloat16)}
+    save_file(plain, tmp_path / "model-00001-of-2.safetensors")
     save_file({"packed": torch.zeros(7, dtype=torch.uint8)}, tmp_path / "model-00002-of-2.safetensors")
     assert untrusted.held(tmp_path) == (3, 15 + 1 + 4 * 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pyarrow
@@ -64,11 +65,8 @@ def test_calls_of_tools_are_kept_with_their_arguments_as_objects(tmp_path, turn)
 
 
 def test_older_names_of_calls_and_tools_become_the_newer(tmp_path):
-    older = {
-        "role": "assistant",
-        "content": None,
-        "function_call": {"name": "weather", "arguments": '{"city":"Paris"}'},
-    }
+    named = {"name": "weather", "arguments": '{"city":"Paris"}'}
+    older = {"role": "assistant", "content": None, "function_call": named}
     answer = {"role": "function", "name": "weather", "content": "sunny"}
     example = read(tmp_path, chat(USER, older, answer, ANSWER, functions=[WEATHER["function"]]))
     called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
@@ -81,8 +79,7 @@ def test_older_names_of_calls_and_tools_become_the_newer(tmp_path):
     assert example.options == {"tools": [WEATHER]}
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training"])
-@pytest.mark.parametrize("value", [0, False, 0.0])
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("training", 0.0)])
 def test_turns_without_weight_are_context(tmp_path, key, value):
     """OpenAI's weight, axolotl's train: 0 keeps the turn and takes its loss."""
     quiet = {**ANSWER, "content": "wrong", key: value}
@@ -107,11 +104,9 @@ def test_text_in_parts_is_one_text(tmp_path):
 
 def test_a_prompt_of_messages_has_no_loss(tmp_path):
     """TRL trains on the completion alone, also where the prompt holds what the assistant said before."""
-    example = read(
-        tmp_path, {"prompt": [USER, ANSWER, USER], "completion": [CALL, {"role": "tool", "content": "t"}, ANSWER]}
-    )
-    assert example.messages[:3] == (USER, {**ANSWER, "weight": 0}, USER)
-    assert example.messages[3:] == (CALL, {"role": "tool", "content": "t"}, ANSWER)
+    completion = [CALL, {"role": "tool", "content": "t"}, ANSWER]
+    example = read(tmp_path, {"prompt": [USER, ANSWER, USER], "completion": completion})
+    assert example.messages == (USER, {**ANSWER, "weight": 0}, USER, *completion)
     assert example.references == ("a",)
 
 
@@ -128,9 +123,8 @@ def test_sharegpt_and_system_columns(tmp_path):
 
 def test_what_the_template_is_given_beside_the_messages(tmp_path):
     documents = [{"title": "t", "text": "x"}]
-    row = chat(
-        USER, ANSWER, documents=documents, chat_template_kwargs={"enable_thinking": False}, parallel_tool_calls=True
-    )
+    own = {"enable_thinking": False}
+    row = chat(USER, ANSWER, documents=documents, chat_template_kwargs=own, parallel_tool_calls=True)
     expected = {"documents": documents, "enable_thinking": False, "parallel_tool_calls": True}
     assert read(tmp_path, row).options == expected
     given = {"enable_thinking": True, "depth": 2}  # the row's own goes over the recipe's
@@ -151,12 +145,9 @@ def test_a_chat_is_the_same_in_a_csv_cell_a_json_line_and_parquet(tmp_path):
     ]
     load(tmp_path, *rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    cells = [[json.dumps(row["messages"]), json.dumps(row.get("tools", []))] for row in rows]
-    lines = [
-        ",".join(f'"{cell}"' for cell in (text.replace('"', '""') for text in row))
-        for row in [["messages", "tools"], *cells]
-    ]
-    (tmp_path / "c.csv").write_text("\n".join(lines))
+    with (tmp_path / "c.csv").open("w", newline="") as file:
+        cells = ([json.dumps(row.get(column, [])) for column in ("messages", "tools")] for row in rows)
+        csv.writer(file).writerows([["messages", "tools"], *cells])
     prints = {load_data(str(path), eval_fraction=0.4).fingerprint("train") for path in tmp_path.iterdir()}
     assert len(prints) == 1
     assert len(list(tmp_path.iterdir())) == 3
@@ -220,9 +211,8 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD, ids=[message[:40] for _, message in BAD])
 def test_what_is_not_understood_is_refused_by_name(tmp_path, row, message):
-    key = next(iter(row))
-    good = {"messages": chat(USER, ANSWER), "conversations": {"conversations": [USER, ANSWER]},
-            "prompt": {"prompt": [USER], "completion": [ANSWER]}, "instruction": {"instruction": "i", "output": "o"}}[key]  # fmt: skip
+    goods = [chat(USER, ANSWER), {"conversations": [USER, ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}, {"instruction": "i", "output": "o"}]  # fmt: skip
+    good = next(one for one in goods if next(iter(row)) in one)
     with pytest.raises(DataError, match=rf"1 bad row of 3 in .*\nc?.*c\.jsonl:3.*{message}"):
         load(tmp_path, good, good, row)
 

@@ -54,7 +54,7 @@ def test_prompt_is_cut_from_the_left_before_the_answer(tiny_bos_tokenizer, max_l
         assert tiny_bos_tokenizer.decode(asked) == "<s>prompt"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(prompt=st.text(max_size=12), answer=st.text(max_size=12), max_length=st.integers(2, 40), bos=st.booleans())
 def test_encoding_never_exceeds_max_length_and_keeps_the_answer_first(
     tiny_tokenizer, tiny_bos_tokenizer, prompt, answer, max_length, bos
@@ -88,16 +88,6 @@ def test_a_chat_has_only_the_tokens_its_template_writes(tiny_bos_tokenizer):
     assert tiny_bos_tokenizer.decode(encoded.input_ids) == whole
     assert trained_text(encoded, tiny_bos_tokenizer) == "Hello!<|im_end|>2<|im_end|>"
     assert encoded.input_ids[: len(prompt)] == prompt
-
-
-def test_chat_whose_template_writes_no_end_mark_is_closed_once(make_tokenizer):
-    template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    tokenizer = make_tokenizer(chat_template=template)
-    encoded = encode(Example(messages=CHAT), tokenizer, max_length=999)
-    assert trained_text(encoded, tokenizer) == "Hello!\n2\n</s>"
 
 
 def test_chat_without_template_or_refused_by_it_names_the_row(make_tokenizer):
@@ -157,14 +147,8 @@ def test_a_tokenizer_that_sets_a_space_before_each_text_sets_none_before_an_answ
 @pytest.mark.parametrize("scheme", ["legacy", "always", "first"])
 @pytest.mark.parametrize(
     ("prompt", "answer", "first"),
-    [
-        ("2+2=", " four", "\u2581f"),
-        ("2+2=", "He", "He"),
-        ("Q:\n", "four", "f"),
-        ("Q: ", "four", "f"),
-        ("", "four", "\u2581f"),
-    ],
-)
+    [("2+2=", " four", "\u2581f"), ("2+2=", "He", "He"), ("Q:\n", "four", "f"), ("Q: ", "four", "f"), ("", "four", "\u2581f")],
+)  # fmt: skip
 def test_an_answer_goes_on_where_its_prompt_ends(scheme, prompt, answer, first):
     """Also where a token would lie across the border: the prompt's tokens are those that generation is given."""
     tokenizer = build_spaced(scheme)
@@ -195,11 +179,17 @@ class Spy:
 LONG = " ".join(f"w{number}\u00e9" for number in range(20_000))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "legacy", "first"])
 @pytest.mark.parametrize(
-    ("prompt", "answer"), [(LONG, "a b"), ("q", LONG), (LONG, LONG)], ids=["prompt", "answer", "both"]
+    ("kind", "prompt", "answer", "train_on"),
+    [
+        ("bytes", LONG, "a b", "answer"),
+        ("bytes", LONG, LONG, "all"),
+        ("legacy", "q", LONG, "answer"),
+        ("first", LONG, LONG, "answer"),
+        ("first", LONG, "a b", "all"),
+    ],
+    ids=range(5),
 )
-@pytest.mark.parametrize("train_on", ["answer", "all"])
 def test_a_text_far_beyond_the_limit_is_cut_before_it_is_tokenized(
     monkeypatch, make_tokenizer, kind, prompt, answer, train_on
 ):
@@ -218,11 +208,11 @@ def test_a_text_far_beyond_the_limit_is_cut_before_it_is_tokenized(
 def test_a_long_text_of_few_tokens_or_one_word_is_tokenized_whole(monkeypatch, make_tokenizer, text):
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["x" * 80, " " * 999]})
-    rows = [Example(prompt=text, answer="b"), Example(prompt="a", answer=text), Example(texts=(text,), label=0)]
+    rows = [Example(prompt=text, answer="b"), Example(prompt="a", answer=text)]
 
     def all_of_it():
-        texts = encode_split(rows[2:], tokenizer, "classify", max_length=30)
-        return [encode(row, tokenizer, max_length=30) for row in rows[:2]], texts
+        texts = encode_split([Example(texts=(text,), label=0)], tokenizer, "classify", max_length=30)
+        return [encode(row, tokenizer, max_length=30) for row in rows], texts
 
     found = all_of_it()
     monkeypatch.setattr(ENCODE, "_PER_TOKEN", 10**9)
@@ -230,21 +220,17 @@ def test_a_long_text_of_few_tokens_or_one_word_is_tokenized_whole(monkeypatch, m
 
 
 def test_a_classifier_s_text_is_cut_likewise(monkeypatch, make_tokenizer):
-    spy = Spy(make_tokenizer(bos=True))
-    found = encode_split([Example(texts=(LONG,), label=1)], spy, "classify", max_length=50)
+    spy, rows = Spy(make_tokenizer(bos=True)), [Example(texts=(LONG,), label=1)]
+    found = encode_split(rows, spy, "classify", max_length=50)
     assert spy.most < 9000
     assert found[1].truncated == 1
     monkeypatch.setattr(ENCODE, "_PER_TOKEN", 10**9)
-    assert encode_split([Example(texts=(LONG,), label=1)], spy, "classify", max_length=50) == found
+    assert encode_split(rows, spy, "classify", max_length=50) == found
 
 
 def test_split_counts_and_equals_row_by_row(tiny_bos_tokenizer):
-    examples = [
-        Example(prompt="a long prompt", answer="yes"),
-        Example(prompt="", answer=""),
-        Example(messages=CHAT[1:3]),
-        Example(prompt="é", answer="ü"),
-    ]
+    pairs = [("a long prompt", "yes"), ("", ""), ("é", "ü")]
+    examples = [Example(messages=CHAT[1:3]), *(Example(prompt=prompt, answer=answer) for prompt, answer in pairs)]
     rows, counts = encode_split(examples, tiny_bos_tokenizer, "generate", max_length=12)
     single = [encode(example, tiny_bos_tokenizer, max_length=12) for example in examples]
     assert [row["input_ids"] for row in rows] == [encoded.input_ids for encoded in single]
@@ -286,21 +272,13 @@ def test_classification_rows_hold_a_label_and_count_truncation(tiny_bos_tokenize
         encode_split([Example(texts=("a",), where="x.csv:3")], tiny_bos_tokenizer, "classify", max_length=5)
 
 
-def test_collator_pads_right_with_ignored_labels(tiny_tokenizer):
-    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = Collator(tiny_tokenizer)(rows)
-    pad = tiny_tokenizer.pad_token_id
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [8, IGNORE, IGNORE]]
+def test_collator_pads_right_with_ignored_labels_and_the_real_end_of_text_stays_trained(tiny_tokenizer):
+    end = tiny_tokenizer.pad_token_id
+    assert end == tiny_tokenizer.eos_token_id
+    batch = Collator(tiny_tokenizer)([{"input_ids": [5, 6, end], "labels": [IGNORE, 6, end]}, {"input_ids": [8], "labels": [8]}])  # fmt: skip
+    assert batch["input_ids"].tolist() == [[5, 6, end], [8, end, end]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, end], [8, IGNORE, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_collator_keeps_the_real_end_of_text_trained_where_it_is_also_the_padding(tiny_tokenizer):
-    rows, _ = encode_split(
-        [Example(prompt="abc", answer="d"), Example(prompt="a", answer="b")], tiny_tokenizer, "generate", max_length=9
-    )
-    labels = Collator(tiny_tokenizer)(rows)["labels"]
-    assert (labels == tiny_tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 1]
 
 
 def test_collator_left_side_and_scalar_labels(tiny_tokenizer):

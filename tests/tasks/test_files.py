@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,26 +16,20 @@ from duallora.errors import ConfigError, DataError
 from duallora.tasks import encode, load_data
 from duallora.tasks.metrics import OF_KIND
 
-GOOD = '{"prompt": "p%d", "completion": "c%d"}'
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def good_lines(count: int) -> list[str]:
-    return [GOOD % (index, index) for index in range(count)]
+    return [f'{{"prompt": "p{index}", "completion": "c{index}"}}' for index in range(count)]
 
 
 def write(path, content) -> str:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.write_text(content, encoding="utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
 def rows_of(task):
     return [*task.splits["train"], *task.splits["validation"]]
-
-
-CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -51,32 +47,21 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     ],
 )
 def test_a_format_is_detected_by_its_columns(tmp_path, name, row, other):
-    rows = [row, row | other]
-    task = load_data(write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows))), eval_data=str(tmp_path / "x.jsonl"))
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, [row, row | other])))
+    task = load_data(path, eval_data=path)
     kind = "classify" if other else "generate"
-    assert (task.format, task.kind, {*task.metrics.names}, len(task.splits["train"])) == (
-        name,
-        kind,
-        {*OF_KIND[kind].names},
-        2,
-    )
+    assert (task.format, task.kind, {*task.metrics.names}) == (name, kind, {*OF_KIND[kind].names})
+    assert len(task.splits["train"]) == 2
     if other:
         assert task.labels == ("a", "b")
         texts = tuple(value for key, value in row.items() if key != "label")
         assert [(one.texts, one.label) for one in task.splits["train"]] == [(texts, 1), (texts, 0)]
 
 
-def test_one_label_that_is_no_number_is_a_fault_among_targets(tmp_path):
-    lines = ["text,label", *[f"t{index},{index}.5" for index in range(20)], "bad,oops"]
-    with pytest.raises(DataError, match=r"f\.csv:22, column label: expected a finite number, got text \('oops'\)"):
-        load_data(write(tmp_path / "f.csv", "\n".join(lines)))
-
-
 def test_alpaca_wording_with_and_without_input(tmp_path):
     rows = [{"instruction": "Add {x}.", "output": "3"}, {"instruction": "Add.", "input": "1 2", "output": "3"}]
     task = load_data(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
-    prompts = {example.prompt for example in rows_of(task)}
-    assert prompts == {
+    assert {example.prompt for example in rows_of(task)} == {
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nAdd {x}.\n\n### Response:\n",
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -86,25 +71,21 @@ def test_alpaca_wording_with_and_without_input(tmp_path):
 
 
 def test_the_same_rows_give_the_same_task_in_every_file_kind(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     rows = [{"prompt": f'a "{index}",\tü', "completion": f"line\n{index}"} for index in range(5)]
     write(tmp_path / "r.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
     write(tmp_path / "r.json", json.dumps(rows, indent=1))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
     for suffix, separator in (("csv", ","), ("tsv", "\t")):
-        cells = [[row["prompt"].replace('"', '""'), row["completion"]] for row in rows]
-        lines = [separator.join(f'"{cell}"' for cell in row) for row in [["prompt", "completion"], *cells]]
+        cells = [["prompt", "completion"], *([row["prompt"].replace('"', '""'), row["completion"]] for row in rows)]
+        lines = [separator.join(f'"{cell}"' for cell in row) for row in cells]
         write(tmp_path / f"r.{suffix}", "\r\n".join(lines) + "\r\n")
-    tasks = {path.suffix: load_data(str(path)) for path in sorted(tmp_path.iterdir())}
-    prints = {suffix: task.fingerprint("train") for suffix, task in tasks.items()}
-    assert set(prints) == {".csv", ".json", ".jsonl", ".parquet", ".tsv"}
-    assert len(set(prints.values())) == 1
+    tasks = {path.suffix: load_data(str(path)) for path in tmp_path.iterdir()}
+    assert len(tasks) == 5
+    assert len({task.fingerprint("train") for task in tasks.values()}) == 1
     assert {re.sub(r".*:", "", example.where) for example in rows_of(tasks[".csv"])} == {"2", "4", "6", "8", "10"}
 
 
-FAULTS = [
+LINES = [
     (b'{"prompt": "p", "completion": }', r", column 31: bad JSON"),
     (b'{"prompt": "p", "complet', r"bad JSON .*the last line is cut off"),
     (b'{"prompt": "p\0", "completion": "c"}', r", column 14: holds a NUL character"),
@@ -123,7 +104,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), FAULTS, ids=[message[:30] for _, message in FAULTS])
+@pytest.mark.parametrize(("line", "message"), LINES, ids=[message[:30] for _, message in LINES])
 def test_each_fault_names_file_line_and_column(tmp_path, line, message):
     good = [text.encode() for text in good_lines(4)]
     path = write(tmp_path / "bad.jsonl", b"\n".join([*good[:2], b"", *good[2:], line]))
@@ -137,28 +118,20 @@ def test_each_fault_names_file_line_and_column(tmp_path, line, message):
 
 def test_at_most_twenty_faults_are_listed_and_all_are_counted(tmp_path):
     path = write(tmp_path / "many.jsonl", "\n".join([*good_lines(2), *["{"] * 33]))
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(
+        DataError, match=r"^33 bad rows of 35 in [^ ]+many\.jsonl:\n(.*bad JSON.*\n){20}\.\.\. and 13 more"
+    ):
         load_data(path)
-    text = str(caught.value)
-    assert text.startswith(f"33 bad rows of 35 in {path}:")
-    assert text.count("bad JSON") == 20
-    assert "... and 13 more" in text
     with pytest.raises(DataError, match="no good one is left"):
         load_data(write(tmp_path / "none.jsonl", "{\n{\n"), bad_rows="skip")
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_a_blank_answer_is_a_bad_row(tmp_path, suffix):
+def test_a_blank_answer_of_a_table_is_a_bad_row(tmp_path):
     """CSV has no null: "a," is a row whose output is missing, and training on it would teach silence."""
-    rows = [{"instruction": "i", "output": output} for output in ("a", "", "b", "  ")]
-    lines = (
-        ["instruction,output", *(f"i,{row['output']}" for row in rows)] if suffix == "csv" else map(json.dumps, rows)
-    )
-    path, first = write(tmp_path / f"blank.{suffix}", "\n".join(lines) + "\n"), 2 if suffix == "csv" else 1
-    message = (
-        rf"2 bad rows of 4(.|\n)*:{first + 1}, column output: empty answer(.|\n)*:{first + 3}, column output: empty"
-    )
-    with pytest.raises(DataError, match=message):
+    path = write(tmp_path / "blank.csv", "instruction,output\ni,a\ni,\ni,b\ni,  \n")
+    with pytest.raises(
+        DataError, match=r"2 bad rows of 4(.|\n)*:3, column output: empty answer(.|\n)*:5, column output: em"
+    ):
         load_data(path)
     assert sorted(example.answer for example in rows_of(load_data(path, bad_rows="skip"))) == ["a", "b"]
 
@@ -170,153 +143,111 @@ def test_a_class_that_is_hardly_trained_on_is_named(tmp_path):
     assert f"classes of hardly any training row: c ({trained})" in task.notes
 
 
-def test_faults_in_csv(tmp_path):
-    head = "prompt,completion\n"
-    cases = {
-        "a,b\nc\nd,e\n": r"x\.csv:3: expected 2 fields as in the header, got 1",
-        'a,b\nc,"d\ne,f\n': r"x\.csv:3: bad CSV",
-        'a,b\n"c\nc2",d\ne,f,g\n': r"x\.csv:5: expected 2 fields .* got 3",
-    }
-    for body, message in cases.items():
-        with pytest.raises(DataError, match=message):
-            load_data(write(tmp_path / "x.csv", head + body))
-    with pytest.raises(DataError, match="a column name occurs twice"):
-        load_data(write(tmp_path / "x.csv", "prompt,prompt\na,b\n"))
+TWO = json.dumps([{"prompt": "a", "completion": "b"}])
+REFUSED = [
+    ("x.csv", "prompt,completion\na,b\nc\nd,e\n", r"x\.csv:3: expected 2 fields as in the header, got 1"),
+    ("x.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', r"x\.csv:3: bad CSV"),
+    ("x.csv", 'prompt,completion\na,b\n"c\nc2",d\ne,f,g\n', r"x\.csv:5: expected 2 fields .* got 3"),
+    ("x.csv", "prompt,prompt\na,b\n", "a column name occurs twice"),
+    ("x.csv", "question;answer\na;b, c\n", "has the columns question, answer, which fit none"),
+    ("x.csv", "text,label\na,x\nb,x\n", "holds 1 class"),
+    ("x.csv", "text,label\n" + "t,1.5\n" * 20 + "bad,oops", r"x\.csv:22, column label: expected a finite number, got text \('oops'\)"),
+    ("x.csv", "prompt,completion\n\u00e9,b\nc,d\n".encode("latin-1"), r"x\.csv:2, column 1: not UTF-8 \(byte 0xe9\)"),
+    ("x.csv", b"\xff\xfe" + b"\x00\xd8" * 3, r"x\.csv begins as UTF-16 text does, but is none"),
+    ("x.json", '[\n{"prompt": "a",\n "completion": "b"},\n{"prompt": }]', r"x\.json:4, column 12: bad JSON"),
+    ("x.json", '{"prompt": "a"}\n{"prompt": "b"}', r"expected a list .*name the file \.jsonl"),
+    ("x.json", TWO[:-1], r"x\.json:1, column 36: bad JSON \(Expecting ',' delim"),
+    ("x.json", TWO[:-1] + ",\n\n3]", r"x\.json:3: expected an object"),
+    ("x.json", TWO[:-1] + ',\n{"n": ' + "9" * 5000 + "}]", r"x\.json:2: a number of more than 4300 digits"),
+    ("x.json", TWO[:-1] + ',\n{"prompt": "\\udc00"}]', r"x\.json:2: \\udc00 is half of a character"),
+    ("x.json", f"{TWO}\n{TWO}", "text stands behind the list, which would be lost"),
+    ("x.jsonl", f"{TWO}\n{TWO}", "2 bad rows of 2"),
+    ("x.jsonl", "\n".join(['["prompt"]', *good_lines(2)]), r"1 bad row of 3(.|\n)*x\.jsonl:1: expected an object .*a list"),
+    ("x.jsonl", '[\n{"prompt": }]', r"x\.jsonl:2, column 12: bad JSON"),
+    ("x.jsonl", "\n".join(good_lines(3)).encode("utf-16-le"), "looks like UTF-16 without a byte order mark.*save it as UTF-8"),
+    ("x.jsonl", '{"question": "a", "answer": "b"}', r"(?s)columns question, answer, which fit none.*prompt-completion  prompt, "),
+    ("x.jsonl", good_lines(1)[0], "has 1 row; expected at least 2"),
+    *((f"x.{suffix}", "", "is empty; expected at least one row") for suffix in ("jsonl", "csv", "json")),
+    ("x.parquet", b"PAR1 nothing", "not a readable parquet file"),
+    ("x.xlsx", "a", r"ending '\.xlsx'; expected one of"),
+]  # fmt: skip
 
 
-def test_faults_in_json_and_parquet(tmp_path):
-    cases = {
-        '[\n{"prompt": "a",\n "completion": "b"},\n{"prompt": }]': r"x\.json:4, column 12: bad JSON",
-        '{"prompt": "a"}\n{"prompt": "b"}': r"expected a list .*name the file \.jsonl",
-        '[{"prompt": "a", "completion": "b"}': r"x\.json:1, column 36: bad JSON \(Expecting ',' delim",
-        '[{"prompt": "a", "completion": "b"},\n\n3]': r"x\.json:3: expected an object",
-        '[{"prompt": "a", "completion": "b"},\n{"n": '
-        + "9" * 5000
-        + "}]": r"x\.json:2: a number of more than 4300 digits",
-        '[{"prompt": "a", "completion": "b"},\n{"prompt": "\\udc00"}]': r"x\.json:2: \\udc00 is half of a character",
-    }
-    for body, message in cases.items():
-        with pytest.raises(DataError, match=message):
-            load_data(write(tmp_path / "x.json", body))
-    with pytest.raises(DataError, match="not a readable parquet file"):
-        load_data(write(tmp_path / "x.parquet", b"PAR1 nothing"))
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED, ids=[f"{n} {m[:30]}" for n, _, m in REFUSED])
+def test_a_file_that_is_not_understood_is_refused_with_the_place(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        load_data(write(tmp_path / name, content))
+
+
+def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"no file .*nowhere\.jsonl"):
+        load_data(str(tmp_path / "nowhere.jsonl"))
+    path = write(tmp_path / "rows.jsonl", "\n".join(good_lines(2)))
+    with pytest.raises(DataError, match=r"is a folder; expected one of its files: rows\.jsonl"):
+        load_data(str(tmp_path))
+
+    def refused(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
+        load_data(path)
 
 
 TABLE = [("a; b, c", "x"), ("d\u00e9j\u00e0", "y"), ('say "no"', "x")]
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom", "utf-16-be-bom", "utf-32"]
 
 
-def table(separator: str, end: str) -> str:
-    cells = [["text", "label"], *TABLE]
-    return "".join(separator.join('"' + cell.replace('"', '""') + '"' for cell in row) + end for row in cells)
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom", "utf-16-be-bom", "utf-32"])
+@pytest.mark.parametrize("at", range(6))
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
-@pytest.mark.parametrize(
-    ("suffix", "separator", "note"),
-    [
-        ("csv", ",", ()),
-        ("csv", ";", ("t.csv is separated by semicolons",)),
-        ("csv", "\t", ("t.csv is separated by tabs",)),
-        ("csv", "|", ("t.csv is separated by bars",)),
-        ("tsv", "\t", ()),
-        ("tsv", ",", ("t.tsv is separated by commas",)),
-    ],
-)
-def test_a_table_is_read_however_it_is_written(tmp_path, suffix, separator, note, end, encoding):
+def test_a_table_is_read_however_it_is_written(tmp_path, at, end):
     """Semicolons of a German Excel, lone carriage returns of an old Mac, UTF-16 of a Windows shell."""
-    text = table(separator, end)
-    if encoding.endswith("-bom"):
-        content = ("\ufeff" + text).encode(encoding.removesuffix("-bom"))
-    else:
-        content = text.encode(encoding)
-    task = load_data(write(tmp_path / f"t.{suffix}", content))
+    suffix, separator, name = [
+        ("csv", ",", ""), ("csv", ";", "semicolons"), ("csv", "\t", "tabs"), ("csv", "|", "bars"), ("tsv", "\t", ""), ("tsv", ",", "commas"),
+    ][at]  # fmt: skip
+    encoding = ENCODINGS[(at + len(end) + ord(end[0])) % 6]
+    cells = [["text", "label"], *TABLE]
+    text = "".join(separator.join('"' + cell.replace('"', '""') + '"' for cell in row) + end for row in cells)
+    text = "\ufeff" * encoding.endswith("-bom") + text
+    task = load_data(write(tmp_path / f"t.{suffix}", text.encode(encoding.removesuffix("-bom"))))
     assert sorted((row.texts[0], task.labels[row.label]) for row in rows_of(task)) == sorted(TABLE)
-    assert task.notes == ("classification, 2 classes x, y", *note)
+    assert task.notes == ("classification, 2 classes x, y", *[f"t.{suffix} is separated by {name}"] * bool(name))
     assert sorted(row.where.rpartition(":")[2] for row in rows_of(task)) == ["2", "3", "4"]
 
 
 def test_a_separator_inside_the_text_is_none_and_a_carriage_return_among_line_feeds_ends_no_line(tmp_path):
-    task = load_data(write(tmp_path / "t.csv", "text,label\na;b;c,x\nd|e,y\n"))
-    assert {row.texts for row in rows_of(task)} == {("a;b;c",), ("d|e",)}
-    with pytest.raises(DataError, match="has the columns question, answer, which fit none"):
-        load_data(write(tmp_path / "t.csv", "question;answer\na;b, c\n"))
-    task = load_data(write(tmp_path / "t.csv", b'text,label\n"a\rb",x\n"c",y\n'))
-    assert {row.texts for row in rows_of(task)} == {("a\rb",), ("c",)}
-    content = "\r".join(good_lines(3)).encode("utf-16")
-    assert [example.prompt for example in rows_of(load_data(write(tmp_path / "g.jsonl", content)))][:1] == ["p0"]
-    large = "\r".join([json.dumps({"prompt": "p" * 300_000, "completion": "c"})] * 3).encode()
+    for content, texts in (
+        ("text,label\na;b;c,x\nd|e,y\n", {("a;b;c",), ("d|e",)}),
+        ('text,label\n"a\rb",x\n"c",y\n', {("a\rb",), ("c",)}),
+    ):
+        assert {row.texts for row in rows_of(load_data(write(tmp_path / "t.csv", content)))} == texts
+    large = "\r".join([json.dumps({"prompt": "p" * 300_000, "completion": "c"})] * 3)
     assert len(rows_of(load_data(write(tmp_path / "l.jsonl", large)))) == 3
 
 
-def test_text_of_another_encoding_is_refused_with_the_cause(tmp_path):
-    naked = "\n".join(good_lines(3)).encode("utf-16-le")  # no byte order mark
-    with pytest.raises(
-        DataError, match=r"u\.jsonl looks like UTF-16 without a byte order mark, or is no text: save it as UTF-8"
-    ):
-        load_data(write(tmp_path / "u.jsonl", naked))
-    with pytest.raises(DataError, match=r"b\.csv begins as UTF-16 text does, but is none"):
-        load_data(write(tmp_path / "b.csv", b"\xff\xfe" + b"\x00\xd8" * 3))
-    with pytest.raises(DataError, match=r"l\.csv:2, column 1: not UTF-8 \(byte 0xe9\)"):
-        load_data(write(tmp_path / "l.csv", "prompt,completion\n\u00e9,b\nc,d\n".encode("latin-1")))
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("head", ["", "\n \n"])
-def test_a_json_list_named_jsonl_is_read_as_one(tmp_path, indent, head):
+@pytest.mark.parametrize(("head", "indent"), [("", None), ("\n \n", 1)])
+def test_a_json_list_named_jsonl_is_read_as_one(tmp_path, head, indent):
     rows = [json.loads(line) for line in good_lines(4)]
     task = load_data(write(tmp_path / "a.jsonl", head + json.dumps(rows, indent=indent)))
     assert task.notes == ("a.jsonl is one JSON list and no JSON lines, and was read as that",)
     assert {example.prompt for example in rows_of(task)} == {"p0", "p1", "p2", "p3"}
 
 
-def test_lists_that_are_no_list_of_rows_are_refused(tmp_path):
-    two = json.dumps([{"prompt": "a", "completion": "b"}])
-    for name in ("a.json", "a.jsonl"):
-        with pytest.raises(DataError, match=r"text stands behind the list, which would be lost|2 bad rows of 2"):
-            load_data(write(tmp_path / name, two + "\n" + two))
-    with pytest.raises(DataError, match=r"1 bad row of 3(.|\n)*b\.jsonl:1: expected an object \{\.\.\.\}, got a list"):
-        load_data(write(tmp_path / "b.jsonl", "\n".join(['["prompt"]', *good_lines(2)])))
-    with pytest.raises(DataError, match=r"c\.jsonl:2, column 12: bad JSON"):
-        load_data(write(tmp_path / "c.jsonl", '[\n{"prompt": }]'))
-
-
 def test_columns_that_nothing_is_made_of_are_named(tmp_path):
     path = write(tmp_path / "t.csv", "id,text,label,when\n1,a,x,0\n2,b,y,0\n")
-    task = load_data(path)
-    assert task.notes[1:] == ("columns not used: id, when",)
-    assert task.source == path
+    assert load_data(path).notes[1:] == ("columns not used: id, when",)
     assert load_data(path, ignore_keys=["id", "when"]).notes[1:] == ()
-
-
-def test_missing_empty_and_unknown_files(tmp_path):
-    for name in ("e.jsonl", "e.csv", "e.json"):
-        with pytest.raises(DataError, match="is empty; expected at least one row"):
-            load_data(write(tmp_path / name, ""))
-    with pytest.raises(DataError, match=r"no file .*nowhere\.jsonl"):
-        load_data(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(DataError, match=r"ending '\.xlsx'; expected one of"):
-        load_data(write(tmp_path / "x.xlsx", "a"))
-    with pytest.raises(DataError, match=r"is a folder; expected one of its files: e\.csv"):
-        load_data(str(tmp_path))
-    with pytest.raises(
-        DataError, match=r"(?s)columns question, answer, which fit none.*prompt-completion  prompt, comp"
-    ):
-        load_data(write(tmp_path / "q.jsonl", '{"question": "a", "answer": "b"}\n'))
-    with pytest.raises(DataError, match="has 1 row; expected at least 2"):
-        load_data(write(tmp_path / "one.jsonl", good_lines(1)[0]))
-    with pytest.raises(DataError, match="holds 1 class"):
-        load_data(write(tmp_path / "c.csv", "text,label\na,x\nb,x\n"))
 
 
 def test_unknown_names_and_fractions_are_config_errors(tmp_path):
     path = write(tmp_path / "g.jsonl", "\n".join(good_lines(4)))
-    with pytest.raises(ConfigError, match="nearest: alpaca"):
-        load_data(path, format="alpacca")
-    with pytest.raises(ConfigError, match=r"eval_fraction is 1\.5"):
-        load_data(path, eval_fraction=1.5)
-    with pytest.raises(ConfigError, match="nearest: builtin:docstrings"):
-        load_data("builtin:docstring")
+    for data, options, message in (
+        (path, {"format": "alpacca"}, "nearest: alpaca"),
+        (path, {"eval_fraction": 1.5}, r"eval_fraction is 1\.5"),
+        ("builtin:docstring", {}, "nearest: builtin:docstrings"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_data(data, **options)
 
 
 def test_a_hub_name_without_the_hub_is_a_clear_data_error(monkeypatch):
@@ -350,16 +281,14 @@ def test_a_hub_data_set_keeps_its_own_splits_and_class_names(monkeypatch):
     assert task.splits["validation"][0].where == "org/name:config:validation:1"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(2, 60), fraction=st.floats(0.001, 0.999))
 def test_split_is_a_partition_that_depends_on_the_data_alone(tmp_path, count, fraction):
     path = write(tmp_path / "s.jsonl", "\n".join(good_lines(count)))
-    task = load_data(path, eval_fraction=fraction)
+    task, again = (load_data(path, eval_fraction=fraction) for _ in range(2))
     train, held = ([example.where for example in task.splits[split]] for split in ("train", "validation"))
-    assert train
-    assert held
+    assert min(len(train), len(held)) > 0
     assert sorted([*train, *held]) == sorted(f"{path}:{line}" for line in range(1, count + 1))
-    again = load_data(path, eval_fraction=fraction)
     assert again.fingerprint("validation") == task.fingerprint("validation")
     assert abs(len(held) - fraction * count) <= 1
 
@@ -372,74 +301,46 @@ def test_eval_file_is_the_validation_split(tmp_path):
     assert [(example.prompt, example.where) for example in task.splits["validation"]] == [("vp", f"{held}:2")]
 
 
-def test_fingerprint_is_of_the_rows_and_not_of_their_place(tmp_path):
-    lines = good_lines(6)
-    prints = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        prints.append(load_data(write(tmp_path / name / "x.jsonl", "\n".join(lines))).fingerprint("train"))
-    assert prints[0] == prints[1]
-    lines[2] = lines[2].replace("c2", "c3")
-    assert load_data(write(tmp_path / "x.jsonl", "\n".join(lines))).fingerprint("train") != prints[0]
-
-
-def test_a_file_that_may_not_be_read_is_said(tmp_path, monkeypatch):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n')
-    opened = Path.open
-
-    def refused(self, *args, **kwargs):
-        if self == path:
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
-        load_data(str(path))
-
-
 def test_columns_of_any_name_are_read_as_they_are_told(tmp_path):
     """What is told goes before what the file calls so itself; messages name the file's own column."""
-    file = tmp_path / "x.csv"
-    file.write_text("prompt;question;completion;category;id\nold;Who?;no;a person;1\nold;Where?;no;a place;2\n")
-    task = load_data(str(file), columns={"prompt": "question", "completion": "category"})
+    content = "prompt;question;completion;category;id\nold;Who?;no;a person;1\nold;Where?;no;a place;2\n"
+    file = write(tmp_path / "x.csv", content)
+    task = load_data(file, columns={"prompt": "question", "completion": "category"})
     assert task.format == "prompt-completion"
-    rows = sorted((row.prompt, row.answer) for split in task.splits.values() for row in split)
-    assert rows == [("Where?", "a place"), ("Who?", "a person")]
-    assert "columns as told: prompt is question, completion is category" in task.notes
-    assert "columns not used: id" in task.notes
-    assert load_data(str(file), columns={"text": "question", "label": "category"}).labels == ("a person", "a place")
+    assert sorted((row.prompt, row.answer) for row in rows_of(task)) == [("Where?", "a place"), ("Who?", "a person")]
+    assert {"columns as told: prompt is question, completion is category", "columns not used: id"} < {*task.notes}
+    assert load_data(file, columns={"text": "question", "label": "category"}).labels == ("a person", "a place")
     with pytest.raises(DataError, match=r"has no column 'categry' .*it has prompt, question, completion, category, id"):
-        load_data(str(file), columns={"prompt": "question", "completion": "categry"})
+        load_data(file, columns={"prompt": "question", "completion": "categry"})
     with pytest.raises(ConfigError, match=r"unknown name in data\.columns 'answer'; nearest: label"):
-        load_data(str(file), columns={"answer": "category"})
-    file.write_text("question;category\nWho?;a person\nWhere?;\n")
+        load_data(file, columns={"answer": "category"})
+    write(tmp_path / "x.csv", "question;category\nWho?;a person\nWhere?;\n")
     with pytest.raises(DataError, match=r"x.csv:3, column category: empty answer"):
-        load_data(str(file), columns={"prompt": "question", "completion": "category"})
+        load_data(file, columns={"prompt": "question", "completion": "category"})
 
 
 def test_plain_text_is_trained_on_whole_and_scored_by_its_loss_alone(tmp_path, tiny_tokenizer):
     """A text beside other columns may lack its label: it is not taken for plain text unless that is said."""
-    (tmp_path / "a.txt").write_text("First line.\n\n  Second one.  \n")
-    (tmp_path / "a.jsonl").write_text('{"text": "First line."}\n{"text": "  Second one.  "}\n')
+    write(tmp_path / "a.txt", "First line.\n\n  Second one.  \n")
+    write(tmp_path / "a.jsonl", '{"text": "First line."}\n{"text": "  Second one.  "}\n')
     for name in ("a.txt", "a.jsonl"):
         task = load_data(str(tmp_path / name))
         assert (task.format, task.kind, task.main_metric, task.loss_only) == ("text", "generate", "loss", True)
-        rows = sorted((row.prompt, row.answer) for split in task.splits.values() for row in split)
-        assert rows == [("", "  Second one.  "), ("", "First line.")]
+        assert sorted((row.prompt, row.answer) for row in rows_of(task)) == [
+            ("", "  Second one.  "),
+            ("", "First line."),
+        ]
     row = encode(task.splits["train"][0], tiny_tokenizer, max_length=64)[0]
     assert row.labels == [-100, *row.input_ids[1:]]
     assert row.input_ids[-1] == tiny_tokenizer.eos_token_id
-    (tmp_path / "b.csv").write_text("text,category\nt,c\nu,d\n")
+    path = write(tmp_path / "b.csv", "text,category\nt,c\nu,d\n")
     with pytest.raises(DataError, match="--columns"):
-        load_data(str(tmp_path / "b.csv"))
-    task = load_data(str(tmp_path / "b.csv"), format="text")
-    assert "columns not used: category" in task.notes
+        load_data(path)
+    assert "columns not used: category" in load_data(path, format="text").notes
 
 
 @pytest.mark.parametrize(("answer", "first"), [("billing", "exact_match"), ("it was the bill that came", "bleu")])
 def test_answers_of_a_word_or_three_are_ranked_by_exact_match(answer, first, tmp_path):
-    file = tmp_path / "x.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": answer}) for i in range(4)))
-    task = load_data(str(file))
+    rows = [json.dumps({"prompt": f"{i}", "completion": answer}) for i in range(4)]
+    task = load_data(write(tmp_path / "x.jsonl", "\n".join(rows)))
     assert task.main_metric == task.metrics.names[0] == first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import json
+import re
 
 import numpy
 import pandas
@@ -19,17 +20,21 @@ from duallora.tasks.labels import class_name, number, read_labels, trained_label
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 
 
-def write(path, labels, dtype=None) -> str:
+def write(path, labels, dtype=None, **texts) -> str:
     """A table of ``labels`` in the file's own form, written by pandas as people write it."""
-    table = pandas.DataFrame(
-        {"text": [f"t{at}" for at in range(len(labels))], "label": pandas.Series(labels, dtype=dtype)}
-    )
+    texts = texts or {"text": [f"t{at}" for at in range(len(labels))]}
+    table = pandas.DataFrame({**texts, "label": pandas.Series(labels, dtype=dtype)})
     if path.suffix in (".csv", ".tsv"):
         table.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".parquet":
         table.to_parquet(path, index=False)
     else:
         table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    return str(path)
+
+
+def written(path, text: str) -> str:
+    path.write_text(text)
     return str(path)
 
 
@@ -41,9 +46,12 @@ WHOLE = [0, 10, 2, 11, 1, 3, 4, 5, 6, 7, 8, 9] * 2
 ORDER = tuple(map(str, range(12)))
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(
-    "dtype", ["int64", "int8", "uint16", "Int64", "float64", "float32", "Float64", "str", "category"]
+    ("suffix", "dtype"),
+    [
+        *((suffix, dtype) for suffix in FORMATS for dtype in ("int64", "float64", "str")),
+        *(("parquet", dtype) for dtype in ("int8", "uint16", "Int64", "float32", "Float64", "category")),
+    ],
 )
 def test_whole_numbers_are_classes_in_numeric_order(tmp_path, suffix, dtype):
     task = load_data(write(tmp_path / f"t.{suffix}", WHOLE, dtype))
@@ -51,8 +59,7 @@ def test_whole_numbers_are_classes_in_numeric_order(tmp_path, suffix, dtype):
     assert task.notes == (
         "classification, 12 classes 0..11 (whole-number labels; --set data.labels=numbers to regress)",
     )
-    expected = {f"t{at}": label for at, label in enumerate(WHOLE)}
-    assert {row.texts[0]: row.label for row in rows_of(task)} == expected
+    assert {row.texts[0]: row.label for row in rows_of(task)} == {f"t{at}": label for at, label in enumerate(WHOLE)}
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -68,7 +75,7 @@ def test_a_cell_that_was_once_empty_is_a_bad_row_and_changes_nothing_else(tmp_pa
 
 def test_nan_itself_in_json_and_parquet_is_an_empty_cell(tmp_path):
     lines = [json.dumps({"text": f"t{at}", "label": label}) for at, label in enumerate([1.0, 2.0, float("nan")])]
-    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    written(tmp_path / "t.jsonl", "\n".join(lines))
     table = pyarrow.table({"text": ["a", "b", "c"], "label": pyarrow.array([1.0, 2.0, float("nan")])})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     for path in tmp_path.iterdir():
@@ -79,15 +86,14 @@ def test_nan_itself_in_json_and_parquet_is_an_empty_cell(tmp_path):
 
 @pytest.mark.parametrize("word", ["nan", "NaN", "NA", "N/A", "None", "null", "<NA>", "inf"])
 def test_a_word_for_nothing_among_numbers_is_no_class(tmp_path, word):
-    (tmp_path / "t.csv").write_text(f"text,label\na,1\nb,2\nc,{word}\n")
     with pytest.raises(DataError, match=r"t\.csv:4, column label: text .* is no label among numbers"):
-        load_data(str(tmp_path / "t.csv"))
-    (tmp_path / "n.csv").write_text(f"text,label\na,x\nb,y\nc,{word}\n")  # among names it is a name
-    assert word in load_data(str(tmp_path / "n.csv")).labels
+        load_data(written(tmp_path / "t.csv", f"text,label\na,1\nb,2\nc,{word}\n"))
+    names = load_data(written(tmp_path / "n.csv", f"text,label\na,x\nb,y\nc,{word}\n"))
+    assert word in names.labels
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("dtype", ["float64", "str", "Float64"])
+@pytest.mark.parametrize("dtype", ["float64", "str"])
 def test_a_fraction_makes_targets_of_all(tmp_path, suffix, dtype):
     labels = [1, 2.5, 3, 10, 4, 0.125]
     task = load_data(write(tmp_path / f"t.{suffix}", labels, dtype))
@@ -100,16 +106,14 @@ def test_a_fraction_makes_targets_of_all(tmp_path, suffix, dtype):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize(
-    "labels", [[True, False, True, True], ["True", "False", "True", "True"], ["true", "false", "TRUE", "true"]]
-)
-def test_truth_values_are_two_classes(tmp_path, suffix, labels):
-    task = load_data(write(tmp_path / f"t.{suffix}", labels))
-    assert (task.kind, task.labels) == ("classify", ("False", "True"))
-    assert [row.label for row in rows_of(task)] == [1, 0, 1, 1]
+def test_truth_values_are_two_classes(tmp_path, suffix):
+    for labels in ([True, False, True, True], ["true", "False", "TRUE", "true"]):
+        task = load_data(write(tmp_path / f"t.{suffix}", labels))
+        assert (task.kind, task.labels) == ("classify", ("False", "True"))
+        assert [row.label for row in rows_of(task)] == [1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
@@ -124,43 +128,39 @@ def test_truth_values_are_two_classes(tmp_path, suffix, labels):
         (["٣", "٤"], ("٣", "٤")),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_names_stay_as_they_are_in_one_order(tmp_path, suffix, labels, classes):
     task = load_data(write(tmp_path / f"t.{suffix}", labels))
     assert (task.kind, task.labels) == ("classify", classes)
     assert [classes[row.label] for row in rows_of(task)] == [str(label).removesuffix(".0") for label in labels]
 
 
-def test_decimals_and_half_floats_of_parquet_are_numbers(tmp_path):
-    for name, values in {
-        "whole": [decimal.Decimal("3.00"), decimal.Decimal("10.00")],
-        "half": numpy.array([3, 10], dtype=numpy.float16),
-    }.items():
-        path = tmp_path / f"{name}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": values}), path)
-        assert load_data(str(path)).labels == ("3", "10")
-    path = tmp_path / "fraction.parquet"
-    values = [decimal.Decimal("3.50"), decimal.Decimal("10.00")]
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": values}), path)
-    assert [row.label for row in rows_of(load_data(str(path)))] == [3.5, 10.0]
+@pytest.mark.parametrize(
+    ("values", "labels", "targets"),
+    [
+        ([decimal.Decimal("3.00"), decimal.Decimal("10.00")], ("3", "10"), [0, 1]),
+        (numpy.array([3, 10], dtype=numpy.float16), ("3", "10"), [0, 1]),
+        ([decimal.Decimal("3.50"), decimal.Decimal("10.00")], (), [3.5, 10.0]),
+    ],
+    ids=["whole decimals", "half floats", "decimals"],
+)
+def test_decimals_and_half_floats_of_parquet_are_numbers(tmp_path, values, labels, targets):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": values}), tmp_path / "t.parquet")
+    task = load_data(str(tmp_path / "t.parquet"))
+    assert (task.labels, [row.label for row in rows_of(task)]) == (labels, targets)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_the_recipe_can_tell_otherwise(tmp_path, suffix):
-    whole = write(tmp_path / f"w.{suffix}", [float(label) for label in WHOLE])
-    task = load_data(whole, labels="numbers")
-    assert (task.kind, task.labels) == ("regress", ())
-    assert [row.label for row in rows_of(task)] == [
-        float(label) for _, label in sorted(zip(map(str, range(24)), WHOLE, strict=True))
-    ]
-    fractions = write(tmp_path / f"f.{suffix}", [1.5, 10.25, 2.5, 1.5])
-    task = load_data(fractions, labels="classes")
+    task = load_data(write(tmp_path / f"w.{suffix}", [3.0, 10.0, 3.0]), labels="numbers")
+    assert (task.kind, [row.label for row in rows_of(task)]) == ("regress", [3.0, 10.0, 3.0])
+    task = load_data(write(tmp_path / f"f.{suffix}", [1.5, 10.25, 2.5, 1.5]), labels="classes")
     assert (task.kind, task.labels) == ("classify", ("1.5", "2.5", "10.25"))
     with pytest.raises(DataError, match=r"bad row(.|\n)*expected a finite number, got text \('red'\)"):
         load_data(write(tmp_path / f"n.{suffix}", ["red", "1", "2"]), labels="numbers")
 
 
-@pytest.mark.parametrize("digits", [310, 399, 500])
+@pytest.mark.parametrize("digits", [310, 500])
 def test_a_label_beyond_every_number_is_a_bad_row(tmp_path, digits):
     for name, label in (("t.jsonl", "9" * digits), ("s.jsonl", f'"{"9" * digits}"')):
         (tmp_path / name).write_text(f'{{"text": "a", "label": {label}}}\n{{"text": "b", "label": 0.5}}\n')
@@ -168,86 +168,70 @@ def test_a_label_beyond_every_number_is_a_bad_row(tmp_path, digits):
             load_data(str(tmp_path / name), labels="numbers")
 
 
-def test_versions_told_to_be_classes_keep_their_text(tmp_path):
-    (tmp_path / "t.csv").write_text("text,label\na,1.10\nb,1.1\nc,1.9\n")
-    assert load_data(str(tmp_path / "t.csv"), labels="classes").labels == ("1.1", "1.10", "1.9")
+def test_versions_and_decimal_commas_told_to_be_classes_keep_their_text(tmp_path):
+    versions = written(tmp_path / "v.csv", "text,label\na,1.10\nb,1.1\nc,1.9\n")
+    assert load_data(versions, labels="classes").labels == ("1.1", "1.10", "1.9")
+    commas = written(tmp_path / "c.csv", "text;label\na;3,5\nb;4\nc;1,25\n")
+    with pytest.raises(DataError, match="decimal comma, such as 1,25"):
+        load_data(commas)
+    assert load_data(commas, labels="classes").labels == ("4", "1,25", "3,5")
 
 
 def test_many_whole_numbers_must_be_said_to_be_classes_or_amounts(tmp_path):
-    """Years and prices are no classes, 150 intents are; a table that could be both is asked about, in every format."""
-    years = [1950 + at for at in range(40)] * 5
-    for suffix in FORMATS:
-        path = write(tmp_path / f"y.{suffix}", years)
-        with pytest.raises(
-            DataError, match=r"40 different whole numbers from 1950 to 1989 in 200 rows.*data\.labels=numbers"
-        ):
-            load_data(path)
-        assert load_data(path, labels="numbers").kind == "regress"
-        assert len(load_data(path, labels="classes").labels) == 40
+    """Years and prices are no classes, 150 intents are; a table that could be both is asked about."""
+    path = write(tmp_path / "y.csv", [1950 + at for at in range(40)] * 5)
+    with pytest.raises(
+        DataError, match=r"40 different whole numbers from 1950 to 1989 in 200 rows.*data\.labels=numbers"
+    ):
+        load_data(path)
+    assert load_data(path, labels="numbers").kind == "regress"
+    assert len(load_data(path, labels="classes").labels) == 40
     intents = [*range(150)] * 3
-    assert len(read_labels(intents).classes) == 150
-    assert len(read_labels([at for at in intents if at % 3]).classes) == 100  # some of them missing
-    assert len(read_labels([*range(1, 78)] * 5).classes) == 77
+    some_missing = [at for at in intents if at % 3]
+    few = [1950 + at for at in range(20)]  # all of them can be seen on the screen
+    for values, count in ((intents, 150), (some_missing, 100), ([*range(1, 78)] * 5, 77), (few, 20)):
+        assert len(read_labels(values).classes) == count
     for amounts in ([*range(150)], [at * 10 for at in range(30)] * 4, [*range(18, 90)] * 4):
         with pytest.raises(DataError, match="classes or amounts"):
             read_labels(amounts)
-    assert len(read_labels([1950 + at for at in range(20)]).classes) == 20  # few enough to see them all on screen
 
 
-def test_a_decimal_comma_is_refused_and_never_a_class(tmp_path):
-    (tmp_path / "t.csv").write_text("text;label\na;3,5\nb;4\nc;1,25\n")
-    with pytest.raises(DataError, match="decimal comma, such as 1,25"):
-        load_data(str(tmp_path / "t.csv"))
-    assert load_data(str(tmp_path / "t.csv"), labels="classes").labels == ("4", "1,25", "3,5")
+def test_a_label_that_is_missing_a_list_or_an_object_is_a_bad_row(tmp_path):
+    labels = [{"label": 1}, {"label": 2}, {"label": [1]}, {"label": {}}, {}]
+    lines = [json.dumps({"text": "t", **label}) for label in labels]
+    with pytest.raises(DataError) as caught:
+        load_data(written(tmp_path / "t.jsonl", "\n".join(lines)))
+    found = re.findall(r":(\d), column label: (.*?, got a list|.*?, got an object|missing field)", str(caught.value))
+    expected = "expected a class name or number, got"
+    assert found == [("3", f"{expected} a list"), ("4", f"{expected} an object"), ("5", "missing field")]
 
 
-def test_a_label_that_is_a_list_or_an_object_is_a_bad_row(tmp_path):
-    lines = [
-        {"text": "a", "label": 1},
-        {"text": "b", "label": 2},
-        {"text": "c", "label": [1]},
-        {"text": "d", "label": {}},
-    ]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(
-        DataError, match=r"2 bad rows of 4(.|\n)*:3, column label: expected a class name or number, got a list"
-    ):
-        load_data(str(tmp_path / "t.jsonl"))
-    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, [*lines[:2], {"text": "e"}])))
-    with pytest.raises(DataError, match=r":3, column label: missing field"):
-        load_data(str(tmp_path / "m.jsonl"))
-
-
-def test_an_empty_text_beside_another_is_one_in_every_format(tmp_path):
-    for suffix in FORMATS:
-        table = pandas.DataFrame({"text1": ["a", "b", None], "text2": ["c", None, None], "label": ["x", "y", "x"]})
-        path = tmp_path / f"t.{suffix}"
-        if suffix in ("csv", "tsv"):
-            table.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
-        elif suffix == "parquet":
-            table.to_parquet(path)
-        else:
-            table.to_json(path, orient="records", lines=suffix == "jsonl")
-        with pytest.raises(DataError, match=r"1 bad row of 3(.|\n)*column text1: empty text"):
-            load_data(str(path))
-        assert [row.texts for row in rows_of(load_data(str(path), bad_rows="skip"))] == [("a", "c"), ("b", "")]
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_empty_text_beside_another_is_one_in_every_format(tmp_path, suffix):
+    texts = {"text1": ["a", "b", None], "text2": ["c", None, None]}
+    path = write(tmp_path / f"t.{suffix}", ["x", "y", "x"], **texts)
+    with pytest.raises(DataError, match=r"1 bad row of 3(.|\n)*column text1: empty text"):
+        load_data(path)
+    assert [row.texts for row in rows_of(load_data(path, bad_rows="skip"))] == [("a", "c"), ("b", "")]
 
 
 def test_a_parquet_file_of_the_hub_keeps_its_class_names(tmp_path):
     """``datasets`` keeps a ClassLabel's names beside the table: the file and the hub are one task, even of odd names."""
     import datasets
 
-    names = ["1.5", "10.5", "9.5"]
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
-    table = datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [0, 1, 2, 1]}, features=features)
-    table.to_parquet(tmp_path / "t.parquet")
-    task = load_data(str(tmp_path / "t.parquet"))
+    declared = datasets.ClassLabel(names=["1.5", "10.5", "9.5"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": declared})
+
+    def table(labels):
+        rows = {"text": [*"abcd"[: len(labels)]], "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+        return str(tmp_path / "t.parquet")
+
+    task = load_data(table([0, 1, 2, 1]))
     assert (task.kind, task.labels) == ("classify", ("1.5", "9.5", "10.5"))
     assert [task.labels[row.label] for row in rows_of(task)] == ["1.5", "10.5", "9.5", "10.5"]
-    unlabeled = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
-    unlabeled.to_parquet(tmp_path / "u.parquet")
     with pytest.raises(DataError, match=r"1 bad row of 3(.|\n)*empty label"):
-        load_data(str(tmp_path / "u.parquet"))
+        load_data(table([0, 1, -1]))
 
 
 def test_names_and_numbers_of_single_labels():
@@ -264,13 +248,11 @@ def test_names_and_numbers_of_single_labels():
 
 
 def test_labels_are_told_of_rows_with_a_label_alone(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
-    with pytest.raises(
-        ConfigError, match=r"data\.labels=numbers is for rows with a label, but .* holds prompt-completion"
-    ):
-        load_data(str(tmp_path / "p.jsonl"), labels="numbers")
+    path = written(tmp_path / "p.jsonl", '{"prompt": "a", "completion": "b"}\n' * 2)
+    with pytest.raises(ConfigError, match=r"data\.labels=numbers is for rows with a label, but .* holds prompt-compl"):
+        load_data(path, labels="numbers")
     with pytest.raises(ConfigError, match=r"unknown data\.labels 'number'; nearest: numbers"):
-        load_data(str(tmp_path / "p.jsonl"), labels="number")
+        load_data(path, labels="number")
 
 
 @pytest.mark.parametrize(
@@ -313,7 +295,7 @@ def test_rows_that_no_class_or_number_can_be_read_from_are_faults_of_theirs(tmp_
     ("trained", "labels"), [(("regress", ()), ()), (("classify", ORDER), ORDER), (("classify", ()), ("1", "7"))]
 )
 def test_every_format_is_read_as_the_model_was_trained(tmp_path, suffix, trained, labels):
-    path = write(tmp_path / f"a{suffix if suffix[0] == '.' else '.' + suffix}", [7, 1, 7])
+    path = write(tmp_path / f"a.{suffix}", [7, 1, 7])
     task = load_data(path, eval_data=path, trained=trained)
     assert (task.kind, task.labels) == (trained[0], labels)
     expected = [labels.index(str(value)) for value in (7, 1, 7)] if labels else [7.0, 1.0, 7.0]
@@ -322,6 +304,5 @@ def test_every_format_is_read_as_the_model_was_trained(tmp_path, suffix, trained
 
 def test_a_classifier_without_names_for_its_classes_still_has_classes(tmp_path):
     path = write(tmp_path / "a.csv", [1.5, 0.5])
-    assert load_data(path, eval_data=path).kind == "regress"
     task = load_data(path, eval_data=path, trained=("classify", ()))
     assert (task.kind, task.labels) == ("classify", ("0.5", "1.5"))

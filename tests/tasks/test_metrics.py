@@ -81,7 +81,7 @@ def test_a_loss_is_per_token_of_the_right_answers():
     answers = [(-3.0, 2), (-1.0, 6)]
     assert metrics.get("loss").value(answers, ()) == 0.5
     assert metrics.get("perplexity").value(answers, ()) == pytest.approx(math.sqrt(math.e))
-    drawn = metrics.get("perplexity").resample([answers], texts([["a"], ["b"]]), rounds=60)
+    drawn = metrics.get("perplexity").resample([answers], texts([["a"], ["b"]]), rounds=30)
     assert set(drawn[:, 0].round(9)) == set(np.exp([1.5, 0.5, 1 / 6]).round(9))
 
 
@@ -131,14 +131,14 @@ def test_values_and_resamples_are_those_of_the_definition(name):
     for guess, rows in cases(name):
         guess, n = list(guess), len(rows)
         assert metric.value(guess, rows) == pytest.approx(oracle(name, guess, rows), abs=1e-6)
-        found = metric.resample([guess, guess], rows, rounds=60, seed=5)
-        assert found.shape == (60, 2)
+        found = metric.resample([guess, guess], rows, rounds=30, seed=5)
+        assert found.shape == (30, 2)
         assert found[:, 0] == pytest.approx(found[:, 1], abs=1e-9)
         random = np.random.default_rng(5)
         if metric.compute:
-            drawn = [random.integers(n, size=n) for _ in range(60)]
+            drawn = [random.integers(n, size=n) for _ in range(30)]
         else:
-            drawn = [np.repeat(np.arange(n), counts) for counts in random.multinomial(n, np.full(n, 1 / n), size=60)]
+            drawn = [np.repeat(np.arange(n), counts) for counts in random.multinomial(n, np.full(n, 1 / n), size=30)]
         for own, chosen in zip(found[:, 0], drawn, strict=True):
             expected = oracle(name, [guess[i] for i in chosen], [rows[i] for i in chosen])
             assert own == pytest.approx(expected, abs=1e-6)

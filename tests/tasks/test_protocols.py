@@ -28,22 +28,12 @@ def _no_data_folder(monkeypatch):
 def commonsense_folder(root, name, split, rows):
     folder = root / "commonsense" / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{split}.json").write_text(json.dumps(rows))
+    (folder / f"{split}.json").write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
     return root
 
 
 def item(gold: str, instruction: str = "Pick {one}.") -> dict[str, str]:
     return {"instruction": instruction, "input": "", "output": f"the correct answer is {gold}", "answer": gold}
-
-
-def test_prompt_bytes_and_gold_of_a_commonsense_row(tmp_path):
-    task = load_task("boolq", data_dir=commonsense_folder(tmp_path, "boolq", "test", [item("false")]))
-    (row,) = task.splits["test"]
-    assert row.prompt == PROMPT % "Pick {one}."
-    assert (row.answer, row.references) == ("the correct answer is false", ("false",))
-    assert row.where.endswith("test.json:1")
-    assert task.generation["max_new_tokens"] == 16
-    assert task.generation["num_beams"] == 4
 
 
 @pytest.mark.parametrize(
@@ -60,8 +50,7 @@ def test_prompt_bytes_and_gold_of_a_commonsense_row(tmp_path):
     ],
 )
 def test_first_match_is_case_sensitive_and_empty_where_nothing_matches(tmp_path, name, text, answer):
-    task = load_task(name, data_dir=tmp_path)
-    assert task.extract(text, Example(group=name)) == answer
+    assert load_task(name, data_dir=tmp_path).extract(text, Example(group=name)) == answer
 
 
 def test_accuracy_and_parse_failures_are_of_the_extracted_answers(tmp_path):
@@ -103,8 +92,8 @@ def test_a_mixture_of_nothing_is_an_error_and_one_without_a_damaged_file_too(tmp
 
 
 def test_the_mixture_scores_each_task_by_its_own_words_and_averages_the_tasks_and_not_the_rows(tmp_path):
-    rows = load_task("commonsense", data_dir=a_mixture(tmp_path)).splits["test"]
-    task = load_task("commonsense", data_dir=tmp_path)
+    task = load_task("commonsense", data_dir=a_mixture(tmp_path))
+    rows = task.splits["test"]
     texts = ["solution2 is false", "true solution1", "solution1"]  # each holds another task's word, too
     expected = {
         "average": 75.0, "parse_failure_rate": 0.0,
@@ -118,27 +107,26 @@ def test_the_mixture_scores_each_task_by_its_own_words_and_averages_the_tasks_an
     assert task.metrics(["", "solution1", ""], rows)["average"] == 25.0
 
 
-@pytest.mark.parametrize("place", [".", "commonsense", "ft-training_set"])
+@pytest.mark.parametrize("place", [".", "ft-training_set"])
 def test_llm_adapters_own_mixture_is_what_the_mixture_trains_on(tmp_path, place):
     """With the protocol's prompt, beside the tests of each task; its rows and hash are told; a row of another form is named."""
     root = a_mixture(tmp_path)
     golds = ["true", "answer5", "solution2", "ending4", "option1"] * 4
-    rows = [item(gold, f"m{index}") | {"input": ""} for index, gold in enumerate(golds)]
+    rows = [item(gold, f"m{index}") for index, gold in enumerate(golds)]
     file = root / place / "commonsense_170k.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(rows))
     task = load_task("commonsense", data_dir=root)
     train, validation = task.splits["train"], task.splits["validation"]
     assert (len(train), len(validation)) == (15, 5)
-    assert {row.prompt for row in [*train, *validation]} == {PROMPT % f"m{index}" for index in range(20)}
+    prompts = {PROMPT % f"m{index}" for index in range(20)}
+    assert {row.prompt for row in [*train, *validation]} == prompts
     assert {row.group for row in train} <= {"boolq", "answer", "piqa", "hellaswag", "winogrande"}
     assert all(task.extract(row.answer, row) == row.references[0] for row in [*train, *validation])
     assert [row.group for row in task.splits["test"]] == ["boolq", "piqa", "piqa"]
     assert f"20 of commonsense_170k.json, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}" in task.source
     by_path = load_data(str(file))
-    assert {row.prompt for split in ("train", "validation") for row in by_path.splits[split]} == {
-        PROMPT % f"m{i}" for i in range(20)
-    }
+    assert {row.prompt for rows in by_path.splits.values() for row in rows} == prompts
     assert any("LLM-Adapters" in note for note in by_path.notes)
     file.write_text(json.dumps([*rows, item("answer6")]))
     with pytest.raises(DataError, match="unknown answer"):
@@ -147,10 +135,7 @@ def test_llm_adapters_own_mixture_is_what_the_mixture_trains_on(tmp_path, place)
 
 def test_commonsense_validation_is_cut_from_the_training_rows(tmp_path):
     rows = [item(f"option{1 + index % 2}", f"q{index}") for index in range(700)]
-    folder = tmp_path / "commonsense" / "winogrande"
-    folder.mkdir(parents=True)
-    (folder / "train_l.json").write_text(json.dumps(rows))
-    task = load_task("winogrande", data_dir=tmp_path)
+    task = load_task("winogrande", data_dir=commonsense_folder(tmp_path, "winogrande", "train_l", rows))
     train, held = task.splits["train"], task.splits["validation"]
     assert (len(train), len(held)) == (580, 120)
     assert {row.prompt for row in train}.isdisjoint({row.prompt for row in held})
@@ -160,70 +145,37 @@ def test_commonsense_validation_is_cut_from_the_training_rows(tmp_path):
 
 def test_faulty_commonsense_rows_are_named(tmp_path):
     rows = [item("true"), {"instruction": "x", "output": "y"}, item("maybe")]
-    text = "[" + ",\n".join(json.dumps(row) for row in rows) + "]"
-    folder = commonsense_folder(tmp_path, "boolq", "test", [])
-    (folder / "commonsense" / "boolq" / "test.json").write_text(text)
+    folder = commonsense_folder(tmp_path, "boolq", "test", rows)
     with pytest.raises(
         DataError, match=r"(?s)2 bad rows of 3.*json:2, column answer: missing.*json:3, column answer: unk"
     ):
         load_task("boolq", data_dir=folder).splits["test"]
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "instruction", "gold"),
-    [
-        (
-            "boolq",
-            {"question": "is ice cold", "answer": True, "passage": "unused"},
-            "Please answer the following question with true or false, question: is ice cold?\n\n"
-            "Answer format: true/false",
-            "true",
-        ),
-        (
-            "piqa",
-            {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": 1},
-            "Please choose the correct solution to the question: Open it.\n\nSolution1: Pull.\n\nSolution2: Push.\n\n"
-            "Answer format: solution1/solution2",
-            "solution2",
-        ),
-        (
-            "social_i_qa",
-            {"context": "A left.", "question": "Why?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
-            "Please choose the correct answer to the question: A left. Why?\n\nAnswer1: x Answer2: y Answer3: z\n\n"
-            "Answer format: answer1/answer2/answer3",
-            "answer3",
-        ),
-        (
-            "hellaswag",
-            {"activity_label": "Rowing", "ctx": "A man sits. he", "endings": list("wxyz"), "label": "0"},
-            "Please choose the correct ending to complete the given sentence: Rowing: A man sits. he\n\n"
-            "Ending1: w Ending2: x Ending3: y Ending4: z\n\nAnswer format: ending1/ending2/ending3/ending4",
-            "ending1",
-        ),
-        (
-            "winogrande",
-            {"sentence": "A saw B so _ ran.", "option1": "A", "option2": "B", "answer": "2"},
-            "Please choose the correct answer to fill in the blank to complete the given sentence: A saw B so _ ran."
-            "\n\nOption1: A Option2: B Answer format: option1/option2",
-            "option2",
-        ),
-        (
-            "arc_challenge",
-            {"question": "Q?", "choices": {"text": list("uvwxy"), "label": list("12345")}, "answerKey": "5"},
-            "Please choose the correct answer to the question: Q?\n\n"
-            "Answer1: u Answer2: v Answer3: w Answer4: x Answer5: y\n\n"
-            "Answer format: answer1/answer2/answer3/answer4/answer5",
-            "answer5",
-        ),
-        (
-            "openbookqa",
-            {"question_stem": "Q is", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "B"},
-            "Please choose the correct answer to the question: Q is\n\nAnswer1: w Answer2: x Answer3: y Answer4: z\n\n"
-            "Answer format: answer1/answer2/answer3/answer4",
-            "answer2",
-        ),
-    ],
-)
+CHOICES = "Please choose the correct answer to the question: "
+HUB = [
+    ("boolq", {"question": "is ice cold", "answer": True, "passage": "unused"},
+     "Please answer the following question with true or false, question: is ice cold?\n\nAnswer format: true/false", "true"),
+    ("piqa", {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": 1},
+     "Please choose the correct solution to the question: Open it.\n\nSolution1: Pull.\n\nSolution2: Push.\n\n"
+     "Answer format: solution1/solution2", "solution2"),
+    ("social_i_qa", {"context": "A left.", "question": "Why?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+     CHOICES + "A left. Why?\n\nAnswer1: x Answer2: y Answer3: z\n\nAnswer format: answer1/answer2/answer3", "answer3"),
+    ("hellaswag", {"activity_label": "Rowing", "ctx": "A man sits. he", "endings": list("wxyz"), "label": "0"},
+     "Please choose the correct ending to complete the given sentence: Rowing: A man sits. he\n\n"
+     "Ending1: w Ending2: x Ending3: y Ending4: z\n\nAnswer format: ending1/ending2/ending3/ending4", "ending1"),
+    ("winogrande", {"sentence": "A saw B so _ ran.", "option1": "A", "option2": "B", "answer": "2"},
+     "Please choose the correct answer to fill in the blank to complete the given sentence: A saw B so _ ran.\n\n"
+     "Option1: A Option2: B Answer format: option1/option2", "option2"),
+    ("arc_challenge", {"question": "Q?", "choices": {"text": list("uvwxy"), "label": list("12345")}, "answerKey": "5"},
+     CHOICES + "Q?\n\nAnswer1: u Answer2: v Answer3: w Answer4: x Answer5: y\n\n"
+     "Answer format: answer1/answer2/answer3/answer4/answer5", "answer5"),
+    ("openbookqa", {"question_stem": "Q is", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "B"},
+     CHOICES + "Q is\n\nAnswer1: w Answer2: x Answer3: y Answer4: z\n\nAnswer format: answer1/answer2/answer3/answer4", "answer2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "instruction", "gold"), HUB, ids=[name for name, *_ in HUB])
 def test_hub_rows_are_put_into_the_words_of_the_files(monkeypatch, name, row, instruction, gold):
     protocol = commonsense.PROTOCOLS[name]
 
@@ -236,6 +188,7 @@ def test_hub_rows_are_put_into_the_words_of_the_files(monkeypatch, name, row, in
     (example,) = task.splits["test"]
     assert example.prompt == PROMPT % instruction
     assert (example.answer, example.references) == (f"the correct answer is {gold}", (gold,))
+    assert (task.generation["max_new_tokens"], task.generation["num_beams"]) == (16, 4)
 
 
 def glue_file(root, name, file, lines):
@@ -246,23 +199,22 @@ def glue_file(root, name, file, lines):
 
 
 def test_glue_layouts_with_and_without_header_and_with_loose_quotes(tmp_path):
-    glue_file(tmp_path, "CoLA", "dev.tsv", ['gj04\t1\t\tHe said "no.', "gj04\t0\t*\tHim said."])
-    glue_file(tmp_path, "STS-B", "dev.tsv", ["index\tsentence1\tsentence2\tscore", "0\ta\tb\t2.500"])
-    glue_file(tmp_path, "QNLI", "dev.tsv", ["index\tquestion\tsentence\tlabel", "0\tq?\ts.\tnot_entailment"])
-    glue_file(tmp_path, "MRPC", "dev.tsv", ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t5\t6\tx\ty"])
-    qqp = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
-    glue_file(tmp_path, "QQP", "dev.tsv", [qqp, "7\t8\t9\tx?\ty?\t1"])
-    (row,) = load_task("qqp", data_dir=tmp_path).splits["validation"]
-    assert (row.texts, row.label) == (("x?", "y?"), 1)
-    cola = load_task("cola", data_dir=tmp_path).splits["validation"]
-    assert [(row.texts, row.label) for row in cola] == [(('He said "no.',), 1), (("Him said.",), 0)]
-    stsb = load_task("stsb", data_dir=tmp_path)
-    assert (stsb.kind, stsb.splits["validation"][0].label) == ("regress", 2.5)
-    qnli = load_task("qnli", data_dir=tmp_path)
-    (row,) = qnli.splits["test"]
-    assert (row.texts, qnli.labels[row.label]) == (("q?", "s."), "not_entailment")
+    def read(name, folder, *lines):
+        task = load_task(name, data_dir=glue_file(tmp_path, folder, "dev.tsv", lines))
+        return task, [(row.texts, row.label) for row in task.splits["validation"]]
+
+    cola = read("cola", "CoLA", 'gj04\t1\t\tHe said "no.', "gj04\t0\t*\tHim said.")[1]
+    assert cola == [(('He said "no.',), 1), (("Him said.",), 0)]
+    qqp = read("qqp", "QQP", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "7\t8\t9\tx?\ty?\t1")[1]
+    assert qqp == [(("x?", "y?"), 1)]
+    mrpc = read("mrpc", "MRPC", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t5\t6\tx\ty")[1]
+    assert mrpc == [(("x", "y"), 1)]
+    stsb, rows = read("stsb", "STS-B", "index\tsentence1\tsentence2\tscore", "0\ta\tb\t2.500")
+    assert (stsb.kind, rows) == ("regress", [(("a", "b"), 2.5)])
+    qnli, rows = read("qnli", "QNLI", "index\tquestion\tsentence\tlabel", "0\tq?\ts.\tnot_entailment")
+    assert [(texts, qnli.labels[label]) for texts, label in rows] == [(("q?", "s."), "not_entailment")]
+    assert qnli.splits["test"] == qnli.splits["validation"]
     assert "test is the development set" in qnli.source
-    assert load_task("mrpc", data_dir=tmp_path).splits["validation"][0].texts == ("x", "y")
     with pytest.raises(DataError, match=r"train\.tsv of qnli is missing"):
         qnli.splits["train"]
 
@@ -277,20 +229,19 @@ def test_broken_glue_files_are_data_errors(tmp_path):
 
 
 def test_a_stray_broken_line_of_a_large_glue_file_is_left_out_with_a_warning(tmp_path, caplog):
-    lines = ["sentence\tlabel", *[f"good {index}\t1" for index in range(1500)], "broken"]
-    glue_file(tmp_path, "SST-2", "dev.tsv", lines)
-    assert len(load_task("sst2", data_dir=tmp_path).splits["validation"]) == 1500
+    root = glue_file(tmp_path, "SST-2", "dev.tsv", ["sentence\tlabel", *["good\t1"] * 1500, "broken"])
+    assert len(load_task("sst2", data_dir=root).splits["validation"]) == 1500
     assert "1 bad row of 1501" in caplog.text
 
 
 def test_glue_metrics(tmp_path):
     rows = [Example(texts=("t",), label=label) for label in (1, 1, 0, 0)]
-    guess = [1, 0, 0, 0]
-    assert set(load_task("cola", data_dir=tmp_path).metrics(guess, rows)) == {"matthews", "accuracy"}
-    for name in ("mrpc", "qqp"):
-        values = load_task(name, data_dir=tmp_path).metrics(guess, rows)
-        assert values == {"accuracy": 75.0, "f1": pytest.approx(100 * 2 / 3)}
-    assert load_task("rte", data_dir=tmp_path).metrics(guess, rows) == {"accuracy": 75.0}
+    found = {
+        name: load_task(name, data_dir=tmp_path).metrics([1, 0, 0, 0], rows) for name in ("cola", "mrpc", "qqp", "rte")
+    }
+    assert set(found["cola"]) == {"matthews", "accuracy"}
+    assert found["mrpc"] == found["qqp"] == {"accuracy": 75.0, "f1": pytest.approx(100 * 2 / 3)}
+    assert found["rte"] == {"accuracy": 75.0}
 
 
 def test_mnli_test_scores_both_development_sets_together_and_apart(tmp_path):
@@ -339,12 +290,10 @@ def test_e2e_groups_references_by_meaning_outside_training(tmp_path):
 
 def test_e2e_in_loras_own_tokens(tmp_path):
     """gpt2_encode.py: BPE(meaning) + [50256], BPE(" " + sentence) + [50256]; here with a byte-level BPE that has the same mark."""
-    text = Tokenizer(
-        BPE({"<|endoftext|>": 0, **{c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyzABC:|.\u0120", 1)}}, [])
-    )
+    mark, letters = "<|endoftext|>", "abcdefghijklmnopqrstuvwxyzABC:|.\u0120"
+    text = Tokenizer(BPE({mark: 0, **{letter: at for at, letter in enumerate(letters, 1)}}, []))
     text.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    text.add_special_tokens(["<|endoftext|>"])
-    mark = "<|endoftext|>"
+    text.add_special_tokens([mark])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, eos_token=mark, bos_token=mark, pad_token=mark)
     row = load_task("e2e_gpt2", data_dir=e2e_folder(tmp_path)).splits["train"][0]
     (encoded,) = encode(row, tokenizer, max_length=64)
@@ -357,9 +306,7 @@ def test_e2e_in_loras_own_tokens(tmp_path):
 def test_e2e_lines_without_separator_are_named(tmp_path):
     root = e2e_folder(tmp_path)
     (root / "e2e_nlg" / "valid.txt").write_text("name : A||x\nname : B\nname : C||\n")
-    with pytest.raises(
-        DataError, match=r"(?s)valid\.txt:2: no \|\|.*valid\.txt:3: the sentence or the meaning is empty"
-    ):
+    with pytest.raises(DataError, match=r"(?s)valid\.txt:2: no \|\|.*valid\.txt:3: the sentence or the meaning is"):
         load_task("e2e", data_dir=root).splits["validation"]
 
 

@@ -34,9 +34,7 @@ def test_held_out_rows_and_the_rest_are_the_training_rows_and_the_test_rows_stay
     assert sorted(train + validation) == sorted(texts(task.splits["train"]))
     assert texts(held.splits["test"]) == texts(task.splits["test"])
     assert set(held.splits) == set(task.splits)
-    assert train != sorted(train, key=lambda text: int(text.split()[1])), (
-        "the first n rows of a sorted file are no sample"
-    )
+    assert train != sorted(train, key=lambda text: int(text.split()[1]))  # the first of a sorted file are no sample
     again = hold_out(numbered(31)[0], 10)
     assert (texts(again.splits["train"]), texts(again.splits["validation"])) == (train, validation)
     assert reads.count("validation") == 0, "the data's own validation rows are not read"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,16 +108,14 @@ LEFT_OUT = [
 
 
 @pytest.mark.parametrize(("row", "what"), LEFT_OUT, ids=[what for _, what in LEFT_OUT])
-@pytest.mark.parametrize("train_on", ["answer", "all"])
-def test_what_a_template_does_not_show_is_refused_by_name(make_tokenizer, row, what, train_on):
+def test_what_a_template_does_not_show_is_refused_by_name(make_tokenizer, row, what):
     """transformers drops it in silence, and the model would be trained on something else."""
-    tokenizer = make_tokenizer(chat_template=CHATML)
-    with pytest.raises(DataError, match=r"c\.jsonl:1: the chat template of .* does not show") as caught:
-        trained(row, tokenizer, train_on=train_on)
-    assert what in str(caught.value)
-    assert re.search(
-        rf"data\.ignore_keys=\[[^]]*{re.findall(r'[a-z_]+', what.removeprefix('does not show'))[0]}", str(caught.value)
-    )
+    key = re.findall(r"[a-z_]+", what.removeprefix("does not show"))[0]
+    for train_on in ("answer", "all"):
+        with pytest.raises(DataError, match=r"c\.jsonl:1: the chat template of .* does not show") as caught:
+            trained(row, make_tokenizer(chat_template=CHATML), train_on=train_on)
+        assert what in str(caught.value)
+        assert re.search(rf"data\.ignore_keys=\[[^]]*{key}", str(caught.value))
 
 
 def test_a_key_that_no_convention_names_is_the_templates_to_know(make_tokenizer):
@@ -126,66 +125,49 @@ def test_a_key_that_no_convention_names_is_the_templates_to_know(make_tokenizer)
     assert trained({"messages": [user("q"), says("x", loud=True)]}, tokenizer) == ["x!<|im_end|>"]
 
 
-def test_a_role_that_the_template_skips_is_refused(make_tokenizer):
-    tokenizer = make_tokenizer(
-        chat_template=CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
-    )
-    with pytest.raises(DataError, match=r"does not show content of turn 3 \(tool\)"):
-        trained({"messages": [user("q"), says("a"), HEARD, says("x")]}, tokenizer)
-    assert trained({"messages": [user("q"), says("a"), HEARD]}, tokenizer) == [
-        "a<|im_end|>"
-    ]  # what follows is not read
-
-
-def test_part_of_an_answer_that_the_template_cuts_off_is_refused(make_tokenizer):
+def test_content_that_the_template_skips_or_cuts_off_is_refused(make_tokenizer):
     """Some templates keep of an answer what follows </think>, also where all of it is to be learned."""
-    cuts = CHATML.replace(BODY, "{{ m['content'].split('</think>')[-1] }}")
-    tokenizer = make_tokenizer(chat_template=cuts)
+    skips = make_tokenizer(chat_template=CHATML.replace("in messages %}", "in messages if m.role != 'tool' %}"))
+    with pytest.raises(DataError, match=r"does not show content of turn 3 \(tool\)"):
+        trained({"messages": [user("q"), says("a"), HEARD, says("x")]}, skips)
+    unread = {"messages": [user("q"), says("a"), HEARD]}  # what follows the last answer
+    assert trained(unread, skips) == ["a<|im_end|>"]
+    cuts = make_tokenizer(chat_template=CHATML.replace(BODY, "{{ m['content'].split('</think>')[-1] }}"))
     with pytest.raises(DataError, match=r"does not show content of turn 2 \(assistant\)"):
-        trained({"messages": [user("q"), says("hm</think>x")]}, tokenizer)
-    assert trained({"messages": [user("q"), says("x")]}, tokenizer) == ["x<|im_end|>"]
+        trained({"messages": [user("q"), says("hm</think>x")]}, cuts)
+    assert trained({"messages": [user("q"), says("x")]}, cuts) == ["x<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("part", "other"),
     [
-        (WITH_TOOLS.replace("(c.function.arguments | tojson)", "c.function.arguments"), '<call>weather {"day": 1, "no": null}</call>'),
-        (WITH_TOOLS.replace("(c.function.arguments | tojson)", "(c.function.arguments | string)"), '<call>weather {"day": 1, "no": null}</call>'),
-        (WITH_TOOLS.replace(BODY, "{% if 'content' in m %}{{ m.content }}{% else %}{{ 'none' }}{% endif %}"), '<call>weather {"day": 1, "no": null}</call>'),
-        (WITH_TOOLS.replace(BODY + CALLS, "{% if 'content' in m %}{{ m.content }}{% else %}" + CALLS + "{% endif %}"), '<call>weather {"day": 1, "no": null}</call>'),
-        (WITH_TOOLS.replace(BODY, "{% for part in m.content %}{{ part.text }}{% endfor %}"), '<call>weather {"day": 1, "no": null}</call>'),
+        ("(c.function.arguments | tojson)", "c.function.arguments"),
+        ("(c.function.arguments | tojson)", "(c.function.arguments | string)"),
+        (BODY, "{% if 'content' in m %}{{ m.content }}{% else %}{{ 'none' }}{% endif %}"),
+        (BODY + CALLS, "{% if 'content' in m %}{{ m.content }}{% else %}" + CALLS + "{% endif %}"),
+        (BODY, "{% for part in m.content %}{{ part.text }}{% endfor %}"),
     ],
     ids=["concatenates text", "prints Python", "empty content", "no content", "parts"],
-)  # fmt: skip
-def test_a_chat_is_handed_over_in_the_form_the_template_takes(make_tokenizer, template, expected):
-    tokenizer = make_tokenizer(chat_template=template)
+)
+def test_a_chat_is_handed_over_in_the_form_the_template_takes(make_tokenizer, part, other):
     row = {"messages": [user("q"), says(None, tool_calls=[calls('{"day": 1, "no": null}')])], "tools": TOOLS}
-    assert trained(row, tokenizer) == [f"{expected}<|im_end|>"]
+    tokenizer = make_tokenizer(chat_template=WITH_TOOLS.replace(part, other))
+    assert trained(row, tokenizer) == ['<call>weather {"day": 1, "no": null}</call><|im_end|>']
 
 
 def test_turns_that_the_template_rewrites_are_trained_as_generation_sees_them(make_tokenizer):
     tokenizer = make_tokenizer(chat_template=FORGETS)
-    turns = [
-        user("q1"),
-        says("a1", reasoning_content="r1"),
-        user("q2"),
-        says("a2", reasoning_content="r2"),
-        HEARD,
-        says("a3"),
-    ]
-    encoded = encode(from_messages({"messages": turns}, ""), tokenizer, max_length=WHOLE)
+    turns = [user("q1"), says("a1", reasoning_content="r1"), user("q2"), says("a2", reasoning_content="r2"), HEARD, says("a3")]  # fmt: skip
+    chat = from_messages({"messages": turns}, "")
+    encoded = encode(chat, tokenizer, max_length=WHOLE)
     found = texts(encoded, tokenizer)
-    assert [text for _, text in found] == [
+    assert [learned for _, learned in found] == [
         "<think>r1</think>a1<|im_end|>",
         "<think>r2</think>a2<|im_end|><think></think>a3<|im_end|>",
     ]
-    for (text, _), upto in zip(found, (2, 6), strict=True):
-        written = tokenizer.apply_chat_template(turns[:upto], tokenize=False)
-        assert text == written
-    # Each begins with what generation would have started from.
-    for (text, _), upto in zip(found, (1, 3), strict=True):
-        assert text.startswith(tokenizer.apply_chat_template(turns[:upto], tokenize=False, add_generation_prompt=True))
-    chat = from_messages({"messages": turns}, "")
+    for (text, _), asked, upto in zip(found, (1, 3), (2, 6), strict=True):  # what generation would have started from
+        assert text == tokenizer.apply_chat_template(turns[:upto], tokenize=False)
+        assert text.startswith(tokenizer.apply_chat_template(turns[:asked], tokenize=False, add_generation_prompt=True))
     rows, counts = encode_split([chat, Example(prompt="p", answer="a"), chat], tokenizer, "generate", max_length=WHOLE)
     assert [row["labels"] for row in rows[:2]] == [one.labels for one in encoded]
     assert (counts.rows, list(counts.examples)) == (5, [0, 0, 1, 2, 2])
@@ -193,11 +175,10 @@ def test_turns_that_the_template_rewrites_are_trained_as_generation_sees_them(ma
 
 def test_a_turn_without_weight_is_read_and_not_learned(make_tokenizer):
     tokenizer = make_tokenizer(chat_template=CHATML)
-    row = {
-        "messages": [user("q1"), says("bad", weight=0), user("q2"), says("good"), user("q3"), says("worse", weight=0)]
-    }
+    turns = [user("q1"), says("bad", weight=0), user("q2"), says("good"), user("q3"), says("worse", weight=0)]
+    row = {"messages": turns}
     (encoded,) = encode(from_messages(row, ""), tokenizer, max_length=WHOLE)
-    plain = [{key: turn[key] for key in ("role", "content")} for turn in row["messages"]]
+    plain = [{key: turn[key] for key in ("role", "content")} for turn in turns]
     # What follows the last trained turn cannot be learned from.
     assert texts([encoded], tokenizer) == [(tokenizer.apply_chat_template(plain[:4], tokenize=False), "good<|im_end|>")]
     (whole,) = encode(from_messages(row, ""), tokenizer, max_length=WHOLE, train_on="all")
@@ -217,12 +198,9 @@ def test_what_the_template_marks_as_generated_is_what_is_trained(make_tokenizer)
     written = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded.input_ids == written["input_ids"]
     assert [label != IGNORE for label in encoded.labels] == [bool(mark) for mark in written["assistant_masks"]]
-    wide = MARKED.replace(
-        HEADER + "{% if m.role == 'assistant' %}{% generation %}",
-        "{% if m.role == 'assistant' %}{% generation %}" + HEADER,
-    )
-    assert wide != MARKED  # what the prompt has said is not the model's to say, though it is marked
-    wide = wide.replace("{% else %}", "{% else %}" + HEADER)
+    begins = "{% if m.role == 'assistant' %}{% generation %}"
+    wide = MARKED.replace(HEADER + begins, begins + HEADER).replace("{% else %}", "{% else %}" + HEADER)
+    # What the prompt has said is not the model's to say, though it is marked.
     assert trained({"messages": turns}, make_tokenizer(chat_template=wide)) == ["a1<|im_end|>a2<|im_end|>"]
     half = make_tokenizer(chat_template=MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"))
     assert trained({"messages": turns[:2]}, half) == ["a1<|im_end|>"]
@@ -265,23 +243,21 @@ def test_a_chat_that_begins_with_the_assistant_needs_a_prompt_or_no_weight(make_
     assert trained({"messages": [{**turns[0], "weight": 0}, *turns[1:]]}, tokenizer) == ["a<|im_end|>"]
 
 
-def test_a_special_token_inside_an_answer_does_not_end_it(make_tokenizer):
+def test_a_turn_without_an_end_mark_is_closed_once_and_a_special_token_inside_ends_none(make_tokenizer):
     """Only the mark that ends a turn does; what stands behind another is learned as well."""
     tokenizer = make_tokenizer(chat_template="{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
                                              "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")  # fmt: skip
-    assert trained({"messages": [user("q"), says("a<|im_end|>b")]}, tokenizer) == ["a<|im_end|>b\n</s>"]
+    turns = [user("q"), says("first"), user("q"), says("a<|im_end|>b")]
+    assert trained({"messages": turns}, tokenizer) == ["first\na<|im_end|>b\n</s>"]
 
 
 def test_the_rows_that_cannot_be_trained_on_are_named_together(make_tokenizer):
     tokenizer = make_tokenizer(chat_template=CHATML)
-    good = from_messages({"messages": [user("q"), says("a")]}, "c.jsonl:1")
-    bad = [from_messages({"messages": [user("q"), says("a", mood="x")]}, f"c.jsonl:{line}") for line in range(2, 30)]
-    other = [
-        from_messages({"messages": [user("q"), says("a", **{f"key{line}": "x"})]}, f"c.jsonl:{line}")
-        for line in range(30, 60)
-    ]
+    # One without a fault, 28 with the same one, 30 with one each.
+    keys = [{}, *[{"mood": "x"}] * 28, *({f"key{line}": "x"} for line in range(30))]
+    rows = [from_messages({"messages": [user("q"), says("a", **key)]}, f"c.jsonl:{n}") for n, key in enumerate(keys, 1)]
     with pytest.raises(DataError, match=r"58 of 59 rows cannot be trained on:\nc\.jsonl:2: ") as caught:
-        encode_split([good, *bad, *other], tokenizer, "generate", max_length=99)
+        encode_split(rows, tokenizer, "generate", max_length=99)
     lines = str(caught.value).splitlines()
     assert lines[2] == "  and so c.jsonl:3, c.jsonl:4, c.jsonl:5, c.jsonl:6, c.jsonl:7, ..."
     assert len(lines) == 1 + 2 + 19 + 1  # the first reason has two lines, nineteen others follow, and there are more
@@ -349,14 +325,13 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
         tokenizer.add_special_tokens({"additional_special_tokens": marks})
         for name, row in CHATS.items():
             example = from_messages(row, f"{path.stem}, {name}")
-            if path.stem in WANT_A_THOUGHT or name in ("reasoning", "tools"):
-                try:
-                    encoded = encode(example, tokenizer, max_length=WHOLE)
-                except DataError as error:
-                    refused += f"{path.stem}, {name}: the chat template" in str(error)
-                    continue
-            else:
+            try:
                 encoded = encode(example, tokenizer, max_length=WHOLE)
+            except DataError as error:
+                if path.stem not in WANT_A_THOUGHT and name not in ("reasoning", "tools"):
+                    raise
+                refused += f"{path.stem}, {name}: the chat template" in str(error)
+                continue
             learned += 1
             found = texts(encoded, tokenizer)
             turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in row["messages"]]
@@ -364,13 +339,11 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
                 if "reasoning_content" in turn:  # transformers gives it this name, too, from its fifth version on
                     turn["thinking"] = turn["reasoning_content"]
                 for one in turn.get("tool_calls", ()):
-                    one = one["function"]
-                    turn["content"] = turn["content"] or ""
-                    turn["tool_calls"] = [calls(json.loads(one["arguments"]))]
+                    turn |= {"content": turn["content"] or "", "tool_calls": [calls(json.loads(one["function"]["arguments"]))]}  # fmt: skip
             if path.stem.removesuffix("_training") in TAKE_PARTS:
                 turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-            options = {"tools": row.get("tools"), "tokenize": False}
-            written = {tokenizer.apply_chat_template(turns[: end + 1], **options) for end in range(1, len(turns))}
+            render = partial(tokenizer.apply_chat_template, tools=row.get("tools"))
+            written = {render(turns[: end + 1], tokenize=False) for end in range(1, len(turns))}
             assert {text.removesuffix("</s>") for text, _ in found} <= {text.removesuffix("</s>") for text in written}
             said = "".join(text for _, text in found)
             for turn in example.messages:
@@ -379,24 +352,17 @@ def test_templates_of_released_models_train_what_they_write_or_refuse(make_token
                     assert not text or (text in said) == weighs, (path.stem, name, text)
             assert ("Paris" in said) == (name == "tools")
             if "generation %}" in template and len(found) == 1 and name != "without weight":
-                marked = tokenizer.apply_chat_template(
-                    turns, tools=row.get("tools"), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-                )
-                own = [label != IGNORE for label in encoded[0].labels]
+                marked = render(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
                 theirs = [bool(mark) for mark in marked["assistant_masks"]]
                 assert encoded[0].input_ids[: len(theirs)] == marked["input_ids"]
                 asked = set()  # what stands in a prompt is never generated, though some templates mark it
                 for end in range(1, len(turns)):
-                    start, stop = (
-                        len(
-                            tokenizer(
-                                tokenizer.apply_chat_template(turns[:end], **options, add_generation_prompt=asks)
-                            )["input_ids"]
-                        )
-                        for asks in (False, True)
-                    )
-                    asked |= {*range(start, stop)}
-                for at, (token, mine, their) in enumerate(zip(marked["input_ids"], own, theirs, strict=False)):
+                    starts = (render(turns[:end], tokenize=False, add_generation_prompt=asks) for asks in (False, True))
+                    asked |= {*range(*(len(tokenizer(text)["input_ids"]) for text in starts))}
+                for at, (token, label, their) in enumerate(
+                    zip(marked["input_ids"], encoded[0].labels, theirs, strict=False)
+                ):
+                    mine = label != IGNORE
                     assert mine == their or at in asked or tokenizer.decode([token]) == "\n", (path.stem, name, at)
     assert learned > 1.5 * refused > 0
     assert learned + refused == len(CHATS) * len(paths)
