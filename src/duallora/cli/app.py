@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from typer import Option
 
 import duallora
 from duallora import console
@@ -15,41 +16,35 @@ from duallora.config import Dtype as Dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 OUTPUT = "Output"
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object as the only line on stdout.", rich_help_panel=OUTPUT)
-]
+Json = Annotated[bool, Option("--json", help="One JSON object as the only line on stdout.", rich_help_panel=OUTPUT)]
 Debug = Annotated[
-    bool,
-    typer.Option("--debug", help="Show the traceback of a failure (or set DUALLORA_DEBUG=1).", rich_help_panel=OUTPUT),
+    bool, Option("--debug", help="Show the traceback of a failure (or set DUALLORA_DEBUG=1).", rich_help_panel=OUTPUT)
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="FILE", help="Recipe; `duallora config show` writes one.")
+    Path | None, Option("--config", "-c", metavar="FILE", help="Recipe; `duallora config show` writes one.")
 ]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; may be repeated."),
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; may be repeated.")
 ]
-Model = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="Hub id, local folder, or builtin:smollm2-135m.")
-]
+Model = Annotated[str | None, Option("--model", metavar="MODEL", help="Hub id, local folder, or builtin:smollm2-135m.")]
 Data = Annotated[
     str | None,
-    typer.Option("--data", metavar="DATA", help="Your .jsonl, .csv, .parquet file, a hub id, or builtin:docstrings."),
+    Option("--data", metavar="DATA", help="Your .jsonl, .csv, .parquet file, a hub id, or builtin:docstrings."),
 ]
 TaskName = Annotated[
-    str | None, typer.Option("--task", metavar="TASK", help="A task of the paper: e2e, boolq, arc_easy, sst2, ...")
+    str | None, Option("--task", metavar="TASK", help="A task of the paper: e2e, boolq, arc_easy, sst2, ...")
 ]
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", metavar="DIR", help="Folder with the tasks' data (or DUALLORA_DATA).")
+    Path | None, Option("--data-dir", metavar="DIR", help="Folder with the tasks' data (or DUALLORA_DATA).")
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--columns", metavar="NAME=COLUMN,...", help="What the columns are called: prompt=question,completion=category."
     ),
 ]
 Lenient = Annotated[
-    bool, typer.Option("--lenient", help="Accept another base model than the one the adapter was trained on.")
+    bool, Option("--lenient", help="Accept another base model than the one the adapter was trained on.")
 ]
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -92,9 +87,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _duallora(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Fine-tune transformers models with Dual LoRA (arXiv 2512.03402).
 

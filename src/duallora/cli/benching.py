@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from duallora import console
 from duallora.cli.app import app, refuse_unwritable, verb
@@ -18,30 +19,29 @@ class BenchDtype(str, Enum):  # typer takes no list of literals
 
 
 Dtypes = Annotated[
-    list[BenchDtype] | None,
-    typer.Option("--dtype", help="Type of the base weights; may be repeated. Both if not given."),
+    list[BenchDtype] | None, Option("--dtype", help="Type of the base weights; may be repeated. Both if not given.")
 ]
-Rounds = Annotated[int, typer.Option("--rounds", min=3, metavar="N", help="Rounds per cell at most; 3 at least.")]
+Rounds = Annotated[int, Option("--rounds", min=3, metavar="N", help="Rounds per cell at most; 3 at least.")]
 Seconds = Annotated[
-    float, typer.Option("--seconds", min=0, metavar="S", help="Time per cell after which no further round is begun.")
+    float, Option("--seconds", min=0, metavar="S", help="Time per cell after which no further round is begun.")
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="cpu|cuda", help="Where to measure; cuda where there is one.")
+    str | None, Option("--device", metavar="cpu|cuda", help="Where to measure; cuda where there is one.")
 ]
 ResultFile = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Result, written cell by cell; cells it holds are skipped."),
+    Option("--output", "-o", metavar="FILE", help="Result, written cell by cell; cells it holds are skipped."),
 ]
 
 Model = Annotated[
-    str, typer.Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
+    str, Option("--model", metavar="MODEL", help="Causal language model: hub id, folder or builtin: name.")
 ]
-Rank = Annotated[int, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")]
+Rank = Annotated[int, Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r).")]
 Widths = Annotated[
-    list[int] | None, typer.Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
+    list[int] | None, Option("--width", min=8, metavar="N", help="in = out of the layer; may be repeated.")
 ]
 Ranks = Annotated[
-    list[int] | None, typer.Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r); may be repeated.")
+    list[int] | None, Option("--rank", min=1, metavar="N", help="Dual LoRA's r (LoRA has 2 r); may be repeated.")
 ]
 
 bench_app = typer.Typer(
@@ -61,12 +61,12 @@ def _target(output: Path | None, name: str) -> Path:
 def bench_layer(
     width: Widths = None,
     tokens: Annotated[
-        list[int] | None, typer.Option("--tokens", min=1, metavar="N", help="Rows of x; may be repeated.")
+        list[int] | None, Option("--tokens", min=1, metavar="N", help="Rows of x; may be repeated.")
     ] = None,
     rank: Ranks = None,
     dtype: Dtypes = None,
     full: Annotated[
-        bool, typer.Option("--full", help="The whole grid: width to 4096, 512 to 8192 tokens, r 8 to 32; hours.")
+        bool, Option("--full", help="The whole grid: width to 4096, 512 to 8192 tokens, r 8 to 32; hours.")
     ] = False,
     rounds: Rounds = 15,
     seconds: Seconds = 25.0,
@@ -98,18 +98,16 @@ def bench_layer(
 def bench_step(
     model: Model = "builtin:smollm2-135m",
     dtype: Dtypes = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With activation checkpointing.")] = False,
+    checkpointing: Annotated[bool, Option("--checkpointing", help="With activation checkpointing.")] = False,
     masked: Annotated[
-        bool, typer.Option("--masked", help="Docstrings, loss on answers, padded; else random tokens, loss on all.")
+        bool, Option("--masked", help="Docstrings, loss on answers, padded; else random tokens, loss on all.")
     ] = False,
-    full: Annotated[
-        bool, typer.Option("--full", help="Both dtypes, with and without each of these; two hours.")
-    ] = False,
+    full: Annotated[bool, Option("--full", help="Both dtypes, with and without each of these; two hours.")] = False,
     rank: Rank = 8,
-    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Examples in the batch.")] = 8,
-    length: Annotated[int, typer.Option("--length", min=8, metavar="N", help="Tokens per example.")] = 128,
+    rows: Annotated[int, Option("--rows", min=1, metavar="N", help="Examples in the batch.")] = 8,
+    length: Annotated[int, Option("--length", min=8, metavar="N", help="Tokens per example.")] = 128,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Peak memory too, each method in a process of its own.")
+        bool, Option("--memory/--no-memory", help="Peak memory too, each method in a process of its own.")
     ] = True,
     rounds: Rounds = 15,
     seconds: Seconds = 240.0,
@@ -136,13 +134,7 @@ def bench_step(
         length=length,
     )
     return step.bench(
-        output,
-        scenes,
-        rounds=rounds,
-        seconds=seconds,
-        with_memory=memory,
-        device=device,
-        console=console.results,
+        output, scenes, rounds=rounds, seconds=seconds, with_memory=memory, device=device, console=console.results
     )
 
 
@@ -179,10 +171,7 @@ def bench_kernel(
 
 @verb(bench_app, "host")
 def bench_host(
-    rounds: Rounds = 15,
-    seconds: Seconds = 25.0,
-    device: Device = None,
-    output: ResultFile = None,
+    rounds: Rounds = 15, seconds: Seconds = 25.0, device: Device = None, output: ResultFile = None
 ) -> dict[str, Any]:
     """What a layer asks of the host, with next to nothing to compute, beside LoRA, DoRA and the bare layer; a minute.
 

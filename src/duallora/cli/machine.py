@@ -3,8 +3,8 @@
 from enum import Enum
 from typing import Annotated, Any, Literal
 
-import typer
 from rich.markup import escape
+from typer import Option
 
 from duallora import console
 from duallora.cli.app import verb
@@ -46,43 +46,40 @@ def doctor() -> dict[str, Any]:
 @verb()
 def plan(
     model: Annotated[
-        str,
-        typer.Option("--model", metavar="MODEL", help="llama-3-70b and its like, a hub id, folder or builtin: name."),
+        str, Option("--model", metavar="MODEL", help="llama-3-70b and its like, a hub id, folder or builtin: name.")
     ],
     gpus: Annotated[
-        str, typer.Option("--gpus", metavar="NxGB", help="8x80: eight GPUs of 80 GB; 2x8x80: two nodes of them.")
+        str, Option("--gpus", metavar="NxGB", help="8x80: eight GPUs of 80 GB; 2x8x80: two nodes of them.")
     ] = "1x80",
     method: Annotated[
-        list[PlanMethod] | None, typer.Option("--method", help="May be repeated; all three if not given.")
+        list[PlanMethod] | None, Option("--method", help="May be repeated; all three if not given.")
     ] = None,
     rank: Annotated[
-        int, typer.Option("--r", min=1, metavar="N", help="Dual LoRA's r; LoRA and DoRA get 2 r, as many parameters.")
+        int, Option("--r", min=1, metavar="N", help="Dual LoRA's r; LoRA and DoRA get 2 r, as many parameters.")
     ] = 16,
     targets: Annotated[
-        str, typer.Option("--target-modules", metavar="A,B", help="Names by comma, or all-linear.")
+        str, Option("--target-modules", metavar="A,B", help="Names by comma, or all-linear.")
     ] = "all-linear",
     parameters: Annotated[
-        str | None, typer.Option("--target-parameters", metavar="A,B", help="Fused experts by the ends of their names.")
+        str | None, Option("--target-parameters", metavar="A,B", help="Fused experts by the ends of their names.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Rows per GPU and forward pass.")] = 1,
-    length: Annotated[int, typer.Option("--length", min=1, metavar="N", help="Tokens per row.")] = 2048,
+    batch: Annotated[int, Option("--batch", min=1, metavar="N", help="Rows per GPU and forward pass.")] = 1,
+    length: Annotated[int, Option("--length", min=1, metavar="N", help="Tokens per row.")] = 2048,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option("--dtype", help="Type of the base weights.")
+        Literal["bfloat16", "float16", "float32"], Option("--dtype", help="Type of the base weights.")
     ] = "bfloat16",
     quantization: Annotated[
-        Literal["none", "8bit", "4bit"], typer.Option("--quantization", help="Linear layers packed by bitsandbytes.")
+        Literal["none", "8bit", "4bit"], Option("--quantization", help="Linear layers packed by bitsandbytes.")
     ] = "none",
     strategy: Annotated[
         str | None,
-        typer.Option(
-            "--strategy", metavar="NAME", help="single, ddp, zero2, fsdp, zero3 or offload; all if not given."
-        ),
+        Option("--strategy", metavar="NAME", help="single, ddp, zero2, fsdp, zero3 or offload; all if not given."),
     ] = None,
     attention: Annotated[
-        Literal["sdpa", "eager"] | None, typer.Option("--attention", help="As transformers would choose if not given.")
+        Literal["sdpa", "eager"] | None, Option("--attention", help="As transformers would choose if not given.")
     ] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")] = False,
-    padded: Annotated[bool, typer.Option("--padded", help="Rows of unequal length: attention takes a mask.")] = False,
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute layers in the backward.")] = False,
+    padded: Annotated[bool, Option("--padded", help="Rows of unequal length: attention takes a mask.")] = False,
 ) -> dict[str, Any]:
     """Predict memory per GPU for LoRA, DoRA and Dual LoRA, and which distribution strategy fits; no download, no GPU.
 

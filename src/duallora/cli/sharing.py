@@ -6,38 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from duallora import console
-from duallora.cli.app import (
-    Data,
-    DataDir,
-    Dtype,
-    Json,
-    Lenient,
-    TaskName,
-    refuse_misspelt,
-    refuse_unwritable,
-    verb,
-)
+from duallora.cli.app import Data, DataDir, Dtype, Json, Lenient, TaskName, refuse_misspelt, refuse_unwritable, verb
 
 
 @verb()
 def serve(
     context: typer.Context,
     sources: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="Runs, adapters or a model; NAME=ADAPTER names one.")
+        list[str], Argument(metavar="ADAPTER...", help="Runs, adapters or a model; NAME=ADAPTER names one.")
     ],
     engine: Annotated[
         Literal["vllm", "transformers"] | None,
-        typer.Option("--engine", help="vLLM where it is installed, else transformers, if not given."),
+        Option("--engine", help="vLLM where it is installed, else transformers, if not given."),
     ] = None,
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, metavar="N")] = 8000,
-    rank: Annotated[
-        int, typer.Option("--rank", min=1, metavar="N", help="Of the LoRAs that several adapters become.")
-    ] = 64,
+    host: Annotated[str, Option("--host", metavar="ADDRESS", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, Option("--port", min=1, max=65535, metavar="N")] = 8000,
+    rank: Annotated[int, Option("--rank", min=1, metavar="N", help="Of the LoRAs that several adapters become.")] = 64,
     json: Json = False,
 ) -> dict[str, Any]:
     """Merge an adapter, or convert several, into a cache, and start vLLM or `transformers serve` on it.
@@ -66,8 +53,8 @@ def serve(
 @verb()
 def chat(
     context: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, model, or hub id.")],
-    flags: Annotated[list[str] | None, typer.Argument(metavar="[-- ...]", help="For transformers chat.")] = None,
+    source: Annotated[str, Argument(metavar="ADAPTER", help="Run or adapter folder, model, or hub id.")],
+    flags: Annotated[list[str] | None, Argument(metavar="[-- ...]", help="For transformers chat.")] = None,
 ) -> dict[str, Any]:
     """Talk to an adapter in the terminal, by `transformers chat`; what follows -- goes to it.
 
@@ -83,17 +70,15 @@ def chat(
 
 @verb()
 def convert(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the LoRA.")],
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder for the LoRA.")],
     rank: Annotated[
         str | None,
-        typer.Option(
-            "--rank", metavar="N|auto", help="Of every layer; auto: the smallest within --kl on held-out rows."
-        ),
+        Option("--rank", metavar="N|auto", help="Of every layer; auto: the smallest within --kl on held-out rows."),
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(
+        Option(
             "--energy",
             min=0,
             max=1,
@@ -103,38 +88,33 @@ def convert(
     ] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(
-            "--calibrate", metavar="DATA", help="Rows to keep the outputs near on; the run's own if not given."
-        ),
+        Option("--calibrate", metavar="DATA", help="Rows to keep the outputs near on; the run's own if not given."),
     ] = None,
-    no_calibrate: Annotated[
-        bool, typer.Option("--no-calibrate", help="Look at no rows: keep the weights near.")
-    ] = False,
+    no_calibrate: Annotated[bool, Option("--no-calibrate", help="Look at no rows: keep the weights near.")] = False,
     calibration_rows: Annotated[
-        int, typer.Option("--calibration-rows", min=1, metavar="N", help="How many rows are looked at.")
+        int, Option("--calibration-rows", min=1, metavar="N", help="How many rows are looked at.")
     ] = 64,
     per_layer: Annotated[
-        bool,
-        typer.Option("--per-layer", help="Each layer a rank of its own, for PEFT and vLLM; with --energy or auto."),
+        bool, Option("--per-layer", help="Each layer a rank of its own, for PEFT and vLLM; with --energy or auto.")
     ] = False,
-    kl: Annotated[float, typer.Option("--kl", metavar="NATS", help="What --rank auto allows, per token.")] = 1e-3,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the factors; auto as trained.")] = "auto",
+    kl: Annotated[float, Option("--kl", metavar="NATS", help="What --rank auto allows, per token.")] = 1e-3,
+    dtype: Annotated[Dtype, Option("--dtype", help="Type of the factors; auto as trained.")] = "auto",
     format: Annotated[
-        Literal["peft", "gguf"], typer.Option("--format", help="gguf adds adapter.gguf, for llama.cpp.")
+        Literal["peft", "gguf"], Option("--format", help="gguf adds adapter.gguf, for llama.cpp.")
     ] = "peft",
     evaluate: Annotated[
-        bool, typer.Option("--eval", help="Score adapter, LoRA and base on the run's own held-out rows.")
+        bool, Option("--eval", help="Score adapter, LoRA and base on the run's own held-out rows.")
     ] = False,
     task: TaskName = None,
     data: Data = None,
     data_dir: DataDir = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="NAME", help="Of --task, --data or --eval.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
+    split: Annotated[str | None, Option("--split", metavar="NAME", help="Of --task, --data or --eval.")] = None,
+    limit: Annotated[int | None, Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
     num_beams: Annotated[
-        int | None, typer.Option("--num-beams", min=1, metavar="N", help="Beams; the task's own if not given.")
+        int | None, Option("--num-beams", min=1, metavar="N", help="Beams; the task's own if not given.")
     ] = None,
     result: Annotated[
-        Path | None, typer.Option("--result", metavar="FILE", help="Write the conversion's measures as JSON.")
+        Path | None, Option("--result", metavar="FILE", help="Write the conversion's measures as JSON.")
     ] = None,
     lenient: Lenient = False,
 ) -> dict[str, Any]:
@@ -197,15 +177,15 @@ def convert(
 
 @verb()
 def check(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run, adapter or LoRA folder, or hub id.")],
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="Run, adapter or LoRA folder, or hub id.")],
     base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="Base model, where the adapter's own name fails.")
+        str | None, Option("--base", metavar="MODEL", help="Base model, where the adapter's own name fails.")
     ] = None,
     target: Annotated[
         Literal["vllm", "sglang", "llamacpp"] | None,
-        typer.Option("--target", help="Fail unless this engine takes the adapter."),
+        Option("--target", help="Fail unless this engine takes the adapter."),
     ] = None,
-    files_only: Annotated[bool, typer.Option("--files-only", help="Look at the files alone; load no model.")] = False,
+    files_only: Annotated[bool, Option("--files-only", help="Look at the files alone; load no model.")] = False,
 ) -> dict[str, Any]:
     """Is an adapter whole, finite, for this base; what does it change, and which serving engine takes it?
 
@@ -221,33 +201,30 @@ def check(
 
 BaseModel = Annotated[
     str | None,
-    typer.Option(
-        "--base-model", metavar="org/name", help="Hub id of the base model, where the adapter names a folder."
-    ),
+    Option("--base-model", metavar="org/name", help="Hub id of the base model, where the adapter names a folder."),
 ]
 
 
 @verb()
 def card(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="Run or adapter folder.")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The card; the adapter's README.md if not given."),
+        Path | None, Option("--output", "-o", metavar="FILE", help="The card; the adapter's README.md if not given.")
     ] = None,
     base_model: BaseModel = None,
     repo: Annotated[
-        str | None, typer.Option("--repo", metavar="org/name", help="Where the adapter will lie, for the code shown.")
+        str | None, Option("--repo", metavar="org/name", help="Where the adapter will lie, for the code shown.")
     ] = None,
-    license: Annotated[str | None, typer.Option("--license", metavar="ID", help="apache-2.0, mit, ...")] = None,
-    language: Annotated[str | None, typer.Option("--language", metavar="CODE", help="en, de, ...")] = None,
+    license: Annotated[str | None, Option("--license", metavar="ID", help="apache-2.0, mit, ...")] = None,
+    language: Annotated[str | None, Option("--language", metavar="CODE", help="en, de, ...")] = None,
     datasets: Annotated[
-        list[str] | None, typer.Option("--dataset", metavar="org/name", help="Trained on; may be repeated.")
+        list[str] | None, Option("--dataset", metavar="org/name", help="Trained on; may be repeated.")
     ] = None,
     results: Annotated[
-        list[Path] | None, typer.Option("--results", metavar="FILE", help="From `duallora eval -o`; may be repeated.")
+        list[Path] | None, Option("--results", metavar="FILE", help="From `duallora eval -o`; may be repeated.")
     ] = None,
     data_dir: DataDir = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a card that was edited by hand.")] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite a card that was edited by hand.")] = False,
 ) -> dict[str, Any]:
     """Write the hub's README.md of an adapter: how to load it, its data, settings, seeds and metrics with intervals.
 
@@ -273,17 +250,15 @@ def card(
 
 @verb()
 def push(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder.")],
-    repo: Annotated[
-        str, typer.Option("--to", metavar="org/name", help="Repository on the hub; made if it is not there.")
-    ],
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="Run or adapter folder.")],
+    repo: Annotated[str, Option("--to", metavar="org/name", help="Repository on the hub; made if it is not there.")],
     upload: Annotated[
-        bool, typer.Option("--upload/--dry-run", help="Send the files; without it they are only shown.")
+        bool, Option("--upload/--dry-run", help="Send the files; without it they are only shown.")
     ] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
     base_model: BaseModel = None,
     files_only: Annotated[
-        bool, typer.Option("--files-only", help="Check the files alone beforehand; load no model.")
+        bool, Option("--files-only", help="Check the files alone beforehand; load no model.")
     ] = False,
 ) -> dict[str, Any]:
     """Show exactly what would go to the hub: adapter, card, lora-rNN/ conversions; --upload sends it.

@@ -6,45 +6,39 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from duallora import console
 from duallora.cli.app import verb
 
 SUMMARIES = Path("results/studies")
 
-Workers = Annotated[int, typer.Option("--workers", min=1, metavar="N", help="Runs at once on this machine.")]
-Ray = Annotated[
-    str | None, typer.Option("--ray", metavar="ADDRESS", help='Run on a Ray cluster; "local" starts one here.')
-]
+Workers = Annotated[int, Option("--workers", min=1, metavar="N", help="Runs at once on this machine.")]
+Ray = Annotated[str | None, Option("--ray", metavar="ADDRESS", help='Run on a Ray cluster; "local" starts one here.')]
 Keep = Annotated[
-    Literal["none", "best", "all"], typer.Option("--keep", help="Whose adapters stay; all keeps checkpoints too.")
+    Literal["none", "best", "all"], Option("--keep", help="Whose adapters stay; all keeps checkpoints too.")
 ]
 
 Reuse = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--reuse", metavar="DIR", help="Another grid: its finished runs of equal recipe are copied. Repeatable."
-    ),
+    Option("--reuse", metavar="DIR", help="Another grid: its finished runs of equal recipe are copied. Repeatable."),
 ]
 
 
 @verb()
 def grid(
     config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", metavar="FILE", help="grid.yaml; the folder's own study if not given."),
+        Path | None, Option("--config", "-c", metavar="FILE", help="grid.yaml; the folder's own study if not given.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the grid; runs/NAME.")
+        Path | None, Option("--output", "-o", metavar="DIR", help="Folder of the grid; runs/NAME.")
     ] = None,
     workers: Workers = 1,
     ray: Ray = None,
     keep: Keep = "best",
-    retries: Annotated[
-        int, typer.Option("--retries", min=0, metavar="N", help="New tries of a cell that was killed.")
-    ] = 1,
+    retries: Annotated[int, Option("--retries", min=0, metavar="N", help="New tries of a cell that was killed.")] = 1,
     reuse: Reuse = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell's recipe and list them.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check every cell's recipe and list them.")] = False,
 ) -> dict[str, Any]:
     """Train the same tasks with several settings, search values and seeds; killed or stopped, it goes on where it was.
 
@@ -84,27 +78,27 @@ def grid(
 
 @verb()
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, capacity, ...")],
+    name: Annotated[str, Argument(metavar="NAME", help="table1 ... table6, figure2, figure3, capacity, ...")],
     scale: Annotated[
         Literal["mini", "paper"],
-        typer.Option("--scale", help="The paper's models and data, or a built-in model and local data."),
+        Option("--scale", help="The paper's models and data, or a built-in model and local data."),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder of the runs; runs/NAME-SCALE.")
+        Path | None, Option("--output", "-o", metavar="DIR", help="Folder of the runs; runs/NAME-SCALE.")
     ] = None,
     result: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--result", metavar="FILE", help="Summary; results/studies/STUDY-SCALE.json (of a part: in its folder)."
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="KIND=NAME", help="task=cola, variant=lora-r16 or study=...; may be repeated."),
+        Option("--only", metavar="KIND=NAME", help="task=cola, variant=lora-r16 or study=...; may be repeated."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting of every run, such as model.quantization=bnb-4bit."),
+        Option("--set", metavar="KEY=VALUE", help="A setting of every run, such as model.quantization=bnb-4bit."),
     ] = None,
     workers: Workers = 1,
     ray: Ray = None,
@@ -112,13 +106,11 @@ def reproduce(
     reuse: Reuse = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", metavar="NAME", help="For the predicted hours: a100-80gb, h100, ..., or cpu (mini)."),
+        Option("--gpu", metavar="NAME", help="For the predicted hours: a100-80gb, h100, ..., or cpu (mini)."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the commands, run nothing.")] = False,
-    commands: Annotated[
-        int, typer.Option("--commands", min=0, metavar="N", help="Commands to print; 0 is all of them.")
-    ] = 3,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before a run at the paper's scale.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and the commands, run nothing.")] = False,
+    commands: Annotated[int, Option("--commands", min=0, metavar="N", help="Commands to print; 0 is all of them.")] = 3,
+    yes: Annotated[bool, Option("--yes", help="Do not ask before a run at the paper's scale.")] = False,
 ) -> dict[str, Any]:
     """Run a table or figure of the paper again: its plan with predicted hours, its runs, its values beside the paper's.
 
@@ -233,20 +225,20 @@ def _run_part(name: str, part: Any, workers: int, options: dict[str, Any]) -> tu
 
 @verb()
 def analyze(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER|RUN...", help="Run folders or adapters' folders.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for tables and plots.")],
+    adapters: Annotated[list[str], Argument(metavar="ADAPTER|RUN...", help="Run folders or adapters' folders.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder for tables and plots.")],
     only: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--only",
             metavar="PART",
             help="flips, rank or dynamics (needs the base model); may be repeated; else all that there is.",
         ),
     ] = None,
     axis: Annotated[
-        Literal["out", "in"], typer.Option("--axis", help="Whose norms the dynamics compare: rows or columns of W.")
+        Literal["out", "in"], Option("--axis", help="Whose norms the dynamics compare: rows or columns of W.")
     ] = "out",
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw the plots (matplotlib).")] = True,
+    plots: Annotated[bool, Option("--plots/--no-plots", help="Draw the plots (matplotlib).")] = True,
 ) -> dict[str, Any]:
     """What training did to adapters: flipped signs, ranks, how far the weights turned and stretched.
 
@@ -266,15 +258,12 @@ def analyze(
 @verb()
 def report(
     results: Annotated[
-        list[Path],
-        typer.Argument(metavar="RESULTS...", help="Studies' JSON files, folders of grids, folders of either."),
+        list[Path], Argument(metavar="RESULTS...", help="Studies' JSON files, folders of grids, folders of either.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page, HTML.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The page, HTML.")] = Path("report.html"),
     markdown: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--markdown",
             metavar="PATH",
             help="The same as Markdown; fills the marks of a file, or of a folder's files, that exist.",

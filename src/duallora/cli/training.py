@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from duallora import console
 from duallora.cli.app import (
@@ -27,9 +28,9 @@ from duallora.cli.app import (
 
 TrainOn = Literal["answer", "all"]
 Into = Literal["auto", "original", "dequantized"]
-EvalData = Annotated[str | None, typer.Option("--eval-data", metavar="DATA", help="Held-out data for --data.")]
+EvalData = Annotated[str | None, Option("--eval-data", metavar="DATA", help="Held-out data for --data.")]
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", min=8, metavar="N", help="Tokens per example; 512 if not given.")
+    int | None, Option("--max-length", min=8, metavar="N", help="Tokens per example; 512 if not given.")
 ]
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at training data before using it.")
@@ -40,10 +41,8 @@ app.add_typer(config_app, name="config")
 
 @verb()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A small classifier: under 90 seconds.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the run.")] = Path(
-        "runs/demo"
-    ),
+    quick: Annotated[bool, Option("--quick", help="A small classifier: under 90 seconds.")] = False,
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder for the run.")] = Path("runs/demo"),
 ) -> dict[str, Any]:
     """Train, evaluate and merge a real model on this machine's own Python library; offline, minutes on two cores.
 
@@ -66,17 +65,17 @@ def train(
     columns: Columns = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Run folder; runs/<date-time>-<model>-<data> if not given."),
+        Option("--output", "-o", metavar="DIR", help="Run folder; runs/<date-time>-<model>-<data> if not given."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of data order and factors.")] = None,
+    seed: Annotated[int | None, Option("--seed", metavar="N", help="Seed of data order and factors.")] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", metavar="NAME", help="duallora, or a method to compare with: lora, dora, hira, ..."),
+        Option("--method", metavar="NAME", help="duallora, or a method to compare with: lora, dora, hira, ..."),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
         str,
-        typer.Option(
+        Option(
             "--resume",
             metavar="auto|never|PATH",
             help="auto: continue from the run folder's newest whole checkpoint; PATH: from this run or checkpoint, "
@@ -85,14 +84,14 @@ def train(
     ] = "never",
     launch: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--launch",
             metavar="N|FILE",
             help="Train in N processes on this machine, or as this accelerate config says; they share each batch.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check recipe, data and model, print the plan, train nothing.")
+        bool, Option("--dry-run", help="Check recipe, data and model, print the plan, train nothing.")
     ] = False,
 ) -> dict[str, Any]:
     """Fine-tune a model: on your own file (--data), a hub data set (--data org/name) or a task of the paper (--task).
@@ -142,10 +141,10 @@ def train(
 @verb()
 def runs(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="[DIR...]", help="Runs, or folders of runs; runs/ if not given.")
+        list[Path] | None, Argument(metavar="[DIR...]", help="Runs, or folders of runs; runs/ if not given.")
     ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="In a terminal, show them anew every 2 seconds until none is running.")
+        bool, Option("--live", help="In a terminal, show them anew every 2 seconds until none is running.")
     ] = False,
 ) -> dict[str, Any]:
     """List runs side by side: status, losses, score, time, and the settings they differ in; running ones as far as they are.
@@ -163,7 +162,7 @@ def runs(
 @verb(app, "eval")
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="ADAPTER|MODEL", help="Run, adapter or model folder, hub id, or builtin: name.")
+        str, Argument(metavar="ADAPTER|MODEL", help="Run, adapter or model folder, hub id, or builtin: name.")
     ],
     task: TaskName = None,
     data: Data = None,
@@ -171,33 +170,31 @@ def evaluate(
     data_dir: DataDir = None,
     split: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--split", metavar="NAME", help="train, validation or test; test if there is one, else what is held out."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
+    limit: Annotated[int | None, Option("--limit", min=1, metavar="N", help="Only the first N rows.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, metavar="N", help="Rows at a time; 16 or as the run's recipe.")
+        int | None, Option("--batch-size", min=1, metavar="N", help="Rows at a time; 16 or as the run's recipe.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", min=8, metavar="N", help="Tokens per row; 512 or as the run's recipe.")
+        int | None, Option("--max-length", min=8, metavar="N", help="Tokens per row; 512 or as the run's recipe.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer; the task's own if not given."),
+        int | None, Option("--max-new-tokens", min=1, metavar="N", help="Longest answer; the task's own if not given.")
     ] = None,
     num_beams: Annotated[
-        int | None,
-        typer.Option("--num-beams", min=1, metavar="N", help="Beams (1 is greedy); the task's own if not given."),
+        int | None, Option("--num-beams", min=1, metavar="N", help="Beams (1 is greedy); the task's own if not given.")
     ] = None,
     scoring: Annotated[
         Literal["generation", "likelihood"] | None,
-        typer.Option("--scoring", help="Generate answers, or take the likeliest of the options a task names."),
+        Option("--scoring", help="Generate answers, or take the likeliest of the options a task names."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    dtype: Annotated[Dtype, Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
     lenient: Lenient = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write metrics and predictions as JSON.")
+        Path | None, Option("--output", "-o", metavar="FILE", help="Write metrics and predictions as JSON.")
     ] = None,
 ) -> dict[str, Any]:
     """Score an adapter or a model on a task or on your own file; a run folder alone is scored on its own data.
@@ -230,14 +227,14 @@ def evaluate(
 
 @verb()
 def predict(
-    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run, adapter or model folder, or hub id.")],
+    source: Annotated[str, Argument(metavar="RUN|ADAPTER", help="Run, adapter or model folder, or hub id.")],
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Rows with or without answers: .jsonl, .csv, .parquet, .txt, ...")
+        Path, Argument(metavar="FILE", help="Rows with or without answers: .jsonl, .csv, .parquet, .txt, ...")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The answers, .csv or .jsonl.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The answers, .csv or .jsonl.")],
     columns: Columns = None,
     overrides: Overrides = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
+    dtype: Annotated[Dtype, Option("--dtype", help="Type of the weights; auto as trained.")] = "auto",
     lenient: Lenient = False,
 ) -> dict[str, Any]:
     """Answer the rows of a file: classes with probabilities, numbers, or generated text, beside the rows' own columns.
@@ -266,12 +263,11 @@ def predict(
 
 @verb()
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the merged model.")],
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the merged weights; auto as trained.")] = "auto",
+    adapter: Annotated[str, Argument(metavar="ADAPTER", help="Run or adapter folder, or hub id.")],
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder for the merged model.")],
+    dtype: Annotated[Dtype, Option("--dtype", help="Type of the merged weights; auto as trained.")] = "auto",
     into: Annotated[
-        Into,
-        typer.Option("--into", help="Of a quantized base: its original weights (auto), or those it was trained on."),
+        Into, Option("--into", help="Of a quantized base: its original weights (auto), or those it was trained on.")
     ] = "auto",
 ) -> dict[str, Any]:
     """Fold an adapter into its base model: a standalone model for any transformers program, checked after writing.
@@ -286,15 +282,13 @@ def merge(
 
 @verb(data_app, "preview")
 def data_preview(
-    name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
-    rows: Annotated[int, typer.Option("--rows", min=1, metavar="N", help="Rows to show.")] = 3,
-    split: Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")] = "train",
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
-    ] = "builtin:smollm2-135m",
+    name: Annotated[str, Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
+    rows: Annotated[int, Option("--rows", min=1, metavar="N", help="Rows to show.")] = 3,
+    split: Annotated[str, Option("--split", metavar="NAME", help="train, validation or test.")] = "train",
+    model: Annotated[str, Option("--model", metavar="MODEL", help="Whose tokenizer to use.")] = "builtin:smollm2-135m",
     max_length: MaxLength = None,
     columns: Columns = None,
-    train_on: Annotated[TrainOn | None, typer.Option("--train-on", help="Where the loss is: answer or all.")] = None,
+    train_on: Annotated[TrainOn | None, Option("--train-on", help="Where the loss is: answer or all.")] = None,
     data_dir: DataDir = None,
     overrides: Overrides = None,
 ) -> dict[str, Any]:
@@ -325,10 +319,8 @@ def data_preview(
 
 @verb(data_app, "check")
 def data_check(
-    name: Annotated[str, typer.Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODEL", help="Whose tokenizer to use.")
-    ] = "builtin:smollm2-135m",
+    name: Annotated[str, Argument(metavar="FILE|TASK", help="A file, a hub id, builtin:docstrings, or a task.")],
+    model: Annotated[str, Option("--model", metavar="MODEL", help="Whose tokenizer to use.")] = "builtin:smollm2-135m",
     max_length: MaxLength = None,
     columns: Columns = None,
     data_dir: DataDir = None,

@@ -68,11 +68,12 @@ def _admit(files: tuple[tuple[Path, int, int], ...]) -> None:
             _bounded(path)
             continue
         found = json_object(path)
-        labels = found.get("num_labels") if path.name == "config.json" else None
-        if isinstance(labels, (int, float)) and labels > MAX_LABELS:
+        labels, length = found.get("num_labels"), found.get("model_max_length")
+        if path.name == "config.json" and isinstance(labels, (int, float)) and labels > MAX_LABELS:
             raise ConfigError(f"{path}: num_labels={str(labels)[:40]}: expected at most {MAX_LABELS:,}")
-        length = found.get("model_max_length") if path.name == "tokenizer_config.json" else None
-        if length is not None and (isinstance(length, bool) or not isinstance(length, (int, float))):
+        if path.name == "tokenizer_config.json" and (
+            isinstance(length, bool) or not isinstance(length, int | float | None)
+        ):
             raise ConfigError(f"{path}: model_max_length={str(length)[:40]}: expected a number of tokens or null")
         for pattern in _regular_expressions(found) if path.name == "tokenizer.json" else ():
             if can_take_for_ever(pattern):
@@ -100,9 +101,9 @@ def json_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply for a configuration; do not use it") from None
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise IntegrityError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
     if not isinstance(found, dict):
         raise IntegrityError(f"{path} holds a {type(found).__name__}, expected an object with settings")
@@ -175,22 +176,18 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_text_or_names(value: Any) -> bool:
-    return _is_text(value) or _is_names(value)
-
-
 def _is_steps(value: Any) -> bool:
     return value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53)
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("base_model_name_or_path", "task_type", "peft_type", "revision"), (_is_text, "text or null")),
     **dict.fromkeys(
-        ("target_modules", "exclude_modules", "layers_pattern"), (_is_text_or_names, "a pattern or a list of names")
+        ("base_model_name_or_path", "task_type", "peft_type", "revision"),
+        (lambda value: isinstance(value, str), "text or null"),
+    ),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (lambda value: isinstance(value, str) or _is_names(value), "a pattern or a list of names"),
     ),
     **dict.fromkeys(("modules_to_save", "target_parameters"), (_is_names, "a list of names or null")),
     **dict.fromkeys(
@@ -203,11 +200,13 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def check(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
     """Refuses ranks that no stored tensor has, scales that are no positive number, and too many or too long patterns.
 
+    ``config`` is what :func:`read` gave, here and below.
+
     Raises ConfigError naming the setting, its value and what was expected.
     """
     largest = max((size for shape in shapes.values() for size in shape), default=1)
     ranks = {name: config.get(name) for name in ("r", "r1", "r2")}
-    for key, value in _entries(config.get("rank_pattern")):
+    for key, value in (config.get("rank_pattern") or {}).items():
         for part in value if isinstance(value, list) else [value]:
             ranks[f"rank_pattern[{key[:40]!r}]"] = part
     for name, rank in ranks.items():
@@ -217,7 +216,7 @@ def check(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], wher
                 "between 1 and that"
             )
     alphas = {name: config.get(name) for name in ("alpha", "lora_alpha")}
-    alphas |= {f"alpha_pattern[{key[:40]!r}]": value for key, value in _entries(config.get("alpha_pattern"))}
+    alphas |= {f"alpha_pattern[{key[:40]!r}]": value for key, value in (config.get("alpha_pattern") or {}).items()}
     for name, alpha in alphas.items():
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
         if alpha is not None and not (number and alpha > 0):
@@ -247,16 +246,9 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: Path)
             raise ConfigError(
                 f"{where}: the module pattern {pattern[:80]!r} is no regular expression: {error}"
             ) from None
-    work = json.dumps([patterns, list(names)])
+    command, work = [sys.executable, "-I", "-S", "-c", _MATCH], json.dumps([patterns, list(names)])
     try:
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH],
-            input=work,
-            text=True,
-            capture_output=True,
-            timeout=SECONDS,
-            check=True,
-        )
+        subprocess.run(command, input=work, text=True, capture_output=True, timeout=SECONDS, check=True)
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"{where}: the module patterns (first: {patterns[0][:80]!r}) take more than {SECONDS:g} s to match the "
@@ -264,22 +256,12 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: Path)
         ) from None
 
 
-def _entries(value: Any) -> list[tuple[str, Any]]:
-    return [(str(key), item) for key, item in value.items()] if isinstance(value, dict) else []
-
-
 def _patterns(config: Mapping[str, Any]) -> list[str]:
     """Every string that PEFT reads as a regular expression, and every module name in a list."""
     found: list[str] = []
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
-        value = config.get(name)
-        found += (
-            [str(item) for item in value]
-            if isinstance(value, (list, tuple, set))
-            else [value]
-            if isinstance(value, str)
-            else []
-        )
+        value = config.get(name) or []
+        found += [value] if isinstance(value, str) else value
     for name in ("rank_pattern", "alpha_pattern"):
-        found += [key for key, _ in _entries(config.get(name))]
+        found += config.get(name) or {}
     return found

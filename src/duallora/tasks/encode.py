@@ -118,12 +118,7 @@ def encode_texts(example: Example, tokenizer, *, max_length: int) -> dict[str, A
 
 
 def encode_split(
-    examples: Sequence[Example],
-    tokenizer,
-    task_kind: Kind,
-    *,
-    max_length: int,
-    train_on: TrainOn = "answer",
+    examples: Sequence[Example], tokenizer, task_kind: Kind, *, max_length: int, train_on: TrainOn = "answer"
 ) -> tuple[list[dict[str, Any]], Counts]:
     """Every row of a split, ready for `Collator`, with the counts to print.
 

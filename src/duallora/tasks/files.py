@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from duallora.tasks.task import Kind, LazySplits, Task
 from duallora.tasks.text import absent, parse_json, shown
 
 FORMATS = ("prompt-completion", "messages", "alpaca", "classification", "text")
-PAIRS = (("text1", "text2"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
-SINGLES = ("text", "sentence")
+# Of rows with a label; a pair goes before a single text.
+_TEXTS: tuple[tuple[str, ...], ...] = (
+    ("text1", "text2"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("text",), ("sentence",),
+)  # fmt: skip
 _TEXT_COLUMNS = {
     "prompt-completion": ("prompt", "completion"),
     "alpaca": ("instruction", "input", "output"),
@@ -31,7 +33,7 @@ _TEXT_COLUMNS = {
 }
 # Columns that say something about a chat; in rows of plain text there is no place for it.
 _CHAT_ONLY = (*chats.COLUMNS, "history", *chats.MEDIA)
-_KNOWN_COLUMNS = {"label", *SINGLES, *itertools.chain(*PAIRS, *_TEXT_COLUMNS.values())}
+_KNOWN_COLUMNS = {"label", *itertools.chain(*_TEXTS, *_TEXT_COLUMNS.values())}
 
 # The wording of Stanford Alpaca, byte for byte: models tuned on it know it.
 _ALPACA = (
@@ -92,7 +94,7 @@ def load_data(
     renamed = Renamed(columns or {})
     read, notes = _read(data, eval_data, bad_rows, frozenset(ignore_keys), renamed)
     rows = [row for split in read.values() for row in split]
-    there = list(dict.fromkeys(name for _, row, _ in rows for name in row))
+    there = _names(row for _, row, _ in rows)
     chosen = format or _detect(data, rows, renamed)
     found = _labels(rows, labels, trained) if chosen == "classification" else None
     if labels is not None and found is None:
@@ -161,13 +163,14 @@ class Renamed:
                 f"them is the {missing[0]}: --columns {missing[0]}=COLUMN"
             )
 
-    def row(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """One row; what had a name that was given to another column is left out."""
-        if not self.columns:
+    def row(self, row: Mapping[str, Any], ignored: Set[str] = frozenset()) -> Mapping[str, Any]:
+        """One row but for the ``ignored`` columns; what had a name that was given to another column is left out."""
+        if not (self.columns or ignored):
             return row
         taken = {*self.columns, *self.columns.values()}
         rest = {name: value for name, value in row.items() if name not in taken}
-        return {**{name: row[own] for name, own in self.columns.items() if own in row}, **rest}
+        told = {name: row[own] for name, own in self.columns.items() if own in row}
+        return {name: value for name, value in (told | rest).items() if name not in ignored}
 
     def place(self, column: str) -> str:
         """The file's name of a column, for messages."""
@@ -186,12 +189,14 @@ def _read(
         read["validation"] = held.get("validation") or held.get("test") or held["train"]
         notes += more
     for split, rows in read.items():
-        source = eval_data if eval_data and split == "validation" else data
-        renamed.require(source, list(dict.fromkeys(name for _, row, _ in rows for name in row)))
-        rows[:] = [(where, renamed.row(row), raw) for where, row, raw in rows]
-        if ignored:
-            rows[:] = [(where, {key: row[key] for key in row if key not in ignored}, raw) for where, row, raw in rows]
+        renamed.require(eval_data if eval_data and split == "validation" else data, _names(row for _, row, _ in rows))
+        rows[:] = [(where, renamed.row(row, ignored), raw) for where, row, raw in rows]
     return read, notes
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns of all rows, in their order."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _read_all(data: str, bad_rows: BadRows, known: set[str]) -> tuple[dict[str, list[Row]], list[str]]:
@@ -204,9 +209,8 @@ def _read_all(data: str, bad_rows: BadRows, known: set[str]) -> tuple[dict[str, 
                 "builtin:docstrings or builtin:packages."
             )
         return read_hub(name, config or None), []
-    path = _file(data)
     faults = Faults(data, bad_rows)
-    rows = list(read_rows(path, faults, known))
+    rows = list(read_rows(_file(data), faults, known))
     note = faults.close(len(rows))
     return {"train": rows}, [*faults.notes, note]
 
@@ -234,7 +238,7 @@ def _detect(data: str, rows: Sequence[Row], renamed: Renamed, kind: Kind | None 
 
     ``kind``: that of a model which is to predict what the rows may lack.
     """
-    columns = dict.fromkeys(name for _, row, _ in rows[:1000] for name in row)
+    columns = _names(row for _, row, _ in rows[:1000])
     found = _fits({*renamed.columns}, kind) or _fits({*columns}, kind)
     if found is None and kind is None and set(columns) == {"text"}:  # beside other columns it may lack its label
         found = "text"
@@ -248,7 +252,7 @@ def _detect(data: str, rows: Sequence[Row], renamed: Renamed, kind: Kind | None 
 
 def _fits(columns: set[str], kind: Kind | None) -> str | None:
     has = columns.__ge__
-    texts = any(has({*texts}) for texts in (*PAIRS, *((single,) for single in SINGLES)))
+    texts = any(has({*texts}) for texts in _TEXTS)
     if kind in ("classify", "regress"):
         return "classification" if texts else None
     if has({"prompt", "completion"} if kind is None else {"prompt"}):
@@ -280,9 +284,8 @@ def _labels(rows: Sequence[Row], told: LabelKind | None, trained: tuple[Kind, Se
 
 
 def _text_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns with the texts of rows with a label: a pair goes before a single one."""
-    every = (*PAIRS, *((single,) for single in SINGLES))
-    return next((texts for texts in every if {*texts} <= {*columns}), SINGLES[:1])
+    """The columns with the texts of rows with a label."""
+    return next((texts for texts in _TEXTS if {*texts} <= {*columns}), ("text",))
 
 
 def _used(format: str, columns: Sequence[str]) -> set[str]:
@@ -325,14 +328,14 @@ class Questions:
         head = [row for _, row, _ in itertools.islice(self._rows(faults), 1000)]
         if not head:
             faults.close(0)
-        there = list(dict.fromkeys(name for row in head for name in row))
+        there = _names(head)
         told = self.renamed.columns.items()
         self.renamed = Renamed({name: own for name, own in told if name not in ANSWERS or own in there})
         self.renamed.require(file, there)
-        asked = [("", self._asked(row), "") for row in head]
-        self.format = reading.get("format") or _detect(file, asked, self.renamed, kind)
+        asked = [self.renamed.row(row, self.ignored) for row in head]
+        self.format = reading.get("format") or _detect(file, [("", row, "") for row in asked], self.renamed, kind)
         of_chats = {"ignore": self.ignored, "options": reading.get("chat_template_kwargs")}
-        texts = _text_columns([*self.renamed.columns, *dict.fromkeys(name for _, row, _ in asked for name in row)])
+        texts = _text_columns([*self.renamed.columns, *_names(asked)])
         self.convert = functools.partial(_question, format=self.format, texts=texts, of_chats=of_chats)
         faults, names = Faults(file, self.bad_rows), dict[str, None]()
         self.count = 0
@@ -340,8 +343,7 @@ class Questions:
             names |= dict.fromkeys(row)
             self.count += 1
         self.columns = list(names)
-        notes = [self.renamed.note, *faults.notes, faults.close(self.count)]
-        self.notes = list(filter(None, notes))
+        self.notes = list(filter(None, [self.renamed.note, *faults.notes, faults.close(self.count)]))
 
     def __iter__(self) -> Iterator[tuple[Mapping[str, Any], Example]]:
         """(the row as it stands in the file, what of it is asked)."""
@@ -350,13 +352,10 @@ class Questions:
     def _rows(self, faults: Faults) -> Iterator[Row]:
         return read_rows(self.path, faults, {*_KNOWN_COLUMNS, *self.renamed.columns.values()})
 
-    def _asked(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in self.renamed.row(row).items() if name not in self.ignored}
-
     def _read(self, faults: Faults) -> Iterator[tuple[Mapping[str, Any], Example]]:
         for where, row, raw in self._rows(faults):
             try:
-                example = self.convert(self._asked(row), where)
+                example = self.convert(self.renamed.row(row, self.ignored), where)
             except BadRow as error:
                 faults.add(where, str(error), raw, column=self.renamed.place(error.column))
             else:
@@ -456,13 +455,12 @@ def _alpaca(row: Mapping[str, Any], where: str) -> Example:
     extra = "" if row.get("input") is None else _text(row, "input")
     if _is_commonsense(row):
         instruction = "\n".join(filter(None, (_text(row, "instruction"), extra)))
-        return _plain_example(
-            row, where, "instruction", "output", commonsense.PROMPT.format_map({"instruction": instruction})
-        )
-    context = (
-        (", paired with an input that provides further context", f"### Input:\n{extra}\n\n") if extra else ("", "")
-    )
-    prompt = _ALPACA.format(context[0], row.get("instruction"), context[1])
+        prompt = commonsense.PROMPT.format_map({"instruction": instruction})
+    elif extra:
+        more = ", paired with an input that provides further context"
+        prompt = _ALPACA.format(more, row.get("instruction"), f"### Input:\n{extra}\n\n")
+    else:
+        prompt = _ALPACA.format("", row.get("instruction"), "")
     return _plain_example(row, where, "instruction", "output", prompt)
 
 

@@ -92,10 +92,7 @@ def rouge_l(
 
 
 def cider(
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-    *,
-    tokenize: Tokenize | None = None,
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize | None = None
 ) -> float:
     """Mean over rows of CIDEr, 0 to 10: tf-idf cosine of 1- to 4-grams with clipping and a length factor.
 

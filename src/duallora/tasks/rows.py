@@ -52,6 +52,13 @@ class Faults:
             place = f"{where}, column {column}" if column else where
             self.kept.append(f"{place}: {what}" + (f": {excerpt(row)}" if row else ""))
 
+    def objects(self, where: str, row: Any, text: str) -> list[Row]:
+        """The row that was read as JSON, where it is an object."""
+        if isinstance(row, dict):
+            return [(where, row, text)]
+        self.add(where, f"expected an object {{...}}, got {shown(row)}", text)
+        return []
+
     def close(self, good: int) -> str:
         """Raises DataError where there are faults and they may not be skipped, or nothing is left. A note, or ''."""
         if not self.count:
@@ -163,14 +170,7 @@ def _read_jsonl(path: Path, faults: Faults) -> Iterator[Row]:
         except ValueError as error:
             faults.add(where, str(error), text)
         else:
-            yield from _object(where, row, text, faults)
-
-
-def _object(where: str, row: Any, text: str, faults: Faults) -> Iterator[Row]:
-    if isinstance(row, dict):
-        yield where, row, text
-    else:
-        faults.add(where, f"expected an object {{...}}, got {shown(row)}", text)
+            yield from faults.objects(where, row, text)
 
 
 def _is_list(first: Sequence[tuple[int, str]]) -> bool:
@@ -194,12 +194,10 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:  # where a bad row ends nobody knows: no row after it can be read
-        what = f"bad JSON ({error.msg})"
-        if error.msg == "Extra data":
-            what = "text stands behind the list, which would be lost"
-        raise DataError(
-            f"{path}:{error.lineno}, column {error.colno}: {what}: {excerpt(text.split(chr(10))[error.lineno - 1])}"
-        ) from error
+        extra = error.msg == "Extra data"
+        what = "text stands behind the list, which would be lost" if extra else f"bad JSON ({error.msg})"
+        raw = excerpt(text.split("\n")[error.lineno - 1])
+        raise DataError(f"{path}:{error.lineno}, column {error.colno}: {what}: {raw}") from error
     except (ValueError, RecursionError):  # the row that Python cannot take is named below
         pass
     between = re.compile(r"[\s,]*")
@@ -211,22 +209,18 @@ def _read_json(path: Path, faults: Faults) -> Iterator[Row]:
             row, end = decode_json(text, at)
         except ValueError as error:
             raise DataError(f"{where}: {error}: {excerpt(text[at:])}") from None
-        yield from _object(where, row, text[at:end], faults)
+        yield from faults.objects(where, row, text[at:end])
         at = end
-
-
-def _through_first(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """The lines up to the first with text in it."""
-    for number, line in lines:
-        yield number, line
-        if line.strip():
-            return
 
 
 def _read_csv(path: Path, faults: Faults, delimiter: str, known: Collection[str]) -> Iterator[Row]:
     source = _read_lines(path, faults)
     csv.field_size_limit(1 << 30)  # a long text is not a fault
-    start = list(_through_first(source))
+    start: list[tuple[int, str]] = []  # the lines up to the first with text in it
+    for numbered in source:
+        start.append(numbered)
+        if numbered[1].strip():
+            break
     head = start[-1][1] if start else ""
     taken: list[tuple[int, str]] = []  # the lines of the row at hand: a quoted field may span several
 
@@ -248,19 +242,16 @@ def _read_csv(path: Path, faults: Faults, delimiter: str, known: Collection[str]
     header: list[str] = []
     while True:
         taken.clear()
-        fields, what = [], ""
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            what = f"bad CSV ({error})"
-        where, raw = f"{path}:{taken[0][0]}", taken[0][1]
-        if what:
-            faults.add(where, what, raw)
+            faults.add(f"{path}:{taken[0][0]}", f"bad CSV ({error})", taken[0][1])
             continue
         if not any(field.strip() for field in fields):
             continue
+        where, raw = f"{path}:{taken[0][0]}", taken[0][1]
         if not header:
             header = [field.strip() for field in fields]
             if len(set(header)) < len(header):
