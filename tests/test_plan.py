@@ -277,15 +277,6 @@ def test_the_largest_that_fits_is_found_in_few_steps(curve, calls, limit):
     assert len(asked) <= calls
 
 
-def test_a_fitting_batch_fits_and_the_next_does_not():
-    plan = planner.Planner(tiny(), Gpus(2, 1.1), rank=4, dtype=torch.bfloat16)
-    for method in ("lora", "duallora"):
-        batch = plan.largest_batch(method, "ddp", 64)
-        assert 1 < batch < planner.LARGEST_BATCH
-        assert plan.fits(method, "ddp", batch, 64)
-        assert not plan.fits(method, "ddp", batch + 1, 64)
-
-
 def test_gpus_as_people_write_them():
     assert Gpus.parse("8x80") == (8, 80)
     assert Gpus.parse("2x8x80GB") == (16, 80)
@@ -313,7 +304,7 @@ def test_the_verb_plans_seventy_billion_parameters_without_weights(plain, capsys
     assert found["weights"] == pytest.approx(2 * PUBLISHED["llama-3-70b"] / 8, rel=1e-6)
     parts = ("weights", "adapter", "gradients", "optimizer", "gathered", "activations", "working", "reserve")
     assert found["total"] == sum(found[part] for part in parts)
-    assert found["largest_batch"] > 1
+    assert 1 < found["largest_batch"] < planner.LARGEST_BATCH
 
 
 def test_the_verb_shows_the_three_methods_side_by_side(plain, capsys, tmp_path):

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from duallora.errors import DualLoraError, is_disk_failure, is_out_of_memory, lacking
+from duallora.errors import DualLoraError, first_line, is_disk_failure, is_out_of_memory, lacking
 
 results = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
@@ -90,62 +90,46 @@ def print_error(message: str, hint: str = "", *, label: str = "error") -> None:
 
 def exit_code_for(error: BaseException) -> int:
     """The exit code of the command line: see `duallora.errors`; 1 is a fault in this program or a library."""
-    if isinstance(error, DualLoraError):
-        return error.exit_code
-    if isinstance(error, USAGE_ERROR):
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        return getattr(error, "exit_code", 130)
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if is_out_of_memory(error):
-        return 8
-    if is_disk_failure(error):
-        return 7
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
-        return 2  # a path in the command is wrong; missing data files raise DataError
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return 2
-    if isinstance(error, ModuleNotFoundError) and lacking(error):
-        return 2
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of a path that begins with ~
-        return 2
-    return 2 if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii" else 1
+    return explain(error)[0]
 
 
-def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, str]:
-    """(message, remedy) of a failure of this command line. Errors of this package name their remedy themselves."""
-    code = exit_code_for(error)
+def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, str, str]:
+    """(exit code, message, remedy) of a failure of this command line. Errors of this package name their remedy themselves."""
     if isinstance(error, DualLoraError):
-        return str(error), ""
+        return error.exit_code, str(error), ""
     if isinstance(error, USAGE_ERROR):
         path = error.ctx.command_path if error.ctx else "duallora"
         name = getattr(error, "option_name", "").strip("-").replace("-", "_")
         takes_settings = error.ctx is not None and any("--set" in one.opts for one in error.ctx.command.params)
         setting = f"A setting of the recipe is given as --set {name}=VALUE. " if name and takes_settings else ""
-        return _with_value(error, arguments), f"{setting}{path} --help shows what it takes."
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return (isinstance(error, KeyboardInterrupt) and str(error)) or "nothing is left half-written", ""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if code == 8:
-        return (
-            f"out of memory: {first}",
+        return 2, _with_value(error, arguments), f"{setting}{path} --help shows what it takes."
+    nothing = "nothing is left half-written"
+    if isinstance(error, KeyboardInterrupt):
+        return getattr(error, "exit_code", 130), str(error) or nothing, ""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None), nothing, ""
+    first = first_line(error)
+    if is_out_of_memory(error):
+        lower = (
             "Lower train.batch_size (and raise train.gradient_accumulation_steps), eval.batch_size or data.max_length, "
-            "or set train.gradient_checkpointing=true.",
         )
+        return 8, f"out of memory: {first}", lower + "or set train.gradient_checkpointing=true."
     if isinstance(error, OSError) and error.filename is not None:
         first = f"{error.filename}: {error.strerror}"
-    if code == 7:
-        return first, "Free space or permissions are needed there; choose another folder with -o."
-    if isinstance(error, ModuleNotFoundError) and code == 2:
-        return lacking(error), ""
-    if isinstance(error, UnicodeDecodeError) and code == 2:
-        return first, f"Files are read as ASCII here, which torch cannot be imported with: {UTF8}."
-    if code == 2 and isinstance(error, RuntimeError):
-        return first, "~ stands for no folder here: set HOME, or write the path in full."
-    if code == 2:
-        return first, ""
-    return f"{type(error).__name__}: {first}", "This is a fault in duallora or a library; --debug shows where."
+    if is_disk_failure(error):
+        return 7, first, "Free space or permissions are needed there; choose another folder with -o."
+    # A path in the command is wrong; missing data files raise DataError.
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
+        return 2, first, ""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return 2, first, ""
+    if isinstance(error, ModuleNotFoundError) and (what := lacking(error)):
+        return 2, what, ""
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, of a path that begins with ~
+        return 2, first, "~ stands for no folder here: set HOME, or write the path in full."
+    if isinstance(error, UnicodeDecodeError) and error.encoding == "ascii":
+        return 2, first, f"Files are read as ASCII here, which torch cannot be imported with: {UTF8}."
+    return 1, f"{type(error).__name__}: {first}", "This is a fault in duallora or a library; --debug shows where."
 
 
 def _with_value(error: Any, arguments: Sequence[str]) -> str:

@@ -44,22 +44,46 @@ def rows_of(task):
 
 WHOLE = [0, 10, 2, 11, 1, 3, 4, 5, 6, 7, 8, 9] * 2
 ORDER = tuple(map(str, range(12)))
+FRACTIONS = [1, 2.5, 3, 10, 4, 0.125]
+TABLES = [  # labels, what pandas is to make of them, the classes; () of targets
+    *((WHOLE, dtype, ORDER) for dtype in ("int64", "float64", "str")),
+    *((FRACTIONS, dtype, ()) for dtype in ("float64", "str")),
+    ([True, False, True, True], None, ("False", "True")),
+    (["true", "False", "TRUE", "true"], None, ("False", "True")),
+    (["b", "a", "ab", "b"], None, ("a", "ab", "b")),
+    (["10", "9", "other", "2"], None, ("2", "9", "10", "other")),
+    (["007", "12", "1"], None, ("1", "007", "12")),  # a code keeps its noughts
+    (["1.0", "2.0", "other"], None, ("1", "2", "other")),
+    ([-1, 1], None, ("-1", "1")),
+    (["v1", "v10", "v2"], None, ("v1", "v10", "v2")),
+    (["1_000", "2"], None, ("2", "1_000")),  # Python reads 1_000 as a number; nobody else does
+    (["٣", "٤"], None, ("٣", "٤")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("suffix", "dtype"),
-    [
-        *((suffix, dtype) for suffix in FORMATS for dtype in ("int64", "float64", "str")),
-        *(("parquet", dtype) for dtype in ("int8", "uint16", "Int64", "float32", "Float64", "category")),
-    ],
-)
-def test_whole_numbers_are_classes_in_numeric_order(tmp_path, suffix, dtype):
-    task = load_data(write(tmp_path / f"t.{suffix}", WHOLE, dtype))
-    assert (task.kind, task.labels) == ("classify", ORDER)
-    assert task.notes == (
-        "classification, 12 classes 0..11 (whole-number labels; --set data.labels=numbers to regress)",
-    )
-    assert {row.texts[0]: row.label for row in rows_of(task)} == {f"t{at}": label for at, label in enumerate(WHOLE)}
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(("labels", "dtype", "classes"), TABLES, ids=range(len(TABLES)))
+def test_a_table_has_the_same_classes_in_one_order_or_targets_in_every_format(tmp_path, suffix, labels, dtype, classes):
+    task = load_data(write(tmp_path / f"t.{suffix}", labels, dtype))
+    found = [row.label for row in rows_of(task)]
+    assert (task.kind, task.labels) == ("classify" if classes else "regress", classes)
+    if classes:
+        names = [str(label).removesuffix(".0") for label in labels]
+        assert [classes[label].lower() for label in found] == [name.lower() for name in names]
+    else:
+        assert found == [float(label) for label in labels]
+        assert all(type(label) is float for label in found)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "Int64", "float32", "Float64", "category"])
+def test_whole_numbers_of_every_type_of_arrow_are_classes(tmp_path, dtype):
+    assert load_data(write(tmp_path / "t.parquet", WHOLE, dtype)).labels == ORDER
+
+
+def test_what_was_decided_is_said_with_how_to_tell_otherwise():
+    whole = "classification, 12 classes 0..11 (whole-number labels; --set data.labels=numbers to regress)"
+    targets = "regression, numbers from 0.125 to 10 (some have a fraction; --set data.labels=classes to classify)"
+    assert [read_labels(labels).note for labels in (WHOLE, FRACTIONS)] == [whole, targets]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -92,49 +116,6 @@ def test_a_word_for_nothing_among_numbers_is_no_class(tmp_path, word):
     assert word in names.labels
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("dtype", ["float64", "str"])
-def test_a_fraction_makes_targets_of_all(tmp_path, suffix, dtype):
-    labels = [1, 2.5, 3, 10, 4, 0.125]
-    task = load_data(write(tmp_path / f"t.{suffix}", labels, dtype))
-    assert (task.kind, task.labels) == ("regress", ())
-    assert task.notes == (
-        "regression, numbers from 0.125 to 10 (some have a fraction; --set data.labels=classes to classify)",
-    )
-    assert [row.label for row in rows_of(task)] == [float(label) for label in labels]
-    assert all(type(row.label) is float for row in rows_of(task))
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_truth_values_are_two_classes(tmp_path, suffix):
-    for labels in ([True, False, True, True], ["true", "False", "TRUE", "true"]):
-        task = load_data(write(tmp_path / f"t.{suffix}", labels))
-        assert (task.kind, task.labels) == ("classify", ("False", "True"))
-        assert [row.label for row in rows_of(task)] == [1, 0, 1, 1]
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        (["b", "a", "ab", "b"], ("a", "ab", "b")),
-        (["10", "9", "other", "2"], ("2", "9", "10", "other")),
-        (["007", "12", "1"], ("1", "007", "12")),  # a code keeps its noughts
-        (["-1", "0", "1"], ("-1", "0", "1")),
-        (["1.0", "2.0", "other"], ("1", "2", "other")),
-        ([-1, 1], ("-1", "1")),
-        (["v1", "v10", "v2"], ("v1", "v10", "v2")),
-        (["1_000", "2"], ("2", "1_000")),  # Python reads 1_000 as a number; nobody else does
-        (["٣", "٤"], ("٣", "٤")),
-    ],
-    ids=str,
-)
-def test_names_stay_as_they_are_in_one_order(tmp_path, suffix, labels, classes):
-    task = load_data(write(tmp_path / f"t.{suffix}", labels))
-    assert (task.kind, task.labels) == ("classify", classes)
-    assert [classes[row.label] for row in rows_of(task)] == [str(label).removesuffix(".0") for label in labels]
-
-
 @pytest.mark.parametrize(
     ("values", "labels", "targets"),
     [
@@ -150,14 +131,13 @@ def test_decimals_and_half_floats_of_parquet_are_numbers(tmp_path, values, label
     assert (task.labels, [row.label for row in rows_of(task)]) == (labels, targets)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_the_recipe_can_tell_otherwise(tmp_path, suffix):
-    task = load_data(write(tmp_path / f"w.{suffix}", [3.0, 10.0, 3.0]), labels="numbers")
+def test_the_recipe_can_tell_otherwise(tmp_path):
+    task = load_data(write(tmp_path / "w.csv", [3.0, 10.0, 3.0]), labels="numbers")
     assert (task.kind, [row.label for row in rows_of(task)]) == ("regress", [3.0, 10.0, 3.0])
-    task = load_data(write(tmp_path / f"f.{suffix}", [1.5, 10.25, 2.5, 1.5]), labels="classes")
+    task = load_data(write(tmp_path / "f.csv", [1.5, 10.25, 2.5, 1.5]), labels="classes")
     assert (task.kind, task.labels) == ("classify", ("1.5", "2.5", "10.25"))
     with pytest.raises(DataError, match=r"bad row(.|\n)*expected a finite number, got text \('red'\)"):
-        load_data(write(tmp_path / f"n.{suffix}", ["red", "1", "2"]), labels="numbers")
+        load_data(write(tmp_path / "n.csv", ["red", "1", "2"]), labels="numbers")
 
 
 @pytest.mark.parametrize("digits", [310, 500])
@@ -290,19 +270,17 @@ def test_rows_that_no_class_or_number_can_be_read_from_are_faults_of_theirs(tmp_
         load_data(path, eval_data=path, trained=("regress", ()))
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize(
-    ("trained", "labels"), [(("regress", ()), ()), (("classify", ORDER), ORDER), (("classify", ()), ("1", "7"))]
+    ("trained", "values", "labels"),
+    [
+        (("regress", ()), [7, 1, 7], ()),
+        (("classify", ORDER), [7, 1, 7], ORDER),
+        (("classify", ()), [1.5, 0.5], ("0.5", "1.5")),  # its classes have no names
+    ],
 )
-def test_every_format_is_read_as_the_model_was_trained(tmp_path, suffix, trained, labels):
-    path = write(tmp_path / f"a.{suffix}", [7, 1, 7])
+def test_a_file_is_read_as_the_model_was_trained(tmp_path, trained, values, labels):
+    path = write(tmp_path / "a.csv", values)
     task = load_data(path, eval_data=path, trained=trained)
     assert (task.kind, task.labels) == (trained[0], labels)
-    expected = [labels.index(str(value)) for value in (7, 1, 7)] if labels else [7.0, 1.0, 7.0]
+    expected = [labels.index(str(value)) for value in values] if labels else [7.0, 1.0, 7.0]
     assert [row.label for row in task.splits["train"]] == expected
-
-
-def test_a_classifier_without_names_for_its_classes_still_has_classes(tmp_path):
-    path = write(tmp_path / "a.csv", [1.5, 0.5])
-    task = load_data(path, eval_data=path, trained=("classify", ()))
-    assert (task.kind, task.labels) == ("classify", ("0.5", "1.5"))

@@ -66,8 +66,7 @@ def run(arguments: list[str]) -> int:
             return 0
         if isinstance(error, typer.Exit):  # --help and --version have done their work
             return error.exit_code
-        code = console.exit_code_for(error)
-        message, hint = console.explain(error, arguments)
+        code, message, hint = console.explain(error, arguments)
         if "--debug" in options or os.environ.get("DUALLORA_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         status = "interrupted" if code in (130, 143) else "error"
