@@ -30,16 +30,11 @@ def figures() -> Iterator[type]:
     Raises:
         ConfigError: matplotlib is absent.
     """
-    named = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
-    if (
-        "matplotlib" not in sys.modules
-        and named.isidentifier()
-        and "module://" in os.environ["MPLBACKEND"]
-        and not find_spec(named)
-    ):
-        del os.environ[
-            "MPLBACKEND"
-        ]  # as a notebook of another environment sets it for all it starts; importing would fail
+    backend = os.environ.get("MPLBACKEND", "")
+    named = backend.removeprefix("module://").partition(".")[0]
+    if "matplotlib" not in sys.modules and "module://" in backend and named.isidentifier() and not find_spec(named):
+        # A notebook of another environment sets it for all that it starts, and importing would fail.
+        del os.environ["MPLBACKEND"]
     try:
         import matplotlib
     except ImportError as error:

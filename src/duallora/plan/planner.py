@@ -129,7 +129,7 @@ class Planner:
         return need(strategy, self.gpus.number, traced.counts, *traced.use(batch, length), self.quantization)
 
     def fits(self, method: str, strategy: str, batch: int, length: int) -> bool:
-        return self.need(method, strategy, batch, length).total <= self.gpus.gigabytes * GB
+        return self._over(method, strategy, batch, length) <= 0
 
     def strategies(self) -> list[str]:
         """Those that make sense for the number of GPUs; bitsandbytes' weights are not sharded by ZeRO-3, experts that are

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -165,7 +165,7 @@ class StandIn:
                 module._form = lambda adapters: "merged"  # type: ignore[method-assign, assignment]
                 module._is_resident = lambda: True  # type: ignore[method-assign, assignment]
             if setting.dequantized and id(module) in inside:
-                module.forward = _Dequantized(module)  # type: ignore[method-assign]
+                module.forward = _dequantized(module)  # type: ignore[method-assign]
 
     def step(self, batch: int, length: int, *, accumulating: bool) -> dict[str, int]:
         """Bytes above the weights, adapter and gradients at each moment's peak, and ``kept`` for the backward.
@@ -285,7 +285,9 @@ def adapt(base: Any, setting: Setting, task: str) -> Any:
     except ValueError as error:  # no such module, or one of a kind that takes no adapter
         raise ConfigError(f"--target-modules {setting.targets}: {' '.join(str(error).split())[:300]}") from error
     if setting.checkpointing:
-        _enable_checkpointing(adapted)
+        # The state of the random generator, which is real, cannot be kept among fake tensors; nothing is drawn from it here.
+        kept = {"use_reentrant": False, "preserve_rng_state": False}
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
     return adapted
 
 
@@ -338,12 +340,6 @@ def build(config: Any, setting: Setting) -> Any:
         ) from error
 
 
-def _enable_checkpointing(model: Any) -> None:
-    # The state of the random generator, which is real, cannot be kept among fake tensors; nothing is drawn from it here.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
 def _layers(model: nn.Module, depth: int) -> list[nn.Module]:
     """The model's list of layers: the outermost ModuleList of that length."""
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -386,8 +382,8 @@ def _become_fake(model: nn.Module) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for held in holders:
+        held: dict[str, Any]
+        for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = fake(tensor)
@@ -411,16 +407,14 @@ class _Dequantize(torch.autograd.Function):
         return dY @ torch.empty_like(packed), None
 
 
-class _Dequantized:
+def _dequantized(layer: Any) -> Callable[[Tensor], Tensor]:
     """The forward of a linear layer whose weight is packed; its bias is not."""
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    def forward(x: Tensor) -> Tensor:
+        y = _Dequantize.apply(x, layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
+        return y if layer.bias is None else y + layer.bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weight = self.layer.weight.T if isinstance(self.layer, Conv1D) else self.layer.weight
-        y = _Dequantize.apply(x, weight)
-        return y if self.layer.bias is None else y + self.layer.bias
+    return forward
 
 
 @contextmanager

@@ -102,17 +102,16 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     path = folder / SIDECAR
     if not path.is_file():
         return {}
+    remedy = "restore it, or delete it to load without its checks"
     try:
         told = untrusted.json_object(path)
     except ConfigError as error:
-        raise IntegrityError(f"{error}; restore it, or delete it to load without its checks") from None
+        raise IntegrityError(f"{error}; {remedy}") from None
     kinds = {"files": dict, "base": dict, "labels": list}
     wrong = [name for name, kind in kinds.items() if not isinstance(told.get(name, kind()), kind)]
     if wrong or not all(isinstance(record, dict) for record in told.get("files", {}).values()):
         name = wrong[0] if wrong else "files"
-        raise IntegrityError(
-            f"{path} is damaged: {name}={str(told[name])[:40]}; restore it, or delete it to load without its checks"
-        )
+        raise IntegrityError(f"{path} is damaged: {name}={str(told[name])[:40]}; {remedy}")
     return told
 
 
@@ -315,11 +314,8 @@ def _check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], model: P
     # PEFT also stores the base's embeddings where they are adapted, and reads them back into the base.
     unexpected = [name for name in unexpected if BASE_LAYER not in name or name not in embeddings]
     if missing or unexpected:
-        parts = [
-            f"{len(names)} {what} (first: {names[0]})"
-            for what, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
+        found = {"missing": missing, "unexpected": unexpected}
+        parts = [f"{len(names)} {what} (first: {names[0]})" for what, names in found.items() if names]
         raise IntegrityError(
             f"{folder / WEIGHTS} does not hold the tensors of its configuration: {', '.join(parts)}; "
             "it belongs to another base model or configuration, or was cut"

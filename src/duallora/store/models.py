@@ -100,8 +100,7 @@ def load_model(
         that the codes do not depend on the machine's accelerator. ``dtype`` is then what the layers compute in.
 
     Raises ConfigError for a name that leads nowhere, a model of the wrong architecture or a quantization that cannot run
-    here, IntegrityError where the
-    checkpoint lacks weights of the body.
+    here, IntegrityError where the checkpoint lacks weights of the body.
     """
     source = resolve(name)
     config = load_config(name, revision=revision)
@@ -169,13 +168,8 @@ def resolve(name: str) -> str:
                 f"{name} holds an adapter, not a model; expected its base model (see adapter_config.json)"
             )
         raise ConfigError(f"{name} has no config.json; expected a transformers model folder")
-    if (
-        folder.exists()
-        or folder.is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") > 1
-        or not name.strip()
-    ):
+    a_path = folder.exists() or folder.is_absolute() or name.startswith((".", "~"))
+    if a_path or name.count("/") > 1 or not name.strip():
         raise ConfigError(
             f"no model folder at {name!r}. Expected a folder with config.json, a hub id such as org/name, "
             f"or one of {', '.join(BUILTIN)}"
@@ -209,12 +203,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(rules, dict):  # set anew by each call that cuts or fills
         rules |= {"truncation": None, "padding": None}
-    facts = [
-        type(tokenizer).__name__,
-        rules,
-        {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-        tokenizer.chat_template,
-    ]
+    marks = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    facts = [type(tokenizer).__name__, rules, marks, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -258,14 +248,8 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
             if not local:  # what is to be parsed comes first, and is looked at before anyone parses it
                 from huggingface_hub import snapshot_download
 
-                kinds = ["*.json", "*.jinja"]
-                untrusted.admit(
-                    Path(
-                        snapshot_download(
-                            source, revision=revision, allow_patterns=kinds, local_files_only=not reachable()
-                        )
-                    )
-                )
+                parsed: dict[str, Any] = {"allow_patterns": ["*.json", "*.jinja"], "local_files_only": not reachable()}
+                untrusted.admit(Path(snapshot_download(source, revision=revision, **parsed)))
             return factory.from_pretrained(source, local_files_only=local or not reachable(), **options)
     except DualLoraError:
         raise
@@ -334,9 +318,7 @@ def _check_claims(name: str, folder: Path, factory: Any, config: Any) -> None:
             model = factory.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception:
         return
-    claimed = (
-        sum(weight.numel() for weight in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers()) // 4
-    )
+    claimed = sum(weight.numel() for weight in model.parameters()) + sum(own.nbytes for own in model.buffers()) // 4
     if claimed > 2 * values + _SLACK:
         raise IntegrityError(
             f"{name}: its configuration describes a model of {claimed:,} values, but its weights hold {values:,}; they do not "
@@ -454,10 +436,8 @@ def _seal(folder: Path, source: dict[str, Any]) -> None:
     mode = (folder / "config.json").stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors writes 0600 whatever the umask, which would lock others out of a shared cache
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_record(path)["sha256"]}
-        for path in sorted(folder.iterdir())
-    }
+    records = {path.name: file_record(path) for path in sorted(folder.iterdir())}
+    files = {name: {"bytes": found["size"], "sha256": found["sha256"]} for name, found in records.items()}
     (folder / _MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2) + "\n")
     for path in folder.iterdir():
         flush(path)

@@ -141,11 +141,8 @@ class RunFolder:
                 "it, or train again in another folder with -o"
             )
         result = found.get("result", {})
-        wrong = [
-            f"{key} is {found[key]!r:.40}"
-            for key, kind in TYPES.items()
-            if not isinstance(found.get(key, kind()), kind)
-        ]
+        off = [key for key, kind in TYPES.items() if not isinstance(found.get(key, kind()), kind)]
+        wrong = [f"{key} is {found[key]!r:.40}" for key in off]
         if found.get("status") not in get_args(Status):
             wrong.append(f"status is {found.get('status')!r:.40}, expected one of {', '.join(get_args(Status))}")
         elif found["status"] == "done" and not (isinstance(result, dict) and isinstance(result.get("metrics"), dict)):
@@ -171,9 +168,7 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.path} holds another run; continue it with --resume auto, or choose another folder with -o"
                 )
-        elif found := [
-            name for name in names if name not in (".lock", "recipe.yaml") and not LEFT_OVER.fullmatch(name)
-        ]:
+        elif found := [one for one in names if one not in (".lock", "recipe.yaml") and not LEFT_OVER.fullmatch(one)]:
             own = [name for name in found if name in (*RESULTS, "checkpoints", "log.jsonl", "metrics.json", "tb")]
             raise ConfigError(
                 f"{self.path} holds {own[0]} but no run.json, so what ran there is not known; restore run.json, or choose "
@@ -228,9 +223,8 @@ class RunFolder:
 
     def copy_record(self, target: Path) -> None:
         """Copies all but checkpoints, TensorBoard's files and the lock into ``target``."""
-        shutil.copytree(
-            self.path, target, ignore=shutil.ignore_patterns(self.checkpoints.name, self.tensorboard.name, ".lock")
-        )
+        left = shutil.ignore_patterns(self.checkpoints.name, self.tensorboard.name, ".lock")
+        shutil.copytree(self.path, target, ignore=left)
 
     def results(self) -> list[Path]:
         """The folders of adapter or model that are there."""
@@ -262,9 +256,8 @@ class Log:
         if not self.path.exists():
             return None
         found, aside = self._read(), None
-        if None in found[:-1] or (
-            found[-1:] == [None] and self.path.read_bytes().endswith(b"\n")
-        ):  # not just cut by a kill
+        cut = found[-1:] == [None] and not self.path.read_bytes().endswith(b"\n")  # by a kill
+        if None in (found[:-1] if cut else found):
             aside = self.path.with_suffix(".damaged.jsonl")
             self.path.replace(aside)
         kept = [line for line in found if line is not None and line["step"] <= step]

@@ -356,27 +356,23 @@ def _fit(
     """Joins the pieces, closes the last answer with the end-of-text token, and cuts to ``max_length``."""
     bos = [] if is_chat else marks.bos
     ids: list[int] = []
-    answer: list[bool] = []  # whether the token belongs to an answer
-    muted: list[bool] = []
+    labels: list[int] = []
+    first: int | None = None  # where the first answer begins
     for index, (segment, piece) in enumerate(zip(segments, pieces, strict=True)):
         end = _end_of_turn(segment.text, piece, tokenizer, marks) if is_chat and segment.answer else None
         if segment.answer and end is None and index == len(segments) - 1:
             piece = [*piece, marks.eos]
-        reached = len(piece) if end is None else end
+        said = (len(piece) if end is None else end) if segment.answer else 0
+        if said and first is None:
+            first = len(ids)
+        learned = 0 if segment.muted else len(piece) if train_on == "all" else said
         ids += piece
-        answer += [segment.answer and at < reached for at in range(len(piece))]
-        muted += [segment.muted] * len(piece)
+        labels += [*piece[:learned], *[IGNORE] * (len(piece) - learned)]
     room = max_length - len(bos)
     excess = max(0, len(ids) - room)
-    left = min(excess, answer.index(True) if True in answer else excess)
-    cut = slice(left, left + room)
-    ids, answer = [*bos, *ids[cut]], [False] * len(bos) + answer[cut]
-    silent = [False] * len(bos) + muted[cut]
-    labels = [
-        token if (is_answer or train_on == "all") and not is_muted else IGNORE
-        for token, is_answer, is_muted in zip(ids, answer, silent, strict=True)
-    ]
-    labels[: max(1, len(bos))] = [IGNORE] * max(1, len(bos))  # nothing stands before the first token to predict it from
+    left = excess if first is None else min(excess, first)
+    ids, labels = [*bos, *ids[left : left + room]], [*[IGNORE] * len(bos), *labels[left : left + room]]
+    labels[:1] = [IGNORE] * len(labels[:1])  # nothing stands before the first token to predict it from
     return Encoded(ids, labels, excess > 0)
 
 

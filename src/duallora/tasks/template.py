@@ -283,9 +283,7 @@ class _Chat:
                 f"{self.where}: the chat template of {self.name} needs more than {SECONDS:g} s or {MEMORY >> 20} MiB for one "
                 "chat; do not use this template"
             ) from error
-        except (
-            Exception
-        ) as error:  # templates raise whatever their Jinja code raises; the row is what the user can mend
+        except Exception as error:  # whatever its Jinja code raises; the row is what the user can mend
             roles = " ".join(message["role"] for message in messages)
             raise DataError(
                 f"{self.where}: the chat template of {self.name} refuses this chat (roles: {roles}): {error}"
@@ -425,15 +423,17 @@ def _dressed(messages: Messages, form: _Form) -> list[dict[str, Any]]:
             own["content"] = [{"type": "text", "text": own["content"]}]
         if form.json_arguments and "tool_calls" in own:
             own["tool_calls"] = [
-                {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+                {
+                    **call,
+                    "function": {
+                        **call["function"],
+                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                    },
+                }
                 for call in own["tool_calls"]
             ]
         dressed.append(own)
     return dressed
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _free_keys(message: Mapping[str, Any]) -> list[str]:
