@@ -87,20 +87,17 @@ def test_what_is_kept_is_what_autograd_saves(model_type, dtype, padded, method):
     assert found == pytest.approx(expected, rel=0.005)
 
 
-@pytest.mark.parametrize(
-    ("method", "checkpointing"), [("lora", False), ("dora", True), ("duallora", False), ("duallora", True)]
-)
+@pytest.mark.parametrize(("method", "checkpointing"), [("dora", True), ("duallora", False)])
 def test_two_shallow_traces_give_the_deep_one_to_the_byte(method, checkpointing):
     """The second shape is one where the peak lies in the layers, not in the head."""
     config, setting = tiny(num_hidden_layers=7, vocab_size=150), Setting(method, checkpointing=checkpointing)
     traced, deep = Traced(config, setting), StandIn(config, 7, setting)
     assert list(traced.stand_ins) == [2, 4]
     assert traced.counts == deep.counts
-    for shape in ((2, 96), (1, 5)):
-        for accumulating in (False, True):
-            steps = deep.step(*shape, accumulating=accumulating)
-            kept = steps.pop("kept")
-            assert traced.use(*shape, accumulating=accumulating) == (kept, max(steps.values()))
+    for shape, accumulating in (((2, 96), False), ((1, 5), False), ((1, 5), True)):
+        steps = deep.step(*shape, accumulating=accumulating)
+        kept = steps.pop("kept")
+        assert traced.use(*shape, accumulating=accumulating) == (kept, max(steps.values()))
 
 
 def test_layers_of_unequal_size_are_traced_at_full_depth():
@@ -116,10 +113,8 @@ def test_layers_of_unequal_size_are_traced_at_full_depth():
 @pytest.mark.skipif(not memory.can_measure(torch.device("cpu")), reason="the peak cannot be reset here")
 def test_a_real_step_peaks_where_predicted():
     """The whole way, in a process of its own: resident memory as the system counts it."""
-    cell = {
-        "model": "qwen2, 5 layers of 512", "method": "duallora", "batch": 2, "length": 256, "dtype": "float32",
-        "checkpointing": False, "padded": False,
-    }  # fmt: skip
+    cell = {"model": "qwen2, 5 layers of 512", "method": "duallora", "batch": 2, "length": 256, "dtype": "float32"}
+    cell |= {"checkpointing": False, "padded": False}
     command = [sys.executable, str(ROOT / "benchmarks/plan_check.py"), "--measure", json.dumps(cell)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **memory.ALLOCATOR})
     measured = json.loads(done.stdout.splitlines()[-1])["measured_bytes"]
@@ -254,33 +249,25 @@ def test_layers_hold_whole_weights_only_while_they_compute():
     assert 2 < peaks["duallora", "none"] < 3
 
 
-@pytest.mark.parametrize(
-    ("curve", "calls"),
-    [
-        (lambda n: 3 * n - 100, 3),
-        (lambda n: n * n + n - 900, 40),
-        (lambda n: max(n, 9 * n - 700) - 90, 40),
-        (lambda n: n, 1),
-    ],
-    ids=["linear", "square", "kinked", "none fits"],
-)
-@pytest.mark.parametrize("limit", [1, 2, 29, 30, 31, 80, 4096])
-def test_the_largest_that_fits_is_found_in_few_steps(curve, calls, limit):
-    """Each step is a trace: three where memory is linear, as it nearly always is in the batch."""
-    asked = []
+CURVES = {  # of the bytes too many, and how often each may be asked: a step is a trace, and memory is nearly always linear
+    "linear": (lambda n: 3 * n - 100, 3),
+    "square": (lambda n: n * n + n - 900, 40),
+    "kinked": (lambda n: max(n, 9 * n - 700) - 90, 40),
+    "none fits": (lambda n: n, 1),
+}
 
-    def over(n):
-        asked.append(n)
-        return curve(n)
 
-    assert largest(over, limit) == max((n for n in range(1, limit + 1) if curve(n) <= 0), default=0)
-    assert len(asked) <= calls
+@pytest.mark.parametrize(("curve", "calls"), CURVES.values(), ids=CURVES)
+def test_the_largest_that_fits_is_found_in_few_steps(curve, calls):
+    for limit in (1, 2, 29, 30, 31, 80, 4096):
+        asked = []
+        found = largest(lambda n, asked=asked: asked.append(n) or curve(n), limit)
+        assert found == max((n for n in range(1, limit + 1) if curve(n) <= 0), default=0)
+        assert len(asked) <= calls
 
 
 def test_gpus_as_people_write_them():
-    assert Gpus.parse("8x80") == (8, 80)
-    assert Gpus.parse("2x8x80GB") == (16, 80)
-    assert Gpus.parse("24") == (1, 24)
+    assert [Gpus.parse(text) for text in ("8x80", "2x8x80GB", "24")] == [(8, 80), (16, 80), (1, 24)]
     for wrong in ("", "x80", "8x", "eight", "8x-1", "0x80", "8x0", "8*80"):
         with pytest.raises(ConfigError, match="expected NUMBERxGIGABYTES such as 8x80"):
             Gpus.parse(wrong)

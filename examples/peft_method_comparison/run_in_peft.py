@@ -11,10 +11,11 @@ import runpy
 import sys
 from pathlib import Path
 
-import duallora  # noqa: F401  (registers the method)
-
 if not Path("run.py").is_file():
     sys.exit("run.py is not here: go to method_comparison/MetaMathQA of a checkout of PEFT first")
+
+import duallora  # noqa: F401  (registers the method)
+
 sys.path.insert(0, str(Path.cwd()))
 sys.argv = ["run.py", *sys.argv[1:]]
 runpy.run_path("run.py", run_name="__main__")
