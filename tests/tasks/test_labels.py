@@ -22,7 +22,7 @@ FORMATS = ("csv", "tsv", "jsonl", "json", "parquet")
 
 def write(path, labels, dtype=None, **texts) -> str:
     """A table of ``labels`` in the file's own form, written by pandas as people write it."""
-    texts = texts or {"text": [f"t{at}" for at in range(len(labels))]}
+    texts = texts or {"text": [f"t{at:02}" for at in range(len(labels))]}
     table = pandas.DataFrame({**texts, "label": pandas.Series(labels, dtype=dtype)})
     if path.suffix in (".csv", ".tsv"):
         table.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
