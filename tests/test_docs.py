@@ -95,18 +95,22 @@ def test_code_blocks_run_as_printed(block, tmp_path, monkeypatch):
     exec(compile("".join(merge), "docs", "exec"), names)
 
 
+@pytest.fixture(scope="module")
+def program():
+    from duallora.cli.app import app
+
+    return typer.main.get_command(app)
+
+
 @pytest.mark.parametrize(
     "words", [w for _, b in BLOCKS if b.language == "bash" for w in commands_of(b.text)], ids=" ".join
 )
-def test_every_command_that_is_shown_has_the_options_it_is_shown_with(words):
-    from duallora.cli.app import app
-
-    command, name = typer.main.get_command(app), "duallora"
-    words = words[1:]
-    while isinstance(command, typer.core.TyperGroup):
+def test_every_command_that_is_shown_has_the_options_it_is_shown_with(words, program):
+    name, *words = words
+    while isinstance(program, typer.core.TyperGroup):
         name, *words = words
-        command = command.commands[name]
-    command.make_context(name, words)  # raises where an option is unknown or an argument is missing
+        program = program.commands[name]
+    program.make_context(name, words)  # raises where an option is unknown or an argument is missing
 
 
 # What the docs' commands take for granted: files of the columns that they name.
