@@ -382,8 +382,8 @@ def _become_fake(model: nn.Module) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        held: dict[str, Any]
-        for held in (module._parameters, module._buffers):
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in holders:
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = fake(tensor)
