@@ -90,11 +90,11 @@ def test_what_is_kept_is_what_autograd_saves(model_type, dtype, padded, method):
 @pytest.mark.parametrize(("method", "checkpointing"), [("dora", True), ("duallora", False)])
 def test_two_shallow_traces_give_the_deep_one_to_the_byte(method, checkpointing):
     """The second shape is one where the peak lies in the layers, not in the head."""
-    config, setting = tiny(num_hidden_layers=7, vocab_size=150), Setting(method, checkpointing=checkpointing)
-    traced, deep = Traced(config, setting), StandIn(config, 7, setting)
+    config, setting = tiny(num_hidden_layers=5, vocab_size=150), Setting(method, checkpointing=checkpointing)
+    traced, deep = Traced(config, setting), StandIn(config, 5, setting)
     assert list(traced.stand_ins) == [2, 4]
     assert traced.counts == deep.counts
-    for shape, accumulating in (((2, 96), False), ((1, 5), False), ((1, 5), True)):
+    for shape, accumulating in (((2, 96), False), ((1, 5), True)):
         steps = deep.step(*shape, accumulating=accumulating)
         kept = steps.pop("kept")
         assert traced.use(*shape, accumulating=accumulating) == (kept, max(steps.values()))
