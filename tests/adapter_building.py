@@ -11,6 +11,7 @@ from torch import nn
 
 import duallora
 from duallora import DualLoraConfig
+from duallora.tuner import DualLoraLayer
 
 AWKWARD: dict[str, Any] = {
     "r1": 4,
@@ -41,6 +42,10 @@ def one_layer(base: nn.Module, **options: Any) -> tuple[peft.PeftModel, Any]:
         for factor in factors(layer):
             factor.data.add_(0.1)
     return model, layer
+
+
+def layers(model: nn.Module) -> list[DualLoraLayer]:
+    return [module for module in model.modules() if isinstance(module, DualLoraLayer)]
 
 
 def factors(layer: Any) -> list[nn.Parameter]:

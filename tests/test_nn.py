@@ -102,15 +102,6 @@ def test_subclasses_with_a_forward_of_their_own_are_named_or_refused():
         adapt(nn.Sequential(Doubled(6, 6)), ["0"], r=2)
 
 
-def test_averaged_options_are_saved_as_they_are():
-    """A copy that averages its tensors averages the bytes of the options too."""
-    net = adapt(network(), r=2)
-    with torch.no_grad():
-        for buffer in net.buffers():
-            buffer.copy_(buffer * 0.999 + buffer * 0.001)
-    load_adapter_state_dict(adapt(network(), r=2), adapter_state_dict(net))
-
-
 def test_init_seed_gives_each_layer_its_own_values():
     nets = [adapt(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), init_seed=3, r=2) for _ in range(2)]
     assert torch.equal(nets[0][0].duallora_A, nets[1][0].duallora_A)
@@ -121,14 +112,9 @@ def test_init_seed_gives_each_layer_its_own_values():
     ("options", "message"),
     [
         ({"r": 0}, "r=0"),
-        ({"r": 2.5}, "r=2.5"),
-        ({"alpha": "8"}, "alpha='8'"),
-        ({"warmup_steps": 2.5}, "warmup_steps=2.5"),
-        ({"r1": -2}, "r1=-2"),
-        ({"alpha": float("nan")}, "alpha=nan"),
-        ({"alpha": 0}, "alpha=0"),
-        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"gradient_tokens": 2}, "gradient_tokens=2: expected a finite number > 0 and <= 1"),
         ({"magnitude": "relv"}, "magnitude='relv': expected one of 'relu', 'abs'"),
+        ({"warmup_steps": "auto"}, "warmup_steps='auto': a plain layer knows no run"),
         ({"direction": "fixed"}, "direction='fixed': fixed signs exist in duallora.DualLoraConfig alone"),
         ({"backend": "cpv"}, "backend='cpv'"),
     ],
@@ -138,19 +124,16 @@ def test_bad_options_name_the_value(options, message):
         DualLoraLinear(nn.Linear(3, 4), **options)
 
 
-def test_an_adapter_of_another_rank_is_refused():
-    state = adapter_state_dict(adapt(network(), r=4))
-    with pytest.raises(IntegrityError, match="8 of another shape"):
-        load_adapter_state_dict(adapt(network(), r=5), state)
-    with pytest.raises(IntegrityError, match="1 tensors missing"):
-        load_adapter_state_dict(adapt(network(), r=4), dict(list(state.items())[1:]))
-
-
-def test_other_options_are_refused_with_both_named():
+def test_an_adapter_of_another_rank_or_with_other_options_is_refused():
     """Shapes alone cannot tell alpha 10 from alpha 20."""
     state = adapter_state_dict(adapt(network(), r=4, alpha=10))
-    with pytest.raises(IntegrityError, match=r'"scaling": 2\.5.*"scaling": 5\.0'):
-        load_adapter_state_dict(adapt(network(), r=4, alpha=20), state)
+    for options, given, message in (
+        ({"r": 5, "alpha": 12.5}, state, "8 of another shape"),
+        ({"r": 4, "alpha": 10}, dict(list(state.items())[1:]), "1 tensors missing"),
+        ({"r": 4, "alpha": 20}, state, r'"scaling": 2\.5.*"scaling": 5\.0'),
+    ):
+        with pytest.raises(IntegrityError, match=message):
+            load_adapter_state_dict(adapt(network(), **options), given)
 
 
 def test_adapting_twice_keeps_the_first_trainable():
@@ -174,18 +157,6 @@ def test_a_linear_layer_by_itself():
     layer = adapt(nn.Linear(6, 4), r=2)
     assert isinstance(layer, DualLoraLinear)
     assert type(merge(layer)) is nn.Linear
-
-
-def test_bad_options_leave_the_model_as_it_was():
-    net = network()
-    with pytest.raises(ValueError, match="r=0"):
-        adapt(net, r=0)
-    assert type(net[0]) is nn.Linear
-
-
-def test_excess_rank_warns():
-    with pytest.warns(UserWarning, match=r"rank 5 is above min\(in, out\) = 3"):
-        DualLoraLinear(nn.Linear(4, 3), r=5)
 
 
 def test_transformer_encoder_uses_the_adapter_in_eval_mode():
@@ -212,5 +183,3 @@ def test_gradient_tokens_sample_in_training_alone():
     assert not torch.equal(gradient(), gradient())
     layer.eval()
     assert torch.equal(gradient(), gradient())
-    with pytest.raises(ConfigError, match=r"gradient_tokens=2: expected a finite number > 0 and <= 1"):
-        DualLoraLinear(nn.Linear(3, 4), r=1, gradient_tokens=2)

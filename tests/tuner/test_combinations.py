@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 
 import peft
 import pytest
 import torch
+from adapter_building import layers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -65,10 +65,6 @@ def two(**options) -> peft.PeftModel:
     return model.eval()
 
 
-def layers(model: nn.Module) -> list[DualLoraLayer]:
-    return [m for m in model.modules() if isinstance(m, DualLoraLayer)]
-
-
 def summed(model: nn.Module, **weights: float) -> torch.Tensor:
     """The base model with W0 + sum of weight dW, put together by hand."""
     plain = base()
@@ -94,8 +90,9 @@ def test_active_adapters_add_their_dw(options):
     torch.testing.assert_close(model(X), summed(model, b=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"forward": "added"}, {"use_dora": True}], ids=str)
-@pytest.mark.parametrize("order", list(itertools.permutations("ab")), ids=str)
+@pytest.mark.parametrize(
+    ("order", "options"), [("ab", {}), ("ba", {}), ("ab", {"forward": "added"}), ("ba", {"use_dora": True})], ids=str
+)
 def test_one_merged_and_one_active_still_add(order, options):
     """In both orders, then the second merged too, then either deleted, then all of it undone."""
     model, (first, second) = two(**options), order
@@ -132,8 +129,8 @@ BY_OPERATORS = [{"direction": "fixed"}, {"direction": "xnor"}, {"magnitude": "si
 @pytest.mark.filterwarnings("ignore:.*whose gate is not open")
 @pytest.mark.parametrize("options", BY_KERNELS + BY_OPERATORS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_layers_of_every_kind_have_the_bits_of_the_unmerged(dtype, options):
-    """In mid-ramp; the base weights come back bit for bit, and dW stays what it was."""
+def test_merged_output_has_the_bits_of_the_unmerged(dtype, options):
+    """Of every kind, in mid-ramp; the base weights come back bit for bit, and dW stays what it was."""
     given = {"warmup_steps": 4, "target_modules": TARGETS if options in BY_KERNELS else TARGETS[2:], **options}
     model = peft.get_peft_model(base().to(dtype), config(init_seed=1, **given)).eval()
     duallora.advance_gate(model, 3)
@@ -152,15 +149,6 @@ def test_merged_layers_of_every_kind_have_the_bits_of_the_unmerged(dtype, option
     assert all(torch.equal(b.weight, was) for b, was in zip(bases, before, strict=True))
     assert torch.equal(model(X), want)
     assert torch.equal(model.merge_and_unload()(X), want)
-
-
-def test_hooks_of_every_kind_of_base_layer_run():
-    model, seen = two(), []
-    want = model(X)
-    for layer in layers(model):
-        layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
-    torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
-    assert len(seen) == len(TARGETS)
 
 
 def test_every_kind_of_layer_compiles_whole():
@@ -190,7 +178,7 @@ def test_both_merged_have_the_bits_of_both_unmerged():
         assert torch.equal(model(X), base()(X))
 
 
-@pytest.mark.parametrize("options", [{}, {"forward": "added"}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"forward": "added", "use_dora": True}], ids=str)
 def test_one_adapter_per_row_on_every_kind_of_layer(options):
     model = two(**options)
     alone = {"__base__": base()(X)}
@@ -213,7 +201,7 @@ def test_one_adapter_per_row_on_every_kind_of_layer(options):
         model(X, adapter_names=names)
 
 
-@pytest.mark.parametrize("options", [{}, {"forward": "added"}, {"warmup": "residual", "init_weights": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"forward": "added", "warmup": "residual", "init_weights": False}], ids=str)
 def test_scaled_adapters_give_the_exact_weighted_sum(options):
     """What stands in for add_weighted_adapter: forward, merge and get_delta_weight follow, negative weights too."""
     model = two(**options)
@@ -329,14 +317,6 @@ def test_biases_are_trained_saved_and_kept_on_merging_as_in_lora(tmp_path, bias)
     assert torch.equal(model.merge_and_unload()(X), want)
 
 
-@pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT does not save biases of other methods than its own")
-def test_two_adapters_with_biases_are_refused_as_in_lora():
-    model = peft.get_peft_model(base(), config(bias="all"))
-    model.add_adapter("plain", config())
-    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
-        model.add_adapter("other", config(bias="duallora_only"))
-
-
 def test_merged_adapters_cannot_be_deleted_behind_the_models_back():
     model = two()
     model.merge_adapter(["a"])
@@ -361,8 +341,7 @@ def test_two_adapters_save_and_load_beside_each_other(tmp_path, low_cpu_mem_usag
     assert torch.equal(again(X), want)
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-@pytest.mark.parametrize("factor", "ABCD")
+@pytest.mark.parametrize(("factor", "broken"), [("A", float("nan")), ("B", float("inf")), ("D", float("inf"))])
 def test_safe_merge_refuses_what_is_not_finite_and_leaves_every_kind_of_layer_untouched(factor, broken):
     """In whichever factor it sits: a sign hides an infinite one."""
     for target in TARGETS:
@@ -388,10 +367,3 @@ def test_all_linear_says_that_fused_experts_stay_as_they_are():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*does not reach the experts")
         peft.get_peft_model(base(), DualLoraConfig(r=2, target_modules="all-linear"))
-
-
-def test_gates_of_all_kinds_count_the_same_steps():
-    model = peft.get_peft_model(base(), config(warmup_steps=5))
-    train(model, steps=2)
-    assert {int(layer.duallora_step["default"]) for layer in layers(model)} == {2}
-    assert duallora.gate(model) == pytest.approx(0.4)

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from adapter_building import factors, one_layer
 from torch import nn
-from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import duallora
@@ -51,11 +49,7 @@ VARIANTS = [
     {"direction": "fixed"},
     {"direction": "xnor"},
     {"direction": "dorefa"},
-    {"direction": "identity"},
-    {"direction": "tanh"},
-    {"magnitude": "sigmoid"},
-    {"backend": "reference"},
-    {"forward": "added"},
+    {"forward": "added", "direction": "tanh"},
 ]
 
 
@@ -134,18 +128,10 @@ class Unseen(nn.Embedding):
         return self.weight[ids]
 
 
-SUBCLASSES = {
-    "gemma": lambda: Gemma3TextScaledWordEmbedding(V, D, 0, embed_scale=D**0.5),
-    "bart": lambda: BartScaledWordEmbedding(V, D, 1, embed_scale=3.7),
-    "normed": lambda: Normed(V, D),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", SUBCLASSES)
-def test_a_subclass_does_to_the_adapted_rows_what_it_does_to_its_own(kind, dtype):
-    """A scale or a norm acts on W0 + dW: to the bit what the subclass itself gives with the merged weight."""
-    base = SUBCLASSES[kind]().to(dtype)
+def test_a_subclass_does_to_the_adapted_rows_what_it_does_to_its_own(dtype):
+    """A norm acts on W0 + dW: to the bit what the subclass itself gives with the merged weight."""
+    base = Normed(V, D).to(dtype)
     merged = copy.deepcopy(base)
     model, layer = one_layer(base)
     merged.weight.data = (base.weight.float() + layer.get_delta_weight("default")).to(dtype)
@@ -185,13 +171,6 @@ def test_distinct_ids_have_the_same_rows_where_the_graph_is_compiled():
         rows, where = distinct(ids)
         assert torch.equal(rows[where], ids)
         assert len(rows) == len(ids.unique())
-
-
-def test_dropout_leaves_ids_alone_and_conversion_to_lora_is_declined():
-    model, layer = one_layer(nn.Embedding(V, D), duallora_dropout=0.9)
-    assert torch.equal(model.train()(IDS), model.eval()(IDS))
-    assert not layer.supports_lora_conversion()
-    assert repr(layer).startswith("duallora.Embedding(")
 
 
 def test_positions_shared_by_the_batch_take_one_adapter_per_row(gpt2, ids):

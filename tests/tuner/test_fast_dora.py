@@ -16,7 +16,6 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
@@ -128,33 +127,26 @@ def by_hand(
 
 
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_output_and_gradients_by_hand(kind, dtype):
+def test_output_and_gradients_by_hand(kind):
     """Independent of torch's autograd and of PEFT."""
-    model = fast_dora(one_layer(kind)).to(dtype)
+    model = fast_dora(one_layer(kind)).double()
     (layer,) = layers(model)
-    x, dY = torch.randn(3, 63).to(dtype), torch.randn(3, 100).to(dtype)
+    x, dY = torch.randn(3, 63).double(), torch.randn(3, 100).double()
     got = results(model, x, dY)
     base = layer.get_base_layer()
     W = base.weight.T if kind == "conv1d" else base.weight
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     m = layer.lora_magnitude_vector["default"].weight
-    b = None if base.bias is None else base.bias.double().tolist()
-    lists = [t.detach().double().tolist() for t in (x, W, A, B, m, dY)]
-    want = by_hand(*lists[:2], b, *lists[2:5], 7 / 5, lists[5])
-    stem = "base_model.model.0.lora_"
-    keys = ["y", "dx", f"{stem}A.default.weight", f"{stem}B.default.weight", f"{stem}magnitude_vector.default.weight"]
-    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
-    for key, value in zip(keys, want, strict=True):
-        exact = torch.tensor(value, dtype=torch.float64)
-        assert (got[key] - exact).abs().max() <= tolerance * exact.abs().max(), key
+    b = None if base.bias is None else base.bias.tolist()
+    x, W, A, B, m, dY = (t.detach().tolist() for t in (x, W, A, B, m, dY))
+    keys = ["y", "dx", *(f"base_model.model.0.lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector"))]
+    exact = {key: torch.tensor(v).double() for key, v in zip(keys, by_hand(x, W, b, A, B, m, 7 / 5, dY), strict=True)}
+    assert_same({key: got[key] for key in keys}, exact, tolerance=1e-12)
 
 
 def test_differentiated_twice():
     """Gradients of gradients, as PEFT's operators give them: in float64 against finite differences."""
     model = fast_dora(one_layer("without bias")).double()
-    (layer,) = layers(model)
-    A, B = layer.lora_A["default"], layer.lora_B["default"]
     theirs = copy.deepcopy(model)
     layers(theirs)[0].lora_variant = {"default": DoraLinearVariant()}
 
@@ -164,8 +156,6 @@ def test_differentiated_twice():
         first = torch.autograd.grad(some(x).square().sum(), [x, *parameters], create_graph=True)
         return list(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters]))
 
-    assert A.weight.requires_grad
-    assert B.weight.requires_grad
     for ours, want in zip(penalized(model), penalized(theirs), strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-9)
 
@@ -173,8 +163,9 @@ def test_differentiated_twice():
 # -- row norms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["linear", "conv1d"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, "linear"), (torch.bfloat16, "conv1d"), (torch.float64, "linear")]
+)
 def test_row_norms_from_the_identity(dtype, layout, monkeypatch):
     """Against float64, with 16-bit weights widened in several blocks whose last is smaller."""
     monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 63 * 9)
@@ -186,7 +177,7 @@ def test_row_norms_from_the_identity(dtype, layout, monkeypatch):
     torch.testing.assert_close(got.double(), want, rtol=4e-7, atol=0)
 
 
-@pytest.mark.parametrize("left_over", [0.5, 1e-2, 1e-3])
+@pytest.mark.parametrize("left_over", [0.5, 1e-3])
 def test_row_norms_where_the_update_cancels_the_base(left_over):
     """The identity loses digits there; such rows are computed plainly, as well as PEFT computes them."""
     torch.manual_seed(0)
@@ -233,8 +224,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.3), (torch.bfloat16, 0.0)])
 def test_no_tensor_of_the_size_of_the_weight(dtype, dropout, monkeypatch):
     """Forward and backward, in the first step too; float32 factors over a bfloat16 base included."""
     monkeypatch.setattr(ops, "_BLOCK_ELEMENTS", 1 << 12)
@@ -278,22 +268,6 @@ def test_one_output_is_kept_for_the_magnitude():
     assert kept(ours, x) <= 512 * 5 * 4 + few
 
 
-def test_products_are_lora_s_and_those_of_the_norm():
-    """The largest product of the norm is A W0^T, r / tokens of the base layer's."""
-    _, ours = pair(one_layer("without bias"))
-    lora = peft.get_peft_model(nn.Sequential(BASES["without bias"]()), peft.LoraConfig(r=5, target_modules=["0"]))
-    counts = []
-    for model in (ours, lora):
-        model(torch.randn(4, 63))
-        x = torch.randn(128, 63, requires_grad=True)
-        with FlopCounterMode(display=False) as counter:
-            model(x).sum().backward()
-        counts.append(counter.get_total_flops())
-    norm = 2 * 5 * (63 * 100 + 5 * 63 + 5 * 100)
-    not_counted = 2 * 128 * 5 * (100 + 63)  # addmm_, in place: s u B^T and du A
-    assert counts[0] + not_counted == counts[1] + norm
-
-
 # -- |w|^2 is computed once and never stale -----------------------------------------------------------------------
 
 
@@ -301,20 +275,6 @@ def merge_and_unmerge(model):
     model.merge_adapter()
     layers(model)[0].get_base_layer().weight.data.mul_(1.25)  # a merged model is tuned further
     model.unmerge_adapter()
-
-
-def merge_safely_and_unmerge(model):
-    model.merge_adapter(safe_merge=True)
-    model.unmerge_adapter()
-
-
-def through_bfloat16(model):
-    model.to(torch.bfloat16).to(torch.float32)
-
-
-def load_other_weights(model):
-    state = {name: value * 0.9 for name, value in model.state_dict().items()}
-    model.load_state_dict(state)
 
 
 def assign_other_weights(model):
@@ -336,15 +296,10 @@ def write_where_the_sample_is_blind(model):
     [
         write_where_the_sample_is_blind,
         merge_and_unmerge,
-        merge_safely_and_unmerge,
-        through_bfloat16,
-        load_other_weights,
         assign_other_weights,
         add_olora,
-        lambda model: layers(model)[0].get_base_layer().weight.data.copy_(torch.ones(100, 63)),
         lambda model: setattr(layers(model)[0].get_base_layer().weight, "data", torch.ones(100, 63)),
         lambda model: setattr(layers(model)[0].get_base_layer(), "weight", nn.Parameter(torch.ones(100, 63))),
-        lambda model: nn.init.ones_(layers(model)[0].get_base_layer().weight),
     ],
 )
 def test_kept_squares_never_go_stale(change):
@@ -390,8 +345,7 @@ def test_files_are_peft_s(llama, ids, tmp_path):
     torch.testing.assert_close(fast_dora(plain)(ids).logits, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "safe"), [("llama", False), ("gpt2", True)])
 def test_merging_is_peft_s_to_the_bit(request, ids, architecture, safe):
     base = request.getfixturevalue(architecture)
     if architecture == "gpt2" and PEFT < (0, 20):
@@ -437,14 +391,7 @@ def test_several_adapters_come_and_go():
         model.set_adapter("default")
     ours_now = {name: type(v) for layer in layers(ours) for name, v in layer.lora_variant.items()}
     assert ours_now == {"default": FastDoraVariant, "second": FastDoraVariant}
-    for active in (
-        ["default"],
-        ["second"],
-        ["plain"],
-        ["default", "second"],
-        ["second", "plain"],
-        ["plain", "default"],
-    ):
+    for active in (["default"], ["plain"], ["default", "second"], ["plain", "default"]):
         for model in (theirs, ours):
             model.base_model.set_adapter(active)
         assert_same(results(ours, x), results(theirs, x))
@@ -473,33 +420,34 @@ def test_copies_and_pickles(llama, ids):
         assert all(type(v) is FastDoraVariant for layer in layers(other) for v in layer.lora_variant.values())
 
 
-def test_base_weight_and_bias_in_training():
-    """bias="all", and a base weight that takes part: their gradients are PEFT's (the norm stays a constant)."""
-    for kind in BASES:
-        theirs, ours = pair(one_layer(kind, bias="all"))
-        x = torch.randn(4, 63)
-        for model in (theirs, ours):
-            layers(model)[0].get_base_layer().weight.requires_grad_(True)
-        got, want = results(ours, x), results(theirs, x)
-        assert any("base_layer.weight" in name for name in want)
-        assert_same(got, want)
+def without_gradient_of(part: str):
+    return lambda model: [p.requires_grad_("lora" in n and part not in n) for n, p in model.named_parameters()]
 
 
-def test_frozen_parts_get_no_gradient():
-    theirs, ours = pair(one_layer("without bias"))
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: layers(model)[0].get_base_layer().requires_grad_(True),
+        *map(without_gradient_of, ("lora_A", "lora_B", "lora_magnitude_vector")),
+    ],
+)
+def test_what_is_trained_gets_peft_s_gradients_and_the_rest_none(kind, change):
+    """Of the base layer too: the norm stays a constant."""
+    theirs, ours = pair(one_layer(kind))
+    for model in (theirs, ours):
+        change(model)
     x = torch.randn(4, 63)
-    for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-        for model in (theirs, ours):
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("lora" in name and part not in name)
-        assert_same(results(ours, x), results(theirs, x))
+    assert_same(results(ours, x), results(theirs, x))
 
 
 # -- precision ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("case", ["autocast", "bf16 base", "all bf16", "fp16 base"])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("linear", "autocast"), ("without bias", "bf16 base"), ("conv1d", "all bf16"), ("linear", "fp16 base")],
+)
 def test_half_precision_is_as_close_to_the_truth_as_peft_s(kind, case):
     """Error against the float64 model at most that of PEFT's, plus a rounding."""
     exact = one_layer(kind)
@@ -536,23 +484,20 @@ def test_autocast_leaves_the_norms_alone(monkeypatch):
     assert torch.equal(*norms)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_start_changes_nothing(dtype):
+def test_start_changes_nothing():
     """B = 0 and m = |W0|: in bfloat16 exactly nothing, as PEFT's norm is rounded like m."""
     torch.manual_seed(0)
-    base = nn.Linear(63, 100, bias=False).to(dtype)
+    base = nn.Linear(63, 100, bias=False).bfloat16()
     config = peft.LoraConfig(r=5, target_modules=["0"], use_dora=True)
     model = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config, autocast_adapter_dtype=False)
-    x = torch.randn(8, 63).to(dtype)
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(fast_dora(model)(x), base(x), **tolerance)
+    x = torch.randn(8, 63).bfloat16()
+    assert torch.equal(fast_dora(model)(x), base(x))
 
 
 # -- company ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("reentrant", "dropout"), [(False, 0.1), (True, 0.0)])
 def test_gradient_checkpointing(llama, ids, reentrant, dropout):
     theirs, ours = pair(dora_model(llama(), "all-linear", lora_dropout=dropout).train())
     want = results(theirs, ids)
@@ -586,37 +531,28 @@ def test_a_model_may_write_over_the_output(checkpointed):
         assert_same(results(ours, x), results(theirs, x))
 
 
-def test_a_kept_base_output_is_not_written_over():
-    """A hook on the base layer may keep its output, as feature extractors do."""
-    model = one_layer("without bias")
-    seen = []
+def test_hooks_are_called_and_a_kept_base_output_is_not_written_over():
+    """A hook on the base layer may keep its output, as feature extractors do; one on a factor makes PEFT's own path."""
+    model, seen, calls = one_layer("without bias"), [], []
     layers(model)[0].get_base_layer().register_forward_hook(lambda m, args, y: seen.append((y, y.clone())))
     theirs, ours = pair(model)
     x = torch.randn(4, 63)
     assert_same(results(ours, x), results(theirs, x))
     assert all(torch.equal(kept_y, then) for kept_y, then in seen)
-
-
-def test_hooked_or_wrapped_factors_are_called_as_peft_calls_them():
-    model = fast_dora(one_layer("linear"))
-    calls = []
-    layers(model)[0].lora_B["default"].register_forward_hook(lambda *_: calls.append(1))
-    model(torch.randn(4, 63))
+    layers(ours)[0].lora_B["default"].register_forward_hook(lambda *_: calls.append(1))
+    ours(x)
     assert calls
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_inference_mode_and_no_grad(kind):
-    theirs, ours = pair(one_layer(kind).eval())
+def test_inference_mode_and_no_grad():
+    theirs, ours = pair(one_layer("linear").eval())
     x = torch.randn(4, 63)
-    want = theirs(x).detach()
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)
+        found = [ours(x)]
     with torch.inference_mode():
-        torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)
-        made_here = copy.deepcopy(ours)
-        torch.testing.assert_close(made_here(x), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours(x), want, rtol=1e-5, atol=1e-5)
+        found += [ours(x), copy.deepcopy(ours)(x)]
+    for y in (*found, ours(x)):
+        torch.testing.assert_close(y, theirs(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(peft_dora, "ENABLE_DORA_CACHING"), reason="since PEFT 0.19")
@@ -639,8 +575,7 @@ def test_dora_caching_is_peft_s_switch(monkeypatch):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize(("kind", "backend"), [("linear", "eager"), ("conv1d", "aot_eager")])
 def test_compiles_in_one_graph(kind, backend):
     """fullgraph, where PEFT's own DoRA breaks; "eager" draws the same dropout, "aot_eager" traces the backward too."""
     model = fast_dora(one_layer(kind, lora_dropout=0.2)).train(backend == "eager")
@@ -680,16 +615,13 @@ class Mixed(nn.Module):
         return self.l(self.c(self.e(ids).transpose(1, 2)).transpose(1, 2))
 
 
-def test_other_layers_stay_with_peft_and_are_counted():
-    model = dora_model(Mixed(), ["e", "c", "l"])
-    ids = torch.arange(10).view(2, 5)
+def test_what_is_not_a_plain_linear_layer_stays_with_peft_and_is_counted():
+    model, ids = dora_model(Mixed(), ["e", "c", "l"]), torch.arange(10).view(2, 5)
     want = results(copy.deepcopy(model), ids)
     with pytest.warns(UserWarning, match="left 2 of 3 DoRA layers to PEFT's own code: 1 x Conv1d, 1 x Embedding"):
         fast_dora(model)
     assert_same(results(model, ids), want)
 
-
-def test_weights_that_are_not_plain_are_left():
     class Quantized(nn.Linear):
         pass
 

@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from adapter_building import layers
 from torch import nn
 
 import duallora
@@ -47,7 +48,6 @@ def two_adapters(model):
 CASES = {
     "PeftModel": lambda llama: peft.get_peft_model(llama(), config()),
     "injected": lambda llama: injected(llama()),
-    "bfloat16": lambda llama: peft.get_peft_model(llama(torch.bfloat16), config()),
     "DoRA": lambda llama: peft.get_peft_model(llama(), config(use_dora=True)),
     "residual start": lambda llama: peft.get_peft_model(llama(), config(warmup="residual", init_weights=True)),
     "two adapters": lambda llama: two_adapters(llama(torch.bfloat16)),
@@ -72,10 +72,6 @@ def merged(model):
     for layer in layers(model):
         layer.merge()
     return merge_plain(model)
-
-
-def layers(model) -> list[DualLoraLayer]:
-    return [module for module in model.modules() if isinstance(module, DualLoraLayer)]
 
 
 def state(model) -> dict[str, torch.Tensor]:

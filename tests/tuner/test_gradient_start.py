@@ -118,7 +118,11 @@ def test_the_same_seed_gives_the_same_start_and_the_loss_is_ones_own(llama, ids)
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"direction": "fixed"}, "no C and D"), ({"warmup": "residual"}, "rebuilds dW\\(0\\) from a seed")],
+    [
+        ({"direction": "fixed"}, "no C and D"),
+        ({"warmup": "residual"}, r"rebuilds dW\(0\) from a seed"),
+        ({"init": "lora", "magnitude": "identity", "warmup": "none"}, "init='lora' is a start of its own"),
+    ],
 )
 def test_what_cannot_be_started_is_refused(llama, ids, options, message):
     with pytest.raises(ConfigError, match=message):

@@ -5,28 +5,22 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from adapter_building import adapted, train
+from adapter_building import adapted, layers, train
 from torch import nn
 
-from duallora import DualLoraConfig, DualLoraLinear, init_from_gradient
+from duallora import DualLoraConfig, DualLoraLinear
 from duallora.errors import ConfigError
-from duallora.tuner import DualLoraLayer
 
 START = {"init": "lora", "magnitude": "identity", "warmup": "none"}
 
 
-def ours(model: nn.Module) -> list[DualLoraLayer]:
-    return [m for m in model.modules() if isinstance(m, DualLoraLayer)]
-
-
 def signs_up(model: nn.Module) -> float:
     """The share of entries with D C > 0."""
-    found = [(x.duallora_D["default"] @ x.duallora_C["default"] > 0).flatten() for x in ours(model)]
+    found = [(x.duallora_D["default"] @ x.duallora_C["default"] > 0).flatten() for x in layers(model)]
     return float(torch.cat(found).float().mean())
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("architecture", "optimizer"), [("llama", torch.optim.AdamW), ("gpt2", torch.optim.SGD)])
 def test_trained_beside_lora_it_is_lora_until_a_sign_turns(request, ids, architecture, optimizer):
     """Linear and Conv1D, r1 != r2, whose scales are alpha / r1 and alpha / sqrt(r1 r2); 6 steps, all weights and logits."""
     build, targets = request.getfixturevalue(architecture), ["c_attn", "c_proj", "q_proj", "v_proj", "down_proj"]
@@ -35,8 +29,8 @@ def test_trained_beside_lora_it_is_lora_until_a_sign_turns(request, ids, archite
         build(), DualLoraConfig(r1=4, r2=9, alpha=15, target_modules=targets, direction_init_std=3.0, **START)
     )
     theirs = [m for m in lora.modules() if hasattr(m, "lora_A")]
-    assert len(theirs) == len(ours(dual)) > 2
-    for x, y in zip(ours(dual), theirs, strict=True):
+    assert len(theirs) == len(layers(dual)) > 2
+    for x, y in zip(layers(dual), theirs, strict=True):
         x.duallora_A["default"].data.copy_(y.lora_A["default"].weight)
         assert not x.duallora_B["default"].any()
     assert torch.equal(dual(ids).logits, build()(ids).logits)
@@ -49,22 +43,22 @@ def test_trained_beside_lora_it_is_lora_until_a_sign_turns(request, ids, archite
         torch.testing.assert_close(dual(ids).logits, lora(ids).logits, rtol=0, atol=1e-6)
     assert signs_up(dual) == 1
     assert not torch.allclose(lora(ids).logits, build()(ids).logits, atol=1e-3)
-    for x, y in zip(ours(dual), theirs, strict=True):
+    for x, y in zip(layers(dual), theirs, strict=True):
         torch.testing.assert_close(x.duallora_A["default"], y.lora_A["default"].weight, rtol=0, atol=1e-6)
         torch.testing.assert_close(x.duallora_B["default"], y.lora_B["default"].weight, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("r2", [1, 2, 8])
+@pytest.mark.parametrize("r2", [1, 8])
 def test_no_sign_turns_in_half_the_steps_that_the_margin_is_wide_and_some_do_later(llama, ids, r2):
     """Steps of 1e-2 from a width of 0.1, at any rank; the columns of D that began at 0 have moved, too."""
     model = adapted(llama(), r1=4, r2=r2, direction_init_std=0.1, **START)
     assert signs_up(model) == 1
     train(model, ids, steps=5)
     assert signs_up(model) == 1
-    assert all(x.duallora_D["default"].all() for x in ours(model))
+    assert all(x.duallora_D["default"].all() for x in layers(model))
     train(model, ids, steps=15)
     assert 0.5 < signs_up(model) < 1
-    x = ours(model)[0]
+    x = layers(model)[0]
     A, B, C, D = (getattr(x, f"duallora_{name}")["default"].detach().double() for name in "ABCD")
     want = 10 / (4 * r2) ** 0.5 * (B @ A) * torch.where(D @ C > 0, 1.0, -1.0)
     torch.testing.assert_close(x.get_delta_weight("default").double(), want, rtol=1e-4, atol=1e-7)
@@ -83,13 +77,9 @@ def test_a_plain_layer_and_layers_of_other_kinds_start_so_too():
     kinds = nn.Sequential(nn.Embedding(9, 6), nn.Conv1d(4, 6, 3))
     model = peft.get_peft_model(kinds, DualLoraConfig(r1=2, r2=3, target_modules=["0", "1"], **START))
     assert signs_up(model) == 1
-    assert all(not layer.get_delta_weight("default").any() for layer in ours(model))
+    assert all(not layer.get_delta_weight("default").any() for layer in layers(model))
 
 
-def test_with_dora_it_starts_as_dora_and_a_start_from_the_gradient_is_refused(llama, ids):
-    base = llama()
-    want = base(ids).logits
-    model = adapted(base, use_dora=True, **START)
-    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
-    with pytest.raises(ConfigError, match="init='lora' is a start of its own"):
-        init_from_gradient(model, [{"input_ids": ids, "labels": ids}])
+def test_with_dora_it_starts_as_dora(llama, ids):
+    model = adapted(llama(), use_dora=True, **START)
+    torch.testing.assert_close(model(ids).logits, llama()(ids).logits, rtol=0, atol=1e-5)

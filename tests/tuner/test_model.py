@@ -10,7 +10,7 @@ import torch
 from adapter_building import AWKWARD, adapted, train
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import AutoModelForCausalLM
 
 import duallora
 from duallora import DualLoraConfig
@@ -35,9 +35,8 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options, low_cpu_mem_usage):
+def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options):
     """The gate travels with the weights; what is rebuilt from a seed comes back, whatever the generator's state."""
     if options.get("bias") and PEFT < (0, 21):
         pytest.skip("PEFT before 0.21 saves '..._only' biases of its own methods alone")
@@ -50,9 +49,11 @@ def test_save_in_mid_ramp_and_reload(llama, ids, tmp_path, options, low_cpu_mem_
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert not any("initial" in name for name in tensors)
     torch.manual_seed(999)
-    again = peft.PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     # tanh's row lengths come from torch's small products, which round by where in memory a factor lies.
-    torch.testing.assert_close(again(ids).logits, want, rtol=0, atol=1e-6 if options.get("direction") == "tanh" else 0)
+    tolerance = 1e-6 if options.get("direction") == "tanh" else 0
+    for low_cpu_mem_usage in (False, True):
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        torch.testing.assert_close(again(ids).logits, want, rtol=0, atol=tolerance)
     if options == {}:
         assert duallora.gate(again) == 0.75
         trainable = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
@@ -106,38 +107,6 @@ def test_targeting(llama):
         adapted(llama(), target_modules=["query"])
     with pytest.raises(ValueError, match=r"'model\.norm' is a LlamaRMSNorm; Dual LoRA adapts torch\.nn\.Linear"):
         adapted(llama(), target_modules=["model.norm"])
-
-
-def test_a_model_without_word_embeddings_is_saved(tmp_path):
-    """transformers 5 raises where PEFT asks such a model for them, after the training."""
-    config = Wav2Vec2Config(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[16],
-        conv_stride=[5], conv_kernel=[10], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
-    model = adapted(Wav2Vec2ForCTC(config), target_modules=["q_proj"], task_type=None)
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(saved) == 5  # A, B, C, D and the counter
-    assert peft.PeftModel.from_pretrained(Wav2Vec2ForCTC(config), tmp_path)
-
-
-def test_the_saved_counter_decides_the_gate(llama, ids, tmp_path):
-    """An adapter made with its gate open acts in full when loaded into one made with its gate shut."""
-    model = adapted(llama(), init_weights=False)
-    state = peft.get_peft_model_state_dict(model)
-    other = adapted(llama())
-    peft.set_peft_model_state_dict(other, state)
-    assert duallora.gate(other) == 1.0
-    assert torch.equal(other(ids).logits, model(ids).logits)
-
-
-def test_modules_to_save(llama, ids, tmp_path):
-    model = adapted(llama(), modules_to_save=["lm_head"], warmup_steps=2)
-    train(model, ids)
-    want = model(ids).logits
-    model.save_pretrained(tmp_path)
-    assert any("lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-    assert torch.equal(peft.PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, want)
 
 
 @pytest.mark.parametrize(
@@ -212,15 +181,6 @@ def test_an_average_of_unequal_seeds_is_refused(llama):
         model.load_state_dict(saved | {name: saved[name].float() * 0.9 for name in seeds})
 
 
-def test_init_seed_reproduces_the_adapter(llama):
-    def values() -> torch.Tensor:
-        return torch.cat([p.flatten() for n, p in adapted(llama(), init_seed=3).named_parameters() if "duallora_" in n])
-
-    first = values()
-    torch.rand(5)
-    assert torch.equal(values(), first)
-
-
 def test_fan_in_fan_out_is_corrected_with_a_word(llama, gpt2, ids):
     with pytest.warns(UserWarning, match="fan_in_fan_out=True has no effect"):
         adapted(llama(), target_modules=["q_proj"], fan_in_fan_out=True)
@@ -274,19 +234,3 @@ def test_weights_without_their_counter_say_so(llama, ids):
     state = {k: v for k, v in peft.get_peft_model_state_dict(model).items() if "duallora_step" not in k}
     with pytest.warns(UserWarning, match=r"hold no step counter.*stays at step 0 of 4.*advance_gate"):
         peft.set_peft_model_state_dict(adapted(llama()), state)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(llama, ids):
-    def gradients(**kwargs) -> list[torch.Tensor]:
-        model = adapted(llama(), warmup_steps=0).train()
-        if kwargs:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        model(input_ids=ids, labels=ids).loss.backward()
-        return [p.grad for n, p in model.named_parameters() if "duallora_" in n]
-
-    plain = gradients()
-    assert all(g is not None and g.any() for g in plain)
-    for use_reentrant in (True, False):
-        for g, w in zip(gradients(use_reentrant=use_reentrant), plain, strict=True):
-            torch.testing.assert_close(g, w)

@@ -50,12 +50,9 @@ def tied_in(model) -> bool:
     ("options", "tied"),
     [
         ({"trainable_token_indices": [NEW]}, True),
-        ({"trainable_token_indices": [NEW]}, False),
-        ({"trainable_token_indices": {"embed_tokens": [NEW], "lm_head": [NEW]}}, True),
         ({"trainable_token_indices": {"embed_tokens": [NEW], "lm_head": [NEW]}}, False),
-        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),  # tied: test_tied.py
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),  # tied: test_ties.py
         ({}, True),
-        ({}, False),
     ],
     ids=lambda value: next(iter(value), "resized") if isinstance(value, dict) else "tied" if value else "apart",
 )

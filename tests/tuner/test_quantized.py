@@ -13,6 +13,7 @@ import oracle
 import peft
 import pytest
 import torch
+from adapter_building import layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -127,10 +128,6 @@ def adapted(model, **options):
     return model
 
 
-def layers(model) -> list[Linear]:
-    return [module for module in model.modules() if isinstance(module, Linear)]
-
-
 def logits(model, ids, **options):
     with torch.no_grad():
         return model(ids, **options).logits
@@ -156,8 +153,7 @@ def assert_same_bits(model, before) -> None:
 # -- one layer ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "use_dora"), [("nf4", False), *((kind, True) for kind in KINDS)])
 def test_a_layer_is_what_the_oracle_says_of_its_dequantized_weight(base, kind, use_dora):
     """In mid-ramp, r1 != r2, with a bias: y and the gradients of x, of the factors and of m."""
     model = adapted(base(kind), use_dora=use_dora).train()
@@ -175,8 +171,7 @@ def test_a_layer_is_what_the_oracle_says_of_its_dequantized_weight(base, kind, u
         torch.testing.assert_close(got.double(), g, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize(("kind", "use_dora"), [("nf4", False), ("torchao-int8", True), ("hqq", True)])
 def test_in_bfloat16_the_update_is_rounded_once(base, kind, use_dora):
     """The factors stay in float32; the layer's output is that of the base layer plus dW's, to bfloat16's 2^-8."""
     model = adapted(base(kind, torch.bfloat16), use_dora=use_dora)
@@ -192,7 +187,7 @@ def test_in_bfloat16_the_update_is_rounded_once(base, kind, use_dora):
     assert (y.double() - want).norm() < 2**-7 * want.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT)
 def test_training_keeps_no_dequantized_weight_for_the_backward(base, kind):
     """Beyond what the base layer itself keeps, no tensor of W0's size is saved, with DoRA neither."""
     model = adapted(base(kind), use_dora=True, duallora_dropout=0.1).train()
@@ -212,19 +207,18 @@ def test_training_keeps_no_dequantized_weight_for_the_backward(base, kind):
     assert saved(layer) <= forwards * saved(layer.base_layer)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_start_is_the_quantized_model_to_the_bit(base, ids, kind, use_dora):
+def test_the_start_is_the_quantized_model_to_the_bit(base, ids, kind):
     model = base(kind)
     want = logits(model, ids)
-    model = peft.get_peft_model(model, duallora.DualLoraConfig(**OPTIONS, use_dora=use_dora))
+    model = peft.get_peft_model(model, duallora.DualLoraConfig(**OPTIONS, use_dora=kind in EXACT))
     assert torch.equal(logits(model, ids), want)
 
 
 # -- the model ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "hqq"])  # a class of torch's, and one that is not
 def test_all_linear_means_every_quantized_layer_and_not_the_head(base, kind):
     model = adapted(base(kind))
     assert len(layers(model)) == 14
@@ -232,7 +226,7 @@ def test_all_linear_means_every_quantized_layer_and_not_the_head(base, kind):
     assert all(parameter.requires_grad == ("duallora_" in name) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*EXACT, "int8"])
 def test_trained_saved_and_reloaded_it_gives_the_same_bits(base, ids, tmp_path, kind):
     """Prepared as PEFT prescribes, with gradient checkpointing."""
     model = peft.prepare_model_for_kbit_training(base(kind))
@@ -256,7 +250,7 @@ def test_trained_saved_and_reloaded_it_gives_the_same_bits(base, ids, tmp_path, 
         assert torch.equal(logits(loaded, ids), want)
 
 
-@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("kind", ["nf4", "hqq"])
 def test_checkpointing_changes_no_gradient_and_autocast_little(base, ids, kind):
     """HQQ's own backward takes no mixed types, with or without adapters."""
     found = {}
@@ -273,10 +267,9 @@ def test_checkpointing_changes_no_gradient_and_autocast_little(base, ids, kind):
         assert (found["autocast"] - found["plain"]).norm() < 0.1 * found["plain"].norm()
 
 
-@pytest.mark.parametrize("kind", EXACT)
-def test_two_adapters_add_up_and_rows_choose_theirs(base, ids, kind):
+def test_two_adapters_add_up_and_rows_choose_theirs(base, ids):
     """One of them with DoRA, whose change of W0 must not count the other's."""
-    model = adapted(base(kind))
+    model = adapted(base("nf4"))
     model.add_adapter("other", duallora.DualLoraConfig(**{**OPTIONS, "r1": 2, "r2": 4, "init_seed": 2}, use_dora=True))
     for layer in layers(model):
         layer.duallora_B["other"].data.normal_(std=0.1)
@@ -301,11 +294,10 @@ def test_two_adapters_add_up_and_rows_choose_theirs(base, ids, kind):
         torch.testing.assert_close(layer(x).double(), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_training_goes_on_after_an_evaluation(base, ids, kind):
+def test_training_goes_on_after_an_evaluation(base, ids):
     """On CPUs with AVX512-BF16 bitsandbytes repacks the weights of an evaluated model: dequantized they would be noise,
     widths that are no multiples of 32 fail, and the next training step has no gradient for x."""
-    model = base(kind, as_loaded=True)
+    model = base("nf4", as_loaded=True)
     want = [library_weight(module) for module in model.modules() if quantized.storage(module)]
     model = adapted(model, target_modules=["q_proj"])
     logits(model.eval(), ids)
@@ -319,8 +311,7 @@ def test_training_goes_on_after_an_evaluation(base, ids, kind):
 
 
 @pytest.mark.filterwarnings("ignore:.*shared one weight", "ignore:Merg(ed|ing)")
-@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"]], ids=str)
-def test_a_tied_head_merged_on_4_bit_layers_reloads_as_in_memory(tmp_path, ids, targets):
+def test_a_tied_head_merged_on_4_bit_layers_reloads_as_in_memory(tmp_path, ids):
     """Loaded, bitsandbytes would round the scales of its layers for an evaluation on some CPUs: of any model, not ours."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
@@ -328,7 +319,7 @@ def test_a_tied_head_merged_on_4_bit_layers_reloads_as_in_memory(tmp_path, ids, 
     config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization("nf4"))
-    model = adapted(base, target_modules=targets)
+    model = adapted(base, target_modules=["lm_head", "q_proj"])
     merged = model.merge_and_unload().eval()
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -356,8 +347,7 @@ def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, ids, k
         lost[name] = float((W - W0[name] - dW[name]).norm() / dW[name].norm())
     worst = max(lost, key=lost.__getitem__)
     assert 0 < lost[worst] < 0.5
-    middle = sorted(lost.values())[len(lost) // 2]
-    assert f"{middle:.0%} of dW at the median of 14 layers, {lost[worst]:.0%} in {worst}" in str(caught[0].message)
+    assert f"at the median of 14 layers, {lost[worst]:.0%} in {worst}" in str(caught[0].message)
     merged = logits(model, ids)
     assert not torch.equal(merged, unmerged)
     layer = layers(model)[0]
@@ -398,7 +388,7 @@ def requantized(kind, W) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:Merged into quantized weights")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT)
 def test_merging_in_two_calls_is_merging_in_one(base, ids, kind):
     """The second merge starts from W0 and not from the rounded sum; deleting one leaves the other merged."""
     model = adapted(base(kind), target_modules=["q_proj", "down_proj"])
@@ -423,7 +413,7 @@ def test_merging_in_two_calls_is_merging_in_one(base, ids, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Merged into quantized weights")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*EXACT, "int8"])
 def test_unloading_leaves_the_librarys_own_layers_with_their_bias(base, ids, kind):
     model = adapted(base(kind), use_dora=kind in EXACT).eval()
     classes = [type(layer.base_layer) for layer in layers(model)]
@@ -440,10 +430,9 @@ def test_unloading_leaves_the_librarys_own_layers_with_their_bias(base, ids, kin
     assert torch.equal(logits(taken_off, ids), logits(base(kind), ids))
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dequantized_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tmp_path, kind, use_dora):
-    model = adapted(base(kind), use_dora=use_dora).eval()
+def test_dequantized_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tmp_path, kind):
+    model = adapted(base(kind), use_dora=kind in EXACT).eval()
     want = [layer.get_delta_weight("default") for layer in layers(model)]
     W0 = [library_weight(layer.base_layer) for layer in layers(model)]
     quantized = logits(model, ids)
@@ -463,28 +452,7 @@ def test_dequantized_the_adapter_is_the_same_and_merges_to_the_bit(base, ids, tm
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), plain)
 
 
-@pytest.mark.filterwarnings("ignore:Merged into quantized weights")
-def test_dequantizing_while_merged_is_refused(base):
-    model = adapted(base("nf4"))
-    model.merge_adapter()
-    with pytest.raises(ConfigError, match="unmerge_adapter"):
-        duallora.dequantize(model)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_broken_adapter_leaves_the_quantized_weights_alone(base, kind):
-    model = adapted(base(kind))
-    before = stored(model)
-    layers(model)[-1].duallora_B["default"].data[0, 0] = torch.nan
-    last = layers(model)[-1]
-    with pytest.raises(ValueError, match="NaNs detected"):
-        last.merge(safe_merge=True)
-    assert not last.merged
-    assert_same_bits(model, before)
-
-
-@pytest.mark.parametrize("when", ["within", "after"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "when"), [("nf4", "after"), *((kind, "within") for kind in KINDS)])
 def test_a_merge_that_fails_leaves_the_layer_with_the_weight_it_had(base, kind, when, monkeypatch):
     """The library runs out of memory within its quantization, or as what it made is read."""
     model = adapted(base(kind), target_modules=["k_proj"])
@@ -513,17 +481,6 @@ def test_a_merge_that_fails_leaves_the_layer_with_the_weight_it_had(base, kind, 
     assert torch.equal(layer(x), want)
 
 
-@pytest.mark.filterwarnings("error:Merged into quantized weights")
-def test_a_merge_whose_warning_is_an_error_is_known_to_be_merged(base):
-    model = adapted(base("nf4"), target_modules=["k_proj"])
-    before = stored(model)
-    with pytest.raises(UserWarning, match="Merged into"):
-        layers(model)[0].merge()
-    assert layers(model)[0].merged
-    model.unmerge_adapter()
-    assert_same_bits(model, before)
-
-
 def test_dequantizing_replaces_all_layers_or_none(base, monkeypatch):
     """Some torchao tensors turn out unreadable only when they are read."""
     model, read = base("torchao-int8"), quantized.read
@@ -540,15 +497,29 @@ def test_dequantizing_replaces_all_layers_or_none(base, monkeypatch):
     assert_same_bits(model, before)
 
 
-def test_a_copy_made_while_merged_unmerges_too(base, ids):
-    model = adapted(base("nf4")).eval()
-    want = logits(model, ids)
-    with pytest.warns(UserWarning, match="Merged into"):
-        model.merge_adapter()
-    twin = copy.deepcopy(model)
-    twin.unmerge_adapter()
-    assert torch.equal(logits(twin, ids), want)
-    assert layers(model)[0].merged
+@pytest.mark.filterwarnings("error:Merged into quantized weights")
+def test_a_merge_whose_warning_is_an_error_is_known_to_be_merged(base):
+    """So is a copy of it, and dequantizing it is refused."""
+    model = adapted(base("nf4"), target_modules=["k_proj"])
+    before = stored(model)
+    with pytest.raises(UserWarning, match="Merged into"):
+        layers(model)[0].merge()
+    for twin in (copy.deepcopy(model), model):
+        assert layers(twin)[0].merged
+        with pytest.raises(ConfigError, match="unmerge_adapter"):
+            duallora.dequantize(twin)
+        twin.unmerge_adapter()
+        assert_same_bits(twin, before)
+
+
+def test_a_broken_adapter_leaves_the_quantized_weights_alone(base):
+    model = adapted(base("nf4"))
+    before, last = stored(model), layers(model)[-1]
+    last.duallora_B["default"].data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        last.merge(safe_merge=True)
+    assert not last.merged
+    assert_same_bits(model, before)
 
 
 # -- what cannot be read or written ------------------------------------------------------------------------------------
@@ -580,9 +551,6 @@ def test_a_layer_only_its_library_can_read_is_adapted_and_not_merged():
     )
     torch.autograd.grad(y.sum(), [x, *layer._factors("default")])
     torch.testing.assert_close(layer.get_delta_weight("default").double(), delta(layer), rtol=1e-5, atol=1e-6)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ConfigError, match=r"GPTQModel weight cannot be dequantized.*duallora merge"):
-            merge()
     with pytest.raises(ConfigError, match="GPTQModel layer, which cannot be dequantized"):
         duallora.dequantize(model)
     with pytest.raises(ConfigError, match="use_dora=False"):
@@ -595,7 +563,7 @@ def test_what_cannot_be_merged_is_refused_before_the_first_layer_loses_its_adapt
     x, names = torch.randn(3, 12), [name for name, _ in model.named_modules()]
     want = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ConfigError, match="GPTQModel weight cannot be dequantized"):
+        with pytest.raises(ConfigError, match=r"GPTQModel weight cannot be dequantized.*duallora merge"):
             merge()
         assert [name for name, _ in model.named_modules()] == names
         assert not any(layer.merged for layer in layers(model))

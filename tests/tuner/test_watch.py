@@ -140,8 +140,9 @@ def test_what_a_form_does_not_have_is_not_logged(options):
     assert json.dumps(found)
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-@pytest.mark.parametrize(("clip", "scale"), [("chain", 300.0), ("update", 30.0)])
+@pytest.mark.parametrize(
+    ("clip", "scale", "reentrant"), [("chain", 300.0, None), ("chain", 300.0, False), ("update", 30.0, True)]
+)
 def test_the_share_that_is_clipped_is_that_of_the_gradient_of_every_entry(
     clip, scale, reentrant, tmp_path, monkeypatch
 ):

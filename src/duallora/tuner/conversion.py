@@ -190,9 +190,9 @@ def convert_layer(
     _refuse_odd_convolution(name, base)
     M = delta_matrix(name, layer, adapter)
     S = root(moments)
-    A, B, e = low_rank(M, rank, S)
+    *factors, e = low_rank(M, rank, S)
     stored = dtype or M.dtype
-    A, B = A.to(stored), B.to(stored)
+    A, B = (factor.to(stored) for factor in factors)
     if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise NonFiniteError(f"{name}: its factors overflow in {stored}; use --dtype bfloat16 or float32")
     square = lost = 0.0
@@ -316,10 +316,7 @@ def _divided(X: Tensor, S: Tensor | None) -> Tensor:
 def _gram(M: Tensor, S: Tensor | None = None) -> Tensor:
     """(M S)^T M S, or M S (M S)^T where that is smaller, in float64."""
     if M.shape[0] >= M.shape[1]:
-        G = _gram_of_columns(M)
-        if S is None:
-            return G
-        return S[:, None] * G * S if S.ndim == 1 else S.T @ G @ S
+        return _times(_times(_gram_of_columns(M), S).T, S)
     if S is None or S.ndim == 1:
         return _gram_of_columns(M.T, S)
     wide = M.to(S.device).double() @ S
@@ -354,16 +351,13 @@ def most_useful_rank(layers: Layers) -> int:
 def _refuse_odd_convolution(name: str, base: nn.Module) -> None:
     if not isinstance(base, CONVOLUTIONS):
         return
-    odd = {
-        "groups": base.groups != 1,
-        "dilation": set(base.dilation) != {1},
-        "padding_mode": base.padding_mode != "zeros",
-    }
-    for what in (key for key, is_odd in odd.items() if is_odd):
-        raise ConfigError(
-            f"{name} is a {type(base).__name__} with {what}={getattr(base, what)}, which PEFT's LoRA does not follow: no "
-            "plain LoRA equals this adapter. Use duallora merge instead"
-        )
+    followed = {"groups": 1, "dilation": (1,) * len(base.dilation), "padding_mode": "zeros"}
+    for what, value in followed.items():
+        if getattr(base, what) != value:
+            raise ConfigError(
+                f"{name} is a {type(base).__name__} with {what}={getattr(base, what)}, which PEFT's LoRA does not follow: "
+                "no plain LoRA equals this adapter. Use duallora merge instead"
+            )
 
 
 def lora_config(

@@ -29,6 +29,8 @@ from duallora.tuner.layer import is_ordinary, is_untouched
 class _Fast:
     """A layer of PEFT with another forward where one adapter acts on a plain weight; else PEFT's own."""
 
+    factors: str  # the attribute that holds one of each adapter
+
     def _update_of(self, adapter: str, W: Tensor) -> Update | None:
         """dW of the adapter on W [out, in]; None where the method does more than that, dropout say."""
         raise NotImplementedError
@@ -49,8 +51,7 @@ class _Fast:
 def _plain(layer: Any, x: Tensor) -> tuple[str, Any] | None:
     """(adapter, base layer) where one adapter acts on a resident weight, frozen, of the dtype of x, that nobody hooked."""
     base: Any = layer.base_layer
-    held = layer.adapters_held
-    acting = [adapter for adapter in layer.active_adapters if adapter in held]
+    acting = [adapter for adapter in layer.active_adapters if adapter in getattr(layer, layer.factors)]
     fits = (
         len(acting) == 1
         and type(base) in (nn.Linear, Conv1D)
@@ -64,9 +65,7 @@ def _plain(layer: Any, x: Tensor) -> tuple[str, Any] | None:
 
 
 class FastLoha(_Fast, loha.layer.Linear):
-    @property
-    def adapters_held(self) -> Any:
-        return self.hada_w1_a
+    factors = "hada_w1_a"
 
     def _update_of(self, adapter: str, W: Tensor) -> Update | None:
         if self.training and (self.rank_dropout[adapter] or self.module_dropout[adapter]):
@@ -82,9 +81,7 @@ if hasattr(peft, "HiraConfig"):  # PEFT 0.20 and later
     from peft.tuners import hira
 
     class FastHira(_Fast, hira.layer.Linear):
-        @property
-        def adapters_held(self) -> Any:
-            return self.hira_A
+        factors = "hira_A"
 
         def _update_of(self, adapter: str, W: Tensor) -> Update | None:
             if self.training and not isinstance(self.hira_dropout[adapter], nn.Identity):

@@ -83,11 +83,10 @@ def init_from_gradient(
         NonFiniteError: a gradient is NaN or infinite.
     """
     chosen = {
-        name: (layer, [a for a in layer.active_adapters if a in layer.duallora_A])
+        name: (layer, adapters)
         for name, layer in model.named_modules()
-        if isinstance(layer, Linear)
+        if isinstance(layer, Linear) and (adapters := [a for a in layer.active_adapters if a in layer.duallora_A])
     }
-    chosen = {name: pair for name, pair in chosen.items() if pair[1]}
     if not chosen:
         raise ConfigError("the model has no Dual LoRA layer with an active adapter: call get_peft_model first.")
     for name, (layer, adapters) in chosen.items():
@@ -99,7 +98,7 @@ def init_from_gradient(
         seed = layer_seed(layer.duallora_config[adapters[0]].init_seed, name)
         sketches[name] = _Sketch(layer, rank, seed, layer.duallora_A[adapters[0]].device)
     count = 0
-    with _calibrating(model, {name: (layer, sketches[name]) for name, (layer, _) in chosen.items()}):
+    with _calibrating(model, [(layer, sketches[name]) for name, (layer, _) in chosen.items()]):
         for count, batch in enumerate(batches, 1):
             loss = loss_fn(model, batch) if loss_fn else model(**batch).loss
             if not torch.isfinite(loss):
@@ -150,7 +149,7 @@ def _check(name: str, layer: Linear, adapter: str) -> None:
 
 
 @contextmanager
-def _calibrating(model: nn.Module, layers: dict[str, tuple[Linear, _Sketch]]) -> Iterator[None]:
+def _calibrating(model: nn.Module, layers: list[tuple[Linear, _Sketch]]) -> Iterator[None]:
     """Base model alone, no parameter trained, each layer's x and dY into its sketch."""
 
     def watch(module: nn.Module, args: Any, output: Tensor, sketch: _Sketch) -> Tensor:
@@ -164,7 +163,7 @@ def _calibrating(model: nn.Module, layers: dict[str, tuple[Linear, _Sketch]]) ->
     disabled = [layer._disable_adapters for layer in adapted]
     modes = [(m, m.training) for m in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
-    handles = [layer.register_forward_hook(partial(watch, sketch=sketch)) for layer, sketch in layers.values()]
+    handles = [layer.register_forward_hook(partial(watch, sketch=sketch)) for layer, sketch in layers]
     try:
         model.eval()
         for layer in adapted:
@@ -190,13 +189,9 @@ def _start(layer: Linear, adapter: str, sketch: _Sketch, signs: bool, magnitudes
     if signs:
         rank, std = layer.r2[adapter], layer.duallora_config[adapter].direction_init_std
         found_D, found_C = sketch.descent(rank)
-        for factor, found in ((D, found_D), (C, found_C)):
+        for factor, found in ((D.T, found_D.T), (C, found_C)):
             # Fewer pairs than r2 (a layer narrower than its rank): the others keep their Gaussian values.
-            scaled = found * (std / found.std().clamp_min(1e-30))
-            if factor is D:
-                factor[:, : scaled.shape[1]] = scaled.to(factor.dtype)
-            else:
-                factor[: scaled.shape[0]] = scaled.to(factor.dtype)
+            factor[: len(found)] = (found * (std / found.std().clamp_min(1e-30))).to(factor.dtype)
     if magnitudes:
         for factor in (A, B):
             factor.abs_()

@@ -169,7 +169,7 @@ def _fit(
 ) -> float:
     """Bring the layer's tensors in ``state`` to the ranks, counter and dtype that it has here; its scaling."""
     _check_layer(layer, adapter)
-    prefix, steps = f"base_model.model.{name}.duallora_", layer._ramp_steps(adapter)
+    prefix, steps = f"base_model.model.{name}.duallora_", layer.duallora_config[adapter].ramp_steps
     A, C = state[f"{prefix}A"], state[f"{prefix}C"]
     key = get_pattern_key(list(new.alpha_pattern), layer.module_name)
     scaling = dual_scaling(new.alpha_pattern.get(key, new.alpha or 2 * new.r), A.shape[-2], C.shape[-2])

@@ -132,9 +132,9 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for adapter in self.duallora_A:
-            has = {name: f"{prefix}{name}.{adapter}" in state_dict for name in ("duallora_A", "duallora_step")}
-            steps = self._ramp_steps(adapter)
-            if steps and has["duallora_A"] and not has["duallora_step"]:
+            factors, counter = (f"{prefix}{name}.{adapter}" for name in ("duallora_A", "duallora_step"))
+            steps = self.duallora_config[adapter].ramp_steps
+            if steps and factors in state_dict and counter not in state_dict:
                 warnings.warn(
                     f"The weights loaded for adapter {adapter!r} hold no step counter (duallora_step; it is a buffer, not "
                     f"a parameter), so its gate stays at step {int(self.duallora_step[adapter])} of {steps}. Save with "
@@ -155,13 +155,8 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         """Add (or replace) one adapter; ``module_name`` picks the layer's own stream of ``config.init_seed``."""
         check_backend(config.backend)
         self.module_name = module_name
-        warn_of_rank(
-            max(r1, r2),
-            self.out_features,
-            self.in_features,
-            f"{module_name}: ",
-            " Lower r, or set rank_pattern for this layer.",
-        )
+        remedy = " Lower r, or set rank_pattern for this layer."
+        warn_of_rank(max(r1, r2), self.out_features, self.in_features, f"{module_name}: ", remedy)
         fixed = config.direction == "fixed"
         self.duallora_config[adapter_name] = config
         self.r1[adapter_name], self.r2[adapter_name] = r1, (r1 if fixed else r2)
@@ -308,9 +303,6 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
             found.append(getattr(held, adapter, None) if factor is None else factor)
         return found
 
-    def _ramp_steps(self, adapter: str) -> int:
-        return self.duallora_config[adapter].ramp_steps
-
     def _update(self, adapter: str) -> Update:
         """dW of ``adapter`` at its present gate."""
         config = self.duallora_config[adapter]
@@ -455,7 +447,7 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         if not names:
             return
         for adapter in names:
-            message = closed_gate_message(int(self.duallora_step[adapter]), self._ramp_steps(adapter))
+            message = closed_gate_message(int(self.duallora_step[adapter]), self.duallora_config[adapter].ramp_steps)
             if message:
                 warnings.warn(f"Merging a Dual LoRA adapter whose gate is not open: {message}", stacklevel=2)
         self._merge(names, safe_merge)
@@ -608,14 +600,11 @@ class DualLoraLayer(Gated, Foldable, BaseTunerLayer, nn.Module):
         y = y.clone()
         for adapter in set(adapter_names).intersection(self.duallora_A):
             rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            y[rows] = self._with_update(x[rows], y[rows], adapter)
+            if self._runs_base() and self._all_in_weight([adapter]):
+                y[rows] = self._run_base([adapter], x[rows])
+            else:
+                y[rows] += self._added(x[rows], adapter).to(y.dtype)
         return y
-
-    def _with_update(self, x: Tensor, y: Tensor, adapter: str) -> Tensor:
-        """The output of these rows with ``adapter``, from that without."""
-        if self._runs_base() and self._all_in_weight([adapter]):
-            return self._run_base([adapter], x)
-        return y + self._added(x, adapter).to(y.dtype)
 
     def _added(self, x: Tensor, adapter: str, y0: Tensor | None = None) -> Tensor:
         """What ``adapter`` adds to the output; y0 = base_layer(x) where it is known."""
