@@ -535,24 +535,6 @@ def sharpness_aware_in_one_call(task: Task) -> Judgements:
     return [task.judge(STEPS)]
 
 
-@loop("optimizers")
-def masters_unseen_by_torch_and_a_call(task: Task) -> Judgements:
-    """Steps on float32 copies, as DeepSpeed's: torch cannot see whose; ``advance_gate`` says it."""
-    masters = [nn.Parameter(p.detach().clone()) for p in task.trained()]
-    optimizer = task.optimizer(parameters=masters)
-    for _ in range(STEPS):
-        task.loss().backward()
-        for master, p in zip(masters, task.trained(), strict=True):
-            master.grad, p.grad = p.grad, None
-        optimizer.step()
-        with torch.no_grad():
-            for master, p in zip(masters, task.trained(), strict=True):
-                p.copy_(master)
-        if task.method != "lora":
-            duallora.advance_gate(task.model)
-    return [task.judge(STEPS)]
-
-
 # -- averages ------------------------------------------------------------------------------------------------------------
 
 
@@ -815,20 +797,6 @@ def state_dict_in_mid_run(task: Task) -> Judgements:
         again.load_state_dict(state["model"], strict=True)
         optimizer = task.optimizer(parameters=task.trained(model=again))
         optimizer.load_state_dict(state["optimizer"])
-        return again, optimizer
-
-    return continued(task, carry)
-
-
-@loop("copies and checkpoints", slow=True)
-def state_dict_assigned_in_mid_run(task: Task) -> Judgements:
-    def carry(model: nn.Module, optimizer: Any) -> Any:
-        again = task.build()
-        again.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-        for p, its in zip(again.parameters(), model.parameters(), strict=True):
-            p.requires_grad_(its.requires_grad)
-        state, optimizer = optimizer.state_dict(), task.optimizer(parameters=task.trained(model=again))
-        optimizer.load_state_dict(state)
         return again, optimizer
 
     return continued(task, carry)

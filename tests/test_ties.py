@@ -27,10 +27,12 @@ LEAVES_APART = hasattr(
 )  # transformers 5: what a file holds apart
 VOCABULARY = 37
 
-BERT = {
+SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 20,
-    "max_position_embeddings": 16,
 }  # fmt: skip
+BERT = {**SHAPE, "max_position_embeddings": 16}
+LLAMA = {**SHAPE, "num_key_value_heads": 3, "tie_word_embeddings": True}
+CLIP = {**{key: value for key, value in SHAPE.items() if key != "vocab_size"}, "image_size": 8, "patch_size": 4}
 BART = {
     "vocab_size": VOCABULARY, "d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 3,
     "decoder_attention_heads": 3, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "max_position_embeddings": 16,
@@ -40,18 +42,10 @@ T5 = {
     "vocab_size": VOCABULARY, "d_model": 12, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 3, "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
 }  # fmt: skip
-LLAMA = {
-    "vocab_size": VOCABULARY, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3,
-    "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
 PROPHETNET = {
     "vocab_size": VOCABULARY, "hidden_size": 12, "num_encoder_layers": 1, "num_decoder_layers": 1,
     "num_encoder_attention_heads": 3, "num_decoder_attention_heads": 3, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20,
     "ngram": 2, "max_position_embeddings": 24,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 3, "image_size": 8,
-    "patch_size": 4,
 }  # fmt: skip
 
 
@@ -68,7 +62,7 @@ def bert_to_bert() -> transformers.EncoderDecoderModel:
 
 def llava() -> transformers.LlavaForConditionalGeneration:
     """The text part has its own config, and the picture's must not matter."""
-    text, vision = transformers.LlamaConfig(**LLAMA), transformers.CLIPVisionConfig(**VISION)
+    text, vision = transformers.LlamaConfig(**LLAMA), transformers.CLIPVisionConfig(**CLIP)
     return transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=36, tie_word_embeddings=True)
     )
@@ -193,7 +187,7 @@ def test_without_peft_too(name, tmp_path):
             assert flags(model) == {name in SCALED_WHERE_TIED}
 
 
-@pytest.mark.parametrize("name", ["llama", "bart", "bert", "bert-to-bert", "umt5"])
+@pytest.mark.parametrize("name", ["bart", "bert", "umt5"])
 def test_beside_a_module_that_is_trained_in_full(name, tmp_path):
     """Its copy in modules_to_save was never tied, neither its weight nor, in BERT, its bias."""
     base = build(name)
@@ -232,10 +226,9 @@ def test_a_config_that_ties_whatever_is_saved_is_asked_as_it_will_be_read(tmp_pa
     check_reloads(merged, want, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "bart"])
-def test_a_base_that_was_untied_by_hand_is_saved_untied(name, tmp_path):
+def test_a_base_that_was_untied_by_hand_is_saved_untied(tmp_path):
     """Its config still says that they are one weight, which transformers 4 would make of them."""
-    base = build(name)
+    base = build("bart")
     base.lm_head.weight = nn.Parameter(base.lm_head.weight + 0.1, requires_grad=False)
     model = adapted(base, (next(n for n, _ in base.named_modules() if n.endswith("q_proj")),))
     want = logits(model)

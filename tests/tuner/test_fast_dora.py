@@ -298,6 +298,7 @@ def write_where_the_sample_is_blind(model):
         merge_and_unmerge,
         assign_other_weights,
         add_olora,
+        lambda model: layers(model)[0].get_base_layer().weight.data.copy_(torch.ones(100, 63)),
         lambda model: setattr(layers(model)[0].get_base_layer().weight, "data", torch.ones(100, 63)),
         lambda model: setattr(layers(model)[0].get_base_layer(), "weight", nn.Parameter(torch.ones(100, 63))),
     ],

@@ -18,8 +18,9 @@ WIDE = {"r1": 6, "r2": 3, "alpha": 11.0, "warmup_steps": 3, "target_modules": ["
 def saved(llama, ids, tmp_path):
     """Folders of two adapters, and what each computes."""
 
-    def save(name: str, seed: int, **options) -> tuple[str, torch.Tensor]:
-        model = adapted(llama(num_hidden_layers=1), init_seed=seed, **options)
+    def save(name: str, seed: int, wide: bool = False, **options) -> tuple[str, torch.Tensor]:
+        sizes = {"num_hidden_layers": 1, "hidden_size": 48 if wide else 36}
+        model = adapted(llama(**sizes), init_seed=seed, **options)
         train(model, ids)
         model.save_pretrained(tmp_path / name)
         return str(tmp_path / name), model.eval()(ids).logits
@@ -90,6 +91,10 @@ def test_what_cannot_be_swapped_is_refused_and_nothing_changes(llama, ids, saved
         ConfigError, match="gate of the new adapter stands at 3 of 9 steps, and this one's warm-up has 2"
     ):
         duallora.hotswap(model, half)
+    one_target = {**NARROW, "target_modules": ["q_proj"]}
+    other = peft.PeftModel.from_pretrained(llama(num_hidden_layers=1), saved("narrow", 1, **one_target)[0])
+    with pytest.raises(ConfigError, match=r"duallora_A is \[2, 48\], here \[2, 36\]: it is another base model's"):
+        duallora.hotswap(other, saved("wide", 1, wide=True, **one_target)[0])
     with pytest.raises(ConfigError, match="no Dual LoRA adapter 'other'"):
         duallora.hotswap(model, first, adapter_name="other")
     with pytest.raises(ConfigError, match=r"rank=4: adapter 'default' has rank 5"):

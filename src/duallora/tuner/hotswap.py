@@ -21,6 +21,8 @@ from duallora.errors import ConfigError
 from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.layer import DualLoraLayer
 
+_RANK_SIDE = {"A": -2, "B": -1, "C": -2, "D": -1}
+
 # What is fixed when a layer is made or compiled, beside its shapes.
 _SAME = ("magnitude", "direction", "ste_clip", "use_dora", "init_weights", "bias", "duallora_dropout")
 
@@ -46,12 +48,8 @@ def prepare_hotswap(model: nn.Module, rank: int) -> nn.Module:
                 )
     for layer in layers.values():
         for adapter, scaling in layer.scaling.items():
-            shapes = [
-                (*f.shape[:-2], rank, f.shape[-1]) if i % 2 == 0 else (*f.shape[:-1], rank)
-                for i, f in enumerate(layer._factors(adapter))
-            ]
-            for factor, shape in zip(layer._factors(adapter), shapes, strict=True):
-                factor.data = _padded(factor.data, shape)
+            for letter, factor in zip("ABCD", layer._factors(adapter), strict=True):
+                factor.data = _widened(factor.data, letter, rank)
             layer.scaling[adapter] = torch.tensor(float(scaling), device=layer.duallora_A[adapter].device)
             _set_ranks(layer, adapter, rank, rank)
     for adapter, config in _unwrapped(model).peft_config.items():
@@ -98,13 +96,13 @@ def hotswap(model: nn.Module, folder: str, adapter_name: str = "default", **hub:
             )
     with torch.no_grad():
         for name, layer in layers.items():  # wider than what is here: the parameters themselves grow
-            for letter, factor in zip("ABCD", layer._factors(adapter_name), strict=False):
-                if factor is not None:
-                    factor.data = _padded(factor.data, state[f"base_model.model.{name}.duallora_{letter}"].shape)
+            for letter, factor in zip("ABCD", layer._factors(adapter_name), strict=True):
+                new_rank = state[f"base_model.model.{name}.duallora_{letter}"].shape[_RANK_SIDE[letter]]
+                factor.data = _widened(factor.data, letter, new_rank)
     set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name)
     for name, layer in layers.items():
-        A, C = layer.duallora_A[adapter_name], layer._factors(adapter_name)[2]
-        _set_ranks(layer, adapter_name, A.shape[-2], A.shape[-2] if C is None else C.shape[-2], scales[name])
+        A, C = layer.duallora_A[adapter_name], layer.duallora_C[adapter_name]
+        _set_ranks(layer, adapter_name, A.shape[-2], C.shape[-2], scales[name])
     _describe(peft_model.peft_config[adapter_name], layers, adapter_name)
 
 
@@ -181,19 +179,19 @@ def _fit(
             f"{steps}: train it until its gate is open, or load it with load_adapter()."
         )
     state[f"{prefix}step"] = here[f"{prefix}step"].new_tensor(steps if is_open else t)
-    for i, letter in enumerate("ABCD"):
-        value, side = state[f"{prefix}{letter}"], -2 if i % 2 == 0 else -1
-        shape = list(value.shape)
-        shape[side] = max(shape[side], here[f"{prefix}{letter}"].shape[side])
-        state[f"{prefix}{letter}"] = _padded(value, shape)
+    for letter, side in _RANK_SIDE.items():
+        key = f"{prefix}{letter}"
+        value, ours = state[key], here[key]
+        if value.shape[-3 - side] != ours.shape[-3 - side]:
+            raise ConfigError(f"{key} is {list(value.shape)}, here {list(ours.shape)}: it is another base model's.")
+        state[key] = _widened(value, letter, ours.shape[side])
     return scaling
 
 
-def _padded(value: Tensor, shape: Any) -> Tensor:
-    """``value``, itself where it has the shape, with zeros after its rows and columns."""
-    if tuple(value.shape) == tuple(shape):
-        return value
-    return F.pad(value, (0, shape[-1] - value.shape[-1], 0, shape[-2] - value.shape[-2]))
+def _widened(factor: Tensor, letter: str, rank: int) -> Tensor:
+    """``factor``, with zeros after its rows (A, C) or columns (B, D) where it has fewer than ``rank``."""
+    more = rank - factor.shape[_RANK_SIDE[letter]]
+    return F.pad(factor, (0, 0, 0, more) if letter in "AC" else (0, more)) if more > 0 else factor
 
 
 def _set_ranks(layer: DualLoraLayer, adapter: str, r1: int, r2: int, scaling: float | None = None) -> None:
