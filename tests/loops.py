@@ -626,7 +626,7 @@ def swa(task: Task) -> Judgements:
 
 # -- threads and processes -----------------------------------------------------------------------------------------------
 
-CROWD = 80  # steps of each training beside another
+CROWD = 40  # steps of each training beside another
 
 
 def together(*works: Callable[[], Any]) -> None:

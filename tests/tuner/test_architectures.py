@@ -16,14 +16,12 @@ CLASSES = [
     ("mamba", "MambaForCausalLM"),  # reads the weights of dt_proj and conv1d
     ("albert", "AlbertForMaskedLM"),  # one layer, used again and again
     ("mobilebert", "MobileBertForMaskedLM"),  # reads the weights of its head
-    ("xlnet", "XLNetLMHeadModel"),
     ("bart", "BartForConditionalGeneration"),  # three tied modules
     ("t5", "T5ForConditionalGeneration"),  # shared
     ("wav2vec2", "Wav2Vec2ForCTC"),  # writes into outputs
     ("wavlm", "WavLMForCTC"),  # reads the weights of its projections
     ("whisper", "WhisperForConditionalGeneration"),
     ("resnet", "ResNetForImageClassification"),
-    ("detr", "DetrForObjectDetection"),
     ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
 ]
 OF_NN = ("falcon", "albert", "mobilebert", "bart", "wavlm")

@@ -140,7 +140,10 @@ def test_output_and_gradients_by_hand(kind):
     b = None if base.bias is None else base.bias.tolist()
     x, W, A, B, m, dY = (t.detach().tolist() for t in (x, W, A, B, m, dY))
     keys = ["y", "dx", *(f"base_model.model.0.lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector"))]
-    exact = {key: torch.tensor(v).double() for key, v in zip(keys, by_hand(x, W, b, A, B, m, 7 / 5, dY), strict=True)}
+    exact = {
+        key: torch.tensor(v, dtype=torch.float64)
+        for key, v in zip(keys, by_hand(x, W, b, A, B, m, 7 / 5, dY), strict=True)
+    }
     assert_same({key: got[key] for key in keys}, exact, tolerance=1e-12)
 
 

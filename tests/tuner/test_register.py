@@ -50,9 +50,8 @@ def test_registering_twice_is_harmless_and_a_rival_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "code",
     [
-        "import peft, duallora",
         "import duallora; from peft.tuners.lora import LoraConfig; import peft",
-        "import duallora.methods.rule, peft",
+        "import peft, duallora.methods.rule",
     ],
 )
 def test_every_order_of_imports_registers(code):
