@@ -11,7 +11,6 @@ the loop knows it took says where the gate ought to stand.
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import copy
 import functools
@@ -19,14 +18,14 @@ import io
 import json
 import multiprocessing
 import pickle
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -1036,44 +1035,10 @@ def accelerate_that_saves_and_loads_its_state(task: Task) -> Judgements:
 # -- running -------------------------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A process that runs loops one after another, and is started again after one that killed it."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def attempt(self, name: str, method: str) -> dict[str, Any]:
-        """As :func:`attempt`, in that process; its death is an error."""
-        if self.process is None:
-            command = [sys.executable, __file__, SERVE]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(f"{name} {method}\n")
-        self.process.stdin.flush()
-        answer = next((line for line in self.process.stdout if line.startswith("{")), None)
-        if answer is None:
-            code, self.process = self.process.wait(), None
-            return {"error": f"the interpreter died, exit {code}"}
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """End it."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
-SERVE = "--serve"
-
-
 @functools.cache
-def worker() -> Worker:
-    """The one of this process."""
-    found = Worker()
-    atexit.register(found.close)
-    return found
+def pool() -> ProcessPoolExecutor:
+    """The other process."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def attempt(name: str, method: str) -> dict[str, Any]:
@@ -1082,8 +1047,12 @@ def attempt(name: str, method: str) -> dict[str, Any]:
     ``trained``, ``counted``, ``equal`` and the ``judgements`` themselves, or the ``error``; ``said``: our warnings.
     """
     loop = LOOPS[name]
-    if loop.apart and SERVE not in sys.argv:
-        return worker().attempt(name, method)
+    if loop.apart and multiprocessing.parent_process() is None:
+        try:
+            return pool().submit(attempt, name, method).result()
+        except BrokenProcessPool:
+            pool.cache_clear()
+            return {"error": "the interpreter died"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -1150,24 +1119,14 @@ def measure() -> dict[str, dict[str, Any]]:
     return figures
 
 
-def serve() -> None:
-    """Answer lines ``LOOP METHOD`` with the judgements or the error, one line each."""
-    for line in sys.stdin:
-        name, method = line.split()
-        print(json.dumps(attempt(name, method)), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", choices=LOOPS)
     parser.add_argument("method", nargs="?", choices=METHODS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--page", type=Path, help="the page of the documentation that holds the table")
-    parser.add_argument(SERVE, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.serve:
-        return serve()
     if arguments.name:
         done = attempt(arguments.name, arguments.method)
         print(json.dumps(done, indent=2))
