@@ -88,13 +88,11 @@ def print_error(message: str, hint: str = "", *, label: str = "error") -> None:
     notes.print(text, soft_wrap=True)
 
 
-def exit_code_for(error: BaseException) -> int:
-    """The exit code of the command line: see `duallora.errors`; 1 is a fault in this program or a library."""
-    return explain(error)[0]
-
-
 def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, str, str]:
-    """(exit code, message, remedy) of a failure of this command line. Errors of this package name their remedy themselves."""
+    """(exit code, message, remedy) of a failure of this command line. Errors of this package name their remedy themselves.
+
+    The codes are those of `duallora.errors`; 1 is a fault in this program or a library.
+    """
     if isinstance(error, DualLoraError):
         return error.exit_code, str(error), ""
     if isinstance(error, USAGE_ERROR):

@@ -109,9 +109,26 @@ QUIET = ("accelerate", "peft", "datasets", "bitsandbytes", "torchao", "torch.uti
 
 
 def quiet_imports() -> None:
-    """For the command line, where no `quiet_libraries` is around them: what libraries say of themselves when imported."""
+    """Silences what libraries say of themselves when imported: for the command line, where no `quiet_libraries` is around."""
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' load report and progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -120,23 +137,14 @@ def quiet_libraries() -> Iterator[None]:
 
     What matters among them is checked and said here, as an error or on the console.
     """
-    from transformers.utils import logging as transformers_logging
-
     loggers = [logging.getLogger(name) for name in QUIET]
-    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     levels = [logger.level for logger in loggers]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    quiet_imports()
     try:
-        with warnings.catch_warnings():
+        with quiet_transformers(), warnings.catch_warnings():
             for module in ("transformers", "peft", "torch", "accelerate", "datasets"):
                 warnings.filterwarnings("ignore", module=rf"{module}\b.*")
             yield
     finally:
-        transformers_logging.set_verbosity(before[0])
-        if before[1]:
-            transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import duallora
-from duallora.console import exit_code_for
+from duallora.console import explain
 from duallora.core.patterns import can_take_for_ever
 from duallora.errors import ConfigError, DualLoraError, IntegrityError
 from duallora.store import adapters, models, untrusted
@@ -168,7 +168,7 @@ def test_a_machine_that_is_full_is_not_blamed_on_the_model(folder, error, code, 
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
     with pytest.raises(BaseException) as caught:
         models.load_config(str(folder))
-    assert exit_code_for(caught.value) == code
+    assert explain(caught.value)[0] == code
 
 
 def test_a_tokenizer_of_a_kind_that_is_not_known_is_refused_by_name(folder):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from duallora import cli
 from duallora.cli import training
 from duallora.config.recipe import recipe_yaml
-from duallora.console import exit_code_for
+from duallora.console import explain
 from duallora.errors import ConfigError, Interrupted, LostProcessError
 from duallora.store import adapters, checkpoint, record
 from duallora.train import launch, loop, run
@@ -41,7 +41,7 @@ def one_of_a_pair(index, port, recipe, resume, plant, results):
     try:
         outcome = {"result": run.train(recipe, resume=resume, console=console), "code": 0}
     except BaseException as error:
-        outcome = {"error": f"{type(error).__name__}: {error}", "code": exit_code_for(error)}
+        outcome = {"error": f"{type(error).__name__}: {error}", "code": explain(error)[0]}
     outcome |= {"said": console.file.getvalue(), "ended": time.time()}
     (results / f"{index}.json").write_text(json.dumps(outcome))
     os._exit(outcome["code"])

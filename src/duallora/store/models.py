@@ -36,7 +36,6 @@ from transformers import (
     TorchAoConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from duallora.config import Dtype
 from duallora.errors import (
@@ -55,6 +54,7 @@ from duallora.store.checkpoint import file_record
 from duallora.store.record import flush
 from duallora.tasks.hub import reachable
 from duallora.tasks.task import Kind
+from duallora.terminal import quiet_transformers
 from duallora.tuner.quantized import keep_exact, stored_tensors
 
 QUANTIZATIONS = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torchao-int8": "torchao"}  # their packages
@@ -244,7 +244,7 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
         untrusted.admit(Path(source))
     options = {"revision": revision or "main", "trust_remote_code": False, **options}
     try:
-        with _quiet():
+        with quiet_transformers():  # what the load report says is checked in `_check_body`
             if not local:  # what is to be parsed comes first, and is looked at before anyone parses it
                 from huggingface_hub import snapshot_download
 
@@ -284,21 +284,6 @@ def _from_pretrained(factory: Any, name: str, source: str, revision: str | None,
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' load report and progress bars; what the report says is checked in `_check_body`."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _check_claims(name: str, folder: Path, factory: Any, config: Any) -> None:
     """IntegrityError where the configuration asks for more than twice the values that the folder's weights hold.
 
@@ -314,7 +299,7 @@ def _check_claims(name: str, folder: Path, factory: Any, config: Any) -> None:
                 f"{name}: its configuration says {key}={value:,}, but its weights are {tensors:,} tensors"
             )
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet_transformers():
             model = factory.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception:
         return
@@ -413,7 +398,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     bfloat16, as the model was published: rounding the 4-bit file's values to it moves the perplexity from 6.760 to
     6.764, halves the file, and makes one base of the float32 and the bfloat16 runs.
     """
-    with _quiet():
+    with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, trust_remote_code=False, dtype=torch.float32
@@ -426,7 +411,7 @@ def _write_converted(gguf: Path, folder: Path) -> None:
     model.is_quantized = False
     tokenizer.model_max_length = model.config.max_position_embeddings
     folder.mkdir()
-    with _quiet():
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -59,10 +59,13 @@ def tokens(texts: Sequence[str]) -> list[list[str]]:
         file = Path(place, "texts.txt")
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         options = ["-cp", str(_home() / TOKENIZER), "edu.stanford.nlp.process.PTBTokenizer"]
-        done = _java([*options, "-preserveLines", "-lowerCase", str(file)])
-    found = done.split("\n")[: len(texts)]
+        command = ["java", "-Dfile.encoding=UTF-8", *options, "-preserveLines", "-lowerCase", str(file)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        raise DataError(f"java {' '.join(command[-3:])} failed: {done.stderr.strip()[-300:]}")
+    found = done.stdout.split("\n")[: len(texts)]
     if len(found) != len(texts):
-        raise DataError(f"Stanford's tokenizer gave {len(found)} lines for {len(texts)} texts: {done[-200:]!r}")
+        raise DataError(f"Stanford's tokenizer gave {len(found)} lines for {len(texts)} texts: {done.stdout[-200:]!r}")
     return [[token for token in line.split() if token not in PUNCTUATION] for line in found]
 
 
@@ -110,10 +113,3 @@ def _home() -> Path:
     home = folder()
     assert home is not None, "ask missing() first"
     return home
-
-
-def _java(arguments: Sequence[str]) -> str:
-    done = subprocess.run(["java", "-Dfile.encoding=UTF-8", *arguments], capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise DataError(f"java {' '.join(arguments[-3:])} failed: {done.stderr.strip()[-300:]}")
-    return done.stdout
