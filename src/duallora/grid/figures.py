@@ -6,12 +6,14 @@ leaves outliers out, and an alternative text.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from duallora.errors import is_number
-from duallora.grid import study_plots
+from duallora.grid.study_plots import CAPTIONS as DRAWN_CAPTIONS
+from duallora.grid.study_plots import looks, mean_line, searches, tasks_of, title_of, varied
 from duallora.tasks import metrics
 
 Summary = Mapping[str, Any]
@@ -21,7 +23,7 @@ SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross
 FAR = 3.0  # spans of the middle half beyond it from which a point is an outlier
 
 CAPTIONS = {
-    **study_plots.CAPTIONS,
+    **DRAWN_CAPTIONS,
     "differences": "{reference} minus each other variant, at their own best values, with the 95 % interval over other test rows and "
     "other seeds: right of 0 {reference} is ahead. Each point says what can be told after Holm's correction.",
     "tradeoff": "Mean over seeds at each variant's best value, with its 95 % interval. Dashed: the Pareto front, the variants that no "
@@ -41,23 +43,16 @@ def figures(summary: Summary) -> list[dict[str, Any]]:
         ("sensitivity", "Sensitivity to the search", _sensitivity),
     )
     found = [(name, title, list(make(summary))) for name, title, make in made]
+    words = {name: caption.format(reference=summary.get("reference")) for name, caption in CAPTIONS.items()}
     return [
-        {
-            "name": name,
-            "title": title,
-            "caption": CAPTIONS[name].format(reference=summary.get("reference")),
-            "views": views,
-        }
-        for name, title, views in found
-        if views
+        {"name": name, "title": title, "caption": words[name], "views": views} for name, title, views in found if views
     ]
 
 
 def inks(summary: Summary) -> list[dict[str, str]]:
     """How each variant is drawn in every plot of the study."""
-    looks = study_plots.looks(summary)
-    symbols = (SYMBOLS[number % len(SYMBOLS)] for number in range(len(looks)))
-    return [{"name": name, "color": ink.color, "symbol": next(symbols)} for name, ink in looks.items()]
+    symbols = itertools.cycle(SYMBOLS)
+    return [{"name": name, "color": ink.color, "symbol": next(symbols)} for name, ink in looks(summary).items()]
 
 
 def window(values: Sequence[float]) -> tuple[list[float], int] | None:
@@ -80,17 +75,8 @@ def _view(label: str, x: str, y: str, lines: Sequence[Mapping[str, Any]], alt: s
     return found
 
 
-def _label(summary: Summary, task: str) -> str:
-    metric = summary["tasks"].get(task, {}).get("metric")
-    return f"{task} ({metric})" if metric else task
-
-
 def _metric(summary: Summary, task: str) -> str:
     return summary["tasks"].get(task, {}).get("metric", "mean of the tasks")
-
-
-def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["task"] for row in rows))
 
 
 def _point(x: Any, y: Any, row: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -107,31 +93,28 @@ def _said(row: Mapping[str, Any]) -> str:
 
 
 def _differences(summary: Summary) -> Iterator[View]:
-    reference, variants = summary["reference"], summary["study"]["variants"]
-    for task in _tasks(summary["pairs"]):
-        pairs = sorted(
-            (pair for pair in summary["pairs"] if pair["task"] == task),
-            key=lambda pair: -list(variants).index(pair["other"]),
-        )
+    reference, variants = summary["reference"], list(summary["study"]["variants"])
+    words = {"yes": f"{reference} is better", "no": f"{reference} is worse"}
+    for task in tasks_of(summary["pairs"]):
+        pairs = [pair for pair in summary["pairs"] if pair["task"] == task]
+        pairs.sort(key=lambda pair: variants.index(pair["other"]), reverse=True)
         lines, told = [], []
         for pair in pairs:
             low, high = pair["interval"]
-            words = {"yes": f"{reference} is better", "no": f"{reference} is worse"}.get(
-                pair["better"], "cannot be told"
-            )
-            text = f"{pair['mean']:+.4g} against {pair['other']}, 95 % {low:+.4g} to {high:+.4g}: {words}"
+            answer = words.get(pair["better"], "cannot be told")
+            text = f"{pair['mean']:+.4g} against {pair['other']}, 95 % {low:+.4g} to {high:+.4g}: {answer}"
             row = {"variant": pair["other"], "mean": pair["mean"], "interval": pair["interval"]}
             lines.append({**_point(pair["mean"], pair["other"], row, text), "along": "x"})
             told.append(text)
         lower = metrics.find(_metric(summary, task)).higher_is_better is False
-        alt = f"{_label(summary, task)}: {reference} minus each other variant. {'; '.join(told)}."
-        yield _view(_label(summary, task), f"{reference} minus the other", "", lines, alt, zero=True, turned=lower)
+        alt = f"{title_of(summary, task)}: {reference} minus each other variant. {'; '.join(told)}."
+        yield _view(title_of(summary, task), f"{reference} minus the other", "", lines, alt, zero=True, turned=lower)
 
 
 def _tradeoff(summary: Summary) -> Iterator[View]:
     ratio = any("cpu_ratio" in row for row in summary["rows"])
     time = ("cpu_ratio", "training time / LoRA's") if ratio else ("cpu_seconds", "processor seconds of training")
-    for task in _tasks(summary["rows"]):
+    for task in tasks_of(summary["rows"]):
         rows = [row for row in summary["rows"] if row["task"] == task and row["mean"] is not None]
         for cost, read in (
             ("trained parameters", lambda row: row.get("parameters", {}).get("trainable")),
@@ -141,29 +124,21 @@ def _tradeoff(summary: Summary) -> Iterator[View]:
             points = [(read(row), row) for row in rows if is_number(read(row)) and read(row) > 0]
             if len(points) < 2 or len({x for x, _ in points}) == 1:
                 continue
-            first = (
-                task if task in summary["tasks"] else next(iter(summary["tasks"]))
-            )  # the average has its tasks' direction
+            # The average has its tasks' direction.
+            first = task if task in summary["tasks"] else next(iter(summary["tasks"]))
             higher = metrics.find(_metric(summary, first)).higher_is_better
             front = _front(points, higher is not False)
-            lines = [_point(x, row["mean"], row, f"{_said(row)}<br>{cost} {x:,.6g}") for x, row in points]
-            for line in lines:
-                line["along"] = "y"
+            lines = [
+                {**_point(x, row["mean"], row, f"{_said(row)}<br>{cost} {x:,.6g}"), "along": "y"} for x, row in points
+            ]
             if higher is not None:
                 xs, ys = [x for x, _ in front], [row["mean"] for _, row in front]
                 lines.append({"variant": None, "name": "Pareto front", "x": xs, "y": ys, "mode": "lines", "dash": True})
             names = ", ".join(row["variant"] for _, row in front)
-            alt = f"{_label(summary, task)} over {cost}. On the Pareto front: {names}. " + "; ".join(
-                f"{_said(row)} at {x:,.6g}" for x, row in points
-            )
-            yield _view(
-                f"{_label(summary, task)} over {cost}",
-                cost,
-                _metric(summary, task),
-                lines,
-                alt,
-                logx=cost == "trained parameters",
-            )
+            over = f"{title_of(summary, task)} over {cost}"
+            said = "; ".join(f"{_said(row)} at {x:,.6g}" for x, row in points)
+            alt = f"{over}. On the Pareto front: {names}. {said}"
+            yield _view(over, cost, _metric(summary, task), lines, alt, logx=cost == "trained parameters")
 
 
 def _front(points: Sequence[tuple[float, Mapping[str, Any]]], higher: bool) -> list[tuple[float, Mapping[str, Any]]]:
@@ -177,22 +152,22 @@ def _front(points: Sequence[tuple[float, Mapping[str, Any]]], higher: bool) -> l
 
 
 def _by_setting(summary: Summary) -> Iterator[View]:
-    key, varied = study_plots._varied(summary["study"]["variants"])
-    rows = [row for row in summary["rows"] if row["mean"] is not None and row["variant"] in varied]
-    for task in _tasks(rows):
-        own = sorted((row for row in rows if row["task"] == task), key=lambda row: varied[row["variant"]])
-        xs, means = [varied[row["variant"]] for row in own], [row["mean"] for row in own]
+    key, values = varied(summary["study"]["variants"])
+    rows = [row for row in summary["rows"] if row["mean"] is not None and row["variant"] in values]
+    for task in tasks_of(rows):
+        own = sorted((row for row in rows if row["task"] == task), key=lambda row: values[row["variant"]])
+        xs, means = [values[row["variant"]] for row in own], [row["mean"] for row in own]
         lines: list[dict[str, Any]] = [{"variant": None, "name": "mean", "x": xs, "y": means, "mode": "lines"}]
-        lines += [{**_point(varied[row["variant"]], row["mean"], row, _said(row)), "along": "y"} for row in own]
-        alt = f"{_label(summary, task)} by {key}: " + "; ".join(
+        lines += [{**_point(values[row["variant"]], row["mean"], row, _said(row)), "along": "y"} for row in own]
+        alt = f"{title_of(summary, task)} by {key}: " + "; ".join(
             f"{x:g}: {_said(row)}" for x, row in zip(xs, own, strict=True)
         )
-        yield _view(_label(summary, task), str(key), _metric(summary, task), lines, alt)
+        yield _view(title_of(summary, task), str(key), _metric(summary, task), lines, alt)
 
 
 def _losses(summary: Summary) -> Iterator[View]:
     curves = [curve for curve in summary["curves"] if len(curve["steps"]) > 2]
-    for task in _tasks(curves):
+    for task in tasks_of(curves):
         own = [curve for curve in curves if curve["task"] == task]
         lines = [{"variant": c["variant"], "x": c["steps"], "y": c["loss"], "mode": "lines"} for c in own]
         alt = f"{task}: training loss by step. " + "; ".join(
@@ -204,20 +179,11 @@ def _losses(summary: Summary) -> Iterator[View]:
 def _sensitivity(summary: Summary) -> Iterator[View]:
     for task in summary["study"]["tasks"]:
         metric = summary["tasks"].get(task, {}).get("chosen_by")
+        searched = searches(summary, task) if metric else {}
+        keys = ", ".join(sorted({key.rpartition(".")[2].replace("_", " ") for key, _ in searched.values()}))
         lines: list[dict[str, Any]] = []
-        keys: set[str] = set()
-        for variant in summary["study"]["variants"] if metric else ():
-            key = study_plots._searched(summary, task, variant)
-            tags = {"task": task, "variant": variant}
-            cells = [
-                cell
-                for cell in summary["cells"]
-                if tags.items() <= cell["tags"].items() and is_number(cell["tags"].get(key))
-            ]
-            if key is None or len({cell["tags"][key] for cell in cells}) < 2:
-                continue
-            keys.add(key.rpartition(".")[2].replace("_", " "))
-            xs, means = study_plots._line(summary, key, cells, metric)
+        for variant, (key, cells) in searched.items():
+            xs, means = mean_line(summary, key, cells, metric)
             lines.append({"variant": variant, "x": xs, "y": means, "mode": "lines"})
             there = [cell for cell in cells if is_number(cell.get("metrics", {}).get(metric))]
             text = [f"{variant}, seed {cell['tags']['seed']}: {cell['metrics'][metric]:.4g}" for cell in there]
@@ -226,11 +192,9 @@ def _sensitivity(summary: Summary) -> Iterator[View]:
             if lost := [cell["tags"][key] for cell in cells if cell["status"] == "diverged"]:
                 lines.append({"variant": variant, "x": lost, "y": [None] * len(lost), "mode": "lost"})
         if lines:
-            tops = (
+            tops = [
                 f"{one['variant']} best {max(one['y']):.4g}" for one in lines if one["mode"] == "lines" and one["y"]
-            )
-            alt = (
-                f"{_label(summary, task)}: {metric} on validation rows by {', '.join(sorted(keys))}. {'; '.join(tops)}."
-            )
+            ]
+            alt = f"{title_of(summary, task)}: {metric} on validation rows by {keys}. {'; '.join(tops)}."
             positive = all(x > 0 for one in lines for x in one["x"])
-            yield _view(_label(summary, task), ", ".join(sorted(keys)), str(metric), lines, alt, logx=positive)
+            yield _view(title_of(summary, task), keys, metric, lines, alt, logx=positive)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +33,6 @@ MARK = re.compile(
 NONE = "-"  # nothing measured
 BOOKKEEPING = ("train_", "tokens_", "start_", "rows_", "steps_", "spikes", "left_out")
 PLOTLY = "the plots need plotly: pip install 'duallora[report]'"
-
-
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"  # of the page
 
 
@@ -81,7 +79,7 @@ def report(
     if markdown is not None:  # before the page, since a file of the user's may be refused
         pages = _pages(markdown, summaries, printed)
         with plots.figures() as Figure:
-            drawn = {key_of(summary): list(study_plots.draw(summary, Figure)) for summary in summaries}
+            drawn = {key_of(summary): _drawn(summary, printed, pages.values(), Figure) for summary in summaries}
             for path, text in pages.items():
                 pages[path] = fill(text, summaries, printed, drawn, path)
             for path, text in pages.items():
@@ -91,14 +89,9 @@ def report(
                 record.write_text(path, text)
     script = plotly()
     record.write_text(out, html(summaries, printed, script))
-    return {
-        "report": str(out),
-        "plots": bool(script),
-        **({"markdown": str(markdown)} if markdown else {}),
-        "studies": [
-            {"name": key_of(summary), "done": summary["done"], "wanted": summary["wanted"]} for summary in summaries
-        ],
-    }
+    studies = [{"name": key_of(one), "done": one["done"], "wanted": one["wanted"]} for one in summaries]
+    told = {"markdown": str(markdown)} if markdown else {}
+    return {"report": str(out), "plots": bool(script), **told, "studies": studies}
 
 
 def key_of(summary: Summary) -> str:
@@ -165,7 +158,8 @@ class _Tables:
         """Every variant's metrics and costs; what can be told from the reference is marked."""
         told = {(pair["task"], pair["other"]): pair["better"] for pair in self.summary["pairs"]}
         best = {column: self._best(column) for column in self.columns}
-        ratios, peaks = (any(name in row for row in self.summary["rows"]) for name in ("cpu_ratio", "peak_memory"))
+        costs = {"time / LoRA's": "cpu_ratio", "peak GB": "peak_memory"}
+        costs = {head: name for head, name in costs.items() if any(name in row for row in self.summary["rows"])}
         rows = []
         for variant in self.variants:
             own = [row for (name, _), row in self.rows.items() if name == variant]
@@ -173,8 +167,7 @@ class _Tables:
             trained = cost.get("parameters", {}).get("trainable")
             line = [Value(variant, kind="reference" if variant == self.reference else "")]
             line.append(Value("" if trained is None else f"{trained:,}"))
-            line += [Value(f"{cost['cpu_ratio']:.2f}" if "cpu_ratio" in cost else "")] if ratios else []
-            line += [Value(f"{cost['peak_memory']:.2f}" if "peak_memory" in cost else "")] if peaks else []
+            line += [Value(f"{cost[name]:.2f}" if name in cost else "") for name in costs.values()]
             for column in self.columns:
                 answer = "" if column.metric else told.get((column.task, variant), "")
                 kinds = {"yes": "worse", "no": "better"}.get(answer, ""), "best" if variant in best[column] else ""
@@ -190,48 +183,37 @@ class _Tables:
             caption += (
                 f" ▲ and ▼: better or worse than {self.reference}, after Holm's correction; unmarked: cannot be told."
             )
-        head = [
-            "variant",
-            "trained",
-            *["time / LoRA's"] * ratios,
-            *["peak GB"] * peaks,
-            *(column.heading for column in self.columns),
-        ]
-        if peaks:
+        head = ["variant", "trained", *costs, *(column.heading for column in self.columns)]
+        if "peak GB" in costs:
             caption += " Peak GB: of the GPU's memory; without a GPU of the whole process, Python and torch included."
         title = "Metrics on validation rows: there are no test rows" if splits == {"validation"} else "Metrics"
         return Table("metrics", title, head, rows, caption)
 
     def _value(self, variant: str, column: _Column) -> Value:
         """Mean and deviation with the interval below."""
-        row = self.rows.get((variant, column.task), {})
-        found = row.get("every", {}).get(column.metric, {}) if column.metric else row
+        found = self._found(variant, column)
         if found.get("mean") is None:
             return Value(NONE)
         digits = self._metric(column).digits
         spread = f" ± {found['sd']:.{digits}f}" if found.get("sd") is not None else ""
-        low, high = found.get("interval", (None, None))
-        return Value(
-            f"{found['mean']:.{digits}f}{spread}", f"{low:.{digits}f} to {high:.{digits}f}" if low is not None else ""
-        )
+        ends = [f"{end:.{digits}f}" for end in found.get("interval", ())]
+        return Value(f"{found['mean']:.{digits}f}{spread}", " to ".join(ends))
+
+    def _found(self, variant: str, column: _Column) -> Mapping[str, Any]:
+        """What the summary has of a cell: mean, sd and interval."""
+        row = self.rows.get((variant, column.task), {})
+        return row.get("every", {}).get(column.metric, {}) if column.metric else row
 
     def _metric(self, column: _Column) -> Metric:
         """Of a column; the average has its tasks' decimals and direction."""
         tasks = self.summary["tasks"]
-        own = (
-            next(iter(tasks.values()), {})
-            if column.task == AVERAGE and AVERAGE not in tasks
-            else tasks.get(column.task, {})
-        )
-        return metrics.find(column.metric or own.get("metric"))
+        task = next(iter(tasks)) if column.task == AVERAGE and AVERAGE not in tasks else column.task
+        return metrics.find(column.metric or tasks.get(task, {}).get("metric"))
 
     def _best(self, column: _Column) -> set[str]:
         """The variants with the best mean of a column, ties included."""
-        means = {}
-        for (variant, task), row in self.rows.items():
-            found = row.get("every", {}).get(column.metric, {}) if column.metric else row
-            if task == column.task and found.get("mean") is not None:
-                means[variant] = found["mean"]
+        found = {variant: self._found(variant, column).get("mean") for variant in self.variants}
+        means = {variant: mean for variant, mean in found.items() if mean is not None}
         higher = self._metric(column).higher_is_better
         if higher is None or not means:
             return set()
@@ -241,9 +223,7 @@ class _Tables:
 
     def beside_the_paper(self) -> Table:
         """Our metrics and the paper's, for every line it prints; the paper's alone where it has other columns."""
-        columns = [
-            one for one in self.columns if any(self._said(line, one.heading) is not None for line in self.printed)
-        ]
+        columns = [one for one in self.columns if {self._said(line, one.heading) for line in self.printed} - {None}]
         base = self.summary["study"]["base"].get("model.name")
         models = ", ".join(dict.fromkeys(line["model"] for line in self.printed if line.get("model")))
         models = f" with {models}" if models else ""
@@ -264,10 +244,9 @@ class _Tables:
             head = list(dict.fromkeys(name for line in self.printed for name in line["values"]))
             for line in self.printed:
                 values = {name: f"{value:.{metrics.find(name).digits}f}" for name, value in line["values"].items()}
-                rows.append(
-                    [Value(line["variant"], line.get("method", "")), *(Value(values.get(name, NONE)) for name in head)]
-                )
-            comma = "," if models else ""
+                own = [Value(values.get(name, NONE)) for name in head]
+                rows.append([Value(line["variant"], line.get("method", "")), *own])
+            comma = "," * bool(models)
             caption = (
                 f"The paper's values alone{comma}{models}: it reports other tasks than are measured here with {base}."
             )
@@ -294,12 +273,8 @@ class _Tables:
         """The reference minus each other variant: ours with its answer, the paper's below."""
         pairs = {(pair["other"], pair["task"]): pair for pair in self.summary["pairs"]}
         tasks = list(dict.fromkeys(task for _, task in pairs))
-        rows = []
-        for other in (variant for variant in self.variants if variant in {name for name, _ in pairs}):
-            rows.append([Value(other)])
-            for task in tasks:
-                pair = pairs.get((other, task))
-                rows[-1].append(self._difference(pair) if pair else Value(NONE))
+        others = [variant for variant in self.variants if variant in {name for name, _ in pairs}]
+        rows = [[Value(other), *(self._difference(pairs.get((other, task))) for task in tasks)] for other in others]
         caption = (
             f"{self.reference} minus the variant of the line, paired by test row and seed, with the 95 % interval. ▲: {self.reference} "
             "is better, ▼: worse, after Holm's correction; unmarked: cannot be told."
@@ -308,7 +283,9 @@ class _Tables:
             caption += " Differences of the paper are those of its printed values."
         return Table("differences", f"{self.reference} against the others", ["variant", *tasks], rows, caption)
 
-    def _difference(self, pair: Mapping[str, Any]) -> Value:
+    def _difference(self, pair: Mapping[str, Any] | None) -> Value:
+        if pair is None:
+            return Value(NONE)
         low, high = pair["interval"]
         digits = decimals(low, high, self._metric(_Column("", pair["task"])).digits)
         column = pair["task"] if len(self.summary["tasks"]) > 1 else self.summary["tasks"][pair["task"]]["metric"]
@@ -371,20 +348,15 @@ def fill(
     Raises:
         ConfigError: a mark of one of the studies names a part it does not have.
     """
-    known = {
-        key_of(summary): parts(summary, printed.get(summary["name"], ()), drawn[key_of(summary)])
-        for summary in summaries
-    }
+    known = {key_of(one): parts(one, printed.get(one["name"], ()), drawn[key_of(one)]) for one in summaries}
 
     def replace(match: re.Match[str]) -> str:
         if match["name"] not in known:
             return match[0]
-        have = known[match["name"]]
-        if match["part"] not in have:
-            raise ConfigError(
-                f"{path}: {match['name']} has no part {match['part']!r}: expected one of {', '.join(have)}"
-            )
-        return f"{match[1]}{have[match['part']]}\n{match[4]}"
+        have, part = known[match["name"]], match["part"]
+        if part not in have:
+            raise ConfigError(f"{path}: {match['name']} has no part {part!r}: expected one of {', '.join(have)}")
+        return f"{match[1]}{have[part]}\n{match[4]}"
 
     return MARK.sub(replace, text)
 
@@ -399,6 +371,16 @@ def parts(summary: Summary, printed: Sequence[Printed], drawn: Sequence[study_pl
         for plot in drawn
     }
     return {**made, **images, "plots": "\n\n".join(images.values())}
+
+
+def _drawn(
+    summary: Summary, printed: Mapping[str, Sequence[Printed]], texts: Iterable[str], Figure: Any
+) -> list[study_plots.Plot]:
+    """The plots that ``texts`` have marks for; all of them where a mark asks for all, or for what there is not, to list them."""
+    marks = {match["part"] for text in texts for match in MARK.finditer(text) if match["name"] == key_of(summary)}
+    single = marks - parts(summary, printed.get(summary["name"], ()), ()).keys()
+    drawn = list(study_plots.draw(summary, Figure, single))
+    return drawn if "plots" not in marks and len(drawn) == len(single) else list(study_plots.draw(summary, Figure))
 
 
 def _pages(path: Path, summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]]) -> dict[Path, str]:
@@ -465,18 +447,15 @@ def plotly() -> str:
 
 def html(summaries: Sequence[Summary], printed: Mapping[str, Sequence[Printed]], plotly: str = "") -> str:
     """The whole page; ``plotly`` is its script, "" for a page without plots, which says so."""
-    links = "".join(
-        f'<a href="#{escape(key_of(summary))}">{escape(key_of(summary))} {_chip(summary)}</a>' for summary in summaries
-    )
-    drawn = {
-        key_of(summary): {"inks": figures.inks(summary), "plots": figures.figures(summary)} for summary in summaries
-    }
-    sections = "".join(
-        _section(summary, printed.get(summary["name"], ()), drawn[key_of(summary)]["plots"] if plotly else ())
-        for summary in summaries
-    )
+    links, sections, drawn = "", "", {}
+    for summary in summaries:
+        key, shown = key_of(summary), figures.figures(summary) if plotly else []
+        links += f'<a href="#{escape(key)}">{escape(key)} {_chip(summary)}</a>'
+        sections += _section(summary, printed.get(summary["name"], ()), shown)
+        if plotly:
+            drawn[key] = {"inks": figures.inks(summary), "plots": shown}
     style, script = ((Path(__file__).parent / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    data = json.dumps(drawn if plotly else {}, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps(drawn, ensure_ascii=False).replace("<", "\\u003c")
     missing = "" if plotly else f'<p class="facts">{escape(PLOTLY)}</p>'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -499,17 +478,17 @@ def _chip(summary: Summary) -> str:
 
 
 def _section(summary: Summary, printed: Sequence[Printed], drawn: Sequence[Mapping[str, Any]]) -> str:
+    key = escape(key_of(summary))
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summary["statement"])
     made = tables(summary, printed)
     first = [_html_table(table) for table in made if table.part in ("metrics", "differences")]
     rest = [_html_table(table) for table in made if table.part not in ("metrics", "differences")]
     shown = "".join(map(_html_plot, drawn))
     if shown:
-        what = f"Variants of {key_of(summary)} in the plots"
-        shown = f'<div class="variants" role="group" aria-label="{escape(what)}"></div>{shown}'
+        shown = f'<div class="variants" role="group" aria-label="Variants of {key} in the plots"></div>{shown}'
     settings = json.dumps(summary["study"], indent=1, ensure_ascii=False)
     return (
-        f'<section id="{escape(key_of(summary))}"><h2>{escape(key_of(summary))} {_chip(summary)}</h2>'
+        f'<section id="{key}"><h2>{key} {_chip(summary)}</h2>'
         f'<p class="facts">{escape(_provenance(summary))}</p>'
         f'<div class="statement"><h3>What the data can and cannot say</h3><ul>{sentences}</ul></div>'
         f"{''.join(first)}{shown}{''.join(rest)}{_recipes(summary)}"

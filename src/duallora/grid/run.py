@@ -12,8 +12,8 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +23,7 @@ from rich.console import Console
 from duallora.config.recipe import fingerprint
 from duallora.errors import ConfigError, GridError, Interrupted, LockedError, LostProcessError, OutOfMemoryError
 from duallora.grid.live import Show
-from duallora.grid.pools import POLL, Local, Pool
+from duallora.grid.pools import POLL, Cluster, Local, Pool
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, cell_folder, outcome, outcomes
 from duallora.store.checkpoint import drift
 from duallora.store.lock import locked
@@ -81,25 +81,31 @@ def run(
     if workers < 1 or retries < 0:
         raise ConfigError(f"workers={workers}, retries={retries}: expected a worker at least and no negative number")
     folder, console = Path(folder), console or Console()
-    if folder.is_dir() and not (folder / STUDY).exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {STUDY}; choose another folder with -o")
     with ExitStack() as held:
-        held.enter_context(locked(folder, STUDY))
+        held.enter_context(study_folder(folder))
         found = outcomes(folder)
         refuse_drift(study.wanted(found), found)
         write_text(folder / STUDY, study.yaml())
         (folder / CELLS).mkdir(exist_ok=True)
-        pool: Pool
-        if ray is None:
-            pool = Local(workers)
-        else:
-            from duallora.grid.pools import Cluster
-
-            pool = Cluster(ray, workers)
+        pool: Pool = Local(workers) if ray is None else Cluster(ray, workers)
         held.callback(pool.close)
         stopping = held.enter_context(Stopping(noted=True))
         show = held.enter_context(Show(console, study, folder, workers, dict(found)))
         return _Grid(study, folder, found, pool, stopping, show, retries, keep, _finished(reuse)).go()
+
+
+@contextmanager
+def study_folder(folder: Path) -> Iterator[None]:
+    """Holds a folder that is a study's, or empty.
+
+    Raises:
+        ConfigError: it is neither.
+        LockedError: another process works in it.
+    """
+    if folder.is_dir() and not (folder / STUDY).exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no {STUDY}; choose another folder with -o")
+    with locked(folder, STUDY):
+        yield
 
 
 def require_all(found: Mapping[str, Outcome], folder: Path | str) -> None:

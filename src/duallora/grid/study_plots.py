@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from duallora.errors import is_number
@@ -54,8 +54,11 @@ CAPTIONS = {
 }
 
 
-def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
-    """Every plot that the summary has the numbers for, of class ``Figure`` (`duallora.plots.figures`)."""
+def draw(summary: Summary, Figure: Any, parts: Collection[str] | None = None) -> Iterator[Plot]:
+    """Every plot that the summary has the numbers for, or those that ``parts`` name as a page's marks do ("plot_loss").
+
+    ``Figure`` is the class to draw with (`duallora.plots.figures`).
+    """
     made = [
         ("differences", "Differences", _differences),
         ("parameters", "Metric against trained parameters", _against_parameters),
@@ -70,6 +73,8 @@ def draw(summary: Summary, Figure: Any) -> Iterator[Plot]:
     ]
     look = looks(summary)
     for name, title, make in made:
+        if parts is not None and f"plot_{name}" not in parts:
+            continue
         figure = Figure(layout="constrained")
         if make(figure, summary, look):
             caption = CAPTIONS[name.partition("-")[0]].format(reference=summary.get("reference"))
@@ -87,7 +92,8 @@ def looks(summary: Summary) -> dict[str, Ink]:
     return found
 
 
-def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def tasks_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of rows, pairs or curves, in their order."""
     return list(dict.fromkeys(row["task"] for row in rows))
 
 
@@ -132,7 +138,8 @@ def _handles(look: Mapping[str, Ink], variants: Sequence[str], **options: Any) -
     return [Line2D([], [], label=name, **{"markersize": 4, **own, **options}) for name, own in shown.items()]
 
 
-def _label(summary: Summary, task: str) -> str:
+def title_of(summary: Summary, task: str) -> str:
+    """What a task's panel is called."""
     metric = summary["tasks"].get(task, {}).get("metric")
     return f"{task} ({metric})" if metric else task
 
@@ -143,7 +150,7 @@ def _label(summary: Summary, task: str) -> str:
 def _differences(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     pairs = summary["pairs"]
     others = [name for name in summary["study"]["variants"] if any(pair["other"] == name for pair in pairs)][::-1]
-    tasks = _tasks(pairs)
+    tasks = tasks_of(pairs)
     height = 0.75 + 0.2 * len(others)
     for axes, task in zip(_panels(figure, len(tasks), height=height, sharey=True) if pairs else (), tasks, strict=True):
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -153,7 +160,7 @@ def _differences(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool
             axes.plot(pair["interval_of_models"], [line] * 2, color=color, linewidth=3.2, alpha=0.55)
             filled = GROUND if pair["better"] == "cannot be said" else color
             axes.plot(pair["mean"], line, marker="o", markersize=5, color=color, markerfacecolor=filled, zorder=3)
-        axes.set(title=_label(summary, task), ylim=(-0.6, len(others) - 0.4))
+        axes.set(title=title_of(summary, task), ylim=(-0.6, len(others) - 0.4))
         if metrics.find(summary["tasks"].get(task, {}).get("metric")).higher_is_better is False:
             axes.invert_xaxis()
         axes.set_yticks(range(len(others)), others)
@@ -182,7 +189,7 @@ def _against(
     """The metric of each row over its place in ``places``."""
     both = zip(summary["rows"], places, strict=True)
     rows = [{**row, "x": place} for row, place in both if place and row["mean"] is not None]
-    tasks, variants = _tasks(rows), [name for name in look if any(row["variant"] == name for row in rows)]
+    tasks, variants = tasks_of(rows), [name for name in look if any(row["variant"] == name for row in rows)]
     if len(variants) < 2:
         return False
     legend = _handles(look, variants, linewidth=0)
@@ -198,7 +205,7 @@ def _against(
                 x * ratio ** (0.03 * close) if log else x, mean, yerr=errors, color=own.color, marker=own.marker,
                 markersize=5, elinewidth=0.8,
             )  # fmt: skip
-        axes.set(title=_label(summary, task), xlabel=label)
+        axes.set(title=title_of(summary, task), xlabel=label)
         if log:
             axes.set_xscale("log")
             ticks = _apart(sorted({*xs}), ratio**0.2)
@@ -225,18 +232,7 @@ def _amount(number: float) -> str:
 
 
 def _sensitivity(task: str, figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
-    searched: dict[str, tuple[str, list[Any]]] = {}  # variant -> key on the axis, its cells
-    for variant in look:
-        key = _searched(summary, task, variant)
-        tags = {"task": task, "variant": variant}
-        cells = [
-            cell
-            for cell in summary["cells"]
-            if tags.items() <= cell["tags"].items() and is_number(cell["tags"].get(key))
-        ]
-        if key is not None and len({cell["tags"][key] for cell in cells}) > 1:
-            searched[variant] = key, cells
-    metric = summary["tasks"].get(task, {}).get("chosen_by")
+    searched, metric = searches(summary, task), summary["tasks"].get(task, {}).get("chosen_by")
     if not searched or metric is None:
         return False
     chosen = {row["variant"]: row.get("values", {}) for row in _of(summary["rows"], task)}
@@ -246,9 +242,9 @@ def _sensitivity(task: str, figure: Any, summary: Summary, look: Mapping[str, In
     panels = _panels(figure, len(searched), height=1.75, sharex=True, sharey=True)
     for number, (axes, (variant, (key, cells))) in enumerate(zip(panels, searched.items(), strict=True)):
         if variant != reference and beside[0] == key:
-            axes.plot(*_line(summary, key, beside[1], metric), color="#9A9A9A", linewidth=1)
+            axes.plot(*mean_line(summary, key, beside[1], metric), color="#9A9A9A", linewidth=1)
         own = {"color": look[variant].color, "marker": look[variant].marker, "linestyle": ""}
-        axes.plot(*_line(summary, key, cells, metric), color=look[variant].color, linewidth=1.6)
+        axes.plot(*mean_line(summary, key, cells, metric), color=look[variant].color, linewidth=1.6)
         hollow = {"markersize": 5, "markerfacecolor": "none", "markeredgewidth": 0.7, "alpha": 0.8}
         for split, how in (("metrics", {"markersize": 4}), ("test", hollow)):
             there = [cell for cell in cells if is_number(cell.get(split, {}).get(metric))]
@@ -273,15 +269,29 @@ def _sensitivity(task: str, figure: Any, summary: Summary, look: Mapping[str, In
     return True
 
 
-def _searched(summary: Summary, task: str, variant: str) -> str | None:
-    """The key that a sensitivity plot has on its axis: the only one of the search, or the learning rate among several."""
-    study = summary["study"]
-    layers = (study["variants"][variant], study["tasks"][task], study)
-    keys = list(next(own["search"] for own in layers if "search" in own))
-    return "train.learning_rate" if "train.learning_rate" in keys else keys[0] if len(keys) == 1 else None
+def searches(summary: Summary, task: str) -> dict[str, tuple[str, list[Any]]]:
+    """Of each variant that was searched on a task: the key on the axis, and the cells.
+
+    The key is the only one of the search, or the learning rate among several.
+    """
+    study, found = summary["study"], {}
+    for variant, own in study["variants"].items():
+        keys = list(next(layer["search"] for layer in (own, study["tasks"][task], study) if "search" in layer))
+        if "train.learning_rate" in keys:
+            keys = ["train.learning_rate"]
+        cells = [
+            cell
+            for cell in summary["cells"]
+            if (cell["tags"]["task"], cell["tags"]["variant"]) == (task, variant)
+            and len(keys) == 1
+            and is_number(cell["tags"].get(keys[0]))
+        ]
+        if len({cell["tags"][keys[0]] for cell in cells}) > 1:
+            found[variant] = keys[0], cells
+    return found
 
 
-def _line(summary: Summary, key: str, cells: Sequence[Mapping[str, Any]], metric: str) -> Any:
+def mean_line(summary: Summary, key: str, cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[list, list]:
     """Mean over the seeds that chose, by search value; broken nowhere, since a diverged run has no value to break at."""
     seeds = summary["study"]["seeds"][: summary["study"]["search_seeds"]]
     found: dict[float, list[float]] = {}
@@ -293,30 +303,30 @@ def _line(summary: Summary, key: str, cells: Sequence[Mapping[str, Any]], metric
 
 
 def _by_setting(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
-    key, varied = _varied(summary["study"]["variants"])
+    key, values = varied(summary["study"]["variants"])
     rows = [row for row in summary["rows"] if row["mean"] is not None]
-    tasks = _tasks([row for row in rows if row["variant"] in varied])
+    tasks = tasks_of([row for row in rows if row["variant"] in values])
     if not tasks:
         return False
-    others = [name for name in look if name not in varied and any(row["variant"] == name for row in rows)]
+    others = [name for name in look if name not in values and any(row["variant"] == name for row in rows)]
     if len(others) > 4:  # too many lines to tell apart
         others = [name for name in others if name == summary.get("reference")]
     legend = _handles(look, others, linestyle="--", marker="", linewidth=1)
     for axes, task in zip(_panels(figure, len(tasks), height=2.3, legend=legend), tasks, strict=True):
         own = {row["variant"]: row for row in _of(rows, task)}
-        points = sorted((varied[name], row["mean"], *row.get("interval", [row["mean"]] * 2))
-                        for name, row in own.items() if name in varied)  # fmt: skip
+        points = sorted((values[name], row["mean"], *row.get("interval", [row["mean"]] * 2))
+                        for name, row in own.items() if name in values)  # fmt: skip
         x, means, low, high = zip(*points, strict=True)
         axes.plot(x, means, "o-", color=PALETTE[0], markersize=4)
         axes.fill_between(x, low, high, color=PALETTE[0], alpha=0.15, linewidth=0)
         for name in (name for name in others if name in own):
             axes.axhline(own[name]["mean"], color=look[name].color, linestyle="--", linewidth=1)
         axes.set_xticks(x, [f"{value:g}" for value in x])
-        _ground(axes, title=_label(summary, task), xlabel=key)
+        _ground(axes, title=title_of(summary, task), xlabel=key)
     return True
 
 
-def _varied(variants: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, dict[str, float]]:
+def varied(variants: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, dict[str, float]]:
     """The number that at least three variants of one method each have another value of, and those values."""
     for key in dict.fromkeys(key for own in variants.values() for key in own):
         by_method: dict[Any, dict[str, float]] = {}
@@ -331,7 +341,7 @@ def _varied(variants: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, dict
 
 def _ranks(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     rows = summary.get("ranks", [])
-    tasks = _tasks(rows)
+    tasks = tasks_of(rows)
     if not tasks:
         return False
     for axes, task in zip(_panels(figure, len(tasks), height=2.6), tasks, strict=True):
@@ -354,7 +364,7 @@ def _losses(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     curves = [curve for curve in summary["curves"] if len(curve["steps"]) > 2]
     if not curves:
         return False
-    tasks = _tasks(curves)
+    tasks = tasks_of(curves)
     legend = _handles(look, [name for name in look if any(curve["variant"] == name for curve in curves)])
     for axes, task in zip(_panels(figure, len(tasks), height=2.3, legend=legend), tasks, strict=True):
         for curve in _of(curves, task):

@@ -50,22 +50,17 @@ def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     tasks = {
         task: _Task(folder, study, found, task, rounds=rounds, seed=number) for number, task in enumerate(study.tasks)
     }
-    rows = [task.row(variant) for task in tasks.values() for variant in task.runs]
-    _add_ratios(rows, _by_method(study, tasks, "lora"))
-    reference = study.reference or _by_method(study, tasks, "duallora") if len(study.variants) > 1 else None
+    every = list(tasks.values())
+    rows = [task.row(variant) for task in every for variant in task.runs]
+    _add_ratios(rows, _by_method(study, every, "lora"))
+    reference = study.reference or _by_method(study, every, "duallora") if len(study.variants) > 1 else None
     # The average is over tasks whose metrics have one direction, of the variants with a value on every task.
-    alike = len({metrics.find(task.facts["metric"]).higher_is_better for task in tasks.values()}) == 1 < len(tasks)
-    whole = [
-        variant
-        for variant in study.variants
-        if alike and AVERAGE not in tasks and all(variant in task.samples for task in tasks.values())
-    ]
-    pairs = []
-    if reference:
-        over = {name: [task] for name, task in tasks.items()}
-        over |= {AVERAGE: list(tasks.values())} if reference in whole else {}
-        pairs = [pair for name, those in over.items() for pair in _pairs(name, those, reference)]
-    rows += [_average(variant, list(tasks.values()), rows) for variant in whole]
+    alike = len({metrics.find(task.facts["metric"]).higher_is_better for task in every}) == 1 < len(tasks)
+    averaged = alike and AVERAGE not in tasks
+    whole = [one for one in study.variants if averaged and all(one in task.samples for task in every)]
+    over = {name: [task] for name, task in tasks.items()} | ({AVERAGE: every} if reference in whole else {})
+    pairs = [pair for name, those in over.items() if reference for pair in _pairs(name, those, reference)]
+    rows += [_average(variant, every, rows) for variant in whole]
     summary = {
         "kind": KIND,
         "name": study.name,
@@ -80,9 +75,9 @@ def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
         "cells": [_cell(cell, found.get(cell.name)) for cell in wanted],
         "rows": rows,
         "pairs": pairs,
-        "curves": [curve for task in tasks.values() for variant in task.runs if (curve := task.curve(variant))],
+        "curves": [curve for task in every for variant in task.runs if (curve := task.curve(variant))],
         "unequal": _unequal(study, tasks),
-        "edges": [edge for task in tasks.values() for edge in _edges(study, found, task)],
+        "edges": [edge for task in every for edge in _edges(study, found, task)],
         "open": [[name, variant] for name, task in tasks.items() for variant, one in task.best.items() if one is None],
     }
     summary["statement"] = statement(summary)
@@ -132,9 +127,9 @@ def save(summary: Mapping[str, Any], path: Path | str) -> None:
 
 
 def _cell(cell: Cell, outcome: Outcome | None) -> dict[str, Any]:
-    facts: dict[str, Any] = {"name": cell.name, "tags": dict(cell.tags), "status": "missing"}
+    facts: dict[str, Any] = {"name": cell.name, "tags": dict(cell.tags)}
     if outcome is None:
-        return facts
+        return facts | {"status": "missing"}
     return facts | {
         "status": "diverged" if outcome.diverged else outcome.status,
         "metrics": _numbers(outcome.metrics),
@@ -362,12 +357,12 @@ def _estimated(estimate: Estimate) -> dict[str, Any]:
 # -- between variants and over tasks ----------------------------------------------------------------------------------
 
 
-def _by_method(study: Study, tasks: Mapping[str, _Task], method: str) -> str | None:
+def _by_method(study: Study, tasks: Sequence[_Task], method: str) -> str | None:
     """The variant called ``method``, else the first that trains by it."""
     if method in study.variants:
         return method
     for variant in study.variants:
-        cells = (outcome for task in tasks.values() for outcome in task.runs.get(variant, {}).values())
+        cells = (outcome for task in tasks for outcome in task.runs.get(variant, {}).values())
         if any(outcome.recipe.get("adapter", {}).get("method") == method for outcome in cells):
             return variant
     return None
@@ -384,7 +379,7 @@ def _add_ratios(rows: list[dict[str, Any]], baseline: str | None) -> None:
 def _average(variant: str, tasks: Sequence[_Task], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of a variant over all tasks."""
     own = [row for row in rows if row["variant"] == variant]
-    ratios = [row["cpu_ratio"] for row in own if "cpu_ratio" in row]
+    ratios, peaks = ([row[name] for row in own if name in row] for name in ("cpu_ratio", "peak_memory"))
     estimate = statistics.mean_of([task.samples[variant] for task in tasks], [task.spread(variant) for task in tasks])
     return {
         "task": AVERAGE,
@@ -392,11 +387,7 @@ def _average(variant: str, tasks: Sequence[_Task], rows: Sequence[dict[str, Any]
         "metric": AVERAGE,
         "parameters": own[0]["parameters"],
         "cpu_seconds": sum(row["cpu_seconds"] or 0.0 for row in own),
-        **(
-            {"peak_memory": max(peaks)}
-            if (peaks := [row["peak_memory"] for row in own if "peak_memory" in row])
-            else {}
-        ),
+        **({"peak_memory": max(peaks)} if peaks else {}),
         **({"cpu_ratio": plain.geometric_mean(ratios)} if ratios else {}),
         **_estimated(estimate),
     }
@@ -405,20 +396,19 @@ def _average(variant: str, tasks: Sequence[_Task], rows: Sequence[dict[str, Any]
 def _pairs(name: str, tasks: Sequence[_Task], reference: str) -> list[dict[str, Any]]:
     """The reference against every other variant over ``tasks``, with Holm's correction among them."""
     pairs = []
-    for other in tasks[0].study.variants:
-        found = [task.difference(reference, other) for task in tasks] if other != reference else [None]
-        those = [one for one in found if one is not None]
-        if len(those) < len(tasks):
+    for other in (variant for variant in tasks[0].study.variants if variant != reference):
+        found = [one for task in tasks if (one := task.difference(reference, other))]
+        if len(found) < len(tasks):
             continue
-        differences = [sample for _, sample in those]
+        differences = [sample for _, sample in found]
         # Two that predict the same everywhere are one method, whatever the others' seeds do.
         pools = [
             task.spread(reference, other) if own.resampled.any() else None
             for task, own in zip(tasks, differences, strict=True)
         ]
-        over_all = name == AVERAGE and tasks[0].name != AVERAGE
+        over_all = len(tasks) > 1
         estimate = statistics.mean_of(differences, pools) if over_all else statistics.estimate(differences[0], pools[0])
-        pairs.append({"task": name, "one": reference, "other": other, "seeds": those[0][0], **estimate._asdict()})
+        pairs.append({"task": name, "one": reference, "other": other, "seeds": found[0][0], **estimate._asdict()})
     higher = metrics.find(tasks[0].facts["metric"]).higher_is_better
     for pair, p in zip(pairs, statistics.holm([pair["p"] for pair in pairs]), strict=True):
         pair |= {"p_adjusted": p, "better": statistics.verdict(pair["mean"] if higher else -pair["mean"], p)}

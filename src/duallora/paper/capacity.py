@@ -37,11 +37,10 @@ from torch import Tensor, nn
 from duallora import methods
 from duallora.config.load import load_recipe
 from duallora.errors import ConfigError
-from duallora.grid.run import refuse_drift
+from duallora.grid.run import refuse_drift, study_folder
 from duallora.grid.study import CELLS, STUDY, Cell, Outcome, Study, cell_folder, outcomes
 from duallora.paper.variants import Variant
 from duallora.store import record
-from duallora.store.lock import locked
 from duallora.store.models import load_model, weights_fingerprint
 from duallora.train import run as training
 
@@ -63,13 +62,9 @@ class Real(NamedTuple):
 
 
 _SHORT = (
-    "adapter.method=full",
-    "eval.metrics=false",
-    "eval.before=false",
-    "data.eval_limit=8",
-    "train.save_steps=1000",
+    "adapter.method=full", "eval.metrics=false", "eval.before=false", "data.eval_limit=8", "train.save_steps=1000",
     "train.report_to=[]",
-)
+)  # fmt: skip
 REAL = {
     "fit-minilm": Real(
         "builtin:minilm-l6", "builtin:packages", "classify", "bert.encoder.layer.2.attention.self.query.weight",
@@ -151,11 +146,7 @@ def problem(task: str, seed: int, folder: Path) -> Problem:
     """The problem of a task for one seed, which draws targets, keys and the frozen weights, but not those of a real layer."""
     if task.startswith("keys-"):
         return _labels(int(task.partition("-")[2]), seed)
-    W0, T = (
-        (load_file(_change_file(folder, task))[name] for name in ("W0", "T")) if task in REAL else _drawn(task, seed)
-    )
-    W0, T = (X * (SIZE * X.square().mean()).rsqrt() for X in (W0, T))  # rms 1 / sqrt(in), both
-
+    W0, T = (X * (SIZE * X.square().mean()).rsqrt() for X in _weights(task, seed, folder))  # rms 1 / sqrt(in), both
     layer = nn.Linear(SIZE, SIZE, bias=False)
     layer.weight.data = W0
     power = T.square().sum()
@@ -164,6 +155,14 @@ def problem(task: str, seed: int, folder: Path) -> Problem:
         return (y - W0.T - T.T).square().sum() / power
 
     return Problem(nn.Sequential(OrderedDict(one=layer)), torch.eye(SIZE), loss, lambda loss, parameters: loss)
+
+
+def _weights(task: str, seed: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """(W0, T) of a task that fits a matrix."""
+    if task not in REAL:
+        return _drawn(task, seed)
+    found = load_file(_change_file(folder, task))
+    return found["W0"], found["T"]
 
 
 def _drawn(task: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -185,12 +184,8 @@ def _labels(count: int, seed: int) -> Problem:
             layers[f"{name}_relu"] = nn.ReLU()
     keys = torch.randn(count, WIDTH, generator=random)
     labels = torch.randint(LABELS, (count,), generator=random)
-    return Problem(
-        nn.Sequential(layers),
-        keys,
-        partial(nn.functional.cross_entropy, target=labels),
-        partial(bits_per_parameter, count),
-    )
+    loss, bits = partial(nn.functional.cross_entropy, target=labels), partial(bits_per_parameter, count)
+    return Problem(nn.Sequential(layers), keys, loss, bits)
 
 
 def bits_per_parameter(keys: int, loss: float, parameters: int, labels: int = LABELS) -> float:
@@ -236,18 +231,12 @@ def facts(study: Study, folder: Path) -> dict[str, Any]:
     """Of each fitted T: what the best matrix of LoRA's rank leaves, the mean over seeds; of a real one, where it is from."""
     found: dict[str, Any] = {}
     rank = study.variants["lora"]["adapter.r"] if "lora" in study.variants else 16
-    for task in study.tasks:
-        if task.startswith("keys-"):
-            continue
-        seeds = [study.seeds[0]] if task in REAL else study.seeds
-        targets = [
-            load_file(_change_file(folder, task))["T"] if task in REAL else _drawn(task, seed)[1] for seed in seeds
-        ]
-        found[task] = {"rank": rank, "svd": sum(left_by_svd(T, rank) for T in targets) / len(targets)}
+    for task in (task for task in study.tasks if not task.startswith("keys-")):
+        weights = [_weights(task, seed, folder) for seed in (study.seeds[:1] if task in REAL else study.seeds)]
+        found[task] = {"rank": rank, "svd": sum(left_by_svd(T, rank) for _, T in weights) / len(weights)}
         if task in REAL:
-            own, rms = REAL[task], (X.square().mean().sqrt() for X in load_file(_change_file(folder, task)).values())
-            names = ("T_rms", "W0_rms")
-            found[task] |= {**dict(zip(names, map(float, rms), strict=True)), **own._asdict()}
+            W0, T = (float(X.square().mean().sqrt()) for X in weights[0])
+            found[task] |= {"T_rms": T, "W0_rms": W0, **REAL[task]._asdict()}
     return {"targets": found} if found else {}
 
 
@@ -258,9 +247,8 @@ def spec(settings: Mapping[str, Any]) -> methods.MethodSpec:
     """The method of a cell's settings, on a plain module."""
     own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith("adapter.")}
     name, r, targets = own.pop("method"), own.pop("r"), own.pop("target_modules")
-    return methods.MethodSpec(
-        name, r=r, target_modules=targets, task_type=None, options={**own.pop("options", {}), **own}
-    )
+    options = {**own.pop("options", {}), **own}
+    return methods.MethodSpec(name, r=r, target_modules=targets, task_type=None, options=options)
 
 
 def attach(cell_settings: Mapping[str, Any], model: nn.Module, seed: int) -> methods.Adapted:
@@ -296,22 +284,18 @@ def run_cell(folder: Path, metric: str, cell: Cell) -> None:
     recipe, task, seed = cell.recipe().model_dump(mode="json"), cell.tags["task"], cell.tags["seed"]
     with one_thread():
         value, parameters = fit(cell.settings, task, seed, folder)
-        result = record.result(
-            "capacity", recipe, {}, seeds=[seed], started=started, parameters={"trainable": parameters}
-        )
-    diverged = not math.isfinite(value)
+        trained = {"trainable": parameters}
+        result = record.result("capacity", recipe, {}, seeds=[seed], started=started, parameters=trained)
     own = {metric: value, "train_cpu_seconds": time.process_time() - cpu}
-    place = cell_folder(folder, cell.name)
-    if not diverged:  # the one row that there is, chosen by and reported on
-        rows = {"validation": f"{task} {seed}", "test": f"{task} {seed}"}
+    place, facts = cell_folder(folder, cell.name), {"seed": seed, "steps": recipe["train"]["max_steps"]}
+    if not math.isfinite(value):
+        facts |= {"status": "failed", "kind": "diverged", "result": {"metrics": {}}}
+    else:  # the one row that there is, chosen by and reported on
+        facts |= {"status": "done", "kind": "done", "result": {"metrics": own}}
+        metrics = {"metrics": {**own, "test": {metric: value}}, "main_metric": metric}
         place.write_predictions([{"prediction": value, "label": 0}])
-        place.write_metrics(
-            {**result, "metrics": {**own, "test": {metric: value}}, "main_metric": metric, "data": rows}
-        )
-    status = {"status": "failed", "kind": "diverged"} if diverged else {"status": "done", "kind": "done"}
-    place.write_facts(
-        {**result, **status, "seed": seed, "steps": recipe["train"]["max_steps"], "result": {"metrics": {} if diverged else own}}
-    )  # fmt: skip
+        place.write_metrics({**result, **metrics, "data": dict.fromkeys(("validation", "test"), f"{task} {seed}")})
+    place.write_facts({**result, **facts})
 
 
 @contextmanager
@@ -332,9 +316,7 @@ def run(study: Study, folder: Path, *, workers: int, console: Console) -> tuple[
         ConfigError: the folder is another study's, or its cells were run with other settings.
         LockedError: another process works in it.
     """
-    if folder.is_dir() and not (folder / STUDY).exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no {STUDY}; choose another folder with -o")
-    with locked(folder, STUDY), _mapping(workers) as each:
+    with study_folder(folder), _mapping(workers) as each:
         study = _with_models(study, folder, console)
         record.write_text(folder / STUDY, study.yaml())
         (folder / CELLS).mkdir(exist_ok=True)
@@ -380,16 +362,12 @@ def plan(studies: Iterable[Study], console: Console) -> dict[str, Any]:
     for study in studies:
         task = next(iter(study.tasks))
         counted = {label: _parameters(own, study, task) for label, own in study.variants.items()}
-        cells = study.expected({})
-        console.print(
-            f"[bold]{escape(study.name)}[/]: {', '.join(study.tasks)}; {cells} cells of {study.base['train.max_steps']} "
-            "steps, more where a best rate lies at the edge",
-            soft_wrap=True,
-        )
+        cells, steps = study.expected({}), study.base["train.max_steps"]
+        size = f"{cells} cells of {steps} steps, more where a best rate lies at the edge"
+        console.print(f"[bold]{escape(study.name)}[/]: {', '.join(study.tasks)}; {size}", soft_wrap=True)
         table = Table("form", "trained", "more than LoRA", box=SIMPLE)
         for label, count in counted.items():
-            more = f"{count - counted['lora']:+,}" if "lora" in counted else "-"
-            table.add_row(label, f"{count:,}", more)
+            table.add_row(label, f"{count:,}", f"{count - counted['lora']:+,}" if "lora" in counted else "-")
         console.print(table)
         planned.append({"study": study.name, "tasks": list(study.tasks), "cells": cells, "trained_parameters": counted})
     return {"runs": sum(one["cells"] for one in planned), "studies": planned}

@@ -21,7 +21,6 @@ a fraction of it.
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import time
@@ -155,11 +154,10 @@ def gpu_named(name: str) -> Gpu:
     Raises:
         ConfigError: no such GPU in ``GPUS``.
     """
-    if name.lower() == "cpu":
-        return this_machine()
-    if name.lower() not in GPUS:
+    found = this_machine() if name.lower() == "cpu" else GPUS.get(name.lower())
+    if found is None:
         raise ConfigError(f"--gpu {name!r}: expected one of {', '.join(GPUS)} or cpu")
-    return GPUS[name.lower()]
+    return found
 
 
 @cache
@@ -202,18 +200,17 @@ def cost(recipe: Recipe, gpu: Gpu) -> Cost:
     read = counted.base * (2 if half else 4) / (MBU * 1e9 * gpu.bandwidth)
     training = max((tokens * per_token + steps * per_step) / rate, 2 * steps * read)
 
-    scored = {"validation": min(held_out or known.validation, recipe.data.eval_limit or known.validation)}
-    if recipe.eval.test:
-        scored["test"] = min(known.test, recipe.data.eval_limit or known.test)
+    limit, token = recipe.data.eval_limit or math.inf, 2 * counted.linear / rate
+    validation = min(held_out or known.validation, limit)
+    test = min(known.test, limit) if recipe.eval.test else 0
     passes = 1 + recipe.eval.before + (steps // options.eval_steps if options.eval_steps else 0)
-    scoring = passes * scored["validation"] * length * 2 * counted.linear / rate  # the loss after, before, on the way
+    scoring = passes * validation * length * token  # the loss after, before, on the way
     if recipe.eval.metrics and known.generated:
         answer = min(known.generated, recipe.eval.max_new_tokens or known.generated)
-        for count in scored.values():
-            scoring += count * known.prompt * 2 * counted.linear / rate
-            scoring += math.ceil(count / recipe.eval.batch_size) * answer * read
+        for count in (validation, test):
+            scoring += count * known.prompt * token + math.ceil(count / recipe.eval.batch_size) * answer * read
     elif recipe.eval.metrics:
-        scoring += scored.get("test", 0) * length * 2 * counted.linear / rate
+        scoring += test * length * token
     return Cost(steps, tokens, training, scoring)
 
 
@@ -224,21 +221,23 @@ def memory(recipe: Recipe, gpu: Gpu) -> float | None:
         return None
     method = "lora" if method == "lora+" else method
     adapter = recipe.adapter
+    targets = adapter.target_modules or "all-linear"
     planner = _planner(
-        recipe.model.name, recipe.model.dtype, recipe.train.gradient_checkpointing,
-        _rank(recipe) // 2, repr(adapter.target_modules or "all-linear"), gpu.memory, recipe.model.quantization,
+        recipe.model.name, recipe.model.dtype, recipe.train.gradient_checkpointing, _rank(recipe) // 2,
+        targets if isinstance(targets, str) else tuple(targets), gpu.memory, recipe.model.quantization,
     )  # fmt: skip
     return planner.need(method, "single", recipe.train.batch_size, recipe.data.max_length).total
 
 
 @cache
 def _planner(
-    model: str, dtype: str, checkpointing: bool, rank: int, targets: str, gigabytes: float, packed: str | None
+    model: str, dtype: str, checkpointing: bool, rank: int, targets: Any, gigabytes: float, packed: str | None
 ) -> Planner:
-    options: dict[str, Any] = {"rank": rank, "targets": ast.literal_eval(targets), "checkpointing": checkpointing}
+    targets = targets if isinstance(targets, str) else list(targets)
     kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     form: Any = "none" if packed is None else "4bit" if packed == "bnb-4bit" else "8bit"
-    return Planner(config_of(SAME_SHAPES.get(model, model)), Gpus(1, gigabytes), form, dtype=kind, **options)
+    config, machine = config_of(SAME_SHAPES.get(model, model)), Gpus(1, gigabytes)
+    return Planner(config, machine, form, dtype=kind, rank=rank, targets=targets, checkpointing=checkpointing)
 
 
 def facts(recipe: Recipe) -> Facts:
@@ -267,13 +266,12 @@ def _shape(model: str, kind: Literal["generate", "classify"], adapter: str) -> S
         options = {name: value for name, value in section["options"].items() if name not in _STARTS}
         section |= {"method": "lora", "options": options}
     chosen, depth = section.pop("layers_to_transform", None), depth_of(config)
+    layers = range(depth) if chosen is None else [chosen] if isinstance(chosen, int) else chosen
     recipe = Recipe(adapter=section, data=DataSection(task="any"))
     low, high = (_count(recipe, kind, at_depth(config, depth)) for depth in (2, 3))
-    layers = depth if chosen is None else len([chosen] if isinstance(chosen, int) else chosen)
-    wide = (depth, depth, layers, layers)
-    sizes = (few + (n - 2) * (more - few) for few, more, n in zip(low, high, wide, strict=False))
-    lowest = 0 if chosen is None else min([chosen] if isinstance(chosen, int) else chosen)
-    return Shape(*sizes)._replace(below=lowest * (high.linear - low.linear))
+    counts = (depth, depth, len(layers), len(layers))
+    sizes = (few + (n - 2) * (more - few) for few, more, n in zip(low, high, counts, strict=False))
+    return Shape(*sizes)._replace(below=min(layers) * (high.linear - low.linear))
 
 
 def _count(recipe: Recipe, kind: Literal["generate", "classify"], config: Any) -> Shape:

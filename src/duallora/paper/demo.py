@@ -8,6 +8,7 @@ held-out functions, not picked.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,8 +133,9 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
     console.rule("[bold]3  after, reloaded from the disk[/]", align="left", style="cyan")
     after = _score(*adapters.load_adapter(trained["folder"], task.kind), recipe, task, console)
     _say_scores(plan, after, console)
-    for index in _spread(len(before.examples), SHOWN):
-        console.print(_side_by_side(task, before, after, index))
+    examples = [_example(task, before, after, index) for index in _spread(len(before.examples), SHOWN)]
+    for facts in examples:
+        console.print(_side_by_side(facts))
 
     console.rule("[bold]4  merging into a plain model[/]", align="left", style="cyan")
     merged = merge(trained["folder"], output / "merged", console=console)
@@ -142,10 +144,10 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
     console.rule("[bold]what came of it[/]", align="left", style="cyan")
     console.print(_summary(plan, before, after))
     console.print(_next_steps(plan, output, trained, merged, seconds))
-    facts = RunFolder(trained["folder"]).metrics() or {}
+    scored = RunFolder(trained["folder"]).metrics() or {}
     summary = record.result(
         "demo",
-        facts["recipe"] | {"output": None},
+        scored["recipe"] | {"output": None},
         {
             "before": {name: before.metrics[name] for name in plan.metrics},
             "after": {name: after.metrics[name] for name in plan.metrics},
@@ -155,13 +157,12 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
         },
         seeds=[recipe.seed],
         started=started,
-        data={**facts["data"], "test": task.fingerprint("test")},
-        base=facts["base"],
+        data={**scored["data"], "test": task.fingerprint("test")},
+        base=scored["base"],
         held_out_rows=len(before.examples),
         trainable_parameters=trained["trainable_parameters"],
     )
     record.write_json(output / "demo.json", summary)  # metrics only: the library's own texts are not ours to pass on
-    examples = [_example(task, before, after, index) for index in _spread(len(before.examples), SHOWN)]
     record.write_json(output / "examples.json", examples)
     return {
         "output": str(output),
@@ -176,11 +177,8 @@ def show(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
 
 def _free(output: Path) -> Path:
     """``output``, or the first of ``output-2``, ``output-3``, ... that is not taken: a second demo just works."""
-    candidate, number = output, 1
-    while candidate.exists() and any(candidate.iterdir()):
-        number += 1
-        candidate = output.with_name(f"{output.name}-{number}")
-    return candidate
+    sisters = (output.with_name(f"{output.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([output], sisters) if not one.exists() or not any(one.iterdir()))
 
 
 def _held_out(task: Task, count: int) -> Task:
@@ -212,8 +210,7 @@ def _say_scores(plan: Plan, result: EvalResult, console: Console) -> None:
     say(console, "scores", f"{scores} ({len(result.examples)} held-out functions)")
 
 
-def _side_by_side(task: Task, before: EvalResult, after: EvalResult, index: int) -> Panel:
-    facts = _example(task, before, after, index)
+def _side_by_side(facts: dict[str, Any]) -> Panel:
     answers = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
     answers.add_column("before", ratio=1, style="yellow", header_style="yellow")
     answers.add_column("after", ratio=1, style="green", header_style="green")
@@ -225,12 +222,11 @@ def _side_by_side(task: Task, before: EvalResult, after: EvalResult, index: int)
 
 def _example(task: Task, before: EvalResult, after: EvalResult, index: int) -> dict[str, Any]:
     example: Example = before.examples[index]
-    if task.kind == "classify":
-        names = [task.labels[result.predictions[index]] for result in (before, after)]
-        given, expected = example.texts[0], task.labels[int(example.label or 0)]
-        return {"given": given, "before": names[0], "after": names[1], "expected": expected}
-    predictions = [result.predictions[index] for result in (before, after)]
-    return {"given": example.prompt, "before": predictions[0], "after": predictions[1], "expected": example.answer}
+    first, second = (result.predictions[index] for result in (before, after))
+    if task.kind == "generate":
+        return {"given": example.prompt, "before": first, "after": second, "expected": example.answer}
+    names, expected = task.labels, int(example.label or 0)
+    return {"given": example.texts[0], "before": names[first], "after": names[second], "expected": names[expected]}
 
 
 def _short(text: str, lines: int = 6) -> str:

@@ -15,9 +15,7 @@ from duallora.grid.study import Study
 from duallora.paper import table4
 from duallora.paper.ablations import mini
 from duallora.paper.table2 import MINI_BASE, MINI_HEAD, MINI_TARGETS, MINI_TASKS
-from duallora.paper.variants import PLAIN_START
-
-Variant = dict[str, Any]
+from duallora.paper.variants import PLAIN_START, Variant
 
 _BATCHES = 4  # of calibration: adapter.init_batches' default
 _FAVOURED: Variant = {"adapter.init_std": 0.05, "adapter.direction_init_std": 0.002}  # the best of `ablations`

@@ -34,10 +34,8 @@ class Part:
 
     def first_cells(self) -> list[Cell]:
         """The cells of the first stage, those that wait for another task's adapter too."""
-        apart = {
-            label: {key: value for key, value in own.items() if key != "after"}
-            for label, own in self.study.tasks.items()
-        }
+        tasks = self.study.tasks.items()
+        apart = {label: {key: own[key] for key in own if key != "after"} for label, own in tasks}
         return replace(self.study, tasks=apart).wanted({})
 
     def after(self, task: str) -> str | None:
@@ -63,20 +61,17 @@ def parts(
             continue
         tasks = _pick(study.tasks, wanted.get("task"))
         variants = _pick(study.variants, wanted.get("variant"))
-        if tasks and variants:
-            reference = study.reference if study.reference in variants else None
-            reduced = replace(
-                study, base={**study.base, **changed}, tasks=tasks, variants=variants, reference=reference
-            )
-            for kind, layers in (
-                ("searched", [study.search]),
-                ("set by tasks or variants", [*tasks.values(), *variants.values()]),
-            ):
-                if taken := sorted(changed.keys() & {key for layer in layers for key in layer}):
-                    raise ConfigError(
-                        f"--set {taken[0]}: {study.name} has it {kind}; expected a setting that all runs share"
-                    )
-            chosen.append(Part(reduced, folder if len(found) == 1 else folder / study.name))
+        if not tasks or not variants:
+            continue
+        layers = [("set by tasks or variants", layer) for layer in (*tasks.values(), *variants.values())]
+        for kind, layer in [("searched", study.search), *layers]:
+            if taken := sorted(changed.keys() & layer.keys()):
+                expected = "expected a setting that all runs share"
+                raise ConfigError(f"--set {taken[0]}: {study.name} has it {kind}; {expected}")
+        reference = study.reference if study.reference in variants else None
+        base = {**study.base, **changed}
+        reduced = replace(study, base=base, tasks=tasks, variants=variants, reference=reference)
+        chosen.append(Part(reduced, folder if len(found) == 1 else folder / study.name))
     if not chosen:
         have = {
             "study": [study.name for study in found],
@@ -137,33 +132,28 @@ def plan(chosen: Sequence[Part], gpu: str) -> dict[str, Any]:
     machine = cost.gpu_named(gpu)
     planned: list[dict[str, Any]] = []
     for part in chosen:
-        study = part.study
+        study, lines = part.study, list[dict[str, Any]]()
         cells = {(cell.tags["task"], cell.tags["variant"]): cell for cell in part.first_cells()}
         recipes = {key: cells[key].recipe() for key in itertools.product(study.tasks, study.variants)}
-        lines: list[dict[str, Any]] = []
-        for task in study.tasks:
-            for variant in study.variants:
-                points = study.points({}, task, variant)
-                recipe = recipes[task, variant]
-                outdone = _outdone(recipe, [recipes[other, variant] for other in study.tasks])
-                one, counted = cost.cost(recipe, machine), cost.shape(recipe)
-                more = len(study.seeds) - study.search_seeds
-                lines.append(
-                    {
-                        "task": task,
-                        "variant": variant,
-                        "runs": len(points) * study.search_seeds + more,
-                        "steps": one.steps,
-                        "tokens": one.tokens,
-                        "hours": one.hours,
-                        "trained_parameters": counted.trained,
-                        "base_parameters": counted.base,
-                        "memory": None if outdone else cost.memory(recipe, machine),
-                    }
-                )
-        planned.append(
-            {"study": study.name, "model": study.base.get("model.name"), "folder": str(part.folder), "lines": lines}
-        )
+        for (task, variant), recipe in recipes.items():
+            outdone = _outdone(recipe, [recipes[other, variant] for other in study.tasks])
+            one, counted = cost.cost(recipe, machine), cost.shape(recipe)
+            tried = len(study.points({}, task, variant)) * study.search_seeds
+            lines.append(
+                {
+                    "task": task,
+                    "variant": variant,
+                    "runs": tried + len(study.seeds) - study.search_seeds,
+                    "steps": one.steps,
+                    "tokens": one.tokens,
+                    "hours": one.hours,
+                    "trained_parameters": counted.trained,
+                    "base_parameters": counted.base,
+                    "memory": None if outdone else cost.memory(recipe, machine),
+                }
+            )
+        model = study.base.get("model.name")
+        planned.append({"study": study.name, "model": model, "folder": str(part.folder), "lines": lines})
     every = [line for one in planned for line in one["lines"]]
     return {
         "predicted": True,
@@ -227,15 +217,12 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
         seeds = f"{len(study.seeds)} seeds, {study.search_seeds} of them at every search value"
         tuned = "" if apart else f"; {next(iter(searches.values())) or 'nothing'} searched"
         console.print(f"{seeds}{tuned}", soft_wrap=True)
-    grows = any(_grows(part.study) for part in chosen)
     machine = "this processor" if found["gpu"] == "cpu" else f"one {found['gpu']}"
+    grows = (
+        f"; where the best value lies at the edge of its grid the grid grows, by {EXTENSIONS} runs at most for each task and variant"
+    ) * any(_grows(part.study) for part in chosen)
     console.print(
-        f"[bold]in all {found['runs']:,} runs, predicted {found['hours']:,.1f} hours of {escape(machine)}[/]"
-        + (
-            f"; where the best value lies at the edge of its grid the grid grows, by {EXTENSIONS} runs at most for each task and variant"
-            if grows
-            else ""
-        ),
+        f"[bold]in all {found['runs']:,} runs, predicted {found['hours']:,.1f} hours of {escape(machine)}[/]{grows}",
         soft_wrap=True,
     )
     console.print(
@@ -248,8 +235,7 @@ def show_plan(console: Console, chosen: Sequence[Part], found: Mapping[str, Any]
 def _search(study: Study, task: str) -> str:
     """The values tried on a task, in words, by the variants without a search of their own."""
     shared = (variant for variant, own in study.variants.items() if "search" not in own)
-    variant = next(shared, None)
-    return "" if variant is None else _in_words(study.search_for(task, variant))
+    return next((_in_words(study.search_for(task, variant)) for variant in shared), "")
 
 
 def _in_words(search: Mapping[str, Sequence[Any]]) -> str:
@@ -261,8 +247,7 @@ def _shown(value: Any) -> str:
 
 
 def _grows(study: Study) -> bool:
-    searches = [study.search_for(task, variant) for task in study.tasks for variant in study.variants]
-    return study.extend and any(searches)
+    return study.extend and any(study.search_for(*pair) for pair in itertools.product(study.tasks, study.variants))
 
 
 def commands(chosen: Sequence[Part]) -> list[str]:
@@ -283,8 +268,7 @@ def printed_rows(study: str) -> tuple[printed.Row, ...]:
 
 def printed_lines(study: str) -> list[dict[str, Any]]:
     """`printed_rows` as plain data for `duallora.grid.report`, the columns by the names of our tasks."""
-    lines = [asdict(row) for row in printed_rows(study)]
     return [
-        {**line, "values": {_COMMONSENSE.get(name, name): value for name, value in line["values"].items()}}
-        for line in lines
+        {**asdict(row), "values": {_COMMONSENSE.get(name, name): value for name, value in row.values.items()}}
+        for row in printed_rows(study)
     ]
