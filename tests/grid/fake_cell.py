@@ -1,4 +1,4 @@
-"""A cell that trains nothing: it leaves what `duallora train` leaves, and ends as FAKE_CELLS (a JSON file) says.
+"""A cell that trains nothing: it leaves what `duallora train` leaves, and ends as ends.json beside the grid's folder says.
 
 {cell name: [what the first start does, the second, ...]}; the last one repeats, and an absent cell is simply done.
 """
@@ -14,8 +14,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from duallora.config.load import load_recipe
-from duallora.config.recipe import fingerprint
 from duallora.errors import LockedError
 from duallora.store.lock import locked
 from duallora.store.record import write_text
@@ -24,21 +22,17 @@ from duallora.train.launch import end_with_parent
 
 folder = Path(sys.argv[sys.argv.index("-o") + 1])
 run = RunFolder(folder)
-recipe = load_recipe(sys.argv[sys.argv.index("-c") + 1])
+assert Path(sys.argv[sys.argv.index("-c") + 1]) == run.recipe_file
+given = json.loads(folder.with_name(f"{folder.name}.facts").read_text())
+assert sys.argv[sys.argv.index("--resume") + 1] == "auto"  # one that was stopped goes on from its checkpoint
 starts = folder.parent / f"{folder.name}.starts"
 with starts.open("a") as file:
     file.write(f"{os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\n")
 turn = len(starts.read_text().splitlines())
-turns = json.loads(Path(os.environ["FAKE_CELLS"]).read_text()).get(folder.name, ["done"])
+turns = json.loads((folder.parents[2] / "ends.json").read_text()).get(folder.name, ["done"])
 how = turns[min(turn, len(turns)) - 1]
-facts = {
-    "status": "running",
-    "parent": os.getppid(),
-    "recipe": recipe.model_dump(mode="json"),
-    "steps": 9,
-    "parameters": {"trainable": 3, "total": 4},
-    "fingerprints": {"recipe": fingerprint(recipe)},
-}
+numbers = {"steps": 9, "parameters": {"trainable": 3, "total": 4}}
+facts = {"status": "running", "parent": os.getppid(), **given, **numbers}
 
 
 def leave(status: str, code: int, error: str | None = None) -> None:
@@ -73,13 +67,13 @@ with ExitStack() as held:
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "waits":
-        run.log.path.write_text('{"step": 4, "loss": 0.25}\n{"step": 5, "lo')
         signal.signal(signal.SIGTERM, lambda *_: leave("interrupted", 143, "Interrupted: stopped"))
+        run.log.path.write_text('{"step": 4, "loss": 0.25}\n{"step": 5, "lo')
         time.sleep(60)
     for part in (folder / "adapter", run.checkpoints):
         write_text(part / "weights", "w")
-    rate = recipe.train.learning_rate
-    score = -abs(math.log(rate / 1e-3)) + recipe.seed / 1000
+    rate, seed = given["recipe"]["train"]["learning_rate"], given["recipe"]["seed"]
+    score = -abs(math.log(rate / 1e-3)) + seed / 1000
     figures = {"accuracy": score, "loss": -score, "train_seconds": 1.5, "test": {"accuracy": score - 1}}
     run.write_metrics({"metrics": figures, "main_metric": "accuracy"})
     leave("done", 0)

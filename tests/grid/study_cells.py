@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,19 @@ ENVIRONMENT = {
     "commit": "a" * 40, "dirty": False, "versions": {"torch": "2.13.0", "peft": "0.21.2"}, "device": "cpu (test)",
     "threads": 1, "platform": "Linux x86_64",
 }  # fmt: skip
-
-
-def rows(task: str) -> list[Example]:
-    """The test rows as a run has them."""
-    return [
-        Example(**{key: value if key != "references" else tuple(value) for key, value in truth(one).items()})
-        for one in GOLD[task]
-    ]
+VARIANTS = {
+    "lora": {"adapter.method": "lora", "adapter.r": 16},
+    "duallora": {"adapter.r": 8},
+    "dora": {"adapter.method": "dora", "adapter.r": 16},
+}
 
 
 def score(task: str, guess: list) -> dict[str, float]:
     """What a run of the task records."""
     if task == "e2e":
         return {"bleu": 12.5, "loss": -sum(own for own, _ in guess) / sum(tokens for _, tokens in guess)}
-    return {**METRICS[task](guess, rows(task)), "loss": 0.5}
+    rows = [Example(**truth(gold)) for gold in GOLD[task]]
+    return {**METRICS[task](guess, rows), "loss": 0.5}
 
 
 def guesses(task: str, skill: float, seed: int) -> list:
@@ -61,77 +59,71 @@ def guesses(task: str, skill: float, seed: int) -> list:
 
 
 def said(task: str, guess: Any) -> dict[str, Any]:
-    if task == "e2e":
-        log_likelihood, tokens = guess
-        return {"prediction": "", "log_likelihood": log_likelihood, "tokens": tokens}
-    return {"prediction": guess}
+    return (
+        {"prediction": "", "log_likelihood": guess[0], "tokens": guess[1]} if task == "e2e" else {"prediction": guess}
+    )
 
 
 def truth(gold: Any) -> dict[str, Any]:
     if isinstance(gold, list):
-        return {"references": gold}
-    return {"references": gold[1], "group": gold[0]} if isinstance(gold, tuple) else {"label": gold}
+        return {"references": tuple(gold)}
+    return {"references": tuple(gold[1]), "group": gold[0]} if isinstance(gold, tuple) else {"label": gold}
 
 
-def write_cell(folder: Path, cell: Cell, skill: float | None, *, steps: int = 6, **facts: Any) -> None:
-    """A finished cell, or one that diverged where ``skill`` is None; ``facts`` replace those of run.json."""
-    there = cell_folder(folder, cell.name)
+def write_cell(folder: Path, cell: Cell, skill: float | None, steps: int) -> None:
+    """A finished cell, or one that diverged where ``skill`` is None."""
+    there, task, seed = cell_folder(folder, cell.name), cell.tags["task"], cell.tags["seed"]
     there.path.mkdir(parents=True)
     recipe = cell.recipe().model_dump(mode="json")
     rank = int(recipe["adapter"]["r"] or 16)
     run = {
         "status": "done", "result": {"metrics": {}}, **ENVIRONMENT, "recipe": recipe, "steps": steps, "fingerprints": {"base": "b" * 64},
-        "parameters": {"trainable": 100 * rank, "total": 100_000}, **facts,
+        "parameters": {"trainable": 100 * rank, "total": 100_000},
     }  # fmt: skip
-    log = [{"step": step, "loss": 2.0 / (step + 1) + cell.tags["seed"], "gate": 1.0} for step in range(1, steps + 1)]
+    log = [{"step": step, "loss": 2.0 / (step + 1) + seed, "gate": 1.0} for step in range(1, steps + 1)]
     there.log.path.write_text("".join(json.dumps(line) + "\n" for line in log) + '{"step": 7, "lo')
     if skill is None:
-        run |= {
-            "status": "failed",
-            "kind": "diverged",
-            "error": "NonFiniteError: the loss is nan in step 3 of /home/somebody/run",
-        }
+        error = "NonFiniteError: the loss is nan in step 3 of /home/somebody/run"
+        run |= {"status": "failed", "kind": "diverged", "error": error}
     else:
-        task = cell.tags["task"]
-        guess = guesses(task, skill, cell.tags["seed"])
-        lines = [{**said(task, one), **truth(gold)} for one, gold in zip(guess, GOLD[task], strict=True)]
-        there.write_predictions(lines)
+        guess = guesses(task, skill, seed)
+        there.write_predictions(
+            [{**said(task, one), **truth(gold)} for one, gold in zip(guess, GOLD[task], strict=True)]
+        )
         seconds = {"train_seconds": 10.0 + rank, "train_cpu_seconds": 20.0 + rank}
         validation = {name: value * 0.9 for name, value in score(task, guesses(task, skill, 77)).items()}
-        result = {
+        there.write_metrics({
             **ENVIRONMENT, "main_metric": METRICS[task].names[0], "data": {"validation": f"{task}-held-out", "test": f"{task}-test"},
             "metrics": {**validation, **seconds, "test": score(task, guess)},
-        }  # fmt: skip
-        there.write_metrics(result)
+        })  # fmt: skip
     there.write_facts(run)
 
 
 def run_all(
-    folder: Path, study: Study, skill: Callable[[Cell], float | None], *, stop_after: int | None = None
+    folder: Path, study: Study, skill: Callable[[Cell], float | None], *, stop_after: int | None = None, steps: int = 6
 ) -> Path:
     """Writes every cell that ``study`` wants, stage by stage, or the first ``stop_after`` of them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STUDY).write_text(study.yaml())
     written = 0
-    while missing := [cell for cell in study.wanted(outcomes(folder)) if cell.name not in outcomes(folder)]:
-        for cell in missing:
-            if written == stop_after:
-                return folder
-            write_cell(folder, cell, skill(cell))
+    while True:
+        found = outcomes(folder)
+        missing = [cell for cell in study.wanted(found) if cell.name not in found]
+        for cell in missing[: stop_after and stop_after - written]:
+            write_cell(folder, cell, skill(cell), steps)
             written += 1
-    return folder
+        if not missing or written == stop_after:
+            return folder
 
 
-def two_tasks(**changes: Any) -> Study:
-    """Three methods on two tasks, four learning rates, three seeds."""
+def study_of(
+    *tasks: str, variants: Sequence[str] | Mapping[str, Any] = ("lora", "duallora", "dora"), **changes: Any
+) -> Study:
+    """Methods on tasks of `GOLD`, three learning rates, three seeds."""
     settings: dict[str, Any] = {
         "base": {"model.name": "builtin:minilm-l6", "train.max_steps": 6, "eval.test": True},
-        "tasks": {"cola": {"data.task": "cola"}, "stsb": {"data.task": "stsb"}},
-        "variants": {
-            "lora": {"adapter.method": "lora", "adapter.r": 16},
-            "duallora": {"adapter.r": 8},
-            "dora": {"adapter.method": "dora", "adapter.r": 16},
-        },
+        "tasks": {task: {"data.task": "cola" if task == "twin" else task} for task in tasks},
+        "variants": variants if isinstance(variants, Mapping) else {name: VARIANTS[name] for name in variants},
         "search": {"train.learning_rate": [1e-3, 3e-3, 1e-2]},
         "extend": False,
     }

@@ -54,9 +54,9 @@ def run_all(one: Study, score, order=None) -> dict[str, Outcome]:
         left = [cell for cell in one.wanted(found) if cell.name not in found]
         if not left:
             return found
-        cell = left[0] if order is None else order.choice(left)
-        value = score(cell)
-        found[cell.name] = diverged(cell.name) if value is None else done(cell.name, value)
+        for cell in left if order is None else [order.choice(left)]:
+            value = score(cell)
+            found[cell.name] = diverged(cell.name) if value is None else done(cell.name, value)
     raise AssertionError("never ends")
 
 
@@ -88,16 +88,13 @@ def test_the_other_seeds_run_at_the_best_value_alone():
 def test_what_is_wanted_in_the_end_does_not_depend_on_the_order_in_which_cells_end():
     def score(cell):
         # Different peaks beyond both edges, and a corner that diverges.
-        rate = cell.tags[LR]
-        return None if rate > 0.05 and cell.tags["task"] == "rte" else near(4e-2)(cell) + hash_of(cell.name)
+        if cell.tags[LR] > 0.05 and cell.tags["task"] == "rte":
+            return None
+        return near(4e-2)(cell) + sum(map(ord, cell.name)) % 7 / 100
 
     straight = run_all(study(), score)
-    for seed in range(5):
+    for seed in range(3):
         assert run_all(study(), score, random.Random(seed)) == straight
-
-
-def hash_of(name: str) -> float:
-    return sum(map(ord, name)) % 7 / 100
 
 
 @pytest.mark.parametrize(
@@ -112,11 +109,8 @@ def hash_of(name: str) -> float:
 )
 def test_a_grid_grows_by_its_own_factor_until_its_best_value_is_inside(peak, values):
     """By hand: the factor is (0.01 / 0.0003)^(1/3) = 3.218, and values keep one digit as the grid's own."""
-    found = run_all(study(), near(peak))
-    assert tried(found, "cola-lora") == sorted([3e-4, 1e-3, 3e-3, 1e-2, *values])
-    assert tried(found, "rte-duallora") == tried(found, "cola-lora")
-    fixed = run_all(study(extend=False), near(peak))
-    assert tried(fixed, "cola-lora") == [3e-4, 1e-3, 3e-3, 1e-2]
+    assert tried(run_all(single(), near(peak)), "cola") == sorted([3e-4, 1e-3, 3e-3, 1e-2, *values])
+    assert tried(run_all(single(extend=False), near(peak)), "cola") == [3e-4, 1e-3, 3e-3, 1e-2]
 
 
 @given(
@@ -202,13 +196,9 @@ def test_search_seeds_are_averaged():
 
 def test_without_a_search_every_seed_is_wanted_at_once_even_where_one_diverges():
     one = study(search={})
-    assert {cell.name for cell in one.wanted({})} == {
-        f"{task}-{variant}-seed{seed}"
-        for task in ("cola", "rte")
-        for variant in ("lora", "duallora")
-        for seed in (4, 0, 9)
-    }
-    assert len(run_all(one, lambda cell: None if cell.tags["seed"] == 4 else 1.0)) == 12
+    every = {"-".join(parts) for parts in itertools.product(one.tasks, one.variants, ("seed4", "seed0", "seed9"))}
+    assert {cell.name for cell in one.wanted({})} == every
+    assert run_all(one, lambda cell: None if cell.tags["seed"] == 4 else 1.0).keys() == every
 
 
 def test_the_expected_number_of_cells_is_what_it_comes_to_where_no_grid_grows():
@@ -267,7 +257,7 @@ VALUES = st.lists(st.sampled_from([0.1, 1e-1, 0.01, 1e-5, 1.0, 2.0]), min_size=1
     VALUES,
     st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_no_two_cells_have_one_name_whatever_the_labels(tasks, variants, values, seeds):
     """Labels may hold hyphens, and even look like search values; what cannot be told apart is refused."""
     try:

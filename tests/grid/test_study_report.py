@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from study_cells import made_up, run_all, two_tasks
+from study_cells import made_up, run_all, study_of
 
 from duallora import cli
 from duallora.errors import ConfigError
@@ -26,26 +27,10 @@ PAPER = [
 
 
 @pytest.fixture(scope="module")
-def summary(finished):
-    return studies.summarize(finished, scale="mini", rounds=300)
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Nothing tuned, one task: two plots at most, since drawing takes its time."""
-    study = two_tasks(
-        tasks={"cola": {"data.task": "cola"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={},
-        seeds=(0,),
-    )  # fmt: skip
-    return studies.summarize(run_all(tmp_path_factory.mktemp("small") / "grid", study, lambda cell: 0.7), rounds=200)
-
-
-@pytest.fixture(scope="module")
-def page(summary, tmp_path_factory):
-    """The written page with its Markdown, drawn once for all tests."""
-    folder = tmp_path_factory.mktemp("report")
-    report.report([summary], folder / "r.html", markdown=folder / "r.md", printed={"made-up": PAPER})
-    return folder
+    """One task and seed, since drawing takes its time."""
+    folder = run_all(tmp_path_factory.mktemp("small"), study_of("cola", seeds=(0,)), made_up)
+    return studies.summarize(folder, rounds=200)
 
 
 def table(summary, part, printed=()):
@@ -94,7 +79,8 @@ def test_the_papers_average_is_that_of_the_columns_shown_and_a_row_without_one_h
 
 def test_a_study_whose_first_task_alone_has_values_yet_has_the_papers_column_for_it(tmp_path):
     """The grid was stopped when CoLA was done: its column is CoLA, not Matthews."""
-    summary = studies.summarize(run_all(tmp_path, two_tasks(search={}), lambda cell: 0.7, stop_after=9), rounds=200)
+    folder = run_all(tmp_path, study_of("cola", "stsb", search={}), lambda cell: 0.7, stop_after=9)
+    summary = studies.summarize(folder, rounds=200)
     assert {row["task"] for row in summary["rows"]} == {"cola"}
     beside = table(summary, "paper", PAPER)
     assert (beside.title, cells(beside, "lora")["cola"].small) == ("Beside the paper", "paper 63.9")
@@ -102,13 +88,9 @@ def test_a_study_whose_first_task_alone_has_values_yet_has_the_papers_column_for
 
 
 def test_one_task_shows_all_its_metrics_and_parts_by_the_papers_names(tmp_path):
-    study = two_tasks(
-        tasks={"commonsense": {"data.task": "commonsense"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}},
-        search={},
-    )  # fmt: skip
+    study = study_of("commonsense", variants=("lora", "duallora"), search={}, seeds=(0,))
     summary = studies.summarize(run_all(tmp_path, study, lambda cell: 0.7), rounds=200)
-    found = table(summary, "metrics")
-    assert found.head[-3:] == ["average", "boolq", "piqa"]
+    assert table(summary, "metrics").head[-3:] == ["average", "boolq", "piqa"]
     printed = [
         {"variant": "lora", "values": {"boolq": 60, "piqa": 70, "average": 80}},
         {"variant": "duallora", "values": {"boolq": 65, "piqa": 71, "average": 90}},
@@ -154,12 +136,9 @@ def test_a_base_install_has_the_page_without_plots_and_is_told_what_is_missing(s
     assert "the plots need matplotlib: pip install 'duallora[report]'\n" in capsys.readouterr().err
 
 
-def test_without_test_rows_the_table_says_so_and_what_is_no_score_stays_out_of_it(tmp_path):
+def test_without_test_rows_the_table_says_so_and_what_is_no_score_stays_out_of_it(small):
     """Seconds and training losses stand beside the metrics of a run, and more of them is not better."""
-    study = two_tasks(
-        tasks={"cola": {"data.task": "cola"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={}
-    )
-    found = studies.summarize(run_all(tmp_path, study, lambda cell: 0.7), rounds=200)
+    found = copy.deepcopy(small)
     found["tasks"]["cola"]["split"] = "validation"
     for number, row in enumerate(found["rows"]):
         row["every"] |= {name: {"mean": 1.0 + number, "sd": 0.0} for name in ("train_loss", "train_seconds", "loss")}
@@ -176,28 +155,15 @@ def test_the_front_holds_exactly_what_no_other_point_beats(higher):
     """By the definition, a pair at a time."""
     points = [(x, {"mean": y if higher else -y, "variant": str(at)}) for at, (x, y) in enumerate(POINTS)]
     front = {row["variant"] for _, row in figures._front(points, higher)}
-
-    def beats(a, b):
-        at_least = a[0] <= b[0] and a[1] >= b[1]
-        return at_least and a != b
-
-    assert front == {str(at) for at, b in enumerate(POINTS) if not any(beats(a, b) for a in POINTS)} == {"0", "1", "5"}
+    beaten = {b for a in POINTS for b in POINTS if a != b and a[0] <= b[0] and a[1] >= b[1]}
+    assert front == {str(at) for at, own in enumerate(POINTS) if own not in beaten} == {"0", "1", "5"}
 
 
 def test_a_window_leaves_out_outliers_alone():
-    assert figures.window([0.5, 0.52, 0.49, 0.51, 0.5, 0.48, 900.0])[1] == 1
-    low, high = figures.window([0.5, 0.52, 0.49, 0.51, 0.5, 0.48, 900.0])[0]
-    assert low < 0.48 < 0.52 < high < 1
-    assert figures.window([1.0, 2.0, 3.0, 4.0, 5.0]) is None
-    assert figures.window([1.0, 1.0, 1.0, 1.0, 1.0, 2.0]) is None  # a constant has no span to go by
-
-
-def test_diverged_runs_are_crosses_in_the_sensitivity_and_nowhere_else(page):
-    """DoRA diverged once on each task: one cross a plot."""
-    for task in ("cola", "stsb"):
-        drawn = (page / "img" / f"study-made-up-mini-sensitivity-{task}.svg").read_text()
-        assert drawn.lower().count("stroke: #c62828") in (1, 2)  # the mark, and its definition
-    assert "#c62828" not in (page / "img" / "study-made-up-mini-loss.svg").read_text().lower()
+    """A constant has no span to go by."""
+    (low, high), outside = figures.window([0.5, 0.52, 0.49, 0.51, 0.5, 0.48, 900.0])
+    assert (low < 0.48 < 0.52 < high < 1, outside) == (True, 1)
+    assert figures.window([1.0, 2.0, 3.0, 4.0, 5.0]) is figures.window([1.0, 1.0, 1.0, 1.0, 1.0, 2.0]) is None
 
 
 def test_labels_cannot_leave_their_element(small):
@@ -210,11 +176,16 @@ def test_labels_cannot_leave_their_element(small):
     assert "<b>" not in text
 
 
-def test_a_new_page_holds_every_part_and_its_plots_lie_beside_it(page):
-    text = (page / "r.md").read_text()
+def test_a_new_page_holds_every_part_and_its_plots_lie_beside_it(small, tmp_path):
+    """Diverged runs, of DoRA once, are crosses in the plot of the search and nowhere else."""
+    report.report([small], tmp_path / "r.html", markdown=tmp_path / "r.md", printed={"made-up": PAPER})
+    text = (tmp_path / "r.md").read_text()
     parts = ["provenance", "statement", "metrics", "paper", "differences", "chosen", "plots"]
     assert [match["part"] for match in report.MARK.finditer(text)] == parts
-    assert {path.name for path in (page / "img").iterdir()} == set(re.findall(r"\]\(img/([^)]+)\)", text))
+    drawn = {path.name: path.read_text().lower() for path in (tmp_path / "img").iterdir()}
+    assert drawn.keys() == set(re.findall(r"\]\(img/([^)]+)\)", text))
+    crosses = {name for name, plot in drawn.items() if "stroke: #c62828" in plot}
+    assert crosses == {"study-made-up-sensitivity-cola.svg"}
 
 
 def test_prose_around_marks_and_marks_of_other_studies_stay(small, tmp_path):
@@ -226,9 +197,7 @@ def test_prose_around_marks_and_marks_of_other_studies_stay(small, tmp_path):
     report.report([small], tmp_path / "r.html", markdown=mine)
     text = mine.read_text()
     assert text.startswith("# My words\n")
-    assert "\nMore.\n" in text
-    assert "\nkept\n" in text
-    assert "\nold\n" not in text
+    assert [part in text for part in ("\nMore.\n", "\nkept\n", "\nold\n")] == [True, True, False]
     assert "| duallora |" in text.replace("**", "")
     assert not (tmp_path / "img").exists()  # no plot was asked for
     report.report([small], tmp_path / "r.html", markdown=mine)
@@ -252,8 +221,7 @@ def test_a_file_without_marks_is_left_alone_and_two_results_of_one_name_are_refu
 def test_the_command_reads_files_and_running_grids(tmp_path, capsys, monkeypatch):
     """Half a grid is shown as half a grid."""
     monkeypatch.chdir(tmp_path)
-    one = two_tasks(tasks={"cola": {"data.task": "cola"}})
-    folder = run_all(tmp_path / "grids" / "half", one, made_up, stop_after=4)
+    folder = run_all(tmp_path / "grids" / "half", study_of("cola"), made_up, stop_after=4)
     assert cli.run(["report", str(folder), "--json"]) == 0
     payload = json.loads(capsys.readouterr().out)
     assert payload["studies"] == [{"name": "made-up", "done": 4, "wanted": 11}]
@@ -289,24 +257,19 @@ def test_the_pages_of_the_papers_tables_say_what_the_committed_studies_say(tmp_p
 
 
 def test_ranks_are_a_table_and_a_plot_where_a_study_has_them(summary):
-    row = {"task": summary["rows"][0]["task"], "variant": summary["reference"], "matrix": "dW", "layers": 2}
+    row = {"task": "cola", "variant": "duallora", "matrix": "dW", "layers": 2}
     row |= {"rank": 384.0, "rank_float32": 379.4, "effective_rank": 115.6, "largest": 384.0}
     assert "ranks" not in {table.part for table in report.tables(summary)}
-    with_ranks = {**summary, "ranks": [row]}
-    (table,) = (table for table in report.tables(with_ranks) if table.part == "ranks")
-    assert [value.text for value in table.rows[0]] == [row["variant"], row["task"], "dW", "379", "384", "116", "384"]
+    (shown,) = table({**summary, "ranks": [row]}, "ranks").rows
+    assert [value.text for value in shown] == ["duallora", "cola", "dW", "379", "384", "116", "384"]
 
 
 def test_memory_is_a_column_and_a_pareto_plot_and_answers_stand_before_and_after(tmp_path):
     """Of runs that recorded them: the mean peak over seeds in GB, and the first rows' answers, whatever is in them."""
-    study = two_tasks(
-        tasks={"e2e": {"data.task": "e2e"}}, variants={"lora": {"adapter.method": "lora"}, "duallora": {}}, search={},
-        seeds=(0, 1),
-    )  # fmt: skip
-    folder = run_all(tmp_path / "grid", study, lambda cell: 0.7)
+    study = study_of("e2e", variants=("lora", "duallora"), search={}, seeds=(0, 1))
+    folder = run_all(tmp_path, study, lambda cell: 0.7)
     for path in folder.glob("cells/*/metrics.json"):
-        found = json.loads(path.read_text())
-        lora = "-lora-" in path.parent.name or path.parent.name.startswith("lora-")
+        found, lora = json.loads(path.read_text()), "-lora-" in path.parent.name
         found["metrics"]["train_peak_memory"] = (3 if lora else 5) * 10**9 + 10**8 * int(path.parent.name[-1])
         said = "LoRA's" if lora else "<b>a | b</b>\nnext"
         found["answers"] = [{"prompt": "name[x] |", "expected": "x is", "before": "nothing", "after": said}]
@@ -318,14 +281,7 @@ def test_memory_is_a_column_and_a_pareto_plot_and_answers_stand_before_and_after
     assert any(plot["title"] for plot in figures.figures(summary) if "peak memory in GB" in json.dumps(plot))
     said = table(summary, "answers")
     assert said.head == ["task", "prompt", "expected", "before", "lora", "duallora"]
-    assert [value.text for value in said.rows[0]] == [
-        "e2e",
-        "name[x] |",
-        "x is",
-        "nothing",
-        "LoRA's",
-        "<b>a | b</b> next",
-    ]
-    page = report.html([summary], {})
-    assert "&lt;b&gt;a | b&lt;/b&gt; next" in page
+    texts = ["e2e", "name[x] |", "x is", "nothing", "LoRA's", "<b>a | b</b> next"]
+    assert [value.text for value in said.rows[0]] == texts
+    assert "&lt;b&gt;a | b&lt;/b&gt; next" in report.html([summary], {})
     assert "name[x] \\|" in report.parts(summary, (), ())["answers"]

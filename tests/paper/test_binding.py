@@ -14,20 +14,13 @@ PARTS = reproduce.parts("binding", "mini")
 
 def test_every_form_trains_as_many_parameters_as_lora_of_the_rank_it_is_named_for():
     """DoRA has the lengths of one layer's outputs on top; the head of the encoder, which all train, does not count."""
-    counted = set()
-    for part in PARTS:
-        for cell in part.first_cells():
-            label = cell.tags["variant"]
-            if (part.study.name, label) in counted:
-                continue
-            counted.add((part.study.name, label))
-            rank = int(label.rpartition("-R")[2])
-            per_rank = {"binding-facts": 1536 + 576, "binding-glue": 6 * 2 * 768}.get(
-                part.study.name, 30 * (576 + 576 + 576 + 192)
-            )
-            more = 576 if label.startswith("dora") else 0
-            assert cost.shape(cell.recipe()).trained == rank * per_rank + more, (part.study.name, label)
-    assert len(counted) == 14 + 4 + 4 + 4 + 4
+    one_each = {(part.study.name, cell.tags["variant"]): cell for part in PARTS for cell in part.first_cells()}
+    assert len(one_each) == 14 + 4 + 4 + 4 + 4
+    per_rank = {"binding-facts": 1536 + 576, "binding-glue": 6 * 2 * 768}
+    for (study, label), cell in one_each.items():
+        expected = int(label.rpartition("-R")[2]) * per_rank.get(study, 30 * (576 + 576 + 576 + 192))
+        more = 576 if label.startswith("dora") else 0
+        assert cost.shape(cell.recipe()).trained == expected + more, (study, label)
 
 
 def test_rates_are_six_half_a_decade_apart_and_facts_are_asked_back():

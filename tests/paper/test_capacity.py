@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -144,25 +146,23 @@ def test_a_stopped_study_goes_on_and_ends_with_the_same_values(here, capsys):
         path.unlink()
     assert run(capsys, *SHORT)["status"] == "done"
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    timeless = [{key: value for key, value in row.items() if not key.startswith("cpu")} for row in first["rows"]]
-    again = json.loads(Path("c.json").read_text())["rows"]
-    assert [{key: value for key, value in row.items() if not key.startswith("cpu")} for row in again] == timeless
-    other = [text.replace("max_steps=2", "max_steps=3") for text in SHORT]
-    assert run(capsys, *other)["exit_code"] == 2  # never two lengths in one study
+    again = json.loads(Path("c.json").read_text())
+    one, other = (
+        [{key: value for key, value in row.items() if not key.startswith("cpu")} for row in found["rows"]]
+        for found in (first, again)
+    )
+    assert one == other
+    longer = [text.replace("max_steps=2", "max_steps=3") for text in SHORT]
+    assert run(capsys, *longer)["exit_code"] == 2  # never two lengths in one study
 
 
 def test_a_dry_run_writes_nothing_and_what_cannot_hold_is_refused(here, capsys):
     assert run(capsys, *SHORT, "--dry-run")["runs"] == 2 * (4 + 2)
     assert list(here.iterdir()) == []
-    for more in (
-        ["--set", "train.batch_size=4"],
-        ["--ray", "local"],
-        ["--gpu", "h100"],
-        ["--keep", "all"],
-        ["--commands", "0"],
-    ):
-        out = run(capsys, *SHORT, *more)
-        assert (out["exit_code"], more[0] in out["error"]) == (2, True), more
+    refused = ("--set train.batch_size=4", "--ray local", "--gpu h100", "--keep all", "--commands 0")
+    for option, value in (text.split() for text in refused):
+        out = run(capsys, *SHORT, option, value)
+        assert (out["exit_code"], option in out["error"]) == (2, True), option
     assert run(capsys, "capacity", "--scale", "paper")["exit_code"] == 2
 
 
@@ -191,14 +191,11 @@ def test_a_change_of_weights_is_that_of_full_fine_tuning_and_made_once(here, tin
     from transformers import AutoModel
 
     layer = "encoder.layer.0.attention.self.query.weight"
-    short = (
-        *capacity._SHORT,
-        "data.max_length=16",
-        "train.max_steps=2",
-        "train.batch_size=4",
-        "train.learning_rate=0.01",
-    )
-    own = capacity.Real(str(tiny_encoder_folder), "builtin:packages", "classify", f"bert.{layer}", short)
+    (here / "rows.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
+    short = ("data.max_length=16", "train.max_steps=2", "train.batch_size=4", "train.learning_rate=0.01")
+    own = capacity.Real(
+        str(tiny_encoder_folder), "rows.csv", "classify", f"bert.{layer}", (*capacity._SHORT, *short)
+    )  # fmt: skip
     monkeypatch.setitem(capacity.REAL, "fit-tiny", own)
     capacity.change("fit-tiny", here, Console(quiet=True))
     found = load_file(here / "changes" / "fit-tiny.safetensors")
@@ -221,20 +218,16 @@ SHOWN = {  # the rows of the page's own tables
 def test_the_pages_own_table_is_the_committed_summarys():
     summary = json.loads((ROOT / "results" / "studies" / "capacity-mini.json").read_text())
     means = {(row["variant"], row["task"]): row["mean"] for row in summary["rows"]}
-    lines = (
-        (ROOT / "docs" / "reproduction" / "capacity.md").read_text().split("| form | Gaussian |")[1].splitlines()[2:]
+    page = (ROOT / "docs" / "reproduction" / "capacity.md").read_text()
+    lines = itertools.takewhile(
+        lambda line: line.startswith("|"), page.split("| form | Gaussian |")[1].splitlines()[2:]
     )
-    found = 0
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        *_, first, second, third, mean = (cell.strip(" *") for cell in line.strip("|").replace("\\|", "!").split("|"))
-        label = line[2:].rsplit(" | ", 4)[0].strip()
-        tasks = ("fit-gaussian", "fit-power-0.5", "fit-power-1", "average")
+    shown = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines]
+    tasks = ("fit-gaussian", "fit-power-0.5", "fit-power-1", "average")
+    assert len(shown) == 8
+    for label, *found in shown:
         own = [f"{means[SHOWN[label], task]:.3f}".lstrip("0") for task in tasks]
-        assert [first, second, third, mean] == own, label
-        found += 1
-    assert found == 8
+        assert [cell.strip(" *") for cell in found] == own, label
     assert [f"{own['svd']:.3f}" for own in summary["targets"].values()] == ["0.731", "0.421", "0.034"]
 
 

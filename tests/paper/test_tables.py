@@ -3,78 +3,98 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from duallora import methods, paper
+from duallora.config.recipe import Recipe
 from duallora.grid.study import Outcome
 from duallora.paper import cost, printed, reproduce
 from duallora.train import prepare
 
 PAPER = {study.name: study for name in paper.HOME if name[:5] in ("table", "figur") for study in paper.studies(name, "paper")}  # fmt: skip
 MINI = [study for name in paper.HOME for study in paper.studies(name, "mini")]
-FREE = (
+TABLES = [study for name, study in PAPER.items() if name.startswith("table")]
+ADAPTER = {
     "r", "r1", "r2", "alpha", "method", "options", "magnitude", "direction", "target_modules", "duallora_dropout",
     "init_std", "direction_init_std",
-)  # fmt: skip
+}  # fmt: skip
+# What gradient-start, ablations and capacity compare.
+STARTS = {"init", "init_batches", "warmup", "gradient_tokens", "ste_clip"}
 
 
-def cells(study):
-    """The first cell of each task and variant."""
+def recipes_of(study) -> dict[tuple[str, str], Recipe]:
+    """Of the first cell of each task and variant."""
     found = {}
-    for cell in reproduce.Part(study, None).first_cells():
-        found.setdefault((cell.tags["task"], cell.tags["variant"]), cell)
+    for cell in reproduce.Part(study, Path()).first_cells():
+        key = cell.tags["task"], cell.tags["variant"]
+        found[key] = found.get(key) or cell.recipe()
     return found
 
 
-def one_has(one, other):
-    """The settings that one method takes and the other does not."""
-    return type(one.adapter).model_fields.keys() ^ type(other.adapter).model_fields.keys()
+@pytest.fixture(scope="module", params=[*PAPER.values(), *MINI], ids=lambda study: study.name)
+def study(request):
+    return request.param
 
 
-@pytest.mark.parametrize("study", PAPER.values(), ids=lambda study: study.name)
-def test_methods_differ_in_nothing_but_the_adapter(study):
+@pytest.fixture(scope="module")
+def recipes(study):
+    return recipes_of(study)
+
+
+def test_methods_differ_in_nothing_but_the_adapter(study, recipes):
     """Same base, rows, steps, batches, schedule, loss mask, seeds and grid: what `_unequal` of a report would list."""
-    found = cells(study)
+    mini = study in MINI
     for task in study.tasks:
-        recipes_of = [found[task, variant].recipe() for variant in study.variants]
-        for one, other in itertools.pairwise(recipes_of):
-            same = {"adapter": {*FREE, "modules_to_save", *one_has(one, other)}, "train": {"learning_rate"}}
-            if {one.adapter.method, other.adapter.method} & {"galore", "garare"}:  # whose command has none
-                same["train"].add("weight_decay")
-            if "full" in (one.adapter.method, other.adapter.method):  # see the test of 16 bits
-                same["model"] = {"dtype"}
+        own = [recipes[task, variant] for variant in study.variants]
+        for one, other in itertools.pairwise(own):
+            methods_of = {one.adapter.method, other.adapter.method}
+            one_has = type(one.adapter).model_fields.keys() ^ type(other.adapter).model_fields.keys()
+            same = {"adapter": {*ADAPTER, *one_has}, "train": {"learning_rate"}}
+            if mini:
+                same["adapter"] |= STARTS | ({"modules_to_save"} if "full" in methods_of else set())
+                same["train"].add("direction_lr_ratio")
+            else:
+                same["adapter"].add("modules_to_save")
+                if "full" in methods_of:  # see the test of 16 bits
+                    same["model"] = {"dtype"}
+                if methods_of & {"galore", "garare"}:  # whose command has none
+                    same["train"].add("weight_decay")
             assert one.model_dump(exclude=same) == other.model_dump(exclude=same)
+        if mini:
+            assert own[0].model.name.startswith("builtin:") or study.name.startswith("capacity")  # which has none
+            continue
         grids = [study.search_for(task, variant)["train.learning_rate"] for variant in study.variants]
         assert {len(grid) for grid in grids} == {5}  # as many tries for every method, and as far apart
         assert len({round(grid[-1] / grid[0], 1) for grid in grids}) == 1
-        assert recipes_of[0].eval.test
+        assert own[0].eval.test
     assert len(study.seeds) >= 3
 
 
-@pytest.mark.parametrize("study", MINI, ids=lambda study: study.name)
-def test_the_mini_scale_compares_alike_too(study):
-    """Starts and rates of the direction group are what gradient-start and ablations compare, and capacity the sign's gradient."""
-    more = {"init", "init_batches", "warmup", "gradient_tokens", "ste_clip"}
-    found = cells(study)
-    for task in study.tasks:
-        recipes_of = [found[task, variant].recipe() for variant in study.variants]
-        for one, other in itertools.pairwise(recipes_of):
-            same = {"adapter": {*FREE, *more, *one_has(one, other)}, "train": {"learning_rate", "direction_lr_ratio"}}
-            if "full" in (one.adapter.method, other.adapter.method):  # which trains the head as everything else
-                same["adapter"].add("modules_to_save")
-            assert one.model_dump(exclude=same) == other.model_dump(exclude=same)
-        assert recipes_of[0].model.name.startswith("builtin:") or study.name.startswith("capacity")  # which has none
-    assert len(study.seeds) >= 3
-
-
-@pytest.mark.parametrize("study", [*PAPER.values(), *MINI], ids=lambda study: study.name)
-def test_nobody_trains_the_weights_themselves_in_16_bits(study):
+def test_nobody_trains_the_weights_themselves_in_16_bits(recipes):
     """A step of 1e-5 on a weight of 0.02 is below half a unit of bfloat16's last place (2^-9 of it) and would be lost."""
-    for cell in cells(study).values():
-        recipe = cell.recipe()
-        if methods.get(recipe.adapter.method).whole:
-            assert recipe.model.dtype in ("float32", "auto")
+    whole = [recipe for recipe in recipes.values() if methods.get(recipe.adapter.method).whole]
+    assert {recipe.model.dtype for recipe in whole} <= {"float32", "auto"}
+
+
+def test_equal_parameters_where_equality_is_claimed(study, recipes):
+    """LoRA, LoRA+ and HiRA of rank r train what Dual LoRA of r1 + r2 = r does; so do all shares of Figure 2."""
+    if study.name.startswith("capacity"):
+        pytest.skip("see test_capacity.py")
+    task = next(iter(study.tasks))
+    counts = {variant: cost.shape(recipes[task, variant]).trained for variant in study.variants}
+    if study.name.startswith("figure"):
+        assert len({count for variant, count in counts.items() if not variant.startswith("dora")}) == 1
+    for variant, count in counts.items():
+        method, _, rank = variant.rpartition("-r")
+        if rank.isdigit() and method in ("lora", "lora+", "hira"):
+            assert counts.get(f"duallora-r{int(rank) // 2}", count) == count
+    if study.name == "table5":
+        assert counts["setting3-2r"] == counts["duallora"] == counts["setting1-r"] == counts["setting2-r"]
+        assert counts["setting1-2r"] == 2 * counts["duallora"] == counts["setting3-4r"]
+    if study.name.startswith("gradient-start"):
+        assert len(set(counts.values())) == 1
 
 
 def test_the_rate_that_a_row_was_published_with_is_among_those_tried():
@@ -97,21 +117,16 @@ def test_the_rate_that_a_row_was_published_with_is_among_those_tried():
     assert {6e-5, 1.2e-4} <= {*PAPER["table2-deberta-xxl"].tasks["sst2"]["search"]["train.learning_rate"]}
 
 
-@pytest.mark.parametrize("table", printed.FILES)
-def test_every_printed_row_has_a_variant(table):
+def test_every_printed_row_has_a_variant():
     """A row that nobody can run again would have to say so in ``copied``; there is none."""
-    studies = [study for name, study in PAPER.items() if name.startswith(f"table{table}")]
-    rows_of = {study.name: reproduce.printed_rows(study.name) for study in studies}
-    assert [row for rows in rows_of.values() for row in rows] == list(printed.rows(table))
-    for study in studies:
-        for row in rows_of[study.name]:
-            assert row.variant in study.variants, (study.name, row)
+    both = [(study, row) for study in TABLES for row in reproduce.printed_rows(study.name)]
+    assert [row for _, row in both] == [row for table in printed.FILES for row in printed.rows(table)]
+    assert [row for study, row in both if row.variant not in study.variants] == []
 
 
-def shown(row: printed.Row, study) -> tuple[float, str]:
+def shown(row: printed.Row, recipe: Recipe) -> tuple[float, str]:
     """The count of a row's variant in the row's unit, and the digits it is printed with."""
-    task = next(iter(study.tasks))
-    counted = cost.shape(cells(study)[task, row.variant].recipe())
+    counted = cost.shape(recipe)
     if row.method == "FFT":
         return counted.trained / 1e6, "1"
     percent = 100 * counted.trained / (counted.base + counted.trained)
@@ -143,13 +158,14 @@ DIFFER = {
 UNCOUNTED = {"FFT", "GaLore", "GaRare"}  # everything is trained
 
 
-@pytest.mark.parametrize("study", [s for n, s in PAPER.items() if n.startswith("table")], ids=lambda study: study.name)
+@pytest.mark.parametrize("study", TABLES, ids=lambda study: study.name)
 def test_a_run_trains_as_many_parameters_as_its_row_says(study):
     """Counted by the train verb's own code on the published shapes; half a unit of the printed figure's last digit."""
+    task, recipes = next(iter(study.tasks)), recipes_of(study)
     for row in reproduce.printed_rows(study.name):
         if row.trainable is None or row.method in UNCOUNTED:
             continue
-        ours, digits = shown(row, study)
+        ours, digits = shown(row, recipes[task, row.variant])
         text = f"{row.trainable:g}"
         half = 0.5 * 10.0 ** -len(text.partition(".")[2]) if row.table == 2 else 0.5 * 10.0 ** -int(digits)
         key = (row.table, row.model, row.method, row.rank)
@@ -161,45 +177,18 @@ def test_a_run_trains_as_many_parameters_as_its_row_says(study):
             assert abs(ours - row.trainable) <= half + 1e-9, (key, ours)
 
 
-@pytest.mark.parametrize(
-    "study",
-    [study for study in (*PAPER.values(), *MINI) if not study.name.startswith("capacity")],  # see test_capacity.py
-    ids=lambda study: study.name,
-)
-def test_equal_parameters_where_equality_is_claimed(study):
-    """LoRA, LoRA+ and HiRA of rank r train what Dual LoRA of r1 + r2 = r does; so do all shares of Figure 2."""
-    found = cells(study)
-    task = next(iter(study.tasks))
-    counts = {variant: cost.shape(found[task, variant].recipe()).trained for variant in study.variants}
-    if study.name.startswith("figure"):
-        assert len({count for variant, count in counts.items() if not variant.startswith("dora")}) == 1
-    for variant, count in counts.items():
-        method, _, rank = variant.rpartition("-r")
-        twice = f"duallora-r{int(rank) // 2}" if rank.isdigit() and method in ("lora", "lora+", "hira") else ""
-        if twice in counts:
-            assert counts[twice] == count
-    if study.name == "table5":
-        assert counts["setting3-2r"] == counts["duallora"] == counts["setting1-r"] == counts["setting2-r"]
-        assert counts["setting1-2r"] == 2 * counts["duallora"] == counts["setting3-4r"]
-    if study.name.startswith("gradient-start"):
-        assert len(set(counts.values())) == 1
-
-
 def test_the_figures_are_the_papers():
     """Figure 2: LLaMA3-8B, 15 ratios of 32 and three lines; Figure 3: LLaMA2-7B, LoRA beside Dual LoRA. From its text, by hand."""
     two, three = PAPER["figure2"], PAPER["figure3"]
     assert two.base["model.name"] == "meta-llama/Meta-Llama-3-8B"
     assert three.base["model.name"] == "meta-llama/Llama-2-7b-hf"
-    found = cells(two)
-    ranks = [(r.r1, r.r2) for v in two.variants if (r := found["commonsense", v].recipe().adapter).method == "duallora"]
+    ranks = [(r.adapter.r1, r.adapter.r2) for r in recipes_of(two).values() if r.adapter.method == "duallora"]
     assert ranks == [(2, 30), (4, 28), (6, 26), (8, 24), (10, 22), (12, 20), (14, 18), (16, 16), (18, 14), (20, 12), (22, 10),
                      (24, 8), (26, 6), (28, 4), (30, 2)]  # fmt: skip
     assert [v for v in two.variants if not v.startswith("r1-")] == ["lora-r32", "dora-r32", "hira-r32"]
     assert [*three.variants] == ["duallora-r16", "lora-r32"]
     (mini,) = [study for study in MINI if study.name == "figure2"]
     assert [v for v in mini.variants if not v.startswith("r1-")] == ["lora-r16", "dora-r16", "hira-r16"]
-    planned = reproduce.plan(reproduce.parts("figure2", "paper"), "h100")
-    assert [line["variant"] for line in planned["studies"][0]["lines"]] == [*two.variants]
 
 
 def test_mrpc_rte_and_stsb_start_from_the_same_methods_mnli_adapter():
@@ -211,22 +200,21 @@ def test_mrpc_rte_and_stsb_start_from_the_same_methods_mnli_adapter():
 def test_steps_are_those_of_the_scripts():
     """HiRA's README batch on the rows it trained on; LoRA's CoLA script for RoBERTa-base on what is not held out."""
     llama, roberta = PAPER["table1-llama-7b"], PAPER["table2-roberta-base"]
-    recipe = cells(llama)["commonsense", "duallora-r16"].recipe()
+    recipe = recipes_of(llama)["commonsense", "duallora-r16"]
     assert prepare.schedule(recipe, 170_300) == (31_932, 100)  # 10,644 batches of 16 in each of three epochs
-    recipe = cells(roberta)["cola", "lora-r8"].recipe()
+    recipe = recipes_of(roberta)["cola", "lora-r8"]
     assert prepare.schedule(recipe, 8_551 - 855) == (80 * 241, 1157)  # 7,696 / 32 = 240.5; 6 % of 19,280 is 1,156.8
 
 
 def test_table_4_trains_as_loras_scripts_do():
     """Label smoothing 0.1, <|endoftext|> as separator, the printed prefix; LoRA's README: alpha 32 at r = 4, so B A counts eight times; DoRA and Dual LoRA have that alpha, not that of their rank."""
     for name in ("table4-gpt2-m", "table4-gpt2-l"):
-        for (_, variant), cell in cells(PAPER[name]).items():
-            recipe = cell.recipe()
+        for (_, variant), recipe in recipes_of(PAPER[name]).items():
             assert (recipe.train.label_smoothing, recipe.data.task) == (0.1, "e2e_gpt2")
             if variant == "prefix":
                 assert cost.shape(recipe).trained == {"table4-gpt2-m": 344_064, "table4-gpt2-l": 737_280}[name]
             if variant.startswith(("lora", "dora", "duallora")):
-                assert cell.recipe().adapter.alpha == 32, variant
+                assert recipe.adapter.alpha == 32, variant
 
 
 @pytest.mark.parametrize(
@@ -238,17 +226,12 @@ def test_a_search_at_chance_everywhere_goes_down(scores, at_chance, new):
     study = PAPER["table2-roberta-base"]
     rates = (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
 
-    def of_full(outcomes):
-        tags = {"task": "cola", "variant": "full"}
-        return {
-            cell.recipe().train.learning_rate: cell
-            for cell in study.wanted(outcomes)
-            if tags.items() <= cell.tags.items()
-        }
+    def points(outcomes):
+        return {point.values["train.learning_rate"]: point for point in study.points(outcomes, "cola", "full")}
 
     outcomes = {}
     for rate, score in zip(rates, scores, strict=True):
-        name = of_full({})[rate].name
+        name = study.cell_name("cola", "full", points({})[rate], study.seeds[0])
         found = {"metrics": {"matthews": score}, "main_metric": "matthews", "at_chance": at_chance}
         outcomes[name] = Outcome(name, "done", "done", **found)
-    assert of_full(outcomes).keys() - rates == new
+    assert points(outcomes).keys() - rates == new
