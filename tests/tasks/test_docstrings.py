@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -48,18 +51,29 @@ def test_prompts_end_inside_the_docstring_and_answers_are_one_clean_line(task):
     assert not {name for name in modules(task.splits["train"]) if {"test", "tests"} & set(name.split("."))}
 
 
-def test_another_process_with_another_hash_seed_reads_the_same_and_imports_nothing(task, packages):
-    program = (
-        "import sys; from duallora.tasks import load_data;"
-        "print(*(load_data(name).fingerprint('test') for name in ('builtin:docstrings', 'builtin:packages')));"
-        "print(*{'idlelib.pyshell', 'turtle', 'antigravity', 'tkinter'} & set(sys.modules))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", program]
+READ = """
+import sys, sysconfig
+from duallora.tasks import docstrings, load_data
+sysconfig.get_path = lambda name: sys.argv[1]
+docstrings.functions = docstrings.functions.__wrapped__
+print(*(load_data(name).fingerprint("train") for name in docstrings.NAMES[:2]))
+print(*{"turtle", "antigravity"} & set(sys.modules))
+"""
+
+
+def test_another_process_with_another_hash_seed_reads_the_same_and_imports_nothing(tmp_path, monkeypatch):
+    """On a part of the library, with modules that do something when they are imported."""
+    library = Path(sysconfig.get_path("stdlib"))
+    shutil.copytree(library / "email", tmp_path / "email")
+    for name in ("turtle.py", "antigravity.py"):
+        shutil.copy(library / name, tmp_path)
+    command, environment = [sys.executable, "-c", READ, str(tmp_path)], {**os.environ, "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    prints, imported = done.stdout.split("\n")[:2]
-    assert prints.split() == [task.fingerprint("test"), packages.fingerprint("test")]
-    assert imported == ""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(docstrings, "functions", docstrings.functions.__wrapped__)
+    prints = [load_data(name).fingerprint("train") for name in docstrings.NAMES[:2]]
+    assert done.stdout == f"{' '.join(prints)}\n\n"
+    assert "e3b0c442" not in done.stdout  # the fingerprint of no rows
 
 
 @pytest.mark.parametrize(
