@@ -182,7 +182,7 @@ def estimate(sample: Sample, pooled: Pool | None = None, *, seed: int = 0) -> Es
     return summary(sample.values, draws(sample, pooled, seed=seed), sample.resampled.mean(axis=1))
 
 
-def mean_of(samples: Sequence[Sample], pools: Sequence[Pool | None], *, seed: int = 0) -> Estimate:
+def mean_of(samples: Sequence[Sample], pools: Sequence[Pool | None]) -> Estimate:
     """The unweighted mean over tasks (a table's last column), whose examples and seeds vary independently.
 
     Each task must have been resampled with a ``seed`` of its own: test sets of one size would else move together.
@@ -190,18 +190,11 @@ def mean_of(samples: Sequence[Sample], pools: Sequence[Pool | None], *, seed: in
     """
     rounds = min(len(sample.resampled) for sample in samples)
     samples = [Sample(sample.values, sample.resampled[:rounds]) for sample in samples]
-    total = np.mean(
-        [
-            draws(sample, pooled, seed=seed + index)
-            for index, (sample, pooled) in enumerate(zip(samples, pools, strict=True))
-        ],
-        axis=0,
-    )
+    drawn = [draws(*both, seed=seed) for seed, both in enumerate(zip(samples, pools, strict=True))]
+    total = np.mean(drawn, axis=0)
     models = np.mean([sample.resampled.mean(axis=1) for sample in samples], axis=0)
-    if len({len(sample.values) for sample in samples}) == 1:
-        values = np.mean([sample.values for sample in samples], axis=0)
-    else:
-        values = np.array([np.mean([sample.values.mean() for sample in samples])])
+    alike = len({len(sample.values) for sample in samples}) == 1
+    values = np.mean([sample.values if alike else [sample.values.mean()] for sample in samples], axis=0)
     return summary(values, total, models)
 
 

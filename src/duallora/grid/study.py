@@ -170,11 +170,9 @@ class Study:
 
     def expected(self, outcomes: Outcomes) -> int:
         """How many cells it will come to if no grid grows further and nothing fails."""
-        count = 0
-        for task, variant in itertools.product(self.tasks, self.variants):
-            points = self.points(outcomes, task, variant)
-            count += self.search_seeds * len(points) + len(self.seeds) - self.search_seeds
-        return count
+        later = len(self.seeds) - self.search_seeds
+        pairs = itertools.product(self.tasks, self.variants)
+        return sum(self.search_seeds * len(self.points(outcomes, *pair)) + later for pair in pairs)
 
     def points(self, outcomes: Outcomes, task: str, variant: str) -> list[Point]:
         """The points of the search tried for one task and variant, or to be tried, as far as ``outcomes`` tell."""

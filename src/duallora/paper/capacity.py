@@ -188,9 +188,9 @@ def _labels(count: int, seed: int) -> Problem:
     return Problem(nn.Sequential(layers), keys, loss, bits)
 
 
-def bits_per_parameter(keys: int, loss: float, parameters: int, labels: int = LABELS) -> float:
-    """What n parameters hold of N labels known to ``loss`` nats each: N (log2 labels - loss / ln 2) / n."""
-    return keys * (math.log2(labels) - loss / math.log(2)) / parameters
+def bits_per_parameter(keys: int, loss: float, parameters: int) -> float:
+    """What n parameters hold of N labels known to ``loss`` nats each: N (log2 64 - loss / ln 2) / n."""
+    return keys * (math.log2(LABELS) - loss / math.log(2)) / parameters
 
 
 def left_by_svd(T: Tensor, rank: int) -> float:

@@ -85,12 +85,5 @@ def _glue() -> Study:
 def _e2e() -> Study:
     """Without PiSSA and CorDA: a cell takes four times as long as one of STS-B."""
     starts = _starts(4, rows=_BATCHES * table4.MINI_BASE["train.batch_size"])
-    return Study(
-        "gradient-start-e2e",
-        table4.MINI_BASE,
-        {"e2e": {"data.task": "e2e"}},
-        {label: own for label, own in starts.items() if label not in ("lora-pissa", "lora-corda")},
-        search=table4.MINI_SEARCH,
-        metric="loss",
-        reference="gradient",
-    )
+    chosen = {label: own for label, own in starts.items() if label not in ("lora-pissa", "lora-corda")}
+    return table4.mini("gradient-start-e2e", chosen, "gradient")

@@ -23,15 +23,7 @@ _VALUES: dict[str, dict[str, Any]] = {
 def start_values(scale: str) -> tuple[Study, ...]:
     """Standard deviations of both groups, each with a learning rate of its own."""
     glue = mini("start-values", _with_rank(8), "plain", ["sst2", "stsb"], seeds=(3, 4, 5))
-    e2e = Study(
-        "start-values-e2e",
-        {**table4.MINI_BASE, **PLAIN_START},
-        {"e2e": {"data.task": "e2e"}},
-        _with_rank(4),
-        search=table4.MINI_SEARCH,
-        metric="loss",
-        reference="plain",
-    )
+    e2e = table4.mini("start-values-e2e", _with_rank(4), "plain", {**table4.MINI_BASE, **PLAIN_START})
     return glue, e2e
 
 

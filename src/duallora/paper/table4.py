@@ -61,7 +61,7 @@ def _study(model: str) -> Study:
     )
 
 
-# SmolLM2, shared with gradient-start-e2e, so that one run serves both. Every value is ours.
+# SmolLM2, shared with gradient-start-e2e and start-values-e2e, so that one run serves all. Every value is ours.
 MINI_BASE: dict[str, Any] = {
     "model.name": "builtin:smollm2-135m",
     "adapter.target_modules": ["q_proj", "v_proj"],
@@ -81,15 +81,13 @@ MINI_BASE: dict[str, Any] = {
 MINI_SEARCH = {"train.learning_rate": [1e-3, 3e-3, 1e-2]}
 
 
+def mini(name: str, variants: dict[str, Variant], reference: str, base: dict[str, Any] = MINI_BASE) -> Study:
+    """Variants with SmolLM2 on E2E."""
+    tasks = {"e2e": {"data.task": "e2e"}}
+    return Study(name, base, tasks, variants, search=MINI_SEARCH, metric="loss", reference=reference)
+
+
 def _mini() -> Study:
     """460,800 parameters on q and v each (DoRA's lengths on top)."""
     rows = [("lora", 8), ("dora", 8), ("hira", 8), ("duallora", 4)]
-    return Study(
-        "table4",
-        MINI_BASE,
-        {"e2e": {"data.task": "e2e"}},
-        methods(rows, MINI_BASE["adapter.target_modules"], dual=PLAIN_START),
-        search=MINI_SEARCH,
-        metric="loss",
-        reference="duallora-r4",
-    )
+    return mini("table4", methods(rows, MINI_BASE["adapter.target_modules"], dual=PLAIN_START), "duallora-r4")
