@@ -45,80 +45,61 @@ def chat(*turns, **columns):
 
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [call({"city": "Paris"})]}
+HEARD = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "sunny"}
+QUIET, THINKS = {**ANSWER, "weight": 0}, {**ANSWER, "reasoning_content": "hm"}
+OLDER = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city":"Paris"}'}}
+BARE = {"role": "assistant", "tool_calls": [{"name": "now", "arguments": ""}]}
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}, "c"]
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        {"role": "assistant", "content": None, "tool_calls": [call('{"city": "Paris"}')]},  # OpenAI
-        {"role": "assistant", "tool_calls": [call({"city": "Paris"})], "weight": 1, "refusal": None, "name": None},
-        {"role": "assistant", "content": "", "tool_calls": [call({"city": "Paris"}, index=0)], "function_call": None},
-        {"role": "assistant", "content": "", "tool_calls": json.dumps([call({"city": "Paris"})])},
-    ],
-)
-def test_calls_of_tools_are_kept_with_their_arguments_as_objects(tmp_path, turn):
-    heard = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "sunny"}
-    example = read(tmp_path, chat(USER, turn, heard, ANSWER, tools=[WEATHER]))
-    assert example.messages == (USER, CALL, heard, ANSWER)
-    assert example.options == {"tools": [WEATHER]}
-    assert example.references == ("a",)
+def called(name, arguments):
+    function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [function]}
 
 
-def test_older_names_of_calls_and_tools_become_the_newer(tmp_path):
-    named = {"name": "weather", "arguments": '{"city":"Paris"}'}
-    older = {"role": "assistant", "content": None, "function_call": named}
-    answer = {"role": "function", "name": "weather", "content": "sunny"}
-    example = read(tmp_path, chat(USER, older, answer, ANSWER, functions=[WEATHER["function"]]))
-    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
-    assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [called]}
-    assert example.messages[2] == {"role": "tool", "name": "weather", "content": "sunny"}
-    assert example.options == {"tools": [WEATHER]}
-    bare = {"role": "assistant", "tool_calls": [{"name": "now", "arguments": ""}]}
-    example = read(tmp_path, chat(USER, bare, tools=json.dumps([WEATHER["function"]])))
-    assert example.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "now", "arguments": {}}}]
-    assert example.options == {"tools": [WEATHER]}
+READ = [  # a row, its messages, and what the template is given beside them
+    # Calls of tools keep their arguments as objects: of OpenAI's files, of what servers answer, of a column of JSON.
+    *((chat(USER, {"role": "assistant", **turn}, HEARD, ANSWER, tools=[WEATHER]), (USER, CALL, HEARD, ANSWER), {"tools": [WEATHER]}) for turn in (
+        {"content": None, "tool_calls": [call('{"city": "Paris"}')]},
+        {"tool_calls": [call({"city": "Paris"})], "weight": 1, "refusal": None, "name": None},
+        {"content": "", "tool_calls": [call({"city": "Paris"}, index=0)], "function_call": None},
+        {"content": "", "tool_calls": json.dumps([call({"city": "Paris"})])},
+    )),
+    # Older names of calls and tools become the newer.
+    (chat(USER, OLDER, {"role": "function", "name": "weather", "content": "sunny"}, ANSWER, functions=[WEATHER["function"]]),
+     (USER, called("weather", {"city": "Paris"}), {"role": "tool", "name": "weather", "content": "sunny"}, ANSWER), {"tools": [WEATHER]}),
+    (chat(USER, BARE, tools=json.dumps([WEATHER["function"]])), (USER, called("now", {})), {"tools": [WEATHER]}),
+    # OpenAI's weight, axolotl's train: 0 keeps the turn and takes its loss.
+    *((chat({**USER, key: 0}, {**ANSWER, key: value}, USER, {**ANSWER, key: 1}), (USER, QUIET, USER, ANSWER), {})
+      for key, value in (("weight", 0), ("train", False), ("training", 0.0))),
+    (chat(USER, ANSWER, USER, {**QUIET, "content": "wrong"}), (USER, ANSWER, USER, {**QUIET, "content": "wrong"}), {}),
+    # Reasoning has three names, and may be all there is.
+    *((chat(USER, {**ANSWER, key: "hm"}), (USER, THINKS), {}) for key in ("reasoning_content", "reasoning", "thinking")),
+    (chat(USER, {"role": "assistant", "thinking": "hm"}), (USER, {**THINKS, "content": ""}), {}),
+    # Text in parts is one text.
+    (chat({"role": "user", "content": PARTS}, ANSWER), ({"role": "user", "content": "abc"}, ANSWER), {}),
+    # TRL trains on the completion alone, also where the prompt holds what the assistant said before.
+    ({"prompt": [USER, ANSWER, USER], "completion": [CALL, HEARD, ANSWER]}, (USER, QUIET, USER, CALL, HEARD, ANSWER), {}),
+    # ShareGPT's speakers, and a system prompt in a column of its own.
+    ({"conversations": SHAREGPT, "system": "Be kind.", "id": 3}, ({"role": "system", "content": "Be kind."}, USER, ANSWER), {}),
+    ({"conversations": [USER, ANSWER]}, (USER, ANSWER), {}),
+    (chat(USER, ANSWER, system=None), (USER, ANSWER), {}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("train", False), ("training", 0.0)])
-def test_turns_without_weight_are_context(tmp_path, key, value):
-    """OpenAI's weight, axolotl's train: 0 keeps the turn and takes its loss."""
-    quiet = {**ANSWER, "content": "wrong", key: value}
-    example = read(tmp_path, chat({**USER, key: 0}, quiet, USER, {**ANSWER, key: 1}))
-    assert example.messages == (USER, {**ANSWER, "content": "wrong", "weight": 0}, USER, ANSWER)
-    example = read(tmp_path, chat(USER, ANSWER, USER, quiet))
-    assert example.references == ("a",)  # the last answer that is learned, not the last that is said
+@pytest.mark.parametrize(("row", "messages", "options"), READ, ids=range(len(READ)))
+def test_each_convention_is_read_as_it_is_meant(tmp_path, row, messages, options):
+    """The answer to score against is the last that is learned, not the last that is said."""
+    example = read(tmp_path, row)
+    assert (example.messages, example.options) == (messages, options)
+    learned = [turn["content"] for turn in messages if turn["role"] == "assistant" and "weight" not in turn]
+    assert example.references == (learned[-1],)
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_has_three_names(tmp_path, key):
-    example = read(tmp_path, chat(USER, {"role": "assistant", "content": "a", key: "hm"}))
-    assert example.messages == (USER, {**ANSWER, "reasoning_content": "hm"})
-    example = read(tmp_path, chat(USER, {"role": "assistant", key: "hm"}))  # it may be all there is
-    assert example.messages[1] == {"role": "assistant", "content": "", "reasoning_content": "hm"}
-
-
-def test_text_in_parts_is_one_text(tmp_path):
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}, "c"]
-    assert read(tmp_path, chat({"role": "user", "content": parts}, ANSWER)).messages[0]["content"] == "abc"
-
-
-def test_a_prompt_of_messages_has_no_loss(tmp_path):
-    """TRL trains on the completion alone, also where the prompt holds what the assistant said before."""
-    completion = [CALL, {"role": "tool", "content": "t"}, ANSWER]
-    example = read(tmp_path, {"prompt": [USER, ANSWER, USER], "completion": completion})
-    assert example.messages == (USER, {**ANSWER, "weight": 0}, USER, *completion)
-    assert example.references == ("a",)
-
-
-def test_sharegpt_and_system_columns(tmp_path):
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    example = read(tmp_path, {"conversations": turns, "system": "Be kind.", "id": 3})
-    assert example.messages == ({"role": "system", "content": "Be kind."}, USER, ANSWER)
-    assert load(tmp_path, *[{"conversations": turns, "id": 3, "source": "x"}] * 2).notes == (
-        "columns not used: id, source",
-    )
-    assert read(tmp_path, {"conversations": [USER, ANSWER]}).messages == (USER, ANSWER)
-    assert read(tmp_path, {"messages": [USER, ANSWER], "system": None}).messages == (USER, ANSWER)
+def test_columns_of_a_chat_that_are_not_used_are_named(tmp_path):
+    row = {"conversations": SHAREGPT, "id": 3, "source": "x"}
+    assert load(tmp_path, row, row).notes == ("columns not used: id, source",)
 
 
 def test_what_the_template_is_given_beside_the_messages(tmp_path):
@@ -137,9 +118,8 @@ def test_what_the_template_is_given_beside_the_messages(tmp_path):
 
 def test_a_chat_is_the_same_in_a_csv_cell_a_json_line_and_parquet(tmp_path):
     """Arrow gives every object of a column the keys of all, filled with nulls; a CSV cell holds JSON."""
-    heard = {"role": "tool", "content": "sunny", "name": "weather", "tool_call_id": "c1"}
     rows = [
-        chat(USER, {**CALL, "content": None}, heard, ANSWER, tools=[WEATHER, tool("time", "day")]),
+        chat(USER, {**CALL, "content": None}, HEARD, ANSWER, tools=[WEATHER, tool("time", "day")]),
         chat(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "reasoning": "hm"}),
         chat(USER, {"role": "assistant", "tool_calls": [call({"day": 2}, name="time")]}, tools=[tool("time", "day")]),
     ]
@@ -211,7 +191,8 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD, ids=[message[:40] for _, message in BAD])
 def test_what_is_not_understood_is_refused_by_name(tmp_path, row, message):
-    goods = [chat(USER, ANSWER), {"conversations": [USER, ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}, {"instruction": "i", "output": "o"}]  # fmt: skip
+    plain = {"instruction": "i", "output": "o"}
+    goods = [chat(USER, ANSWER), {"conversations": [USER, ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}, plain]
     good = next(one for one in goods if next(iter(row)) in one)
     with pytest.raises(DataError, match=rf"1 bad row of 3 in .*\nc?.*c\.jsonl:3.*{message}"):
         load(tmp_path, good, good, row)
