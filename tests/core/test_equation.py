@@ -78,40 +78,37 @@ def test_ablations_by_hand():
     assert torch.equal(dual_delta(A, B, None, None, S, direction="fixed", fixed_sign=fixed), M * fixed)
 
 
-@pytest.mark.parametrize(
-    ("magnitude", "direction", "ste_clip"), list(itertools.product(MAGNITUDES, DIRECTIONS, STE_CLIPS))
-)
+KINDS = [
+    (magnitude, direction, clip)
+    for magnitude, direction, clip in itertools.product(MAGNITUDES, DIRECTIONS, STE_CLIPS)
+    if clip == "chain" or (magnitude == "relu" and direction in ("ste", "xnor"))  # other directions know no clip
+]
+
+
+@pytest.mark.parametrize(("magnitude", "direction", "ste_clip"), KINDS)
 def test_every_option_agrees_with_the_oracle(magnitude, direction, ste_clip):
     """Output and all gradients, autograd's and the hand-derived ones, with gradients large enough to be clipped."""
     torch.manual_seed(1)
     out, inn, r1, r2, s = 5, 7, 3, 2, 0.7
     leaves: list = [torch.randn(size, dtype=torch.float64) for size in ((r1, inn), (out, r1), (r2, inn), (out, r2))]
-    fixed = None
+    options = {"magnitude": magnitude, "direction": direction}
+    in_oracle = dict(options)
     if direction == "fixed":
         leaves[2:] = [None, None]
-        fixed = torch.randint(0, 2, (out, inn)) * 2 - 1
+        options["fixed_sign"] = torch.randint(0, 2, (out, inn)) * 2 - 1
+        in_oracle["fixed_sign"] = options["fixed_sign"].tolist()
     upstream = 2 * torch.randn(out, inn, dtype=torch.float64)
     lists = [None if f is None else f.tolist() for f in leaves]
-    options = {"magnitude": magnitude, "direction": direction, "fixed_sign": fixed}
-    in_oracle = {**options, "fixed_sign": None if fixed is None else fixed.tolist()}
-    wanted = torch.tensor(oracle.delta(*lists, s, **in_oracle), dtype=torch.float64)
+    wanted = oracle.delta(*lists, s, **in_oracle)
     wanted_gradients = oracle.delta_gradients(upstream.tolist(), *lists, s, **in_oracle, ste_clip=ste_clip)
+    wanted = [torch.tensor(w, dtype=torch.float64) for w in (wanted, *wanted_gradients) if w is not None]
 
     present = [f.requires_grad_() for f in leaves if f is not None]
     dW = dual_delta(*leaves, s, **options, ste_clip=ste_clip)
-    torch.testing.assert_close(dW, wanted, rtol=1e-12, atol=1e-12)
-    autograd = torch.autograd.grad(dW, present, upstream)
-    dW_by_hand, *by_hand = Update(*leaves, s, **options, ste_clip=ste_clip).backward(upstream)
-    torch.testing.assert_close(dW_by_hand, wanted, rtol=1e-12, atol=1e-12)
-    for got, got_by_hand, want in zip(autograd, by_hand, wanted_gradients, strict=False):
-        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got_by_hand, got, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("magnitude", ["sigmoid", "identity"])
-def test_gradcheck_where_smooth(magnitude):
-    leaves = [f.double().requires_grad_() for f in factors(False)]
-    assert torch.autograd.gradcheck(lambda *f: dual_delta(*f, 0.3, magnitude=magnitude, direction="identity"), leaves)
+    autograd = [dW, *torch.autograd.grad(dW, present, upstream)]
+    by_hand = [t for t in Update(*leaves, s, **options, ste_clip=ste_clip).backward(upstream) if t is not None]
+    for found in (autograd, by_hand):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_residual_subtracts_the_update_of_the_initial_factors():
@@ -140,17 +137,11 @@ def test_half_precision_factors_are_computed_in_float32():
 @pytest.mark.parametrize("name", "ABCD")
 def test_nan_factors_show_in_the_update(name):
     """A broken row or column of a factor breaks every entry it enters; a sign must not hide it."""
-    factors = dict(zip("ABCD", (torch.randn(s) for s in ((3, 5), (4, 3), (2, 5), (4, 2))), strict=True))
+    factors = {n: torch.randn(s) for n, s in zip("ABCD", ((3, 5), (4, 3), (2, 5), (4, 2)), strict=True)}
     factors[name][0, 0] = float("nan")
-    broken = dual_delta(*factors.values(), S).isnan()
-    assert torch.equal(
-        broken,
-        (
-            torch.ones(4, 1) * (torch.arange(5) == 0)
-            if name in "AC"
-            else (torch.arange(4) == 0)[:, None] * torch.ones(5)
-        ).bool(),
-    )
+    wanted = torch.zeros(4, 5, dtype=torch.bool)
+    wanted[(slice(None), 0) if name in "AC" else 0] = True
+    assert torch.equal(dual_delta(**factors, scaling=S).isnan(), wanted)
 
 
 def test_nan_gradients_stay_nan():

@@ -26,22 +26,24 @@ def steps(net: nn.Module) -> list[int]:
     return [int(m.duallora_step) for m in net.modules() if isinstance(m, DualLoraLinear)]
 
 
-def trained(net: nn.Module) -> list[nn.Parameter]:
-    return [p for p in net.parameters() if p.requires_grad]
+def sgd(net: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
 
 
 def backward(net: nn.Module) -> None:
     net(torch.ones(4, 6)).square().sum().backward()
 
 
-def test_ramp_is_linear_then_one():
-    assert [float(ramp(torch.tensor(t), 4)) for t in (0, 1, 3, 4, 9)] == [0.0, 0.25, 0.75, 1.0, 1.0]
-    assert float(ramp(torch.tensor(0), 0)) == 1.0
+@pytest.fixture
+def silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 def test_a_layer_without_gradient_does_not_count():
     net = model()
-    optimizer = torch.optim.SGD(trained(net), lr=1e-3)
+    optimizer = sgd(net)
     net[0](torch.ones(1, 6)).sum().backward()
     with pytest.warns(UserWarning, match="1 adapted layers got no gradient in their optimizer's first step: 2"):
         optimizer.step()
@@ -53,14 +55,12 @@ def test_a_layer_without_gradient_does_not_count():
         merge(net)
 
 
-def test_a_step_before_the_first_gradient_names_nobody():
+def test_a_step_before_the_first_gradient_names_nobody(silent):
     net = model()
-    optimizer = torch.optim.SGD(trained(net), lr=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
-        backward(net)
-        optimizer.step()
+    optimizer = sgd(net)
+    optimizer.step()
+    backward(net)
+    optimizer.step()
     assert steps(net) == [1, 1]
 
 
@@ -71,7 +71,7 @@ def test_a_counter_cast_behind_the_layers_back_counts_on():
     for buffer in net.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.bfloat16()
-    optimizer = torch.optim.SGD(trained(net), lr=1e-3)
+    optimizer = sgd(net)
     for _ in range(3):
         backward(net)
         optimizer.step()
@@ -108,70 +108,55 @@ def test_advance_gate_by_hand():
         duallora.gate(nn.Linear(2, 2))
 
 
-class Hidden:
-    """An optimizer that steps on copies of the parameters, as sharding optimizers do: torch cannot see ours in it."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.master = [nn.Parameter(p.detach().clone()) for p in parameters]
-        self.inner = torch.optim.SGD(self.master, lr=1e-3)
-
-    def step(self) -> None:
-        for p in self.master:
-            p.grad = torch.ones_like(p)
-        self.inner.step()
-
-
 def test_a_gate_that_stays_shut_says_so_once():
+    """Of an optimizer that steps on copies of the parameters, as sharding ones do: torch cannot see ours in it."""
     net = model()
-    optimizer = Hidden(trained(net))
+    copies = [nn.Parameter(p.detach().clone()) for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(copies, lr=1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3 * gate_module.IDLE_BEFORE_WARNING):
             net.zero_grad()
             backward(net)
+            for p in copies:
+                p.grad = torch.ones_like(p)
             optimizer.step()
-    messages = [str(w.message) for w in caught if "advance_gate" in str(w.message)]
-    assert len(messages) == 1
-    assert "their gate does not open" in messages[0]
+    (message,) = [str(w.message) for w in caught if "advance_gate" in str(w.message)]
+    assert "their gate does not open" in message
     assert steps(net) == [0, 0]
 
 
-def test_a_finished_model_with_old_gradients_is_left_alone():
+def test_a_finished_model_with_old_gradients_is_left_alone(silent):
     """Its gate is half open and its gradients linger, but no new backward runs: no warning."""
     net, other = model(), nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(trained(net), lr=1e-3)
     backward(net)
-    optimizer.step()
-    others = torch.optim.SGD(other.parameters(), lr=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3 * gate_module.IDLE_BEFORE_WARNING):
-            others.zero_grad()
-            other(torch.ones(1, 2)).sum().backward()
-            others.step()
+    sgd(net).step()
+    others = sgd(other)
+    for _ in range(3 * gate_module.IDLE_BEFORE_WARNING):
+        others.zero_grad()
+        other(torch.ones(1, 2)).sum().backward()
+        others.step()
     assert steps(net) == [1, 1]
 
 
-def test_accumulating_beside_another_optimizer_is_no_alarm():
+def test_accumulating_beside_another_optimizer_is_no_alarm(silent):
     """A critic that steps every micro-batch while ours accumulates: the gradients grow, but they are not unused."""
     net, critic = model(), nn.Linear(2, 2)
-    ours, others = (torch.optim.SGD(p, lr=1e-3) for p in (trained(net), list(critic.parameters())))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(2 * gate_module.IDLE_BEFORE_WARNING):
-            backward(net)
-            critic(torch.ones(1, 2)).sum().backward()
-            others.step()
-        ours.step()
+    ours, others = sgd(net), sgd(critic)
+    for _ in range(2 * gate_module.IDLE_BEFORE_WARNING):
+        backward(net)
+        critic(torch.ones(1, 2)).sum().backward()
+        others.step()
+    ours.step()
     assert steps(net) == [1, 1]
 
 
 class Around(torch.optim.Optimizer):
     """A wrapper over the same parameters, as ZeroRedundancyOptimizer, SAM and Lookahead are."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__(parameters, {})
-        self.inner = torch.optim.SGD(parameters, lr=1e-3)
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups[0]["params"], {})
+        self.inner = inner
 
     def step(self, closure=None):
         if closure is not None:
@@ -181,7 +166,7 @@ class Around(torch.optim.Optimizer):
 
 def test_an_optimizer_around_an_optimizer_is_one_step():
     net = model()
-    optimizer = Around(trained(net))
+    optimizer = Around(sgd(net))
     for n in range(3):
         backward(net)
         if n == 1:  # a step that fails in between must not skew the next
@@ -199,8 +184,10 @@ def test_a_strangers_gates_are_not_ours():
     assert duallora.gate(net) == 0.0
 
 
-def test_the_scaling_of_an_eager_forward_is_a_number_with_the_bits_of_the_ramp():
+def test_the_ramp_is_linear_and_the_scaling_of_an_eager_forward_a_number_with_its_bits():
     """Asked for in every forward: it costs no tensor operation, and must not cost a bit."""
+    assert [float(ramp(torch.tensor(t), 4)) for t in (0, 1, 3, 4, 9)] == [0.0, 0.25, 0.75, 1.0, 1.0]
+    assert float(ramp(torch.tensor(0), 0)) == 1.0
     for steps, scaling in ((7, 2.0), (100, 1 / 3), (997, 1e-3 / 7)):
         for t in [*range(steps + 3), 0.1, 2.7182817]:  # an average of copies has fractions
             found = gated(scaling, new_counter(t), steps)

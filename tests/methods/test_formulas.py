@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -47,62 +48,69 @@ def check_merged(model, expected: np.ndarray) -> None:
     check(model.merge_and_unload(), expected)
 
 
-def test_lora_and_lora_plus(tiny):
-    for name in ("lora", "lora+"):
-        model, W, b = put(tiny, name, r=3, alpha=7.0)
-        A, B = value(model, "lora_A.default.weight"), value(model, "lora_B.default.weight")
-        check_merged(model, X.numpy() @ (W + 7 / 3 * B @ A).T + b)
+def lora(W, p):
+    return W + 7 / 3 * p("lora_B") @ p("lora_A")
 
 
-def test_dora(tiny):
-    model, W, b = put(tiny, "dora", r=3, alpha=7.0)
-    A, B = value(model, "lora_A.default.weight"), value(model, "lora_B.default.weight")
-    m = value(model, "lora_magnitude_vector.default.weight")
-    moved = W + 7 / 3 * B @ A
-    rows = np.array([m[i] * moved[i] / math.sqrt(sum(w * w for w in moved[i])) for i in range(7)])
-    check_merged(model, X.numpy() @ rows.T + b)
+def dora(W, p):
+    moved, m = lora(W, p), p("lora_magnitude_vector")
+    return np.array([m[i] * moved[i] / math.sqrt(sum(w * w for w in moved[i])) for i in range(7)])
 
 
-@pytest.mark.skipif(not hasattr(peft, "HiraConfig"), reason="PEFT has HiRA from 0.20 on")
-def test_hira(tiny):
-    model, W, b = put(tiny, "hira", r=3)
-    A, B = value(model, "hira_A.default"), value(model, "hira_B.default")
-    expected = [[W[i, j] * (1 + sum(B[i, k] * A[k, j] for k in range(3))) for j in range(10)] for i in range(7)]
-    check_merged(model, X.numpy() @ np.array(expected).T + b)
+def hira(W, p):
+    A, B = p("hira_A"), p("hira_B")
+    return np.array([[W[i, j] * (1 + sum(B[i, k] * A[k, j] for k in range(3))) for j in range(10)] for i in range(7)])
 
 
-def test_vera(tiny):
-    model, W, b = put(tiny, "vera", r=3)
-    A, B = value(model, "vera_A.default")[:, :10], value(model, "vera_B.default")[:7]
-    d, bb = value(model, "vera_lambda_d.default"), value(model, "vera_lambda_b.default")
-    check_merged(model, X.numpy() @ (W + np.diag(bb) @ B @ np.diag(d) @ A).T + b)
+def vera(W, p):
+    A, B = p("vera_A")[:, :10], p("vera_B")[:7]
+    return W + np.diag(p("vera_lambda_b")) @ B @ np.diag(p("vera_lambda_d")) @ A
 
 
-def test_randlora(tiny):
+def randlora(W, p):
     """(alpha/r) sum_j B_j L_j A G_j with n = ceil(7 / 2) bases, A on the narrow side (out), so the sum is transposed.
 
     PEFT's layout pairs row (k, j) of A with the column of B that has the same place in its own order (j', k'): the bases
     are random, so this is the paper's sum with other draws.
     """
-    model, W, b = put(tiny, "randlora", r=2, alpha=7.0)
-    A, B = (value(model, f"randlora_{x}.default") for x in "AB")
-    L, G = value(model, "randlora_lambda.default"), value(model, "randlora_gamma.default")
+    A, B, L, G = (p(f"randlora_{x}") for x in ("A", "B", "lambda", "gamma"))
     assert (A.shape, B.shape, L.shape, G.shape) == ((2, 1, 7), (10, 4, 2), (2, 4), (4, 7))
     delta = np.zeros((10, 7))
-    for k in range(2):
-        for j in range(4):
-            place = k * 4 + j
-            delta += L[k, j] * np.outer(B[:, place // 2, place % 2], A[k, 0] * G[j])
-    check_merged(model, X.numpy() @ (W + 7 / 2 * delta.T).T + b)
+    for k, j in np.ndindex(2, 4):
+        place = k * 4 + j
+        delta += L[k, j] * np.outer(B[:, place // 2, place % 2], A[k, 0] * G[j])
+    return W + 7 / 2 * delta.T
+
+
+def flora_core(W, p):
+    assert p("G").shape == (2, 3)
+    return W + 1.5 * p("A") @ p("G") @ p("B").T
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "weight"),
+    [
+        ("lora", {"r": 3, "alpha": 7.0}, lora),
+        ("lora+", {"r": 3, "alpha": 7.0}, lora),
+        ("dora", {"r": 3, "alpha": 7.0}, dora),
+        ("hira", {"r": 3}, hira),
+        ("vera", {"r": 3}, vera),
+        ("randlora", {"r": 2, "alpha": 7.0}, randlora),
+        ("flora-core", {"r": 2, "options": {"scale": 1.5, "r_in": 3}}, flora_core),
+    ],
+)
+def test_the_weight_is_the_papers(tiny, name, settings, weight):
+    if name == "hira" and not hasattr(peft, "HiraConfig"):
+        pytest.skip("PEFT has HiRA from 0.20 on")
+    model, W, b = put(tiny, name, **settings)
+    check_merged(model, X.numpy() @ weight(W, functools.partial(value, model)).T + b)
 
 
 def mora_by_hand(x, M, out: int, kind: str) -> list[float]:
     """One token, entry by entry, from the paper's equations and the authors' types 1 to 4 and 6."""
     size, width = len(M), len(x)
     n = -(-width // size)
-    groups = [
-        [x[(g * size + i) % width] for i in range(size)] for g in range(n)
-    ]  # the last filled up from the start of x
+    groups = [[x[(g * size + i) % width] for i in range(size)] for g in range(n)]  # filled up from the start of x
 
     def times(vector):
         return [sum(M[o][i] * vector[i] for i in range(size)) for o in range(size)]
@@ -153,17 +161,9 @@ def test_mora_where_the_output_is_wider_than_all_groups(kind):
     np.testing.assert_allclose(rule(x).detach().numpy(), expected, atol=1e-6)
 
 
-def test_flora_core(tiny):
-    model, W, b = put(tiny, "flora-core", r=2, options={"scale": 1.5, "r_in": 3})
-    A, G, B = (value(model, n) for n in ("A", "G", "B"))
-    assert (A.shape, G.shape, B.shape) == ((7, 2), (2, 3), (10, 3))
-    check_merged(model, X.numpy() @ (W + 1.5 * A @ G @ B.T).T + b)
-
-
 def test_adapter_p(tiny):
     model, W, b = put(tiny, "adapter-p", r=3, options={"scale": 1.5})
-    D, U = value(model, "D"), value(model, "U")
-    check(model, X.numpy() @ W.T + b + 1.5 * np.tanh(X.numpy() @ D.T) @ U.T)
+    check(model, X.numpy() @ W.T + b + 1.5 * np.tanh(X.numpy() @ value(model, "D").T) @ value(model, "U").T)
 
 
 def test_adapter_l(tiny):
@@ -254,11 +254,8 @@ def test_generating_with_loreft_edits_the_prompt_alone(llama):
 @pytest.mark.parametrize("K", [0, 2])
 def test_delta_lora_is_the_papers_algorithm(tiny, K):
     """The paper's loop, W changed after every step t > K, against ours, which never touches W: same outputs, same factors."""
-    spec = MethodSpec(
-        "delta-lora", r=3, alpha=7.0, target_modules=["lin"], task_type=None, options={"lambda_": 0.5, "K": K}
-    )
-    adapted = apply(tiny(), spec)
-    model = adapted.model.double()
+    spec = {"alpha": 7.0, "target_modules": ["lin"], "task_type": None, "options": {"lambda_": 0.5, "K": K}}
+    model = apply(tiny(), MethodSpec("delta-lora", r=3, **spec)).model.double()
     W0, b0 = (p.detach().numpy().copy() for p in (model.base_model.model.lin.weight, model.base_model.model.lin.bias))
     rule = model.base_model.model.lin.duallora_rule_parts["default"]
     A, B, W = rule.A.detach().numpy().copy(), rule.B.detach().numpy().copy(), W0.copy()
@@ -317,9 +314,8 @@ def test_a_prefix_is_seen_by_every_query():
     attention.register_forward_hook(lambda m, args, out: seen.update(h=args[0], y=out[0]))
     with torch.no_grad():
         adapted(input_ids=torch.tensor([[3, 5, 7]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
-        P = next(p for n, p in adapted.named_parameters() if "prompt_encoder" in n).reshape(
-            2, 2, 4
-        )  # [tokens, k or v, d]
+        P = next(p for n, p in adapted.named_parameters() if "prompt_encoder" in n)
+        P = P.reshape(2, 2, 4)  # [tokens, k or v, d]
         h = seen["h"][0]
         q, k, v = attention.query(h), attention.key(h), attention.value(h)
         keys, values = torch.cat([P[:, 0], k]), torch.cat([P[:, 1], v])

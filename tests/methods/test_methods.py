@@ -60,10 +60,11 @@ def test_a_method_trains_and_is_read_back_and_merged_to_the_same_output(name, ll
     assert losses[2] < losses[0] or name == "duallora"  # its gate is open a third and two thirds by then
     assert losses[2] != losses[0]
     if name not in WHOLE_MODEL | {"corda"}:
-        now = {
-            n.replace(".base_layer", "").removeprefix("base_model.model."): p
+        names = (
+            (n.replace(".base_layer", "").removeprefix("base_model.model."), p)
             for n, p in adapted.model.named_parameters()
-        }
+        )
+        now = dict(names)
         assert all(torch.equal(now.get(n, now.get(f"base_model.{n}", p)), p) for n, p in before.items()), "base changed"
 
     with torch.no_grad():
@@ -85,36 +86,32 @@ def test_a_method_trains_and_is_read_back_and_merged_to_the_same_output(name, ll
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in methods.HOME if n not in WHOLE_MODEL | {"corda", "duallora", "vera", "randlora"}]
+    "name", ["lora", "mora", "delta-lora", "flora-core", "adapter-p", "adapter-l", "loreft", "prefix"]
 )
 def test_bfloat16_weights_take_a_step(name, llama, batch, train):
     losses = train(put(llama(torch.bfloat16), name, batch), batch, steps=1)
     assert all(torch.tensor(losses).isfinite())
 
 
-@pytest.mark.parametrize("name", ["mora", "flora-core", "delta-lora", "adapter-p", "adapter-l", "loreft"])
+@pytest.mark.parametrize("name", ["mora", "delta-lora", "adapter-l", "loreft"])
 def test_two_rules_live_on_one_model(name, llama, batch, tmp_path):
     """Each adapter alone is itself, both together add up layer by layer, none is the base model, and one can go."""
     model = llama()
+    options = {**SMALL.get(name, {}).get("options", {}), "init_weights": False}
     with torch.no_grad():
         base = model(**batch).logits
-        adapted = put(
-            model, name, batch, options={**SMALL.get(name, {}).get("options", {}), "init_weights": False}
-        ).model
+        adapted = put(model, name, batch, options=options).model
         first = adapted(**batch).logits
-        config = dataclasses.replace(adapted.peft_config["default"])
-        adapted.add_adapter("other", config)
+        adapted.add_adapter("other", dataclasses.replace(adapted.peft_config["default"]))
         assert torch.equal(adapted(**batch).logits, first)
         adapted.set_adapter("other")
         second = adapted(**batch).logits
-        assert not torch.allclose(second, first)
         adapted.save_pretrained(tmp_path, save_embedding_layers=False)
         with adapted.disable_adapter():
             assert torch.equal(adapted(**batch).logits, base)
         adapted.base_model.set_adapter(["default", "other"])
         both = adapted(**batch).logits
-        assert not torch.allclose(both, first)
-        assert not torch.allclose(both, second)
+        assert not any(torch.allclose(a, b) for a, b in ((first, second), (first, both), (second, both)))
         if not methods.get(name).no_merge:
             adapted.merge_adapter()
             torch.testing.assert_close(adapted(**batch).logits, both, rtol=0, atol=1e-5)
@@ -168,54 +165,45 @@ def test_learning_rates_of_the_groups(llama, batch):
         assert group["weight_decay"] == 0.1
 
 
-def test_every_ablation_of_the_paper_is_an_option(llama, batch, train):
-    ablations = [
-        {"magnitude": "identity"}, {"direction": "identity"}, {"direction": "fixed"}, {"direction": "xnor"},
-        {"direction": "dorefa"}, {"magnitude": "abs"}, {"magnitude": "sigmoid"}, {"use_dora": True}, {"warmup": "residual"},
-    ]  # fmt: skip
-    for options in ablations:
-        adapted = put(llama(), "duallora", batch, options={"warmup_steps": 1, **options})
-        losses = train(adapted, batch, steps=2)
-        assert losses[0] != losses[2], options
-
-
-def test_a_setting_a_method_does_not_have_is_refused(llama, batch):
-    cases = [
+def test_what_a_method_cannot_do_is_refused(llama, monkeypatch):
+    monkeypatch.delattr(peft, "HiraConfig", raising=False)
+    for spec, message in (
         (MethodSpec("lroa"), "no such method; nearest: lora"),
+        (MethodSpec("hira"), r"HiRA needs PEFT 0\.20 or newer"),
         (MethodSpec("mora", alpha=3.0), r"alpha=3\.0: MoRA has no such setting"),
-        (MethodSpec("prefix", r=8), "r=8: Prefix tuning has no such setting"),
-        (MethodSpec("delta-lora", dropout=0.1), "dropout=0.1: Delta-LoRA has no such setting"),
         (MethodSpec("mora", options={"typ": 6}), r"options \['typ'\]: mora takes exclude_modules, .*kind"),
         (MethodSpec("mora", options={"kind": "rope"}), "expected one of rotation, decoupling, truncation"),
+        (MethodSpec("mora", target_modules=["mlp"]), "goes onto torch.nn.Linear"),
         (MethodSpec("galore", options={"typ": 6}), r"options \['typ'\]: galore takes gap"),
         (MethodSpec("galore", target_modules=["nothing"]), "names no linear layer"),
         (MethodSpec("duallora", options={"typ": 6}), "expected fields of DualLoraConfig"),
         (MethodSpec("lora", options={"typ": 6}), "typ"),
-        (MethodSpec("adapter-p", target_modules=["nothing"]), "nothing"),
-        (MethodSpec("mora", target_modules=["mlp"]), "goes onto torch.nn.Linear"),
         (MethodSpec("corda"), "CorDA starts from data: pass batches="),
         (MethodSpec("loreft", r=100), "at most the layer's width, 36"),
         (MethodSpec("prompt", options={"num_virtual_tokens": 0}), "num_virtual_tokens=0: expected"),
-        (
-            MethodSpec("prefix", options={"num_virtual_tokens": 2048}),
-            "LlamaForCausalLM has 2048 positions, .*: expected fewer",
-        ),
-    ]
-    for spec, message in cases:
+        (MethodSpec("prefix", options={"num_virtual_tokens": 2048}), "has 2048 positions, .*: expected fewer"),
+    ):
         with pytest.raises(ConfigError, match=message):
             apply(llama(), spec)
+    size = {
+        "vocab_size": 67,
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    deberta = DebertaV2ForSequenceClassification(DebertaV2Config(**size))
+    with pytest.raises(ConfigError, match="DebertaV2ForSequenceClassification takes no past_key_values"):
+        apply(deberta, MethodSpec("p-tuning-v2", task_type="SEQ_CLS"))
 
 
 def test_a_recipe_without_a_rank_has_the_authors():
     """Shown in the resolved recipe, and the same as in Python; a rank that is named stays."""
-    authors = {
-        "adapter-p": 256, "vera": 256, "adapter-l": 224, "galore": 4, "garare": 4, "loreft": 8, "mora": 8, "delta-lora": 8,
-        "hira": 32,
-    }  # fmt: skip
+    authors = {"adapter-p": 256, "vera": 256, "adapter-l": 224, "galore": 4, "loreft": 8, "mora": 8, "hira": 32}
     for name in methods.names():
         recipe = load_recipe(None, [f"adapter.method={name}"], task="rte")
-        assert recipe.adapter.r == methods.get(name).defaults.get("r"), name
-        assert recipe.adapter.r == authors.get(name, recipe.adapter.r), name
+        rank = methods.get(name).defaults.get("r")
+        assert recipe.adapter.r == rank == authors.get(name, rank), name
     assert f"r: {authors['vera']}" in recipe_yaml(load_recipe(None, ["adapter.method=vera"], task="rte"))
     assert load_recipe(None, ["adapter.method=vera", "r=64"], task="rte").adapter.r == 64
 
@@ -223,34 +211,20 @@ def test_a_recipe_without_a_rank_has_the_authors():
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("delta-lora", ["train.max_steps=501"], "K=500: .* this run has 501: expected more steps"),
-        ("flora-optimizer", ["adapter.options={accumulation_rank: 4}"], "accumulation_rank=4 .*accumulation_steps=1"),
+        ("delta-lora", "train.max_steps=501", "K=500: .* this run has 501: expected more steps"),
+        ("flora-optimizer", "train.max_grad_norm=0", "accumulation_rank=4 .*accumulation_steps=1"),
         (
             "flora-optimizer",
-            ["adapter.options={accumulation_rank: 4}", "train.gradient_accumulation_steps=2"],
-            r"train\.max_grad_norm=1\.0 cannot see .*expected train\.max_grad_norm=0",
+            "train.gradient_accumulation_steps=2",
+            r"max_grad_norm=1\.0 .*expected train\.max_grad_norm=0",
         ),
     ],
 )
 def test_a_run_that_does_not_suit_its_method_is_refused(method, settings, message):
-    recipe = load_recipe(None, [f"adapter.method={method}", *settings], task="rte")
+    options = ["adapter.options={accumulation_rank: 4}"] if method == "flora-optimizer" else []
+    recipe = load_recipe(None, [f"adapter.method={method}", settings, *options], task="rte")
     with pytest.raises(ConfigError, match=message):
         check_method(recipe, recipe.train.max_steps)
-
-
-def test_prefixes_need_a_model_that_takes_keys_and_values():
-    config = DebertaV2Config(
-        vocab_size=67, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2
-    )
-    for name in ("prefix", "p-tuning-v2"):
-        with pytest.raises(ConfigError, match="DebertaV2ForSequenceClassification takes no past_key_values"):
-            apply(DebertaV2ForSequenceClassification(config), MethodSpec(name, task_type="SEQ_CLS"))
-
-
-def test_hira_says_which_peft_it_needs(llama, monkeypatch):
-    monkeypatch.delattr(peft, "HiraConfig", raising=False)
-    with pytest.raises(ConfigError, match=r"HiRA needs PEFT 0\.20 or newer"):
-        apply(llama(), MethodSpec("hira"))
 
 
 class Shift(Rule):
@@ -265,7 +239,7 @@ class Shift(Rule):
 
 
 def test_a_new_method_is_one_file(llama, batch, train, tmp_path):
-    """docs/extending.md: a Rule and a Method; training, saving and loading come with them."""
+    """docs/extending.md: a Rule and a Method; training, saving and loading come with them, and the verbs by its name."""
     toy = Method(
         name="shift", title="Shift", paper="none", equation="W0 x + c", attach=attach, rule=Shift,
         defaults={"dropout": 0.0, "target_modules": ["v_proj"]}, no_merge="it is a bias.",
@@ -275,14 +249,12 @@ def test_a_new_method_is_one_file(llama, batch, train, tmp_path):
         adapted = apply(llama(), MethodSpec("shift"))
         losses = train(adapted, batch)
         assert losses[2] < losses[0]
-        recipe = load_recipe(
-            None, ["adapter.method=shift"], task="e2e"
-        )  # on the command line by name, with its own defaults
+        recipe = load_recipe(None, ["adapter.method=shift"], task="e2e")
         check_method(recipe, 10)
-        assert len(methods.trained(train_put(llama(), recipe, "generate", 1).model)) == 2
+        for model in (adapted.model, train_put(llama(), recipe, "generate", 1).model):
+            assert [p.numel() for p in methods.trained(model)] == [12, 12]
         with pytest.raises(ConfigError, match=r"r=3: Shift has no such setting"):
             check_method(load_recipe(None, ["adapter.method=shift", "r=3"], task="e2e"), 10)
-        assert sum(p.numel() for p in methods.trained(adapted.model)) == 2 * 12
         adapted.save(tmp_path)
         with torch.no_grad():
             found = methods.load(llama(), tmp_path).eval()(**batch).logits

@@ -125,24 +125,11 @@ def compare(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 def check(
-    out: int,
-    inn: int,
-    r1: int,
-    r2: int,
-    *,
-    conv: bool = False,
-    W: bool = True,
-    dtype: torch.dtype = torch.float32,
-    base: torch.dtype | None = None,
-    factors: torch.dtype = torch.float32,
-    dora: bool = False,
-    residual: bool = False,
-    minus_base: bool = False,
-    gaussian: bool = False,
-    tolerance: float = 0,
-    architecture: str = ARCHITECTURE,
-    **options: str,
-) -> None:
+    out: int, inn: int, r1: int, r2: int, *, conv=False, W=True, dtype=torch.float32, base=None, factors=torch.float32,
+    dora=False, residual=False, minus_base=False, gaussian=False, tolerance: float = 0, architecture=ARCHITECTURE,
+    programs: int | None = None, **options: str,
+) -> None:  # fmt: skip
+    """Both passes; ``programs``: the gradient pass in about that many."""
     torch.manual_seed(out * inn + r1)
     draw = torch.randn if gaussian else dyadic
     shapes = (r1, inn), (out, r1), (r2, inn), (out, r2)
@@ -166,7 +153,8 @@ def check(
     else:
         compare("norm", got_norm, norm, max(tolerance, 1e-6))
         given["norm"] = poisoned(got_norm)
-    rebuilt, *got = kernels.weight_and_gradients(stored[1], stored[0], update, **given)
+    with tiles_for(programs):
+        rebuilt, *got = kernels.weight_and_gradients(stored[1], stored[0], update, **given)
     for flat in filled:
         assert (flat[:GUARD] == MARK).all(), "written before a buffer"
         assert (flat[-GUARD:] == MARK).all(), "written behind a buffer"
@@ -184,13 +172,13 @@ def check(
 
 
 @contextlib.contextmanager
-def programs(count: int) -> Iterator[None]:
-    """The gradient pass in about that many programs."""
+def tiles_for(programs: int | None) -> Iterator[None]:
     before = kernels.GRADIENTS
-    kernels.GRADIENTS = {
-        name: {dtype: kernels.Gradients(*(t._replace(programs=count) for t in tiles)) for dtype, tiles in row.items()}
-        for name, row in before.items()
-    }
+    if programs is not None:
+        kernels.GRADIENTS = {
+            name: {dtype: kernels.Gradients(*(t._replace(programs=programs) for t in ts)) for dtype, ts in row.items()}
+            for name, row in before.items()
+        }
     try:
         yield
     finally:
@@ -200,58 +188,56 @@ def programs(count: int) -> Iterator[None]:
 def sizes_and_layouts():
     for size in [(63, 100, 3, 5), (1, 7, 1, 2), (65, 130, 16, 16), (64, 48, 16, 16)]:
         for conv in (False, True):
-            yield lambda size=size, conv=conv: check(*size, conv=conv)
+            yield partial(check, *size, conv=conv)
     for architecture in ("sm_80", "gfx942"):
-        if ON_GPU and architecture[:2] != ARCHITECTURE[:2]:
-            continue  # another maker's instructions
-        yield lambda architecture=architecture: check(65, 50, 5, 33, architecture=architecture)
+        if not ON_GPU or architecture[:2] == ARCHITECTURE[:2]:  # not another maker's instructions
+            yield partial(check, 65, 50, 5, 33, architecture=architecture)
 
 
 def options():
-    for clip, magnitude, direction in itertools.product(
-        ("chain", "update", "none", "unit-window"), ("relu", "abs", "identity"), ("ste", "unit-tanh", "identity")
-    ):
+    for clip, magnitude, direction in (
+        ("chain", "abs", "ste"), ("chain", "identity", "ste"), ("chain", "relu", "identity"), ("update", "relu", "ste"),
+        ("update", "abs", "identity"), ("none", "relu", "ste"), ("none", "abs", "unit-tanh"), ("chain", "relu", "unit-tanh"),
+        ("unit-window", "relu", "ste"), ("unit-window", "identity", "ste"),
+    ):  # fmt: skip
         kinds = {"ste_clip": clip, "magnitude": magnitude, "direction": direction}
-        conv = clip == "update"
         tolerance = 1e-6 if "unit" in clip + direction else 0  # no exponential is exact
-        yield lambda kinds=kinds, conv=conv, tolerance=tolerance: check(
-            33, 70, 4, 16, conv=conv, tolerance=tolerance, **kinds
-        )
+        yield partial(check, 33, 70, 4, 16, conv=clip == "update", tolerance=tolerance, **kinds)
 
 
 def dora_and_residual():
-    for conv, residual, minus_base in itertools.product((False, True), repeat=3):
-        flags = {"conv": conv, "residual": residual, "minus_base": minus_base}
-        yield lambda flags=flags: check(33, 70, 5, 16, dora=True, tolerance=1e-6, **flags)
-        yield lambda flags=flags: check(20, 48, 16, 3, **flags)
-    yield lambda: check(63, 100, 20, 16, dora=True, tolerance=1e-6, ste_clip="update")
-    yield lambda: check(33, 40, 20, 16, residual=True)
-    yield lambda: check(20, 33, 5, 3, W=False)
+    for conv, residual in itertools.product((False, True), repeat=2):
+        flags = {"conv": conv, "residual": residual, "minus_base": conv == residual}
+        yield partial(check, 33, 70, 5, 16, dora=True, tolerance=1e-6, **flags)
+        yield partial(check, 20, 48, 16, 3, **flags)
+    yield partial(check, 63, 100, 20, 16, dora=True, tolerance=1e-6, ste_clip="update")
+    yield partial(check, 33, 40, 20, 16, residual=True)
+    yield partial(check, 20, 33, 5, 3, W=False)
 
 
 def dtypes():
-    half = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
-    for kind, conv, clip in itertools.product(half, (False, True), ("chain", "none")):
-        yield lambda kind=kind, conv=conv, clip=clip: check(33, 70, 16, 5, conv=conv, ste_clip=clip, **kind)
-    yield lambda: check(63, 100, 5, 16, dora=True, tolerance=4e-3, **half[0])
-    yield lambda: check(33, 70, 16, 5, factors=torch.bfloat16, **half[0])
-    yield lambda: check(33, 70, 16, 5, base=torch.float32, **half[0])
+    bf16, fp16 = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
+    for half, conv, clip in (
+        (bf16, False, "chain"),
+        (bf16, True, "none"),
+        (fp16, True, "chain"),
+        (fp16, False, "none"),
+    ):
+        yield partial(check, 33, 70, 16, 5, conv=conv, ste_clip=clip, **half)
+    yield partial(check, 63, 100, 5, 16, dora=True, tolerance=4e-3, **bf16)
+    yield partial(check, 33, 70, 16, 5, factors=torch.bfloat16, **bf16)
+    yield partial(check, 33, 70, 16, 5, base=torch.float32, **bf16)
 
 
 def large():
     """Several tiles for a program, in both directions, and one program alone: the sums in registers and in memory."""
-
-    def with_programs(count: int, *size: int, **flags) -> None:
-        with programs(count):
-            check(*size, **flags)
-
-    yield lambda: with_programs(1, 70, 50, 5, 3)
-    yield lambda: with_programs(1, 80, 64, 16, 3, conv=True)
-    yield lambda: with_programs(3, 80, 70, 33, 16, dora=True, tolerance=1e-6)
+    yield partial(check, 70, 50, 5, 3, programs=1)
+    yield partial(check, 80, 64, 16, 3, conv=True, programs=1)
+    yield partial(check, 80, 70, 33, 16, dora=True, tolerance=1e-6, programs=3)
     # Gaussian data: what float32 products lose, and what they would if a TF32 instruction read them whole.
-    yield lambda: check(48, 80, 16, 24, gaussian=True, tolerance=1e-6)
-    yield lambda: check(47, 60, 5, 16, gaussian=True, tolerance=1e-6, ste_clip="update")
-    yield lambda: check(48, 80, 16, 16, gaussian=True, tolerance=4e-3, dtype=torch.bfloat16)
+    yield partial(check, 48, 80, 16, 24, gaussian=True, tolerance=1e-6)
+    yield partial(check, 47, 60, 5, 16, gaussian=True, tolerance=1e-6, ste_clip="update")
+    yield partial(check, 48, 80, 16, 16, gaussian=True, tolerance=4e-3, dtype=torch.bfloat16)
 
 
 def nan():
@@ -274,8 +260,9 @@ def nan():
             assert (g.isnan() | ~want.isnan()).all(), f"NaN in {name}"
 
     kernels._architecture = lambda _device: ARCHITECTURE
-    for name, magnitude in itertools.product("ABCDG", ("relu", "abs")):
-        yield lambda name=name, magnitude=magnitude: one(name, magnitude)
+    for name in "ABCDG":
+        yield partial(one, name, "relu")
+    yield partial(one, "A", "abs")
 
 
 def device():
@@ -305,7 +292,7 @@ def device():
         G, W, update = problem(dtype, *size)
         given = {"fan_in_fan_out": False, "dtype": dtype, "m": torch.rand(size[0]) if m else None}
         norm = kernels.build_weight(W, update, **given)[1]
-        with programs(count):
+        with tiles_for(count):
             first, *more = (kernels.weight_and_gradients(G, W, update, norm=norm, **given) for _ in range(30))
         assert all(torch.equal(a, b) for again in more for a, b in zip(first, again, strict=True)), "not the same bits"
 
@@ -357,13 +344,11 @@ def device():
 
     for dtype in kernels.DTYPES:
         for shape in (size, (999, 1501, 5, 33), (1024, 768, 64, 24)):
-            yield lambda dtype=dtype, shape=shape: accurate(dtype, *shape)
+            yield partial(accurate, dtype, *shape)
         for count, m in ((64, False), (1024, False), (1024, True)):
-            yield lambda dtype=dtype, count=count, m=m: same_bits(dtype, count, m)
-    yield never_waits
-    yield lambda: never_waits(form="added")
-    yield lambda: never_waits(m=torch.rand(size[0]))
-    yield lambda: never_waits(gradient_tokens=0.25)
+            yield partial(same_bits, dtype, count, m)
+    for options in ({}, {"form": "added"}, {"m": torch.rand(size[0])}, {"gradient_tokens": 0.25}):
+        yield partial(never_waits, **options)
     yield captured
     yield compiled
 
@@ -381,6 +366,6 @@ if __name__ == "__main__":
         try:
             case()
         except Exception as error:
-            failures.append(f"case {number} {case.__defaults__}: {type(error).__name__}: {error}")
+            failures.append(f"case {number} {case}: {type(error).__name__}: {error}")
     print("\n".join(failures) or f"{number} cases")
     sys.exit(bool(failures))

@@ -17,6 +17,7 @@ import os
 import threading
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Gated:
     """A module with gates, counted from :func:`track` on for as long as it lives."""
 
     module_name: str
-    gate_watches: dict[str, _Watch]
+    gate_watches: defaultdict[str, _Watch]
 
     def gates(self, active_only: bool = False) -> Iterator[Gate]:
         """One for each adapter; ``active_only`` leaves out those that do not act on the output."""
@@ -148,7 +149,7 @@ def uncast(before: Tensor | None, after: Tensor) -> Tensor:
 def track(layer: Any) -> None:
     """Count optimizer steps for ``layer`` (:class:`Gated`) from now on: a new one, a copy or an unpickled one."""
     global _tracked
-    layer.gate_watches = {}
+    layer.gate_watches = defaultdict(_Watch)
     with _lock:
         _layers.add(layer)
         _tracked += 1
@@ -169,13 +170,6 @@ def track_copy(layer: Any) -> None:
 
 def _gate_of(layer: Any, adapter: str) -> Gate | None:
     return next((g for g in layer.gates() if g.name == adapter), None)
-
-
-def _watch_of(layer: Any, adapter: str) -> _Watch:
-    watch = layer.gate_watches.get(adapter)
-    if watch is None:
-        watch = layer.gate_watches[adapter] = _Watch()
-    return watch
 
 
 def tracked_layers() -> list[Any]:
@@ -245,7 +239,7 @@ def _count(optimizer: Optimizer, held: _Held, counted: set[tuple[int, str]]) -> 
         first = next((i for i, p in enumerate(trained) if id(p) in owned), None)
         if layer is None or gate is None or gate.frozen or first is None:
             continue
-        watch = _watch_of(layer, name)
+        watch = layer.gate_watches[name]
         # A sharded factor can be empty on this rank; its peers step all the same.
         if not any(p.grad is not None or p.numel() == 0 for p in trained):
             idle.append((layer, watch, gate.family))
@@ -298,7 +292,7 @@ def named(names: Iterable[str]) -> str:
 
 def watch_forward(layer: Any, adapter: str) -> None:
     """To be called in a forward: warns of a gate that stays shut though the factors seem to be trained, or to change."""
-    watch = _watch_of(layer, adapter)
+    watch = layer.gate_watches[adapter]
     if not watch.steps and layer.training and torch.is_grad_enabled():
         _expect_steps(layer, adapter, watch)
     if not watch.steps and watch.copied is not None:
@@ -411,4 +405,4 @@ def advance_gate(model: nn.Module, steps: int = 1) -> None:
             for g in layer.gates():
                 if not g.frozen and any(p.requires_grad for p in g.factors):
                     _as_float32(g.step).add_(steps)
-                    _watch_of(layer, g.name).steps.setdefault(_BY_HAND, 0)
+                    layer.gate_watches[g.name].steps.setdefault(_BY_HAND, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,12 +43,8 @@ class Range(NamedTuple):
     lt: float | None = None
 
     def holds(self, value: float) -> bool:
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
+        tests = (operator.ge, operator.gt, operator.le, operator.lt)
+        return all(bound is None or test(value, bound) for test, bound in zip(tests, self, strict=True))
 
     def __str__(self) -> str:
         signs = (">=", ">", "<=", "<")

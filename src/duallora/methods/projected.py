@@ -280,14 +280,10 @@ def groups(model: nn.Module, spec: MethodSpec, lr: float, weight_decay: float) -
     ]
 
 
-def projected_optimizer(model: nn.Module, spec: MethodSpec, lr: float, weight_decay: float) -> Optimizer:
-    """GaLore's or GaRare's."""
-    return ProjectedAdamW(groups(model, spec, lr, weight_decay), lr, weight_decay=weight_decay, **spec.options)
-
-
-def flora_optimizer(model: nn.Module, spec: MethodSpec, lr: float, weight_decay: float) -> Optimizer:
-    """Flora's."""
-    return Flora(groups(model, spec, lr, weight_decay), lr, weight_decay=weight_decay, **spec.options)
+def optimizer(model: nn.Module, spec: MethodSpec, lr: float, weight_decay: float) -> Optimizer:
+    """The method's own, over the targeted matrices and the rest."""
+    kind: Any = Flora if spec.name == "flora-optimizer" else ProjectedAdamW
+    return kind(groups(model, spec, lr, weight_decay), lr, weight_decay=weight_decay, **spec.options)
 
 
 def check_flora(spec: MethodSpec, recipe: Any, steps: int | None) -> None:
@@ -336,12 +332,12 @@ FULL = Method("full", "Full fine-tuning", "1711.05101", "W <- W - lr AdamW(G)", 
 GALORE = Method(
     "galore", "GaLore", "2403.03507", "W <- W - lr scale Adam(G P^T) P, P from the SVD of G", attach,
     {"r": RANKS["galore"], "target_modules": "all-linear", "gap": 500, "scale": 4.0, "projection": "svd", "seed": 0},
-    groups=groups, optimizer=projected_optimizer, whole=True,
+    groups=groups, optimizer=optimizer, whole=True,
 )  # fmt: skip
 GARARE = Method(
     "garare", "GaRare", "OpenReview pxclAomHat", "GaLore with random P", attach,
     {"r": RANKS["garare"], "target_modules": "all-linear", "gap": 500, "scale": 1.0, "projection": "gaussian", "seed": 0},
-    groups=groups, optimizer=projected_optimizer, whole=True,
+    groups=groups, optimizer=optimizer, whole=True,
 )  # fmt: skip
 FLORA_OPTIMIZER = Method(
     "flora-optimizer", "Flora (gradient compressor)", "2402.03293", "Adafactor, momentum kept as M P^T", attach,
@@ -349,6 +345,6 @@ FLORA_OPTIMIZER = Method(
         "r": RANKS["flora-optimizer"], "target_modules": "all-linear", "kappa": 1000, "beta1": 0.9, "scale_parameter": True,
         "accumulation_rank": None, "seed": 0,
     },
-    groups=groups, optimizer=flora_optimizer, whole=True, check=check_flora,
+    groups=groups, optimizer=optimizer, whole=True, check=check_flora,
 )  # fmt: skip
 METHODS = {m.name: m for m in (FULL, GALORE, GARARE, FLORA_OPTIMIZER)}

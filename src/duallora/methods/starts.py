@@ -118,22 +118,15 @@ def config_of(fields: Mapping[str, Any]) -> Any:
         raise ConfigError(
             f"init_lora_weights={init!r} replaces the base's weights, and its adapter fits no other: use pissa, or a quantized base"
         )
-    if start == "corda":
-        own = {"corda_method": fields.pop("corda_method", "ipm"), **(fields.pop("corda_config", None) or {})}
-        fields["corda_config"] = _sub_config("CordaConfig", own)
-    elif start == "eva":
-        fields["eva_config"] = _sub_config("EvaConfig", fields.pop("eva_config", None) or {})
-    elif start == "lora_ga":
-        own = dict(fields.pop("lora_ga_config", None) or {})
-        fields["lora_ga_config"] = _sub_config("LoraGAConfig", own)
+    if start in FROM_DATA:
+        own = dict(fields.pop(f"{start}_config", None) or {})
+        if start == "corda":
+            own.setdefault("corda_method", fields.pop("corda_method", "ipm"))
+        kind = {"corda": "CordaConfig", "eva": "EvaConfig", "lora_ga": "LoraGAConfig"}[start]
+        if not hasattr(peft.tuners.lora.config, kind):
+            raise ConfigError(f"PEFT {peft.__version__} has no {kind}: pip install -U peft")
+        fields[f"{start}_config"] = getattr(peft.tuners.lora.config, kind)(**own)
     return LoraConfig(**fields)
-
-
-def _sub_config(name: str, fields: Mapping[str, Any]) -> Any:
-    found = getattr(peft.tuners.lora.config, name, None)
-    if found is None:
-        raise ConfigError(f"PEFT {peft.__version__} has no {name}: pip install -U peft")
-    return found(**fields)
 
 
 def attach(model: nn.Module, config: Any, batches: Batches | None) -> PeftModel:
@@ -211,10 +204,8 @@ def save(adapted: Adapted, folder: Path) -> None:
 def for_the_base(adapted: Adapted) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Configuration and tensors of the LoRA of rank 2 r that does on W0 what the factors do on W_res."""
     model = adapted.model
-    tensors = {
-        name: value.detach().cpu()
-        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: value.detach().cpu() for name, value in state.items()}
     for name, first in adapted.state["first"].items():
         down = ".lora_A." in name
         tensors[name] = torch.cat([tensors[name], first if down else -first], dim=0 if down else 1)
@@ -380,13 +371,9 @@ def _start_eva(adapted: PeftModel, batches: list[Mapping[str, Any]]) -> None:
             f"EVA needs {wanted} tokens in a batch (r times rho), and the largest of {len(read)} has {most}: raise the batch "
             "size, or lower r or eva_config.rho"
         )
-    initialize_lora_eva_weights(
-        adapted,
-        enough,
-        forward_fn=_counted(PASSES * len(enough)),
-        gather_distributed_inputs=False,
-        show_progress_bar=False,
-    )
+    forward = _counted(PASSES * len(enough))
+    quiet = {"gather_distributed_inputs": False, "show_progress_bar": False}
+    initialize_lora_eva_weights(adapted, enough, forward_fn=forward, **quiet)
     for _, layer in _layers(adapted):  # layers whose rank changed have the base's dtype
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
             factor.float()
@@ -404,12 +391,10 @@ def _for_eva(batch: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], int
 
 
 def _counted(most: int) -> Callable[[Any, Mapping[str, Any]], Any]:
-    done = 0
+    left = iter(range(most))
 
     def forward(model: Any, inputs: Mapping[str, Any]) -> Any:
-        nonlocal done
-        done += 1
-        if done > most:
+        if next(left, None) is None:
             raise ConfigError(
                 f"EVA's directions have not settled in {PASSES} passes: use more rows or a lower eva_config.tau"
             )

@@ -237,7 +237,7 @@ def _product_gradients(ctx: Any, dY: Tensor | None) -> list[Tensor | None]:
         dx, dW, *rest = _backward_op(dY, x, W, m, norm, *flat(update, how), need_x, need_W, any(needed))
     else:
         dx, dW, *rest = _backward(dY, x, W, m, norm, update, how, need_x, need_W, any(needed))
-    db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b else None
+    db = dY.reshape(-1, dY.shape[-1]).sum(0) if need_b and how.form != "delta" else None  # which has no bias
     rest = [g if need else None for g, need in zip(rest, needed, strict=True)]
     return [dx if need_x else None, dW if need_W else None, db, *rest]
 

@@ -57,9 +57,8 @@ def _processor() -> str:
     """What -march=native depends on, so that a cache shared between machines is safe."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(
-            sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-        )
+        told = ("model name", "flags", "Features", "CPU part")
+        return "\n".join(sorted({line for line in lines if line.startswith(told)}))
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 
@@ -97,10 +96,8 @@ def _compile(compiler: str, folder: Path, key: str) -> Path:
 
 
 def _compiled(folder: Path, key: str) -> Path | None:
-    for path in folder.glob(f"kernel-{key}-*.so"):
-        if path.stem.endswith(f"-{path.stat().st_size}"):
-            return path
-    return None
+    found = folder.glob(f"kernel-{key}-*.so")
+    return next((path for path in found if path.stem.endswith(f"-{path.stat().st_size}")), None)
 
 
 @functools.cache

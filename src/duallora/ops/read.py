@@ -55,12 +55,7 @@ class _ReadExperts(ReadWeight):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(read := args[0], _ReadExperts):
             index = args[1]
-            if (
-                isinstance(index, Tensor)
-                and index.dim() == 0
-                and not index.is_floating_point()
-                and index.dtype != torch.bool
-            ):
+            if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32):
                 index = int(index)
             if type(index) is int:
                 return read.build_one(index)

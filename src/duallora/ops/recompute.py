@@ -69,15 +69,10 @@ def build_weight(
         if base is not None:
             V = V + base[rows]
         if m is not None and norm is not None:
-            norm[rows] = _lengths(V)
+            norm[rows] = torch.linalg.vector_norm(V, dim=1).clamp_(min=torch.finfo(V.dtype).tiny)
             V = V * (m[rows] / norm[rows])[:, None]
         by_rows[rows] = V - base[rows] if minus_base and base is not None else V
     return weight, norm
-
-
-def _lengths(V: Tensor) -> Tensor:
-    """|V_i| of each row, at least the smallest normal number."""
-    return torch.linalg.vector_norm(V, dim=1).clamp_(min=torch.finfo(V.dtype).tiny)
 
 
 def weight_and_gradients(

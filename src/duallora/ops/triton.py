@@ -126,9 +126,8 @@ def _delta(
 ):  # fmt: skip
     """A tile of dW."""
     A, B, C, D = factors
-    value, _slope = _magnitude(
-        _product_of(B, A, row0, column0, out, inn, R1, K, PRODUCT, ROWS, COLUMNS), MAGNITUDE
-    )  # fmt: skip
+    P = _product_of(B, A, row0, column0, out, inn, R1, K, PRODUCT, ROWS, COLUMNS)
+    value, _slope = _magnitude(P, MAGNITUDE)
     Q = _product_of(D, C, row0, column0, out, inn, R2, K, PRODUCT, ROWS, COLUMNS)
     return s * value * _direction(Q, DIRECTION)
 
@@ -154,13 +153,9 @@ def _build(
     inside = row < out - row0
     mask = inside[:, None] & (column < inn - column0)[None, :]
     s = tl.load(scaling)
-    total = _delta(
-        factors, s, row0, column0, out, inn, R1, R2, K, MAGNITUDE, DIRECTION, PRODUCT, ROWS, COLUMNS
-    )  # fmt: skip
+    total = _delta(factors, s, row0, column0, out, inn, R1, R2, K, MAGNITUDE, DIRECTION, PRODUCT, ROWS, COLUMNS)
     if initial is not None:
-        total -= _delta(
-            initial, s, row0, column0, out, inn, R1, R2, K, MAGNITUDE, DIRECTION, PRODUCT, ROWS, COLUMNS
-        )  # fmt: skip
+        total -= _delta(initial, s, row0, column0, out, inn, R1, R2, K, MAGNITUDE, DIRECTION, PRODUCT, ROWS, COLUMNS)
     if W is not None:
         base = tl.load(_at(W, row0, column0, row, column, w_strides), mask=mask, other=0.0).to(tl.float32)
         total += base
@@ -333,18 +328,17 @@ def _architecture(device: torch.device) -> str | None:
 
 def supports(update: Update, dtype: torch.dtype) -> bool:
     """Whether both passes can do ``update`` for weights of ``dtype``: relu, abs or identity with ste, tanh or identity."""
-    A, B, C, D = update[:4]
-    if update.magnitude not in ("relu", "abs", "identity") or update.direction not in (
+    known = update.magnitude in ("relu", "abs", "identity") and update.direction in (
         "ste",
         "identity",
         "tanh",
         "unit-tanh",
-    ):
+    )
+    if not known or dtype not in DTYPES:
         return False
-    if C is None or D is None or dtype not in DTYPES:
-        return False
-    fits = max(A.shape[0], C.shape[0]) <= MAX_RANK and all(f.dtype in DTYPES for f in (A, B, C, D, *update.initial))
-    return fits and _architecture(A.device) is not None
+    factors = [f for f in (*update[:4], *update.initial) if f is not None]
+    fits = _ranks(update)[2] <= MAX_RANK and all(f.dtype in DTYPES for f in factors)
+    return fits and _architecture(update.A.device) is not None
 
 
 def _strides(matrix: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
@@ -439,15 +433,7 @@ def build_weight(
     m: Tensor | None = None,
     minus_base: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(W', norm): W0 + dW in ``dtype`` and the layout of W, summed in float32 and rounded once; norm is None.
-
-    Args:
-        W: [out, in], or [in, out] with ``fan_in_fan_out``; any strides. None: dW alone.
-        update: one that ``supports`` accepts.
-        dtype: of W'.
-        m: [out], DoRA's magnitudes: W' = m (W0 + dW) / norm, norm [out] float32 the lengths of the rows of W0 + dW.
-        minus_base: W' - W0 instead.
-    """
+    """(W', norm): see :mod:`duallora.ops.recompute`, whose contract this follows; W of any strides."""
     if m is None and minus_base:
         W, minus_base = None, False
     weight, norm, ratio = update.A.new_empty(update.weight_shape(fan_in_fan_out), dtype=dtype), None, None
@@ -473,11 +459,7 @@ def weight_and_gradients(
     norm: Tensor | None = None,
     minus_base: bool = False,
 ) -> list[Tensor]:
-    """[W', dA, dB, dC, dD, dm]: W' as :func:`build_weight` makes it, and the gradients in float32.
-
-    Args:
-        G: dL/dW' in the layout of W; any float dtype, any strides.
-        norm: [out], what :func:`build_weight` returned with ``m``; a constant here (DoRA, section 4.3).
+    """[W', dA, dB, dC, dD, dm]: see :mod:`duallora.ops.recompute`; G and W of any strides.
 
     The gradient pass writes W' too where its registers allow: ranks up to K, no ``initial``, no ``m``. Elsewhere the
     build pass does, and with ``m`` reads G once more for dm (empty without ``m``).
