@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,18 @@ MODELS = {
 UNCOUNTED = ("GaLore", "GaRare", "Prefix")
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(models: Container[str] = MODELS) -> list[dict[str, Any]]:
     """One object per printed row, in the paper's order: counted by the train verb's own code (`cost.shape`)."""
     lines = []
     with quiet_libraries():
         for name in ("table1", "table2", "table4"):
             for study in paper.studies(name, "paper"):
                 recipes = {cell.tags["variant"]: cell.recipe() for cell in reproduce.Part(study, Path()).first_cells()}
-                rows = [row for row in reproduce.printed_rows(study.name) if row.method not in UNCOUNTED]
-                lines += [_line(row, recipes[row.variant]) for row in rows]
+                lines += [
+                    _line(row, recipes[row.variant])
+                    for row in reproduce.printed_rows(study.name)
+                    if row.method not in UNCOUNTED and row.model in models
+                ]
     return lines
 
 

@@ -96,53 +96,39 @@ def tiny_bos_tokenizer():
     return build_tokenizer(bos=True)
 
 
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _save(folder: Path, tokenizer, kind: type, config) -> Path:
+    """A random model of ``kind``, the same every time, with its tokenizer."""
+    import torch
+
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_causal_folder(tmp_path_factory) -> Path:
     """A saved random LLaMA (2 layers, dim 32) with its tokenizer: a local model folder for the verbs."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=512, **ids, **TINY)
+    return _save(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer, LlamaForCausalLM, config)
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder_folder(tmp_path_factory) -> Path:
     """A saved random BERT (2 layers, dim 32) with a byte tokenizer: a local folder for classification."""
-    import torch
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = build_tokenizer(bos=True, chat_template=None)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = BertConfig(max_position_embeddings=256, **ids, **TINY)
+    return _save(tmp_path_factory.mktemp("models") / "tiny-bert", tokenizer, BertModel, config)
 
 
 @pytest.fixture
