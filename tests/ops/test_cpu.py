@@ -170,7 +170,9 @@ def test_a_compiler_that_fails_shows_its_own_words(tmp_path):
 def test_first_uses_at_the_same_time_leave_one_whole_library(tmp_path):
     """Of a compiler that takes no time: it hands out the library that these tests run on."""
     quick = tmp_path / "c++"
-    quick.write_text(f'#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && cp {cpu.library()._name} "$2"; shift; done\n')
+    quick.write_text(
+        f'#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && cp "{cpu.library()._name}" "$2"; shift; done\n'
+    )
     quick.chmod(0o755)
     env = {"CXX": str(quick), "DUALLORA_CACHE": str(tmp_path / "cache")}
     for process in [start("cpu", **env) for _ in range(2)]:
