@@ -30,18 +30,13 @@ SMALL = {
 }  # fmt: skip
 STARTS_ELSEWHERE = {"adapter-p", "loreft", "prefix", "p-tuning-v2", "prompt"}
 WHOLE_MODEL = {"full", "galore", "garare", "flora-optimizer"}
-PROMPTS = {"prefix", "p-tuning-v2", "prompt"}
 
 
-def needs(name: str) -> None:
+def put(model, name: str, batch, **changes):
     if name == "hira" and not hasattr(peft, "HiraConfig"):
         pytest.skip("PEFT has HiRA from 0.20 on")
     if name == "corda" and importlib.util.find_spec("attr") is None:
         pytest.skip("PEFT's CorDA needs attrs")
-
-
-def put(model, name: str, batch, **changes):
-    needs(name)
     return apply(model, dataclasses.replace(MethodSpec(name, **SMALL.get(name, {})), **changes), batches=[batch])
 
 
@@ -60,11 +55,8 @@ def test_a_method_trains_and_is_read_back_and_merged_to_the_same_output(name, ll
     assert losses[2] < losses[0] or name == "duallora"  # its gate is open a third and two thirds by then
     assert losses[2] != losses[0]
     if name not in WHOLE_MODEL | {"corda"}:
-        names = (
-            (n.replace(".base_layer", "").removeprefix("base_model.model."), p)
-            for n, p in adapted.model.named_parameters()
-        )
-        now = dict(names)
+        trained = adapted.model.named_parameters()
+        now = {n.replace(".base_layer", "").removeprefix("base_model.model."): p for n, p in trained}
         assert all(torch.equal(now.get(n, now.get(f"base_model.{n}", p)), p) for n, p in before.items()), "base changed"
 
     with torch.no_grad():
