@@ -372,8 +372,9 @@ def _start_eva(adapted: PeftModel, batches: list[Mapping[str, Any]]) -> None:
             "size, or lower r or eva_config.rho"
         )
     forward = _counted(PASSES * len(enough))
-    quiet = {"gather_distributed_inputs": False, "show_progress_bar": False}
-    initialize_lora_eva_weights(adapted, enough, forward_fn=forward, **quiet)
+    initialize_lora_eva_weights(
+        adapted, enough, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
+    )
     for _, layer in _layers(adapted):  # layers whose rank changed have the base's dtype
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
             factor.float()
