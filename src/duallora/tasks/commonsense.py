@@ -82,11 +82,8 @@ def _choices(question: str, options: Sequence[str], word: str = "answer", what: 
 
 
 def _boolq(row: Mapping[str, Any]) -> tuple[str, str]:
-    instruction = (
-        f"Please answer the following question with true or false, question: {row['question']}?\n\n"
-        "Answer format: true/false"
-    )
-    return instruction, "true" if row["answer"] else "false"
+    asked = f"Please answer the following question with true or false, question: {row['question']}?"
+    return f"{asked}\n\nAnswer format: true/false", "true" if row["answer"] else "false"
 
 
 def _piqa(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -36,10 +36,9 @@ class Protocol:
     columns: tuple[str, ...]  # of the texts
     label: str
     labels: tuple[str, ...]  # as the file writes them, in the order of the class ids; () for targets
-    names: tuple[str, ...]  # for people
-    metrics: Metrics
-    main_metric: str
-    hub_columns: tuple[str, ...]
+    metrics: Metrics  # the first ranks models
+    names: tuple[str, ...] = ()  # of the classes, for people, where the file writes numbers
+    hub_columns: tuple[str, ...] = ()  # of the texts, where the hub names them otherwise
     header: tuple[str, ...] = ()  # of a file without one
     dev: tuple[str, ...] = ("dev.tsv",)
 
@@ -47,31 +46,25 @@ class Protocol:
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
+_NUMBERS = ("0", "1")
 
 PROTOCOLS: dict[str, Protocol] = {
     "cola": Protocol(
-        "CoLA", ("sentence",), "label", ("0", "1"), ("unacceptable", "acceptable"),
-        Metrics("matthews", "accuracy"), "matthews", ("sentence",), header=("source", "label", "note", "sentence"),
+        "CoLA", ("sentence",), "label", _NUMBERS, Metrics("matthews", "accuracy"), ("unacceptable", "acceptable"),
+        header=("source", "label", "note", "sentence"),
     ),
-    "sst2": Protocol(
-        "SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), Metrics("accuracy"), "accuracy", ("sentence",)
-    ),
-    "rte": Protocol("RTE", _PAIR, "label", _ENTAILMENT, _ENTAILMENT, Metrics("accuracy"), "accuracy", _PAIR),
-    "stsb": Protocol("STS-B", _PAIR, "score", (), (), OF_KIND["regress"], "pearson", _PAIR),
-    "qnli": Protocol(
-        "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ENTAILMENT, Metrics("accuracy"), "accuracy",
-        ("question", "sentence"),
-    ),
+    "sst2": Protocol("SST-2", ("sentence",), "label", _NUMBERS, Metrics("accuracy"), ("negative", "positive")),
+    "rte": Protocol("RTE", _PAIR, "label", _ENTAILMENT, Metrics("accuracy")),
+    "stsb": Protocol("STS-B", _PAIR, "score", (), OF_KIND["regress"]),
+    "qnli": Protocol("QNLI", ("question", "sentence"), "label", _ENTAILMENT, Metrics("accuracy")),
     "mrpc": Protocol(
-        "MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("not_equivalent", "equivalent"), Metrics("accuracy", "f1"),
-        "accuracy", _PAIR,
+        "MRPC", ("#1 String", "#2 String"), "Quality", _NUMBERS, Metrics("accuracy", "f1"), ("not_equivalent", "equivalent"), _PAIR
     ),
     "qqp": Protocol(
-        "QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("not_duplicate", "duplicate"), Metrics("accuracy", "f1"),
-        "accuracy", ("question1", "question2"),
+        "QQP", ("question1", "question2"), "is_duplicate", _NUMBERS, Metrics("accuracy", "f1"), ("not_duplicate", "duplicate")
     ),
     "mnli": Protocol(
-        "MNLI", _PAIR, "gold_label", _MNLI, _MNLI, Metrics("accuracy", by_group=["accuracy"]), "accuracy", ("premise", "hypothesis"),
+        "MNLI", _PAIR, "gold_label", _MNLI, Metrics("accuracy", by_group=["accuracy"]), hub_columns=("premise", "hypothesis"),
         dev=("dev_matched.tsv", "dev_mismatched.tsv"),
     ),
 }  # fmt: skip
@@ -88,9 +81,9 @@ def load(name: str, folder: Path | None) -> Task:
         kind="classify" if protocol.labels else "regress",
         splits=LazySplits(splits),
         format="GLUE",
-        labels=protocol.names,
+        labels=protocol.names or protocol.labels,
         metrics=protocol.metrics,
-        main_metric=protocol.main_metric,
+        main_metric=protocol.metrics.names[0],
         source=f"{origin}; GLUE withholds its test labels, so test is the development set",
     )
 
@@ -154,7 +147,7 @@ def _read_hub(name: str, protocol: Protocol, file: str) -> list[Example]:
     rows: Sequence[Mapping[str, Any]] = load_hub("nyu-mll/glue", name)[split]
     return [
         Example(
-            texts=tuple(row[column] for column in protocol.hub_columns),
+            texts=tuple(row[column] for column in protocol.hub_columns or protocol.columns),
             label=row["label"],
             group=_half(file),
             where=f"nyu-mll/glue:{name}:{split}:{number}",

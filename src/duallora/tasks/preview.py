@@ -42,18 +42,12 @@ def preview(
     """
     examples = task.splits[split]
     show = _generation_row if task.kind == "generate" else _classification_row
-    panels = [
-        Panel(
-            body,
-            title=Text(f"{split} row {number}{part}", style="bold"),
-            title_align="left",
-            subtitle=note,
-            subtitle_align="right",
-            border_style="dim",
-        )
-        for number, example in enumerate(examples[:rows], 1)
-        for part, body, note in show(task, example, tokenizer, max_length, train_on)
-    ]
+    panels = []
+    for number, example in enumerate(examples[:rows], 1):
+        for part, body, note in show(task, example, tokenizer, max_length, train_on):
+            title = Text(f"{split} row {number}{part}", style="bold")
+            edges: Any = {"title_align": "left", "subtitle_align": "right", "border_style": "dim"}
+            panels.append(Panel(body, title=title, subtitle=note, **edges))
     return Group(*panels, _legend(task), _counts(task, examples, tokenizer, max_length, train_on))
 
 
