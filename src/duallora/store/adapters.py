@@ -62,8 +62,9 @@ def load_adapter(
             model, tokenizer = load_model(str(source), kind, dtype=dtype)
         elif not _is_adapter(folder):
             sidecar = read_sidecar(folder)
-            if ("generate" in (kind, sidecar.get("kind", kind))) and sidecar.get("kind", kind) != kind:
-                raise ConfigError(f"{folder} was trained to {sidecar['kind']}, this task needs a model to {kind}")
+            trained = sidecar.get("kind", kind)
+            if trained != kind and "generate" in (kind, trained):
+                raise ConfigError(f"{folder} was trained to {trained}, this task needs a model to {kind}")
             compare_with_recorded(folder, sidecar)
             labels = len(sidecar.get("labels", ())) or None
             if dtype == "auto":

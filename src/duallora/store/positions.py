@@ -54,20 +54,19 @@ def check_room(model: Any, tokenizer: Any, *, row: int, prompt: int = 0, new: in
     longest = max(row, prompt + new)
     if longest <= length:
         return ""
-    made = f"the longest row has {row:,} tokens"
-    if row <= length:
+    if row > length:
+        made = f"the longest row has {row:,} tokens"
+        remedy = f"set data.max_length (--max-length) to at most {length:,}: longer rows are then cut, and counted"
+    else:
         made = f"the longest prompt has {prompt:,} tokens and eval.max_new_tokens (--max-new-tokens) is {new:,}"
+        remedy = f"both together may be at most {length:,}"
+        if prompt < length and new < length:
+            shorter = f"data.max_length (--max-length) to at most {length - new:,}"
+            remedy = f"set eval.max_new_tokens to at most {length - prompt:,}, or {shorter}"
     if not fixed:
         return (
             f"{made}, but {name} was made for {length:,}: beyond them it goes on, with positions it was not trained on. "
             "Shorter rows: data.max_length (--max-length)"
-        )
-    remedy = f"set data.max_length (--max-length) to at most {length:,}: longer rows are then cut, and counted"
-    if row <= length:
-        remedy = (
-            f"set eval.max_new_tokens to at most {length - prompt:,}, or data.max_length (--max-length) to at most {length - new:,}"
-            if prompt < length and new < length
-            else f"both together may be at most {length:,}"
         )
     raise ConfigError(f"{made}, but {name} has {length:,} positions: {remedy}")
 

@@ -40,12 +40,7 @@ metrics.register(metrics.bleu(lowercase=True), task="e2e")
 _HUB = ("tuetschek/e2e_nlg", None, "refs/convert/parquet")
 _FILES = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
 # The hub's attribute names as LoRA's files write them.
-_ATTRIBUTES = {
-    "eatType": "Type",
-    "priceRange": "price",
-    "customer rating": "customer rating",
-    "familyFriendly": "family friendly",
-}
+_ATTRIBUTES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
 
 def load(name: str, folder: Path | None) -> Task:
@@ -82,12 +77,11 @@ def official_metrics(predictions: Sequence[str], examples: Sequence[Example]) ->
     references = [example.references for example in examples]
     texts = list(dict.fromkeys([*predictions, *(text for own in references for text in own)]))
     found = dict(zip(texts, official.tokens(texts), strict=True))
+    tokenize = found.__getitem__
     values = {
-        "meteor": official.meteor(
-            [found[text] for text in predictions], [[found[text] for text in own] for own in references]
-        ),
-        "rouge_l": nlg.rouge_l(predictions, references, tokenize=found.__getitem__),
-        "cider": nlg.cider(predictions, references, tokenize=found.__getitem__),
+        "meteor": official.meteor([*map(tokenize, predictions)], [[*map(tokenize, own)] for own in references]),
+        "rouge_l": nlg.rouge_l(predictions, references, tokenize=tokenize),
+        "cider": nlg.cider(predictions, references, tokenize=tokenize),
     }
     return values, "METEOR, and the tokens of ROUGE-L and CIDEr, by the official Java programs"
 
