@@ -13,7 +13,7 @@ from typing import Any
 
 from duallora.errors import is_number
 from duallora.grid.study_plots import CAPTIONS as DRAWN_CAPTIONS
-from duallora.grid.study_plots import looks, mean_line, searches, tasks_of, title_of, varied
+from duallora.grid.study_plots import looks, mean_line, of_task, searches, tasks_of, title_of, varied
 from duallora.tasks import metrics
 
 Summary = Mapping[str, Any]
@@ -96,8 +96,7 @@ def _differences(summary: Summary) -> Iterator[View]:
     reference, variants = summary["reference"], list(summary["study"]["variants"])
     words = {"yes": f"{reference} is better", "no": f"{reference} is worse"}
     for task in tasks_of(summary["pairs"]):
-        pairs = [pair for pair in summary["pairs"] if pair["task"] == task]
-        pairs.sort(key=lambda pair: variants.index(pair["other"]), reverse=True)
+        pairs = sorted(of_task(summary["pairs"], task), key=lambda pair: -variants.index(pair["other"]))
         lines, told = [], []
         for pair in pairs:
             low, high = pair["interval"]
@@ -107,15 +106,16 @@ def _differences(summary: Summary) -> Iterator[View]:
             lines.append({**_point(pair["mean"], pair["other"], row, text), "along": "x"})
             told.append(text)
         lower = metrics.find(_metric(summary, task)).higher_is_better is False
-        alt = f"{title_of(summary, task)}: {reference} minus each other variant. {'; '.join(told)}."
-        yield _view(title_of(summary, task), f"{reference} minus the other", "", lines, alt, zero=True, turned=lower)
+        title = title_of(summary, task)
+        alt = f"{title}: {reference} minus each other variant. {'; '.join(told)}."
+        yield _view(title, f"{reference} minus the other", "", lines, alt, zero=True, turned=lower)
 
 
 def _tradeoff(summary: Summary) -> Iterator[View]:
     ratio = any("cpu_ratio" in row for row in summary["rows"])
     time = ("cpu_ratio", "training time / LoRA's") if ratio else ("cpu_seconds", "processor seconds of training")
     for task in tasks_of(summary["rows"]):
-        rows = [row for row in summary["rows"] if row["task"] == task and row["mean"] is not None]
+        rows = [row for row in of_task(summary["rows"], task) if row["mean"] is not None]
         for cost, read in (
             ("trained parameters", lambda row: row.get("parameters", {}).get("trainable")),
             (time[1], lambda row: row.get(time[0])),
@@ -155,7 +155,7 @@ def _by_setting(summary: Summary) -> Iterator[View]:
     key, values = varied(summary["study"]["variants"])
     rows = [row for row in summary["rows"] if row["mean"] is not None and row["variant"] in values]
     for task in tasks_of(rows):
-        own = sorted((row for row in rows if row["task"] == task), key=lambda row: values[row["variant"]])
+        own = sorted(of_task(rows, task), key=lambda row: values[row["variant"]])
         xs, means = [values[row["variant"]] for row in own], [row["mean"] for row in own]
         lines: list[dict[str, Any]] = [{"variant": None, "name": "mean", "x": xs, "y": means, "mode": "lines"}]
         lines += [{**_point(values[row["variant"]], row["mean"], row, _said(row)), "along": "y"} for row in own]
@@ -168,7 +168,7 @@ def _by_setting(summary: Summary) -> Iterator[View]:
 def _losses(summary: Summary) -> Iterator[View]:
     curves = [curve for curve in summary["curves"] if len(curve["steps"]) > 2]
     for task in tasks_of(curves):
-        own = [curve for curve in curves if curve["task"] == task]
+        own = of_task(curves, task)
         lines = [{"variant": c["variant"], "x": c["steps"], "y": c["loss"], "mode": "lines"} for c in own]
         alt = f"{task}: training loss by step. " + "; ".join(
             f"{c['variant']} from {c['loss'][0]:.4g} to {c['loss'][-1]:.4g}" for c in own

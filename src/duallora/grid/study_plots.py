@@ -97,7 +97,8 @@ def tasks_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["task"] for row in rows))
 
 
-def _of(rows: Sequence[Mapping[str, Any]], task: str) -> list[Any]:
+def of_task(rows: Sequence[Mapping[str, Any]], task: str) -> list[Any]:
+    """The rows, pairs or curves of a task."""
     return [row for row in rows if row["task"] == task]
 
 
@@ -108,17 +109,19 @@ def _columns(count: int, legend: bool) -> int:
     return min(count, 3 if count in (5, 6, 9) else COLUMNS)
 
 
-def _panels(figure: Any, count: int, *, height: float, legend: Sequence[Any] = (), **options: Any) -> list[Any]:
-    """``count`` axes in rows ``height`` inches high; the handles of a legend stand in the place after the last."""
-    columns = _columns(count, bool(legend))
-    rows = math.ceil((count + bool(legend)) / columns)
+def _panels(
+    figure: Any, what: Sequence[str], *, height: float, legend: Sequence[Any] = (), **options: Any
+) -> list[tuple[Any, str]]:
+    """Axes for each of ``what``, in rows ``height`` inches high; the handles of a legend stand in the place after the last."""
+    columns = _columns(len(what), bool(legend))
+    rows = math.ceil((len(what) + bool(legend)) / columns)
     figure.set_size_inches(WIDTH, rows * height)
     axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for spare in axes[count:]:
+    for spare in axes[len(what) :]:
         spare.set_axis_off()
     if legend:
-        axes[count].legend(handles=legend, loc="center left", frameon=False, ncols=1 + (len(legend) > 12))
-    return axes[:count]
+        axes[len(what)].legend(handles=legend, loc="center left", frameon=False, ncols=1 + (len(legend) > 12))
+    return list(zip(axes, what, strict=False))
 
 
 def _ground(axes: Any, along: str = "both", **labels: Any) -> None:
@@ -150,11 +153,11 @@ def title_of(summary: Summary, task: str) -> str:
 def _differences(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     pairs = summary["pairs"]
     others = [name for name in summary["study"]["variants"] if any(pair["other"] == name for pair in pairs)][::-1]
-    tasks = tasks_of(pairs)
-    height = 0.75 + 0.2 * len(others)
-    for axes, task in zip(_panels(figure, len(tasks), height=height, sharey=True) if pairs else (), tasks, strict=True):
+    if not pairs:
+        return False
+    for axes, task in _panels(figure, tasks_of(pairs), height=0.75 + 0.2 * len(others), sharey=True):
         axes.axvline(0, color=INK, linewidth=0.8)
-        for pair in _of(pairs, task):
+        for pair in of_task(pairs, task):
             line, color = others.index(pair["other"]), look[pair["other"]].color
             axes.plot(pair["interval"], [line] * 2, color=color, linewidth=1)
             axes.plot(pair["interval_of_models"], [line] * 2, color=color, linewidth=3.2, alpha=0.55)
@@ -166,12 +169,12 @@ def _differences(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool
         axes.set_yticks(range(len(others)), others)
         axes.tick_params(axis="y", length=0)
         _ground(axes, "x")
-    return bool(pairs)
+    return True
 
 
 def _against_parameters(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     counts = [row.get("parameters", {}).get("trainable") for row in summary["rows"]]
-    known = [count for count in counts if count]
+    known = list(filter(None, counts))
     if not known or max(known) < 1.05 * min(known):
         return False
     return _against(figure, summary, look, counts, "trained parameters", log=True)
@@ -193,10 +196,10 @@ def _against(
     if len(variants) < 2:
         return False
     legend = _handles(look, variants, linewidth=0)
-    for axes, task in zip(_panels(figure, len(tasks), height=2.3, legend=legend), tasks, strict=True):
-        xs = [row["x"] for row in _of(rows, task)]
+    for axes, task in _panels(figure, tasks, height=2.3, legend=legend):
+        xs = [row["x"] for row in of_task(rows, task)]
         ratio = max(max(xs) / min(xs), 2.0)
-        for number, row in enumerate(_of(rows, task)):
+        for number, row in enumerate(of_task(rows, task)):
             x, mean, own = row["x"], row["mean"], look[row["variant"]]
             # Side by side: as many steps of a fiftieth of the width as points stand there already.
             close = sum(abs(math.log(x / other)) < 0.02 for other in xs[:number])
@@ -235,12 +238,12 @@ def _sensitivity(task: str, figure: Any, summary: Summary, look: Mapping[str, In
     searched, metric = searches(summary, task), summary["tasks"].get(task, {}).get("chosen_by")
     if not searched or metric is None:
         return False
-    chosen = {row["variant"]: row.get("values", {}) for row in _of(summary["rows"], task)}
+    chosen = {row["variant"]: row.get("values", {}) for row in of_task(summary["rows"], task)}
     reference: Any = summary.get("reference")
     beside = searched.get(reference, ("", []))
     columns = _columns(len(searched), legend=False)
-    panels = _panels(figure, len(searched), height=1.75, sharex=True, sharey=True)
-    for number, (axes, (variant, (key, cells))) in enumerate(zip(panels, searched.items(), strict=True)):
+    for number, (axes, variant) in enumerate(_panels(figure, [*searched], height=1.75, sharex=True, sharey=True)):
+        key, cells = searched[variant]
         if variant != reference and beside[0] == key:
             axes.plot(*mean_line(summary, key, beside[1], metric), color="#9A9A9A", linewidth=1)
         own = {"color": look[variant].color, "marker": look[variant].marker, "linestyle": ""}
@@ -312,8 +315,8 @@ def _by_setting(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     if len(others) > 4:  # too many lines to tell apart
         others = [name for name in others if name == summary.get("reference")]
     legend = _handles(look, others, linestyle="--", marker="", linewidth=1)
-    for axes, task in zip(_panels(figure, len(tasks), height=2.3, legend=legend), tasks, strict=True):
-        own = {row["variant"]: row for row in _of(rows, task)}
+    for axes, task in _panels(figure, tasks, height=2.3, legend=legend):
+        own = {row["variant"]: row for row in of_task(rows, task)}
         points = sorted((values[name], row["mean"], *row.get("interval", [row["mean"]] * 2))
                         for name, row in own.items() if name in values)  # fmt: skip
         x, means, low, high = zip(*points, strict=True)
@@ -344,8 +347,8 @@ def _ranks(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
     tasks = tasks_of(rows)
     if not tasks:
         return False
-    for axes, task in zip(_panels(figure, len(tasks), height=2.6), tasks, strict=True):
-        own = _of(rows, task)
+    for axes, task in _panels(figure, tasks, height=2.6):
+        own = of_task(rows, task)
         places = range(len(own), 0, -1)
         axes.barh(
             places,
@@ -366,8 +369,8 @@ def _losses(figure: Any, summary: Summary, look: Mapping[str, Ink]) -> bool:
         return False
     tasks = tasks_of(curves)
     legend = _handles(look, [name for name in look if any(curve["variant"] == name for curve in curves)])
-    for axes, task in zip(_panels(figure, len(tasks), height=2.3, legend=legend), tasks, strict=True):
-        for curve in _of(curves, task):
+    for axes, task in _panels(figure, tasks, height=2.3, legend=legend):
+        for curve in of_task(curves, task):
             own = look[curve["variant"]]
             axes.plot(
                 curve["steps"], curve["loss"], color=own.color, linewidth=own.width, marker=own.marker, markersize=3,
