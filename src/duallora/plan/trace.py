@@ -15,7 +15,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import peft
@@ -224,17 +224,13 @@ class StandIn:
 
             return hook
 
-        handles = []
         last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            name = "first" if i == 0 else "last" if i == last else "between"
-            handles.append(layer.register_forward_pre_hook(entering(name)))
-            handles.append(layer.register_forward_hook(leaving(name, "after" if i == last else "between")))
-        try:
+        with ExitStack() as hooks:
+            for i, layer in enumerate(self.layers):
+                name = "first" if i == 0 else "last" if i == last else "between"
+                hooks.enter_context(layer.register_forward_pre_hook(entering(name)))
+                hooks.enter_context(layer.register_forward_hook(leaving(name, "after" if i == last else "between")))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Traced:
