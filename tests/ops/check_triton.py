@@ -217,12 +217,8 @@ def dora_and_residual():
 
 def dtypes():
     bf16, fp16 = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
-    for half, conv, clip in (
-        (bf16, False, "chain"),
-        (bf16, True, "none"),
-        (fp16, True, "chain"),
-        (fp16, False, "none"),
-    ):
+    for half, conv in itertools.product((bf16, fp16), (False, True)):
+        clip = "none" if conv == (half is bf16) else "chain"
         yield partial(check, 33, 70, 16, 5, conv=conv, ste_clip=clip, **half)
     yield partial(check, 63, 100, 5, 16, dora=True, tolerance=4e-3, **bf16)
     yield partial(check, 33, 70, 16, 5, factors=torch.bfloat16, **bf16)

@@ -165,12 +165,9 @@ def explained(fields: Iterable[Field[Any]], hints: Mapping[str, Any]) -> str:
         values = _words(hints[one.name]) if one.name in vars(Settings)["__dataclass_fields__"] else ""
         default = one.default if one.default_factory is MISSING else one.default_factory()
         facts = "; ".join(filter(None, [values, f"default {default!r}"]))
-        lines.append(
-            f"    {one.name}: {one.metadata.get('help', 'of PEFT').rstrip('.')}. {facts[0].upper()}{facts[1:]}.".replace(
-                "null", "None"
-            )
-        )
-    return "Args:\n" + "\n".join(lines)
+        meaning = one.metadata.get("help", "of PEFT").rstrip(".")
+        lines.append(f"    {one.name}: {meaning}. {facts[0].upper()}{facts[1:]}.")
+    return "Args:\n" + "\n".join(lines).replace("null", "None")
 
 
 @cache

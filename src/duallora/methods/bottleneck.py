@@ -85,11 +85,7 @@ ADAPTER_L = Method(
     paper="2004.03829",
     equation="y + U relu(D LN(y) + b) + c, y = block(x)",
     attach=attach,
-    defaults={
-        "r": RANKS["adapter-l"],
-        "dropout": 0.0,
-        "target_modules": None,
-    },  # 224: the LoRA paper's count for GPT2-M
+    defaults={"r": RANKS["adapter-l"], "dropout": 0.0, "target_modules": None},  # 224: LoRA's paper's count for GPT2-M
     no_merge=NO_MERGE,
     rule=AfterBlock,
 )

@@ -46,13 +46,8 @@ FLORA_CORE = Method(
     paper="2405.14739",
     equation="W0 + s A G B^T",
     attach=attach,
-    defaults={
-        "r": RANKS["flora-core"],
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-        "scale": 1.0,
-        "r_in": None,
-    },  # 8, 1: authors' code
+    # r, scale: authors' code
+    defaults={"r": RANKS["flora-core"], "dropout": 0.0, "target_modules": "all-linear", "scale": 1.0, "r_in": None},
     rule=CoreSpace,
 )
 METHODS = {"flora-core": FLORA_CORE}

@@ -96,12 +96,8 @@ def vera(model: nn.Module, spec: MethodSpec, batches: Any = None) -> Any:
     return get_peft_model(model, VeraConfig(**_common(spec, "vera", alpha=False)))  # type: ignore[arg-type]
 
 
-_LORA = {
-    "r": RANKS["lora"],
-    "alpha": lambda r: 2 * r,
-    "dropout": 0.0,
-    "target_modules": "all-linear",
-}  # 2 r: DoRA's and LLM-Adapters'
+# 2 r: DoRA's and LLM-Adapters'
+_LORA = {"r": RANKS["lora"], "alpha": lambda r: 2 * r, "dropout": 0.0, "target_modules": "all-linear"}
 _FILES: dict[str, Any] = {
     "save": starts.save, "resume": resume_lora, "restore": starts.restore, "calibration": starts.calibration,
     "check": starts.check,

@@ -64,10 +64,8 @@ class MoRA(Rule):
         x = filled if compress == "turns" else h
         places = self._places(compress, x.shape[-1], h.device)
         kept = x[..., : len(places)]
-        out = (
-            torch.zeros(*h.shape[:-1], self.size, dtype=h.dtype, device=h.device).index_add(-1, places, kept) @ self.M.T
-        )
-        out = out[..., self._places(decompress, self.out_features, h.device)]
+        x = torch.zeros(*h.shape[:-1], self.size, dtype=h.dtype, device=h.device).index_add(-1, places, kept)
+        out = (x @ self.M.T)[..., self._places(decompress, self.out_features, h.device)]
         return F.pad(out, (0, self.out_features - out.shape[-1]))
 
     def _places(self, way: str, width: int, device: torch.device) -> Tensor:
@@ -95,12 +93,8 @@ MORA = Method(
     paper="2405.12130",
     equation="W0 x + f_decomp(M f_comp(x))",
     attach=attach,
-    defaults={
-        "r": RANKS["mora"],
-        "dropout": 0.0,
-        "target_modules": "all-linear",
-        "kind": "rotation",
-    },  # r, kind: authors' README
+    # r, kind: authors' README
+    defaults={"r": RANKS["mora"], "dropout": 0.0, "target_modules": "all-linear", "kind": "rotation"},
     rule=MoRA,
 )
 METHODS = {"mora": MORA}
