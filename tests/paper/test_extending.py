@@ -34,9 +34,7 @@ def test_the_page_from_the_command_line(files, tiny_encoder_folder, monkeypatch,
     first = re.search(r"^duallora (train .*)$", PAGE.read_text(), re.MULTILINE).group(1)
     words = [word.strip("'") for word in re.findall(r"'[^']+'|\S+", first)]
     words[words.index("builtin:minilm-l6")] = str(tiny_encoder_folder)
-    settings = [
-        word for key in ("train.max_steps=3", "train.report_to=[]", "eval.test=true") for word in ("--set", key)
-    ]
+    settings = ["--set", "train.max_steps=3", "--set", "train.report_to=[]", "--set", "eval.test=true"]
     done = subprocess.run([sys.executable, "-m", "duallora.cli", *words, *settings], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = json.loads((files / "runs/mine/run.json").read_text())
@@ -67,22 +65,23 @@ def test_a_changed_plug_in_does_not_continue_a_run(files, tiny_encoder_folder):
     overrides = ["plugins=[parity.py]", "train.max_steps=4", "train.save_steps=2", "train.report_to=[]"]
     recipe = load_recipe(None, overrides, model=str(tiny_encoder_folder), task="parity", output="runs/again")
     run.train(recipe)
-    facts = json.loads(Path("runs/again/run.json").read_text())
-    facts |= {"status": "interrupted"}
+    file = Path("runs/again/run.json")
+    facts = {**json.loads(file.read_text()), "status": "interrupted"}
     facts["fingerprints"]["plugins"] = dict.fromkeys(facts["fingerprints"]["plugins"], "0" * 64)
-    Path("runs/again/run.json").write_text(json.dumps(facts))
+    file.write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=r"plug-ins.*parity.py.*0000"):
         run.train(recipe, resume="auto")
 
 
 def test_what_is_wrong_with_a_plug_in_is_said(files):
     (files / "broken.py").write_text("import json\njson.nothing_of_the_kind\n")
-    with pytest.raises(ConfigError, match=r"broken\.py: AttributeError: .*nothing_of_the_kind"):
-        plugins.load(["broken.py"])
-    with pytest.raises(ConfigError, match=r"absent\.py: FileNotFoundError"):
-        plugins.load(["absent.py"])
-    with pytest.raises(ConfigError, match=r"plug-in no_such_module: no such module is installed"):
-        plugins.load(["no_such_module"])
+    for name, words in (
+        ("broken.py", r"broken\.py: AttributeError: .*nothing_of_the_kind"),
+        ("absent.py", r"absent\.py: FileNotFoundError"),
+        ("no_such_module", r"plug-in no_such_module: no such module is installed"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plugins.load([name])
     assert plugins.load([]) == {}
 
 

@@ -51,6 +51,10 @@ SOURCES = {
     (2, "RoBERTa-base", "CorDA", "128"): f"{_OTHER_GLUE}, all linear layers",
 }
 
+_STE = "1.64 % is r1 = r2 = 32, yet the average is that of r1 = r2 = 16 (0.83 %) in Tables 1, 5, 6"
+_HALF = "1.64 % is r1 = r2 = 32; the variant here has 16"
+_TWICE = "twice the parameters of the row it ablates"
+
 # (table, model, method, rank) -> what is wrong with the row. Columns as printed are kept.
 NOTES = {
     (1, "LLaMA3-8B", "DoRA", "16"): "0.35 % is a misprint of 0.36",
@@ -61,16 +65,11 @@ NOTES = {
     (2, "RoBERTa-large", "GaRare", "16"): "MRPC is F1, as GaLore's",
     (2, "RoBERTa-base", "VeRA", ""): "no rank of its scripts gives 0.3 M: r = 1024 has 0.16",
     (2, "DeBERTa-XXL", "DoRA", "32"): "9.4 M is LoRA's count; DoRA's lengths come on top: 9.6 M",
-    (
-        3,
-        "",
-        "STE (ours)",
-        "",
-    ): "1.64 % is r1 = r2 = 32, yet the average is that of r1 = r2 = 16 (0.83 %) in Tables 1, 5, 6",
-    (3, "", "XNOR-Net", ""): "1.64 % is r1 = r2 = 32; the variant here has 16",
-    (3, "", "Dorefa-Net", ""): "1.64 % is r1 = r2 = 32; the variant here has 16",
-    (5, "", "Setting 1(r=32)", ""): "twice the parameters of the row it ablates",
-    (5, "", "Setting 2(r=32)", ""): "twice the parameters of the row it ablates",
+    (3, "", "STE (ours)", ""): _STE,
+    (3, "", "XNOR-Net", ""): _HALF,
+    (3, "", "Dorefa-Net", ""): _HALF,
+    (5, "", "Setting 1(r=32)", ""): _TWICE,
+    (5, "", "Setting 2(r=32)", ""): _TWICE,
     (5, "", "Setting 3(r=32)", ""): "0.84 % is DoRA's; one group of r = 32 is 0.83",
 }
 _INHERITED = "the count is inherited from the LoRA paper; no set of modules gives it"
