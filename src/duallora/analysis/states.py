@@ -77,7 +77,8 @@ class Adapter:
             self._file = safe_open(state.folder / WEIGHTS, "pt")
         except (OSError, ValueError, SafetensorError) as error:
             raise IntegrityError(f"{state.folder}: the adapter cannot be read: {error}; take a fresh copy") from error
-        self._names = sorted(self._file.keys(), key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(9), name))
+        by_number = sorted(self._file.keys(), key=lambda name: re.sub(r"\d+", lambda n: n[0].zfill(9), name))
+        self._names = dict.fromkeys(by_number)  # in that order, and looked up without a search
 
     def layers(self) -> list[str]:
         """The names of the Dual LoRA layers, by number; fused experts one by one, as ``name[number]``."""
