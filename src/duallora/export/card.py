@@ -36,7 +36,6 @@ BUILT_IN_NOTE = {
     "the metrics will differ a little, and the adapter's fingerprint check asks for `--lenient`."
 }
 PIPELINES = {"generate": "text-generation", "classify": "text-classification", "regress": "text-classification"}
-AUTO_CLASSES = {"generate": "AutoModelForCausalLM"}
 TOKENIZER = "tokenizer_config.json"
 RESAMPLES = 1000
 CITATION = """## Citation
@@ -152,9 +151,7 @@ def build(
 
 def adapter_folder(adapter: str | Path) -> Path:
     """The folder of a native Dual LoRA adapter; ConfigError for anything else."""
-    folder = adapters.find(adapter)
-    if folder is None or not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{adapter} is a model, not an adapter: a card is written for an adapter")
+    folder = adapters.find_adapter(adapter, "a card is written for an adapter")
     if untrusted.read(folder).get("peft_type") != "DUALLORA":
         raise ConfigError(f"{adapter} is no Dual LoRA adapter; name the adapter that it was converted from")
     return folder
@@ -180,15 +177,13 @@ def conversions(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
     They lie in the adapter's folder, or beside it in the run's.
     """
+    if not (folder / adapters.WEIGHTS).is_file():
+        return {}
+    ours = checkpoint.file_record(folder / adapters.WEIGHTS)["sha256"]
     places = [folder, folder.parent] if RunFolder(folder.parent).exists() else [folder]
-    ours = (
-        checkpoint.file_record(folder / adapters.WEIGHTS)["sha256"] if (folder / adapters.WEIGHTS).is_file() else None
-    )
     found = {}
-    for place in places:
-        for path in place.iterdir():
-            if not CONVERSION.fullmatch(path.name) or not (path / "adapter_config.json").is_file():
-                continue
+    for path in (path for place in places for path in place.iterdir()):
+        if CONVERSION.fullmatch(path.name) and adapters.is_adapter(path):
             sidecar = adapters.read_sidecar(path)
             if "conversion" in sidecar and sidecar.get("converted_from", {}).get(adapters.WEIGHTS) == ours:
                 found[path.name] = (path, sidecar["conversion"])
@@ -253,9 +248,9 @@ def _datasets(task: str, run: dict[str, Any]) -> list[str]:
 
 def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, Any]]:
     """The run's own metrics on its held-out rows."""
-    chosen = run.get("result", {}).get("metrics", {})
     left_out = ("train_", "tokens_")
-    chosen = {name: v for name, v in chosen.items() if is_number(v) and not name.startswith(left_out)}
+    every = run.get("result", {}).get("metrics", {})
+    chosen = {name: v for name, v in every.items() if is_number(v) and not name.startswith(left_out)}
     if not chosen:
         return []
     rows = run.get("data", {}).get("validation")
@@ -313,10 +308,9 @@ def interval(task: Task, metric: str, predictions: Sequence[Any], examples: Sequ
 
 def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, task: str) -> list[EvalResult]:
     """The model-index: every metric that is no loss."""
-    pipeline = PIPELINES[kind]
     return [
         EvalResult(
-            task_type=pipeline,
+            task_type=PIPELINES[kind],
             dataset_type=datasets[0] if datasets else "private",
             dataset_name=task or "the run's own data",
             dataset_split=score["split"],
@@ -334,11 +328,13 @@ def _eval_results(scores: list[dict[str, Any]], datasets: list[str], kind: str, 
 
 
 def _usage(base: str, kind: str, repo: str, labels: Sequence[str], own_tokenizer: bool) -> str:
-    auto = AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification")
-    extra = f", num_labels={len(labels) or 1}" if kind != "generate" else ""
-    names = f"id2label = {dict(enumerate(labels))!r}\n" if labels else ""
+    auto = "AutoModelForCausalLM" if kind == "generate" else "AutoModelForSequenceClassification"
+    names = extra = ""
     if labels:  # which PEFT does not keep; without them a pipeline prints LABEL_0
+        names = f"id2label = {dict(enumerate(labels))!r}\n"
         extra = ", id2label=id2label, label2id={name: number for number, name in id2label.items()}"
+    elif kind != "generate":
+        extra = ", num_labels=1"
     return f"""## Use
 
 ```bash
@@ -382,10 +378,8 @@ def _plain_lora(others: dict[str, tuple[Path, dict[str, Any]]], repo: str) -> st
 
 def _main_metrics(scores: dict[str, float]) -> str:
     """The task's first metric and the loss."""
-    names = [
-        *[name for name in scores if not metrics.find(name).likelihood][:1],
-        *[name for name in scores if name == "loss"],
-    ]
+    names = [name for name in scores if not metrics.find(name).likelihood][:1]
+    names += ["loss"] if "loss" in scores else []
     return ", ".join(f"{name} {scores[name]:.4g}" for name in names) or "not measured"
 
 
@@ -395,6 +389,7 @@ def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, 
     versions = sidecar.get("versions") or run.get("versions") or {}
     ranks = [settings.get(name) or settings.get("r") for name in ("r1", "r2")]
     targets = settings.get("target_modules")
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(sidecar.get("labels", ())))
     rows = {
         "ranks r1, r2": f"{ranks[0]}, {ranks[1]}",
         "alpha": settings.get("alpha"),
@@ -402,9 +397,7 @@ def _training(settings: dict[str, Any], sidecar: dict[str, Any], run: dict[str, 
         "target parameters": ", ".join(settings.get("target_parameters") or ()) or None,
         "trained parameters": f"{run['parameters']['trainable']:,}" if "parameters" in run else None,
         "task": sidecar.get("task"),
-        "classes": ", ".join(f"{number} {name}" for number, name in enumerate(sidecar.get("labels", ()))).replace(
-            "|", "\\|"
-        ),
+        "classes": classes.replace("|", r"\|"),
         "rows of training data": f"{data['train']:,}" if "train" in data else None,
         "data (sha256)": ", ".join(f"{split} {digest[:16]}" for split, digest in sidecar.get("data", {}).items()),
         "base weights (sha256)": (sidecar.get("base", {}).get("fingerprint") or "")[:16],

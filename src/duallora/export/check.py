@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from duallora.core.gate import AUTO_STEPS, closed_gate_message
-from duallora.errors import ConfigError, DualLoraError, IntegrityError, NonFiniteError
+from duallora.errors import DualLoraError, IntegrityError, NonFiniteError
 from duallora.export import merge
 from duallora.store import adapters, models, untrusted
 from duallora.terminal import quiet_libraries, shown
@@ -73,9 +73,7 @@ def check(
     Raises ConfigError only where ``adapter`` is no adapter at all.
     """
     console = console or Console()
-    folder = adapters.find(adapter)
-    if folder is None or not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to check")
+    folder = adapters.find_adapter(adapter, "there is nothing to check")
     report = _Report(console)
     with quiet_libraries():
         config, shapes = _files(report, folder)
@@ -87,7 +85,7 @@ def check(
     first = next((finding.exit_code for finding in report.findings if finding.exit_code), 0)
     outcome = "[red]the adapter is not to be used as it is[/]" if first else "[green]the adapter is sound[/]"
     console.print(f"{shown(folder)}: {outcome}", soft_wrap=True)
-    targets = {name: {"accepted": not found.reasons, **found._asdict()} for name, found in report.targets.items()}
+    targets = {name: {"accepted": found.accepted, **found._asdict()} for name, found in report.targets.items()}
     return {
         "ok": not first,
         "exit_code": first,
@@ -106,10 +104,10 @@ def require_sound(folder: Path) -> list[str]:
     Raises the first failure: ConfigError, IntegrityError, NonFiniteError.
     """
     report = _Report(Console(quiet=True))
-    if not (folder / "adapter_config.json").is_file():
-        adapters.compare_with_recorded(folder, adapters.read_sidecar(folder))
-    else:
+    if adapters.is_adapter(folder):
         _files(report, folder)
+    else:
+        adapters.compare_with_recorded(folder, adapters.read_sidecar(folder))
     for error in report.errors:
         raise error
     return [finding.message for finding in report.findings if finding.status == "note"]
@@ -204,26 +202,22 @@ def _values(weights: Path) -> tuple[set[str], set[int]]:
 
 def _model(report: _Report, adapter: str | Path, base: str | None, config: Mapping[str, Any]) -> None:
     """What needs the base model: whether the adapter fits it, and what it changes."""
-    model: Any = None
     with report.step("base") as say:
-        kind = adapters.adapter_kind(adapter)
-        model, tokenizer = adapters.load_adapter(adapter, kind, base=base)
+        model, tokenizer = adapters.load_adapter(adapter, adapters.adapter_kind(adapter), base=base)
         recorded = adapters.read_sidecar(adapters.find(adapter) or Path()).get("base", {}).get("fingerprint")
         known = f"the weights it was trained on ({recorded[:16]}...)" if recorded else "no recorded weights to compare"
         say(f"every tensor fits; {known}")
-    if model is None:
+    if report.errors:
         return
-    alive = bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
     with report.step("layers") as say:
         dead, total = _dead_layers(model)
-        alive = alive or len(dead) < total or not total
-        if not alive:
+        if dead and len(dead) == total and not config.get("modules_to_save") and config.get("bias", "none") == "none":
             raise IntegrityError(f"the adapter has no effect: dW = 0 in all {total} layers")
         if dead:
             report.add("layers", "note", escape(f"dW = 0 in {len(dead)} of {total} layers (first: {dead[0]})"))
         else:
             say(f"dW is not zero in any of the {total} layers" if total else "no dW to look at")
-    if not alive:
+    if report.errors:
         return
     with report.step("effect") as say:
         after = merge.probe(model, tokenizer)

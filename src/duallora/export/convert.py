@@ -6,9 +6,10 @@ The factors are those of :mod:`duallora.tuner.conversion`: nearest in the output
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -42,45 +43,12 @@ from duallora.tuner.conversion import (
 )
 
 Scores = Callable[[Any, Any], Mapping[str, float]]
-T = TypeVar("T")
 
 SHOWN_LAYERS = 12  # longer tables show the worst; the sidecar holds all
 KL = 1e-3  # nats per token that rank="auto" allows
 MOST = 512  # that rank="auto" tries: the largest rank of vLLM
 FIRST = 8  # that it tries first
 STEPS = 60  # of the share that each layer loses, per_layer: 10^(-n/10) at step n, nothing at the last
-
-
-class _Plan(NamedTuple):
-    """What a conversion does, as `convert` was told."""
-
-    adapter: str | Path
-    kind: Any
-    dtype: torch.dtype | None
-    strict: bool
-    calibrate: bool | str
-    rows: int
-    data_dir: Path | None
-
-    def load(self) -> tuple[Any, Any]:
-        return adapters.load_adapter(self.adapter, self.kind, strict=self.strict)
-
-    def data(self, model: Any, tokenizer: Any, console: Console) -> calibration.Data | None:
-        """The rows to look at; None for none, which is said where the run's own were wanted."""
-        if self.calibrate is False:
-            return None
-        if self.calibrate is True and not score.recipe_file(self.adapter):
-            say(
-                console,
-                "rows",
-                f"{shown(Path(self.adapter))} is in no run's folder, so its training rows are not known: by weights alone. "
-                "Name some with --calibrate DATA",
-            )
-            return None
-        named = None if self.calibrate is True else str(self.calibrate)
-        return calibration.load(
-            self.adapter, model, tokenizer, console, data=named, rows=self.rows, data_dir=self.data_dir
-        )
 
 
 def convert(
@@ -125,20 +93,19 @@ def convert(
     output = Path(output)
     _check(rank, energy, kl, per_layer and format)
     source, kind = _dual(adapter)
-    plan = _Plan(
-        adapter, kind, None if dtype == "auto" else getattr(torch, dtype), strict, calibrate, calibration_rows, data_dir
-    )
+    factors = None if dtype == "auto" else getattr(torch, dtype)
+    load = partial(adapters.load_adapter, adapter, kind, strict=strict)
     with quiet_libraries(), merge.beside(output) as folder:
-        model, tokenizer = plan.load()
+        model, tokenizer = load()
         config: Any = model.peft_config["default"]
         say(console, "adapter", f"{shown(Path(adapter))} on {escape(str(config.base_model_name_or_path))}")
         if per_layer and config.target_parameters:
             raise ConfigError("--per-layer: fused experts lie in one tensor, so they have one rank; leave it out")
-        data = plan.data(model, tokenizer, console)
+        data = _rows(adapter, model, tokenizer, console, calibrate, calibration_rows, data_dir)
         ranks: dict[str, int] = {}
         if rank == "auto":
-            ranks = _smallest_within(kl, plan, model, tokenizer, data, folder, per_layer, console)
-            model, tokenizer = plan.load()  # the first one is a base model now
+            ranks = _smallest_within(kl, model, tokenizer, data, folder, per_layer, factors, console)
+            model, tokenizer = load()  # the first one is a base model now
         batches = data.batches(model, tokenizer) if data else None
         layers = dual_layers(model)
         if isinstance(rank, int):
@@ -147,8 +114,7 @@ def convert(
             ranks = smallest_ranks(model, layers, energy, batches)
             ranks = ranks if per_layer else dict.fromkeys(ranks, max(ranks.values()))
         rank = max(ranks.values())
-        found = convert_layers(model, layers, ranks, batches, plan.dtype)
-        done = list(_progress(found, len(layers), console, "convert"))
+        done = _converted("convert", console, model, layers, ranks, batches, factors)
         if said := too_few(done):
             say(console, "rows", f"[yellow]{escape(said)}[/]")
         total = _total(done, adapter)
@@ -182,11 +148,6 @@ def convert(
     return {"output": str(output), "kind": kind, "trained": trained, **conversion}
 
 
-def _ranks(ranks: Mapping[str, int]) -> str:
-    low, high = min(ranks.values()), max(ranks.values())
-    return str(high) if low == high else f"{low} to {high} ({sum(ranks.values()) / len(ranks):.1f} on average)"
-
-
 def _check(rank: int | str | None, energy: float | None, kl: float, per_layer: str | bool) -> None:
     if per_layer and isinstance(rank, int):
         raise ConfigError(
@@ -206,14 +167,47 @@ def _check(rank: int | str | None, energy: float | None, kl: float, per_layer: s
 
 def _dual(adapter: str | Path) -> tuple[Path, Any]:
     """(folder, kind) of a Dual LoRA adapter; ConfigError for anything else."""
-    source = adapters.find(adapter)
-    if source is None or not (source / "adapter_config.json").is_file():
-        raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to convert")
-    config = adapters.read_config(source)
-    kind = adapters.adapter_kind(source)
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "DUALLORA":
-        raise ConfigError(f"{adapter} is a {config.peft_type} adapter; only Dual LoRA adapters are converted")
-    return source, kind
+    source = adapters.find_adapter(adapter, "there is nothing to convert")
+    method = adapters.read_config(source).peft_type
+    if str(getattr(method, "value", method)) != "DUALLORA":
+        raise ConfigError(f"{adapter} is a {method} adapter; only Dual LoRA adapters are converted")
+    return source, adapters.adapter_kind(source)
+
+
+def _rows(
+    adapter: str | Path,
+    model: Any,
+    tokenizer: Any,
+    console: Console,
+    calibrate: bool | str,
+    rows: int,
+    data_dir: Path | None,
+) -> calibration.Data | None:
+    """The rows to look at; None for none, which is said where the run's own were wanted."""
+    if calibrate is False:
+        return None
+    if calibrate is True and not score.recipe_file(adapter):
+        say(
+            console,
+            "rows",
+            f"{shown(Path(adapter))} is in no run's folder, so its training rows are not known: by weights alone. "
+            "Name some with --calibrate DATA",
+        )
+        return None
+    named = None if calibrate is True else calibrate
+    return calibration.load(adapter, model, tokenizer, console, data=named, rows=rows, data_dir=data_dir)
+
+
+def _converted(
+    label: str, console: Console, model: Any, layers: Mapping[str, Any], ranks: Any, batches: Any, dtype: Any
+) -> list[Converted]:
+    """`convert_layers` of that, under a bar."""
+    done = []
+    with progress_bar(console, label, len(layers)) as update:
+        for layer in convert_layers(model, layers, ranks, batches, dtype):
+            done.append(layer)
+            update(len(done))
+    return done
 
 
 def _useful(layers: Mapping[str, Any], rank: int, console: Console) -> int:
@@ -226,12 +220,12 @@ def _useful(layers: Mapping[str, Any], rank: int, console: Console) -> int:
 
 def _smallest_within(
     kl: float,
-    plan: _Plan,
     model: Any,
     tokenizer: Any,
     data: calibration.Data | None,
     folder: Path,
     per_layer: bool,
+    dtype: torch.dtype | None,
     console: Console,
 ) -> dict[str, int]:
     """The smallest ranks by layer whose KL from the adapter on held-out rows is at most ``kl``; ``model`` loses its adapter.
@@ -249,8 +243,7 @@ def _smallest_within(
     layers = dual_layers(model)
     most = min(MOST, most_useful_rank(layers))
     reference = data.outputs(model, tokenizer)
-    found = convert_layers(model, layers, most, data.batches(model, tokenizer), plan.dtype)
-    done = list(_progress(found, len(layers), console, "rank"))
+    done = _converted("rank", console, model, layers, most, data.batches(model, tokenizer), dtype)
     rest, base = carried(model), model.unload()
     last = STEPS if per_layer else most
 
@@ -285,8 +278,10 @@ def _smallest_within(
 
 def _cut(layer: Converted, rank: int) -> Converted:
     """Its factors of a smaller rank."""
-    first = {name: re.search(r"lora_(embedding_)?A", name) for name in layer.tensors}
-    tensors = {name: (t[:rank] if first[name] else t[:, :rank]).contiguous() for name, t in layer.tensors.items()}
+    tensors = {
+        name: (t[:rank] if re.search(r"lora_(embedding_)?A", name) else t[:, :rank]).contiguous()
+        for name, t in layer.tensors.items()
+    }
     return layer._replace(tensors=tensors)
 
 
@@ -336,7 +331,7 @@ def _total(done: list[Converted], adapter: str | Path) -> dict[str, float]:
             "saved before its gate opened? duallora check tells"
         )
     energy, error = kept(square, lost)
-    lowest = min(layer.facts()["energy"] for layer in done)
+    lowest = min(kept(layer.square, layer.lost)[0] for layer in done)
     return {"energy": energy, "lowest_energy": lowest, "relative_error": error}
 
 
@@ -369,30 +364,17 @@ def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> PeftM
 def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> dict[str, Any]:
     """Writes the sidecar: where this came from, how near it is, the hash of every file; returns what the adapter's says."""
     sidecar = adapters.read_sidecar(source)
-    kept: dict[str, Any] = {
-        key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar
-    }
-    facts: dict[str, Any] = {
-        "method": "LORA",
-        "kind": kind,
-        **kept,
-        "converted_from": {
-            "method": "DUALLORA",
-            "gate": sidecar.get("gate"),
-            adapters.WEIGHTS: checkpoint.file_record(source / adapters.WEIGHTS)["sha256"],
-        },
-        "conversion": conversion,
-        **record.environment(),
-    }
-    adapters.seal(folder, facts)
-    return kept
+    trained = {key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar}
+    weights = checkpoint.file_record(source / adapters.WEIGHTS)["sha256"]
+    origin = {"method": "DUALLORA", "gate": sidecar.get("gate"), adapters.WEIGHTS: weights}
+    facts = {"method": "LORA", "kind": kind, **trained, "converted_from": origin, "conversion": conversion}
+    adapters.seal(folder, {**facts, **record.environment()})
+    return trained
 
 
-def _progress(items: Iterable[T], total: int, console: Console, label: str) -> Iterator[T]:
-    with progress_bar(console, label, total) as update:
-        for count, item in enumerate(items, 1):
-            yield item
-            update(count)
+def _ranks(ranks: Mapping[str, int]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    return str(high) if low == high else f"{low} to {high} ({sum(ranks.values()) / len(ranks):.1f} on average)"
 
 
 def _show(console: Console, conversion: Mapping[str, Any]) -> None:
@@ -402,12 +384,8 @@ def _show(console: Console, conversion: Mapping[str, Any]) -> None:
         say(console, "layers", f"the worst {SHOWN_LAYERS} of {len(facts)}; all are in {adapters.SIDECAR}")
     table = Table(box=SIMPLE)
     table.add_column("layer", overflow="fold")
-    for column in (
-        "out x in",
-        "99 % at",
-        f"kept at {'its rank' if conversion['per_layer'] else conversion['rank']}",
-        "error",
-    ):
+    at = "its rank" if conversion["per_layer"] else conversion["rank"]
+    for column in ("out x in", "99 % at", f"kept at {at}", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in facts[:SHOWN_LAYERS]:
         sides, kept = " x ".join(map(str, layer["shape"])), f"{layer['energy']:.4%}"

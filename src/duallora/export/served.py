@@ -28,7 +28,7 @@ def sound(source: str, console: Console) -> Path | None:
     folder = adapters.find(source)
     for note in check.require_sound(folder) if folder else ():
         say(console, "note", note)
-    is_adapter = folder is not None and (folder / "adapter_config.json").is_file()
+    is_adapter = folder is not None and adapters.is_adapter(folder)
     trained = None if is_adapter else adapters.trained_for(source)
     kind = adapters.adapter_kind(source) if is_adapter else trained.kind if trained else "generate"
     if kind != "generate":

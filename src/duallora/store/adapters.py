@@ -60,7 +60,7 @@ def load_adapter(
         folder = find(source)
         if folder is None:
             model, tokenizer = load_model(str(source), kind, dtype=dtype)
-        elif not _is_adapter(folder):
+        elif not is_adapter(folder):
             sidecar = read_sidecar(folder)
             trained = sidecar.get("kind", kind)
             if trained != kind and "generate" in (kind, trained):
@@ -96,6 +96,14 @@ def find(source: str | Path) -> Path | None:
             f"{source}: no such folder; expected a run, an adapter, a merged model or a hub id (org/name)"
         )
     return _from_hub(str(source))
+
+
+def find_adapter(source: str | Path, otherwise: str) -> Path:
+    """The folder that holds the adapter; ConfigError, which ends in ``otherwise``, for a model."""
+    folder = find(source)
+    if folder is None or not is_adapter(folder):
+        raise ConfigError(f"{source} is a model, not an adapter: {otherwise}")
+    return folder
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def trained_for(source: str | Path) -> Trained | None:
         told = (run.facts() or {}).get("data", {}) if run else {}
     if told.get("kind") in get_args(Kind):
         return Trained(told["kind"], tuple(told.get("labels", ())))
-    if folder is not None and _is_adapter(folder):
+    if folder is not None and is_adapter(folder):
         return None
     config = load_config(str(folder or source))
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
@@ -289,11 +297,11 @@ def compare_with_recorded(folder: Path, sidecar: Mapping[str, Any]) -> None:
     reason = _differs(folder, sidecar.get("files", {})) if sidecar.get("files") else None
     if reason:
         raise IntegrityError(
-            f"{folder}: {reason}; take a fresh copy of the {'adapter' if _is_adapter(folder) else 'model'}"
+            f"{folder}: {reason}; take a fresh copy of the {'adapter' if is_adapter(folder) else 'model'}"
         )
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
@@ -382,9 +390,7 @@ def _listed_files(folder: Path) -> list[str]:
 
 def adapter_kind(adapter: str | Path) -> Kind:
     """What the adapter was trained for, from its own files; ConfigError where it is no adapter."""
-    folder = find(adapter)
-    if folder is None or not _is_adapter(folder):
-        raise ConfigError(f"{adapter} is a model, not an adapter: there is nothing to merge")
+    folder = find_adapter(adapter, "there is nothing to merge")
     known = trained_for(adapter)
     if known is not None:
         return known.kind
