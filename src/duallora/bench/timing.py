@@ -113,9 +113,7 @@ def replayed(
             found[name] = captured(subject)
         except RuntimeError as error:
             why[f"graph of {name}"] = first_line(error)[:200]
-    if not found:
-        return {}, why
-    return figures(interleave(found, device, rounds=rounds, seconds=seconds), over), why
+    return figures(interleave(found, device, rounds=rounds, seconds=seconds), over) if found else {}, why
 
 
 def back_to_back(device: torch.device) -> int:
@@ -126,11 +124,6 @@ def back_to_back(device: torch.device) -> int:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles in seconds."""
-    return {"median_s": statistics.median(values), "quartiles_s": quartiles(values)}
 
 
 def ratio(values: Sequence[float], over: Sequence[float]) -> dict[str, Any]:
@@ -145,12 +138,10 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def figures(times: Mapping[str, Sequence[float]], over: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Per subject: its spread, the number of rounds, and ``ratio_to_<key>`` for each key -> subject in ``over``."""
-    return {
-        name: {
-            **spread(values),
-            "rounds": len(values),
-            **{f"ratio_to_{key}": ratio(values, times[base]) for key, base in over.items() if base in times},
-        }
-        for name, values in times.items()
-    }
+    """Per subject: median and quartiles in seconds, the number of rounds, and ``ratio_to_<key>`` for each key -> subject in ``over``."""
+    found = {}
+    for name, values in times.items():
+        ratios = {f"ratio_to_{key}": ratio(values, times[base]) for key, base in over.items() if base in times}
+        own = {"median_s": statistics.median(values), "quartiles_s": quartiles(values), "rounds": len(values)}
+        found[name] = {**own, **ratios}
+    return found
