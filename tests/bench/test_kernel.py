@@ -64,7 +64,7 @@ def cell_of(backend, *, dtype="float32", dora=False, width=63):
 
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", [recompute, *kernel.available(CPU)[0].values()], ids=lambda b: b.__name__[13:])
+@pytest.mark.parametrize("backend", kernel.available(CPU)[0].values(), ids=lambda b: b.__name__[13:])
 def test_right_backends_are_timed(backend, dtype, dora):
     cell = cell_of(backend, dtype=dtype, dora=dora)
     it = cell["backends"]["it"]
@@ -80,13 +80,12 @@ def test_right_backends_are_timed(backend, dtype, dora):
         ({"build_weight": off_by_one_in_a_million}, {"weight"}, {}),
         ({"build_weight": sign_of_zero_up}, {"weight"}, {}),
         ({"build_weight": tf32}, {"weight"}, {}),
-        ({"weight_and_gradients": swapped}, {"dA", "dC"}, {}),
         ({"weight_and_gradients": swapped}, {"dA", "dC"}, {"dtype": "bfloat16"}),
         ({"weight_and_gradients": not_a_number}, {"weight"}, {}),
         ({"weight_and_gradients": no_clip}, {"dC", "dD"}, {}),
         ({"weight_and_gradients": norm_with_a_gradient}, {"weight", "dA", "dB", "dC", "dD", "dm"}, {"dora": True}),
     ],
-    ids=["weight", "sign-of-zero", "tf32", "swapped", "swapped-bf16", "nan", "no-clip", "norm"],
+    ids=["weight", "sign-of-zero", "tf32", "swapped-bf16", "nan", "no-clip", "norm"],
 )
 def test_wrong_backends_are_named_and_not_timed(changed, wrong, options):
     cell = cell_of(planted(**changed), **options)
@@ -107,7 +106,7 @@ def test_the_command_line_exits_4_keeps_the_errors_and_tries_again(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     good = {"recompute": recompute}
     bad = {**good, "cpu": planted(weight_and_gradients=swapped)}
-    sizes = "--width 24 --width 40 --rank 3 --dtype float32"
+    sizes = "--width 24 --rank 3 --dtype float32"
     line = f"bench kernel {sizes} --rounds 3 --device cpu -o k.json --json".split()
     monkeypatch.setattr(kernel, "available", lambda device: (bad, {}))
     assert cli.run(line) == 4
@@ -119,7 +118,7 @@ def test_the_command_line_exits_4_keeps_the_errors_and_tries_again(tmp_path, mon
         assert "build" in cell["backends"]["recompute"]
     monkeypatch.setattr(kernel, "available", lambda device: (good, {"cpu": "no compiler"}))
     assert cli.run(line) == 0
-    assert json.loads(capsys.readouterr().out)["measured"] == 4
+    assert json.loads(capsys.readouterr().out)["measured"] == 2
     assert json.loads((tmp_path / "k.json").read_text())["absent"] == {"cpu": "no compiler"}
     assert cli.run(line) == 0
     assert json.loads(capsys.readouterr().out)["measured"] == 0
