@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from export.conftest import base_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from peft import PeftModel
@@ -27,64 +28,51 @@ def run(run_folder, tmp_path) -> Path:
     return Path(shutil.copytree(run_folder, tmp_path / "runs" / "sums"))
 
 
-def test_the_form_that_peft_leaves_is_written_over_until_somebody_fills_it_in(
-    make_adapter, tiny_causal_folder, tmp_path, console
-):
-    run = adapter = Path(shutil.copytree(make_adapter(), tmp_path / "mine"))
-    base = AutoModelForCausalLM.from_pretrained(tiny_causal_folder)
+def test_the_form_that_peft_leaves_is_written_over_until_somebody_fills_it_in(native, tmp_path, console):
+    adapter = Path(shutil.copytree(native, tmp_path / "mine"))
+    base = AutoModelForCausalLM.from_pretrained(base_of(native))
     PeftModel.from_pretrained(base, adapter).save_pretrained(adapter, save_embedding_layers=False)
     form = (adapter / "README.md").read_text()
     assert "[More Information Needed]" in form
-    card.card(run, base_model=BASE, console=console)
+    card.card(adapter, base_model=BASE, console=console)
     (adapter / "README.md").write_text(form.replace("[More Information Needed]", "me", 1))
     with pytest.raises(ConfigError, match=r"edited by hand.*--force"):
-        card.card(run, base_model=BASE, console=console)
-
-
-def test_what_a_run_found_beside_metrics_is_no_metric(run, console):
-    """The steps whose loss was a spike, or that were left out, are lists."""
-    facts = json.loads((run / "run.json").read_text())
-    facts["result"]["metrics"]["spikes"] = [13, 21]
-    (run / "run.json").write_text(json.dumps(facts))
-    card.card(run, base_model=BASE, console=console)
-    assert "spikes" not in (run / "adapter" / "README.md").read_text()
+        card.card(adapter, base_model=BASE, console=console)
 
 
 def test_the_hubs_own_library_reads_what_was_meant(run, console):
     convert.convert(run, run / "lora-r2", rank=2)
-    result = card.card(
-        run, base_model=BASE, repo="me/sums", license="mit", language="en", datasets=["me/sums"], console=console
-    )
+    facts = json.loads((run / "run.json").read_text())
+    own, recipe = facts["result"]["metrics"], facts["recipe"]
+    own["spikes"] = [13, 21]  # steps, which are no metric
+    (run / "run.json").write_text(json.dumps(facts))
+    named = {"license": "mit", "language": "en", "datasets": ["me/sums"]}
+    result = card.card(run, base_model=BASE, repo="me/sums", console=console, **named)
     path = run / "adapter" / "README.md"
     assert result["output"] == str(path)
     front = metadata_load(path)
-    assert front["library_name"] == "peft"
-    assert front["base_model"] == BASE
-    assert front["base_model_relation"] == "adapter"
-    assert front["pipeline_tag"] == "text-generation"
+    named |= {"library_name": "peft", "base_model": BASE, "base_model_relation": "adapter"}
+    named["pipeline_tag"] = "text-generation"
+    assert named.items() <= front.items()
     assert {"duallora", "lora", f"base_model:adapter:{BASE}"} <= set(front["tags"])
-    assert (front["license"], front["language"], front["datasets"]) == ("mit", "en", ["me/sums"])
     (index,) = front["model-index"]
-    facts = json.loads((run / "run.json").read_text())
     values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
-    own = facts["result"]["metrics"]
     assert values
     assert values == {name: pytest.approx(own[name], abs=1e-4) for name in values}
-    assert not {"loss", "perplexity", "train_seconds"} & set(values)
+    assert not {"loss", "perplexity", "train_seconds", "spikes"} & set(values)
     text = ModelCard.load(path).text
     assert text.index("import duallora") < text.index('PeftModel.from_pretrained(base, "me/sums")')
-    assert 'AutoTokenizer.from_pretrained("me/sums")' in text
-    assert "pip install duallora" in text
-    assert "| target modules | model.layers.*.mlp.down_proj (2), " in text
-    assert f"| trained parameters | {facts['parameters']['trainable']:,} |" in text
-    assert facts["fingerprints"]["data"]["train"][:16] in text
-    assert "| seed | 0 |" in text
-    assert "`lora-r2/` | 2 |" in text
-    assert 'subfolder="lora-r2"' in text
-    assert "One training run" in text
-    assert "arXiv:2512.03402" in text
-    recipe = facts["recipe"]
-    for local in (str(run), str(Path.home()), str(run.parent), recipe["model"]["name"], recipe["data"]["path"]):
+    for words in (
+        'AutoTokenizer.from_pretrained("me/sums")',
+        "| target modules | model.layers.*.mlp.down_proj (2), ",
+        f"| trained parameters | {facts['parameters']['trainable']:,} |",
+        facts["fingerprints"]["data"]["train"][:16],
+        "| seed | 0 |",
+        "`lora-r2/` | 2 |",
+        'subfolder="lora-r2"',
+    ):
+        assert words in text
+    for local in (str(run), str(Path.home()), "spikes", recipe["model"]["name"], recipe["data"]["path"]):
         assert local not in path.read_text()
     (run / "adapter" / "tokenizer_config.json").unlink()
     assert f'AutoTokenizer.from_pretrained("{BASE}")' in card.build(run / "adapter", base_model=BASE, repo="me/sums")[0]
@@ -96,16 +84,13 @@ def test_the_same_files_give_the_same_bytes_and_an_edit_is_spared(run, console):
     first = path.read_bytes()
     card.card(run, base_model=BASE, console=console)
     assert path.read_bytes() == first
-    edited = first.decode().replace("## Training", "## My own words")
-    path.write_text(edited)
-    with pytest.raises(ConfigError, match=r"edited by hand.*--force"):
-        card.card(run, base_model=BASE, console=console)
-    assert path.read_text() == edited
+    for edited in (first.decode().replace("## Training", "## My own words"), "# A form of another tool\n"):
+        path.write_text(edited)
+        with pytest.raises(ConfigError, match=r"edited by hand or written by another tool.*--force"):
+            card.card(run, base_model=BASE, console=console)
+        assert path.read_text() == edited
     card.card(run, base_model=BASE, force=True, console=console)
     assert path.read_bytes() == first
-    path.write_text("# A form of another tool\n")
-    with pytest.raises(ConfigError, match="another tool"):
-        card.card(run, base_model=BASE, console=console)
 
 
 def test_a_base_model_of_this_machine_needs_a_name_on_the_hub(run, tmp_path):
@@ -119,10 +104,10 @@ def test_a_base_model_of_this_machine_needs_a_name_on_the_hub(run, tmp_path):
         assert card.hub_id(name) is None, name
 
 
-def test_only_conversions_of_this_very_adapter_are_named(run, make_adapter):
+def test_only_conversions_of_this_very_adapter_are_named(run, native):
     for name, rank in (("lora-r3", 3), ("lora-r20", 20), ("adapter/lora-r1", 1), ("lora-mine", 1)):
         convert.convert(run, run / name, rank=rank)
-    convert.convert(make_adapter(), run / "lora-r5", rank=5)
+    convert.convert(native, run / "lora-r5", rank=5)
     assert list(card.conversions(run / "adapter")) == ["lora-r1", "lora-r3", "lora-r20"]
 
 
@@ -132,12 +117,10 @@ def test_a_bootstrap_interval_is_that_of_the_binomial(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     task = load_data(str(tmp_path / "rows.jsonl"), eval_fraction=0.5)
     examples = [*task.splits["train"], *task.splits["validation"]]
-    yes = task.labels.index("yes")
-    low, high = card.interval(task, "accuracy", [yes] * 100, examples)
+    found = card.interval(task, "accuracy", [task.labels.index("yes")] * 100, examples)
     half = 1.96 * math.sqrt(0.24 / 100) * 100
-    assert low == pytest.approx(60 - half, abs=1.5)
-    assert high == pytest.approx(60 + half, abs=1.5)
-    assert card.interval(task, "accuracy", [yes] * 100, examples) == [low, high]
+    assert found == pytest.approx([60 - half, 60 + half], abs=1.5)
+    assert found == card.interval(task, "accuracy", [task.labels.index("yes")] * 100, examples)
 
 
 @pytest.fixture
@@ -201,13 +184,11 @@ def test_the_verb_and_a_folder_that_is_no_native_adapter(run, tmp_path, capsys):
 def test_a_classifiers_card_names_its_classes_as_the_model_is_to_be_told():
     """Names with quotes and commas too: the code shown is run, up to the download."""
     names = ["no", 'so, "so" it\'s', "yes"]
-    text = card._usage("org/base", "classify", "me/mine", names, True)
+    lines = card._usage("org/base", "classify", "me/mine", names, True).splitlines()
     known: dict = {}
-    exec(next(line for line in text.splitlines() if line.startswith("id2label")), known)
-    assert known["id2label"] == dict(enumerate(names))
-    call = next(line for line in text.splitlines() if line.startswith("base = "))
-    dictionary = call.replace("AutoModelForSequenceClassification.from_pretrained", "dict").replace('"org/base", ', "")
-    exec(dictionary, known)
-    told = known["base"]
-    assert told == {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    exec(next(line for line in lines if line.startswith("id2label")), known)
+    call = next(line for line in lines if line.startswith("base = "))
+    exec(call.replace("AutoModelForSequenceClassification.from_pretrained", "dict").replace('"org/base", ', ""), known)
+    by_number = dict(enumerate(names))
+    assert known["base"] == {"id2label": by_number, "label2id": {name: at for at, name in by_number.items()}}
     assert "num_labels=1" in card._usage("org/base", "regress", "me/mine", (), True)

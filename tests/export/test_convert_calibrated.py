@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -105,11 +104,9 @@ def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
 
 def test_second_moments_are_those_of_what_the_kernels_multiply():
     torch.manual_seed(0)
-    model = Odd()
-    layers = dict(model.named_children())
-    found = moments.second_moments(model.train(), layers, batches())
-    assert model.training
-    assert model.head.training
+    model = Odd().train()
+    found = moments.second_moments(model, dict(model.named_children()), batches())
+    assert all(module.training for module in model.modules())
     shares = torch.zeros(11, dtype=torch.float64)
     for batch in batches():
         for token in batch["input_ids"][batch["attention_mask"].bool()]:
@@ -150,12 +147,11 @@ def adapted():
     return shake(get_peft_model(Odd(), config)).eval()
 
 
-@pytest.mark.parametrize("rank", [1, 2, 18])
+@pytest.mark.parametrize("rank", [2, 18])
 def test_in_python_the_outputs_are_nearer_and_peft_loads_it(adapted, rank):
-    given = batches()
+    given, far = batches(), []
     with torch.no_grad():
         wanted = [adapted(**batch) for batch in given]
-    far = []
     for data in (given, None):
         config, tensors = duallora.convert(adapted, data, rank)
         assert config.r == config.lora_alpha == rank
@@ -164,8 +160,7 @@ def test_in_python_the_outputs_are_nearer_and_peft_loads_it(adapted, rank):
         set_peft_model_state_dict(lora, tensors)
         with torch.no_grad():
             far.append(max(float((lora(**b) - y).norm() / y.norm()) for b, y in zip(given, wanted, strict=True)))
-    assert far[0] < far[1] or rank == 18
-    assert max(far) < 1e-5 or rank < 18
+    assert far[0] < far[1] if rank == 2 else max(far) < 1e-5
 
 
 def test_data_that_do_not_serve_are_refused_or_said(adapted):
@@ -183,31 +178,27 @@ def test_data_that_do_not_serve_are_refused_or_said(adapted):
         duallora.convert(adapted, batches(), 2)
 
 
-@pytest.mark.parametrize("words", ["", "--rank auto --kl 1e-4"])
-def test_the_verb_calibrates_on_the_runs_own_rows(run_folder, tmp_path, capsys, monkeypatch, words):
-    monkeypatch.chdir(tmp_path)
-    assert cli.run(f"convert {run_folder} -o lora {words or '--rank 3'} --json".split()) == 0
-    calibrated = json.loads(capsys.readouterr().out)
-    told = calibrated["calibration"]
+def test_the_verb_calibrates_on_the_runs_own_rows_and_is_nearer_on_others(run_folder, tmp_path, capsys, console):
+    def said(words: str) -> dict:
+        assert cli.run(f"convert {run_folder} {words} --json".split()) == 0
+        return json.loads(capsys.readouterr().out)
+
+    calibrated, plain = said(f"-o {tmp_path}/lora --rank 3"), said(f"-o {tmp_path}/plain --rank 3 --no-calibrate")
+    told, held = calibrated["calibration"], calibrated["held_out"]
     assert (told["split"], told["held_out_split"], told["shrinkage"]) == ("train", "validation", 1e-3)
     assert told["rows"] + told["held_out_rows"] == 26
+    assert told["data"]["train"] == adapters.read_sidecar(run_folder / "adapter")["data"]["train"]
     assert adapters.read_sidecar(tmp_path / "lora")["conversion"]["calibration"] == told
-    held = calibrated["held_out"]
     assert list(held) == ["adapter", "base", "conversion"]
     assert held["base"]["kl"] > held["conversion"]["kl"] > 0
-    if words:
-        assert held["conversion"]["kl"] <= 1e-4
-        line = f"convert {run_folder} -o less --rank {calibrated['rank'] - 1} --json"
-        assert cli.run(line.split()) == 0
-        assert json.loads(capsys.readouterr().out)["held_out"]["conversion"]["kl"] > 1e-4
-        return
-    recipe = json.loads((run_folder / "adapter" / "duallora.json").read_text())
-    assert recipe["data"]["train"] == told["data"]["train"]
-    assert cli.run(f"convert {run_folder} -o plain --rank 3 --no-calibrate --json".split()) == 0
-    plain = json.loads(capsys.readouterr().out)
-    assert plain["calibration"] is None
-    assert plain["held_out"] == {}
-    assert plain["energy"] != calibrated["energy"]
+    assert (plain["calibration"], plain["held_out"]) == (None, {})
+    data = calibration.load(run_folder, *adapters.load_adapter(run_folder, "generate"), console)
+    outputs = [data.outputs(*adapters.load_adapter(place, "generate")) for place in (run_folder, tmp_path / "plain")]
+    assert held["conversion"]["kl"] < data.measure(outputs[1], outputs[0])["kl"] / 2
+    bound = held["conversion"]["kl"] / 3
+    found = said(f"-o {tmp_path}/auto --rank auto --kl {bound}")
+    assert found["held_out"]["conversion"]["kl"] <= bound
+    assert said(f"-o {tmp_path}/less --rank {found['rank'] - 1}")["held_out"]["conversion"]["kl"] > bound
 
 
 def test_kl_and_loss_are_those_of_the_definition(run_folder, console):
@@ -233,26 +224,19 @@ def test_kl_and_loss_are_those_of_the_definition(run_folder, console):
     assert measured["loss"] == pytest.approx(loss / tokens, rel=1e-5)
 
 
-def test_a_classifier_keeps_its_head_and_its_rows_outputs(make_adapter, tmp_path, console):
-    folder = make_adapter("classify")
-    rows = tmp_path / "rows.csv"
+def test_a_classifier_keeps_its_head_and_its_rows_outputs(make_adapter, tmp_path):
+    folder, rows = make_adapter("classify"), tmp_path / "rows.csv"
     rows.write_text("text,label\n" + "".join(f"some words {n},{n % 3}\n" for n in range(30)))
-    done = convert.convert(
-        folder, tmp_path / "lora", rank="auto", calibrate=str(rows), calibration_rows=12, console=console
-    )
-    assert list(done["held_out"]) == ["adapter", "conversion"]
-    assert done["held_out"]["conversion"]["kl"] <= 1e-3
-    assert done["calibration"]["held_out_rows"] == 18
-    bound = done["held_out"]["conversion"]["kl"] / 10
-    options = {"rank": "auto", "kl": bound, "per_layer": True, "calibrate": str(rows), "calibration_rows": 12}
-    apart = convert.convert(folder, tmp_path / "apart", **options)
-    assert apart["held_out"]["conversion"]["kl"] <= bound
+    options = {"rank": "auto", "calibrate": str(rows), "calibration_rows": 12}
+    apart = convert.convert(folder, tmp_path / "apart", kl=1e-4, per_layer=True, **options)
+    assert list(apart["held_out"]) == ["adapter", "conversion"]
+    assert apart["held_out"]["conversion"]["kl"] <= 1e-4
+    assert apart["calibration"]["held_out_rows"] == 18
     ranks = [layer["rank"] for layer in apart["layers"]]
     assert min(ranks) < max(ranks) == apart["rank"]
-    shutil.rmtree(tmp_path / "apart")
     with pytest.raises(ConfigError, match=r"largest tried.*Raise --kl"):
-        convert.convert(folder, tmp_path / "near", rank="auto", kl=1e-30, calibrate=str(rows), calibration_rows=12)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "rows.csv"]
+        convert.convert(folder, tmp_path / "near", kl=1e-30, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apart", "rows.csv"]
 
 
 def test_what_cannot_be_looked_at_is_refused_and_nothing_is_left(native, tmp_path, console):
@@ -271,19 +255,6 @@ def test_what_cannot_be_looked_at_is_refused_and_nothing_is_left(native, tmp_pat
     convert.convert(native, tmp_path / "lora", rank=2, calibrate=True, console=console)
     assert "is in no run's folder" in console.file.getvalue()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.jsonl", "labels.csv", "lora"]
-
-
-def test_kl_of_a_conversion_is_less_than_of_plain_ones(run_folder, tmp_path, console):
-    """The point of it all, on rows that neither saw."""
-    done = {
-        c: convert.convert(run_folder, tmp_path / str(c), rank=3, calibrate=c, console=console) for c in (True, False)
-    }
-    model, tokenizer = adapters.load_adapter(run_folder, "generate")
-    data = calibration.load(run_folder, model, tokenizer, console)
-    reference = data.outputs(model, tokenizer)
-    plain, _ = adapters.load_adapter(tmp_path / "False", "generate")
-    far = data.measure(data.outputs(plain, tokenizer), reference)["kl"]
-    assert done[True]["held_out"]["conversion"]["kl"] < far / 2
 
 
 def test_the_page_has_the_figures_and_the_demo_reaches_the_target():

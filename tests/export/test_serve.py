@@ -8,11 +8,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from importlib.metadata import EntryPoint
 from importlib.util import find_spec
@@ -21,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from export.conftest import shake
+from export.conftest import assert_same_logits, assert_same_weights, base_of, settings_of, shake
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
@@ -29,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from duallora import DualLoraConfig, cli
 from duallora.errors import ConfigError
-from duallora.export import serve, served
+from duallora.export import convert, serve, served
 from duallora.store import adapters
 
 LACKING = [name for name in ("fastapi", "uvicorn", "openai", "transformers.cli") if find_spec(name) is None]
@@ -52,116 +49,109 @@ def cache(caches, monkeypatch):
 
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
-    """A program of that name on PATH, which writes down its arguments; ``vllm()`` reads them."""
-    program, told = tmp_path / "bin" / "vllm", tmp_path / "arguments.json"
+    """A program of that name on PATH, which writes down its number and arguments; ``vllm()`` reads them."""
+    program, told = tmp_path / "bin" / "vllm", tmp_path / "told.json"
     program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open({str(told)!r}, 'w'))\n")
+    code = f"import json, os, sys\njson.dump([os.getpid(), *sys.argv[1:]], open({str(told)!r}, 'w'))\n"
+    program.write_text(f"#!{sys.executable}\n{code}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return lambda: json.loads(told.read_text())
 
 
-@pytest.fixture
-def other(native, tmp_path):
+@pytest.fixture(scope="module")
+def other(native, tmp_path_factory):
     """Another adapter on the base of ``native``."""
-    folder = tmp_path / "other"
-    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
+    folder = tmp_path_factory.mktemp("second") / "other"
     config = DualLoraConfig(r=4, target_modules=["q_proj", "v_proj"], warmup="none", task_type="CAUSAL_LM")
-    shake(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config), seed=1).save_pretrained(folder)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_of(native)), config)
+    shake(model, seed=1).save_pretrained(folder)
     return folder
 
 
-def asked(port: int, path: str, **body) -> dict:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{path}", json.dumps(body).encode())
+@pytest.fixture(scope="module")
+def another_base(native, tmp_path_factory):
+    """The base of ``native`` but for a number in its configuration."""
+    folder = Path(shutil.copytree(base_of(native), tmp_path_factory.mktemp("another") / "base"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-5}))
+    return folder
+
+
+def asked(url: str, path: str, **body) -> dict:
+    request = urllib.request.Request(f"{url}/v1/{path}", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)["choices"][0]
 
 
 @needs_engine
-def test_transformers_serve_answers_as_the_adapter_generates(native):
+def test_transformers_serves_and_chats_as_the_adapter_generates(native, tmp_path, monkeypatch, capfd):
     """Over HTTP, greedily, against PEFT's own model of the adapter, which no merge and no cache has touched."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    line = f"-m duallora.cli serve {native} --engine transformers --port {port} -- --device cpu".split()
-    server = subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        deadline = time.monotonic() + 150
-        with socket.socket() as probe:
-            while probe.connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None, server.stdout.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        text = asked(port, "completions", prompt="Who?", max_tokens=12, temperature=0)["text"]
-        message = asked(port, "chat/completions", messages=[{"role": "user", "content": "Who?"}], max_tokens=9, seed=0)
-    finally:
-        server.terminate()
-        said = server.communicate(timeout=60)[0]
-    assert f"http://127.0.0.1:{port}/v1" in said
-    assert server.returncode == -signal.SIGTERM  # the engine's own end: nothing of this package waits around it
-    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(native)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(native)
-    row = tokenizer("Who?", return_tensors="pt")
-    with torch.no_grad():
-        found = model.generate(**row, max_new_tokens=12, do_sample=False)[0, row["input_ids"].shape[1] :]
-    assert len(set(found.tolist())) > 3
-    assert text == tokenizer.decode(found, skip_special_tokens=True)
-    assert message["message"]["role"] == "assistant"
+    call, answers = subprocess.call, []
 
+    def client(command, **options):
+        url = command[3]
+        answers.append(asked(url, "completions", prompt="Who?", max_tokens=12, temperature=0)["text"])
+        message = [{"role": "user", "content": "Who?"}]
+        answers.append(asked(url, "chat/completions", messages=message, max_tokens=9, seed=0)["message"]["role"])
+        return call(command, **options)
 
-@needs_engine
-def test_chat_talks_to_a_server_that_ends_with_it(native, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(serve.subprocess, "call", client)
     (tmp_path / "typed").write_text("Who?\nn\n!exit\n")
     monkeypatch.setattr(sys, "stdin", None)
     with (tmp_path / "typed").open() as typed:
         before = os.dup(0)
         os.dup2(typed.fileno(), 0)
         try:
-            code = serve.chat(str(native), ["max_new_tokens=3", "do_sample=False"], console=Console(file=io.StringIO()))
+            code = serve.chat(str(native), ["max_new_tokens=3", "do_sample=False"], console=Console(quiet=True))
         finally:
             os.dup2(before, 0)
             os.close(before)
     out, err = capfd.readouterr()
     assert code == 0
     assert "tokens in" in out
-    assert "Finished server process" in err
+    assert "Finished server process" in err  # the server ends with the chat
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(native)), str(native)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(native)
+    row = tokenizer("Who?", return_tensors="pt")
+    with torch.no_grad():
+        found = model.generate(**row, max_new_tokens=12, do_sample=False)[0, row["input_ids"].shape[1] :]
+    assert len(set(found.tolist())) > 3
+    assert answers == [tokenizer.decode(found, skip_special_tokens=True), "assistant"]
 
 
 def test_one_adapter_goes_to_vllm_merged_and_several_as_loras_by_their_names(native, other, vllm, cache):
-    """By a real process, which the engine takes the place of."""
-    line = [sys.executable, "-m", "duallora.cli", "serve", f"mine={native}"]
-    subprocess.run([*line, "--", "--seed", "5"], check=True, timeout=120, capture_output=True)
-    command, model, *options = vllm()
+    """By a real process, whose place the engine takes: nothing of this package waits around it."""
+    line = [sys.executable, "-m", "duallora.cli", "serve", f"mine={native}", "--", "--seed", "5"]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
+        assert process.wait(120) == 0
+    number, command, model, *options = vllm()
+    assert number == process.pid
     assert command == "serve"
     assert options == ["--served-model-name", "mine", "--host", "127.0.0.1", "--port", "8000", "--seed", "5"]
     assert Path(model).parent.parent == cache
     merged, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
-    adapted, _ = adapters.load_adapter(native, "generate")
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-6)
+    assert_same_logits((merged, tokenizer), adapters.load_adapter(native, "generate"), tolerance=1e-6)
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
     assert set(merged.generation_config.eos_token_id) == ends  # what closes a turn of its chat ends an answer
 
     ready = serve.prepare([f"mine={native}", str(other)], rank=20, host="::1", port=9)
     assert ready["models"] == ["mine", "other"]
     _, command, base, *options = ready["command"]
-    assert base == json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == base_of(native)
     assert options[:6] == ["--enable-lora", "--max-lora-rank", "32", "--max-loras", "2", "--lora-modules"]
     loras = dict(item.split("=") for item in options[6:8])
     assert options[8:] == ["--host", "::1", "--port", "9"]
     assert list(loras) == ["mine", "other"]
     for folder, layers in ((loras["mine"], 14), (loras["other"], 4)):
-        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        config = settings_of(Path(folder))
         assert (config["peft_type"], config["r"]) == ("LORA", 20)
-        assert len(load_file(Path(folder) / "adapter_model.safetensors")) == 2 * layers
+        assert len(load_file(Path(folder) / adapters.WEIGHTS)) == 2 * layers
 
 
 def test_the_cache_holds_what_was_made_of_this_content_or_makes_it_anew(native, other, tmp_path, vllm, cache):
-    folder = tmp_path / "adapter"
-    shutil.copytree(native, folder)
+    folder = Path(shutil.copytree(native, tmp_path / "adapter"))
 
     def ready(source=folder):
         console = Console(file=io.StringIO(), width=300)
@@ -194,15 +184,12 @@ def test_the_cache_holds_what_was_made_of_this_content_or_makes_it_anew(native, 
         assert "is damaged, or of other content" in said
         assert again == model
         assert weights.read_bytes() == right, harm
-    shutil.copy(other / "adapter_model.safetensors", folder)  # other content under the same path
-    shutil.copy(other / "adapter_config.json", folder)
+    shutil.copytree(other, folder, dirs_exist_ok=True)  # other content under the same path
     assert ready()[0] not in (model, another)
     assert [path.name for path in cache.iterdir() if path.name.startswith(".")] == []
 
 
 def test_of_a_run_the_lora_is_calibrated_on_its_own_rows_and_else_the_weights_alone_count(run_folder, tmp_path, cache):
-    from duallora.export import convert
-
     console = Console(file=io.StringIO(), width=300)
     made = served.made(run_folder / "adapter", 3, console)
     assert "of |dW x|² on its training rows kept at rank 3" in console.file.getvalue()
@@ -211,9 +198,7 @@ def test_of_a_run_the_lora_is_calibrated_on_its_own_rows_and_else_the_weights_al
     assert "of |dW|² kept at rank 3" in console.file.getvalue()
     for place, calibrate in ((made, True), (alone, False)):
         convert.convert(run_folder, tmp_path / str(calibrate), rank=3, calibrate=calibrate)
-        found, expected = (load_file(folder / adapters.WEIGHTS) for folder in (place, tmp_path / str(calibrate)))
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in found)
+        assert_same_weights(place, tmp_path / str(calibrate))
     assert made != alone
     run = Path(shutil.copytree(run_folder, tmp_path / "moved"))
     recipe = run / "recipe.yaml"
@@ -223,36 +208,26 @@ def test_of_a_run_the_lora_is_calibrated_on_its_own_rows_and_else_the_weights_al
 
 
 def test_a_plain_lora_is_served_as_it_is_and_a_model_from_where_it_lies(native, other, tmp_path, vllm):
-    from duallora.export import convert
-
     convert.convert(native, tmp_path / "lora", rank=2)
     command = serve.prepare([str(tmp_path / "lora"), str(other)])["command"]
     assert f"lora={tmp_path / 'lora'}" in command
-    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert serve.prepare([base])["command"][2] == base
+    assert serve.prepare([base_of(native)])["command"][2] == base_of(native)
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_made(
-    native, other, make_adapter, run_folder, tmp_path, vllm, cache, capsys
+    native, other, another_base, make_adapter, run_folder, tmp_path, vllm, cache, capsys
 ):
-    classifier = make_adapter("classify")
-    moved = tmp_path / "moved"
-    shutil.copytree(run_folder / "adapter", moved)
-    weights = moved / "adapter_model.safetensors"
+    moved = Path(shutil.copytree(run_folder / "adapter", tmp_path / "moved"))
+    weights = moved / adapters.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    foreign = tmp_path / "foreign"
-    shutil.copytree(other, foreign)
-    config = json.loads((foreign / "adapter_config.json").read_text())
-    base = tmp_path / "base"
-    shutil.copytree(config["base_model_name_or_path"], base)
-    settings = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-5}))
-    (foreign / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    foreign = Path(shutil.copytree(other, tmp_path / "foreign"))
+    settings = {**settings_of(foreign), "base_model_name_or_path": str(another_base)}
+    (foreign / "adapter_config.json").write_text(json.dumps(settings))
     for code, words, line in [
-        (2, "no text to serve. Use duallora predict", [classifier]),
+        (2, "no text to serve. Use duallora predict", [make_adapter("classify")]),
         (4, "damaged", [moved]),
         (2, "not adapters of one base model", [native, foreign]),
-        (2, "not adapters of one base model", [native, base]),
+        (2, "not adapters of one base model", [native, another_base]),
         (2, "are both called 'adapter'", [native, native]),
         (2, "has no nowhere", [tmp_path / "nowhere"]),
         (2, "vLLM, which alone serves several", ["--engine", "transformers", native, other]),
@@ -272,9 +247,7 @@ def test_without_an_engine_the_install_command_is_said(native, monkeypatch):
 def test_json_prints_the_command_and_starts_nothing(native, vllm, capsys):
     assert cli.run(["serve", str(native), "--json", "--", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["engine"] == "vllm"
-    assert told["models"] == ["adapter"]
-    assert told["command"][-1] == "--json"
+    assert (told["engine"], told["models"], told["command"][-1]) == ("vllm", ["adapter"], "--json")
     with pytest.raises(FileNotFoundError):
         vllm()
 
@@ -301,29 +274,24 @@ def named(tmp_path, monkeypatch, cache):
 
 
 def test_vllm_gets_the_lora_of_a_dual_lora_adapter_that_a_request_names(native, named, tmp_path, cache):
-    from duallora.export import convert
-
-    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
-    shutil.copytree(native, tmp_path / "named" / "team" / "mine")
+    base, mine = base_of(native), tmp_path / "named" / "team" / "mine"
+    shutil.copytree(native, mine)
     name, path = named("team/mine", base)
     assert name == "team/mine"
     assert Path(path).parent.parent == cache
     convert.convert(native, tmp_path / "expected", rank=3)
-    made, expected = (load_file(Path(place) / adapters.WEIGHTS) for place in (path, tmp_path / "expected"))
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(made[key], expected[key]) for key in expected)
+    assert_same_weights(Path(path), tmp_path / "expected")
     shutil.copytree(base, tmp_path / "copy")
     assert named("team/mine", str(tmp_path / "copy"))[1] == path  # the base's content counts, not its place
     for rank in (2, 5):  # left by convert; the larger does not fit the server
-        convert.convert(native, tmp_path / "named" / "team" / "mine" / f"lora-r{rank}", rank=rank)
-    assert named("team/mine", base)[1] == str(tmp_path / "named" / "team" / "mine" / "lora-r2")
+        convert.convert(native, mine / f"lora-r{rank}", rank=rank)
+    assert named("team/mine", base)[1] == str(mine / "lora-r2")
 
 
 def test_vllm_gets_nothing_for_other_names_and_the_reason_for_an_adapter_that_is_refused(
-    native, make_adapter, named, tmp_path, cache
+    native, make_adapter, another_base, named, tmp_path, cache
 ):
-    base = json.loads((native / "adapter_config.json").read_text())["base_model_name_or_path"]
-    folder = tmp_path / "named"
+    base, folder = base_of(native), tmp_path / "named"
     shutil.copytree(native, tmp_path / "outside")
     shutil.copytree(base, folder / "model")
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -335,14 +303,11 @@ def test_vllm_gets_nothing_for_other_names_and_the_reason_for_an_adapter_that_is
     shutil.copytree(native, folder / "cut")
     (folder / "cut" / adapters.WEIGHTS).write_bytes((native / adapters.WEIGHTS).read_bytes()[:-1])
     shutil.copytree(native, folder / "mine")
-    shutil.copytree(base, tmp_path / "another")
-    settings = json.loads((tmp_path / "another" / "config.json").read_text())
-    (tmp_path / "another" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-5}))
     for name, model, words in [
         ("classifier", base, "no text to serve"),
         ("biases", base, "trained biases are refused"),
         ("cut", base, "not a whole safetensors file"),
-        ("mine", str(tmp_path / "another"), "not the one that is served"),
+        ("mine", str(another_base), "not the one that is served"),
     ]:
         with pytest.raises(ValueError, match=words):
             named(name, model)
