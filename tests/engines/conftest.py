@@ -114,8 +114,8 @@ def until_end(tokens: list[int]) -> list[int]:
     return tokens[: next((place for place, token in enumerate(tokens) if token in (0, 2)), None)]
 
 
-def greedy(model, ids: list[int]) -> tuple[list[int], list[float], list[float]]:
-    """transformers' own greedy tokens, the log-probability of each, and how far the second choice was behind, in logits."""
+def greedy(model, ids: list[int]) -> tuple[list[int], list[float]]:
+    """transformers' own greedy tokens and the log-probability of each."""
     import torch
 
     model.generation_config.eos_token_id = None
@@ -123,10 +123,8 @@ def greedy(model, ids: list[int]) -> tuple[list[int], list[float], list[float]]:
     told = {"max_new_tokens": TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     found = model.generate(row, attention_mask=torch.ones_like(row), pad_token_id=0, **told)
     tokens = found.sequences[0, len(ids) :].tolist()
-    logits = torch.cat(found.logits).float()
-    best = logits.topk(2).values
-    logprobs = logits.log_softmax(-1)[range(len(tokens)), tokens]
-    return tokens, logprobs.tolist(), (best[:, 0] - best[:, 1]).tolist()
+    logprobs = torch.cat(found.logits).float().log_softmax(-1)[range(len(tokens)), tokens]
+    return tokens, logprobs.tolist()
 
 
 def adapted(base: Path, adapter: Path | None = None, dtype: str = "float32"):
@@ -151,14 +149,18 @@ class Server:
         request.add_header("Content-Type", "application/json")
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
-                text = answer.read().decode()
-                status = answer.status
+                status, text = answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
-            text, status = error.read().decode(), error.code
+            status, text = error.code, error.read().decode()
         try:
             return status, json.loads(text)
         except ValueError:
             return status, {"text": text}
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager
@@ -172,10 +174,7 @@ def serving(words: list[str], arguments: list[str], log: Path, environment: dict
         engine = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + 1500
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        while not _answers(port):
             assert engine.poll() is None, log.read_text()[-6000:]
             assert time.monotonic() < deadline, log.read_text()[-6000:]
             time.sleep(1)

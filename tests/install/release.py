@@ -51,12 +51,8 @@ def build(folder: Path) -> dict[str, Path]:
     for name in filter(None, files.split("\0")):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)  # not copy2: times differ
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)],
-        cwd=tree,
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
     return {path.suffix: path for path in folder.iterdir() if path.is_file()}
 
 
@@ -71,90 +67,56 @@ def look_into(built: dict[str, Path], version: str) -> None:
         scripts = wheel.read(f"{info}/entry_points.txt").decode()
     source = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "duallora").rglob("*") if path.is_file()}
     source = {name for name in source if "__pycache__" not in name}
-    check(
-        {name for name in names if not name.startswith(info)} == source,
-        f"the wheel is src/duallora, all {len(source)} files of it",
-    )
-    check(f"{info}/licenses/LICENSE" in names, "its license")
-    check(metadata["Name"] == "duallora" and metadata["Version"] == version, f"its name and version, {version}")
-    check(
-        metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10",
-        "its license's name and Pythons",
-    )
+    ours = {name for name in names if not name.startswith(info)}
     needs = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    names_needed = {re.match(r"[\w-]+", line)[0] for line in needs}  # type: ignore[index]
-    check(
-        names_needed == {"torch", "peft", "transformers", "safetensors"},
-        f"what it needs: {', '.join(sorted(names_needed))}",
-    )
+    needed = {re.match(r"[\w-]+", line)[0] for line in needs}  # type: ignore[index]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    check(ours == source, f"the wheel is src/duallora, all {len(source)} files of it")
+    check(f"{info}/licenses/LICENSE" in names, "its license")
+    for what, wanted in {
+        "Name": "duallora",
+        "Version": version,
+        "License-Expression": "Apache-2.0",
+        "Requires-Python": ">=3.10",
+        "Description-Content-Type": "text/markdown",
+    }.items():
+        check(metadata[what] == wanted, f"{what}: {wanted}")
+    check(needed == {"torch", "peft", "transformers", "safetensors"}, f"what it needs: {', '.join(sorted(needed))}")
     check("train" in metadata.get_all("Provides-Extra"), "its extras")
     check("duallora = duallora.__main__:main" in scripts, "the program `duallora`")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    check(
-        metadata.get_payload().strip() == readme.strip() and metadata["Description-Content-Type"] == "text/markdown",
-        "README as its description",
-    )
+    check(metadata.get_payload().strip() == readme, "README as its description")
     with tarfile.open(built[".gz"]) as sdist:
         inside = {name.partition("/")[2] for name in sdist.getnames()}
-    want = {
-        "pyproject.toml",
-        "README.md",
-        "CHANGELOG.md",
-        "LICENSE",
-        "src/duallora/__init__.py",
-        "tests/oracle.py",
-        "docs/index.md",
-    }
-    check(
-        want <= inside and not any("__pycache__" in name or name.startswith("results/") for name in inside),
-        "the sdist: sources, tests and docs",
-    )
+    want = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
+    want |= {"src/duallora/__init__.py", "tests/oracle.py", "docs/index.md"}
+    more = [name for name in inside if "__pycache__" in name or name.startswith("results/")]
+    check(want <= inside and not more, "the sdist: sources, tests and docs")
 
 
 def install(package: Path, folder: Path) -> tuple[Path, dict[str, str]]:
     """An environment with the package alone, and the variables to use it with."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
-    site = Path(
-        subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    )
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # whose own .pth files are not read
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")
-    } | OFFLINE
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--force-reinstall",
-        str(package),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = kept | OFFLINE
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--force-reinstall"]
+    done = subprocess.run([*command, str(package)], env=environment, capture_output=True, text=True)
     check(done.returncode == 0, f"{package.name} installs offline {done.stderr.strip()[-300:]}")
     return python, environment
 
 
 def try_out(python: Path, environment: dict[str, str], tests: Path, version: str) -> None:
     def run(*words: str) -> str:
-        done = subprocess.run([str(word) for word in words], cwd=tests, env=environment, capture_output=True, text=True)
-        check(
-            done.returncode == 0,
-            f"{' '.join(words[1:4])} {(done.stdout + done.stderr)[-600:] if done.returncode else ''}",
-        )
+        done = subprocess.run(words, cwd=tests, env=environment, capture_output=True, text=True)
+        said = (done.stdout + done.stderr)[-600:] if done.returncode else ""
+        check(done.returncode == 0, f"{' '.join(words[1:4])} {said}")
         return done.stdout.strip()
 
-    where = run(str(python), "-c", "import duallora; print(duallora.__file__); duallora.DualLoraConfig()").splitlines()[
-        0
-    ]
+    code = "import duallora; print(duallora.__file__); duallora.DualLoraConfig()"
+    where = run(str(python), "-c", code).splitlines()[0]
     check(Path(where).is_relative_to(python.parents[1]), "what is imported is what was installed")
     check(run(str(python.parent / "duallora"), "--version") == f"duallora {version}", "the program's version")
     told = run(str(python), "-m", "pytest", "-p", "no:cacheprovider", *TESTS).splitlines()
@@ -169,14 +131,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         built, again = build(folder / "a"), build(folder / "b")
-        sums = [
+        sums, others = (
             {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in one.values()}
             for one in (built, again)
-        ]
-        check(
-            sums[0] == sums[1] and len(sums[0]) == 2,
-            "two builds are the same bytes: " + ", ".join(f"{n} {s[:12]}" for n, s in sums[0].items()),
         )
+        told = ", ".join(f"{name} {digest[:12]}" for name, digest in sums.items())
+        check(sums == others and len(sums) == 2, f"two builds are the same bytes: {told}")
         look_into(built, version)
         with tarfile.open(built[".gz"]) as sdist:
             sdist.extractall(folder / "sdist", filter="data")
