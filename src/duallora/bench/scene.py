@@ -77,8 +77,7 @@ class Stage:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = bare(model) if name == methods.FLOOR else methods.adapt(model, self._methods()[name])
         model.train()
-        parameters = methods.trained(model)
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, capturable=capturable)
+        optimizer = torch.optim.AdamW(methods.trained(model), lr=LEARNING_RATE, capturable=capturable)
 
         def step() -> None:
             loss = model(**self.batch, use_cache=False).loss
@@ -88,7 +87,7 @@ class Stage:
             if not capturable and not torch.isfinite(loss):
                 raise NonFiniteError(f"{name}: the loss is {loss.item()}; its times would mean nothing")
 
-        return Trial(step, 0 if name == methods.FLOOR else sum(p.numel() for p in parameters))
+        return Trial(step, 0 if name == methods.FLOOR else methods.count(model))
 
     def model_bytes(self) -> int:
         return sum(parameter.numel() * parameter.element_size() for parameter in self.base.parameters())

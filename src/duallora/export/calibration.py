@@ -65,16 +65,13 @@ class Data(NamedTuple):
             )
         if reference is None:
             return found
+        pairs = list(zip(outputs, reference, strict=True))
         if self.kind == "regress":
-            pairs = zip(outputs, reference, strict=True)
-            found["squared_difference"] = float(
-                torch.stack([(a - b).double().square().mean() for a, b in pairs]).mean()
-            )
-            return found
+            squares = [(a - b).double().square().mean() for a, b in pairs]
+            return {**found, "squared_difference": float(torch.stack(squares).mean())}
         sizes = [len(torch.atleast_2d(one)) for one in outputs]
-        each = [check.compare([a], [b])["kl"] for a, b in zip(outputs, reference, strict=True)]
-        found["kl"] = sum(size * kl for size, kl in zip(sizes, each, strict=True)) / sum(sizes)
-        return found
+        far = sum(n * check.compare([a], [b])["kl"] for n, (a, b) in zip(sizes, pairs, strict=True))
+        return {**found, "kl": far / sum(sizes)}
 
     def _loss(self, outputs: Sequence[Tensor]) -> float:
         if self.kind == "regress":

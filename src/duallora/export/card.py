@@ -159,17 +159,14 @@ def adapter_folder(adapter: str | Path) -> Path:
 
 def hub_id(name: str | None) -> str | None:
     """The hub's id of a base model; None for a folder of this machine or nothing at all."""
-    if not name:
-        return None
+    name = name or ""
     if name in HUB_NAMES:
         return HUB_NAMES[name]
-    if name.startswith((".", "~", "/", "builtin:")) or "\\" in name or Path(name).exists():
-        return None
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name
+    return None if Path(name).exists() else name
 
 
 def conversions(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -75,9 +75,7 @@ def push(
     if not verdict["ok"]:
         return {"repo": repo, "uploaded": False, "files": {}, "check": verdict, "exit_code": verdict["exit_code"]}
     with staged(folder, base_model) as stage:
-        files = {
-            str(path.relative_to(stage)): path.stat().st_size for path in sorted(stage.rglob("*")) if path.is_file()
-        }
+        files = {str(p.relative_to(stage)): p.stat().st_size for p in sorted(stage.rglob("*")) if p.is_file()}
         _show(console, repo, files)
         if upload:
             url = _upload(stage, repo, private)
@@ -126,11 +124,7 @@ def _copy(source: Path, target: Path, base: str) -> None:
     sidecar = adapters.read_sidecar(target)
     if sidecar:
         sidecar["base"] = {**sidecar.get("base", {}), "name": base}
-        names = [
-            path.name
-            for path in sorted(target.iterdir())
-            if path.is_file() and path.name not in (adapters.SIDECAR, "README.md")
-        ]
+        names = sorted({path.name for path in target.iterdir()} - {adapters.SIDECAR, "README.md"})
         sidecar["files"] = {name: checkpoint.file_record(target / name) for name in names}
         record.write_json(target / adapters.SIDECAR, sidecar)
 
