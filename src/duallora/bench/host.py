@@ -5,7 +5,8 @@ On a GPU this is what a layer takes at few tokens, whatever its kernels do (docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,9 @@ def bench(
 ) -> dict[str, Any]:
     """Measures each of `PASSES` that ``output`` lacks: microseconds a call of the layer, `TIMES` calls a round."""
     where = default_device(device)
-
-    def one(key: Mapping[str, Any]) -> dict[str, Any]:
-        return measure(key["pass"], rounds=rounds, seconds=seconds, device=where)
-
     keys = [{"pass": name, "width": WIDTH, "tokens": TOKENS, "rank": RANK, "dtype": "float32"} for name in PASSES]
-    return Store(output, "host", where).measure(keys, one, summary, console)
+    one = partial(measure, rounds=rounds, seconds=seconds, device=where)
+    return Store(output, "host", where).measure(keys, lambda key: one(key["pass"]), summary, console)
 
 
 def summary(cell: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -67,14 +68,9 @@ def bench(
         say(console, name, f"not here: {reason}")
     store = Store(output, "kernel", where)
     store.content["absent"] = absent
-    keys = [
-        {"width": width, "rank": rank, "dtype": dtype, "dora": dora}
-        for width, rank, dtype, dora in itertools.product(widths, ranks, dtypes, (False, True))
-    ]
-
-    def one(key: Mapping[str, Any]) -> dict[str, Any]:
-        return measure(backends, key, where, rounds=rounds, seconds=seconds)
-
+    grid = itertools.product(widths, ranks, dtypes, (False, True))
+    keys = [dict(zip(("width", "rank", "dtype", "dora"), cell, strict=True)) for cell in grid]
+    one = partial(measure, backends, device=where, rounds=rounds, seconds=seconds)
     done = store.measure(keys, one, summary, console, is_done=lambda cell: red(cell) == {})
     wrong = [
         f"{name} at {_words(key)}: {', '.join(f'{what} {error:.1e}' for what, error in errors.items())}"
