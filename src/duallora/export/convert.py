@@ -364,7 +364,8 @@ def _load(base: nn.Module, folder: Path, tensors: Mapping[str, Tensor]) -> PeftM
 def _seal(folder: Path, source: Path, kind: str, conversion: dict[str, Any]) -> dict[str, Any]:
     """Writes the sidecar: where this came from, how near it is, the hash of every file; returns what the adapter's says."""
     sidecar = adapters.read_sidecar(source)
-    trained = {key: sidecar[key] for key in ("task", "labels", "steps", "base", "data", "recipe") if key in sidecar}
+    kept = ("task", "labels", "steps", "base", "data", "recipe")
+    trained: dict[str, Any] = {key: sidecar[key] for key in kept if key in sidecar}
     weights = checkpoint.file_record(source / adapters.WEIGHTS)["sha256"]
     origin = {"method": "DUALLORA", "gate": sidecar.get("gate"), adapters.WEIGHTS: weights}
     facts = {"method": "LORA", "kind": kind, **trained, "converted_from": origin, "conversion": conversion}
