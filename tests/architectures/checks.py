@@ -252,10 +252,12 @@ def _kind(model: nn.Module, name: str) -> str:
     return f"{type(owner).__name__}.{child}"
 
 
-def examine(small: Small, method: str) -> dict[str, Any]:
-    """What the model does by itself, and each set of targets under ``method``; nothing where it is not deterministic."""
+def examine(small: Small, method: str, only: str = "") -> dict[str, Any]:
+    """What the model does by itself, and each set of targets (those of ``only``) under ``method``; nothing where it is not
+    deterministic."""
     base = of_the_base(small)
     sets = targets(small.model) if base["deterministic"] is True else {}
+    sets = {name: chosen for name, chosen in sets.items() if not only or name in only.split()}
     if method == "nn":  # adapts linear layers of torch
         linear = {n for n, m in small.model.named_modules() if type(m) is nn.Linear}
         sets = {name: c for name, c in sets.items() if linear and (isinstance(c, str) or {*c} <= linear)}

@@ -405,15 +405,6 @@ def test_several_adapters_come_and_go():
     assert_same(results(ours, x), results(theirs, x))
 
 
-@pytest.mark.skipif(PEFT < (0, 20), reason="transformers asks for PEFT 0.20")
-def test_transformers_own_adapter_calls(llama, ids):
-    model = llama()
-    model.add_adapter(peft.LoraConfig(r=5, use_dora=True, target_modules=["q_proj"]))
-    theirs, ours = pair(trained(model))
-    assert all(type(v) is FastDoraVariant for layer in layers(ours) for v in layer.lora_variant.values())
-    assert_same(results(ours, ids), results(theirs, ids))
-
-
 def test_copies_and_pickles(llama, ids):
     ours = fast_dora(dora_model(llama(), "all-linear")).eval()
     want = ours(ids).logits

@@ -51,7 +51,9 @@ def folder(tmp_path_factory):
 def base(folder):
     """``base(kind)``: the model with every linear layer but the head quantized."""
 
-    def build(kind: str, dtype: torch.dtype = torch.float32, as_loaded: bool = False) -> LlamaForCausalLM:
+    def build(
+        kind: str, dtype: torch.dtype = torch.float32, as_loaded: bool = False, folder=folder
+    ) -> LlamaForCausalLM:
         library = LIBRARY.get(kind, "torchao")
         pytest.importorskip(library, reason=f"{library} is not installed")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -329,7 +331,7 @@ def test_a_tied_head_merged_on_4_bit_layers_reloads_as_in_memory(tmp_path, ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, ids, kind):
+def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, folder, ids, kind, tmp_path):
     """The merged weight is the library's own quantization of W0 + dW; the warning's figures are those of float64."""
     model = adapted(base(kind)).eval()
     before, unmerged = stored(model), logits(model, ids)
@@ -339,10 +341,14 @@ def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, ids, k
         model.merge_adapter()
     caught = [w for w in caught if "quantized" in str(w.message)]
     assert len(caught) == 1, "one for the call, not one for each layer"
-    lost = {}
+    plain = LlamaForCausalLM.from_pretrained(folder)
+    for name in W0:
+        plain.get_submodule(name).weight.data.copy_(W0[name] + dW[name])
+    plain.save_pretrained(tmp_path)
+    lost, anew = {}, base(kind, folder=tmp_path)
     for name, module in named_layers(model):
         W = library_weight(module.base_layer)
-        same = (W - requantized(kind, W0[name] + dW[name])).abs() < 1e-5
+        same = (W - library_weight(anew.get_submodule(name))).abs() < 1e-5
         assert same.double().mean() > 0.99  # a sum in the middle between two values of the grid may go either way
         lost[name] = float((W - W0[name] - dW[name]).norm() / dW[name].norm())
     worst = max(lost, key=lost.__getitem__)
@@ -359,32 +365,6 @@ def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, ids, k
 
 def named_layers(model):
     return [(name, module) for name, module in model.base_model.model.named_modules() if isinstance(module, Linear)]
-
-
-def requantized(kind, W) -> torch.Tensor:
-    """W quantized by the library in a layer of its own."""
-    linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
-    linear.weight.data.copy_(W)
-    linear.requires_grad_(False)
-    if kind == "hqq":
-        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-        config = BaseQuantizeConfig(nbits=4, group_size=8)
-        return library_weight(HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"))
-    if kind.startswith("torchao"):
-        from torchao.quantization import quantize_
-
-        quantize_(linear, quantization(kind).get_apply_tensor_subclass())
-        return library_weight(linear)
-    import bitsandbytes
-
-    cls = bitsandbytes.nn.Linear8bitLt if kind == "int8" else bitsandbytes.nn.Linear4bit
-    options = (
-        {"has_fp16_weights": False} if kind == "int8" else {"quant_type": kind, "compress_statistics": kind == "nf4"}
-    )
-    new = cls(W.shape[1], W.shape[0], bias=False, **options)
-    new.load_state_dict(linear.state_dict())
-    return library_weight(new.to("cpu"))
 
 
 @pytest.mark.filterwarnings("ignore:Merged into quantized weights")

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from adapter_building import layers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -48,10 +49,6 @@ def trainer_of(model, tmp_path, steps=6, **options):
     options = {"max_steps": steps, "logging_steps": 1, "learning_rate": 0.05, "report_to": [], **options}
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=4, **options)
     return Trainer(model, arguments, train_dataset=rows)
-
-
-def layers(model):
-    return [model.base_model.model.first, model.base_model.model.second]
 
 
 def factors(layer):
