@@ -56,14 +56,15 @@ class Fakes:
         """The cells whose folder has such a part."""
         return {path.parent.name for path in self.folder.glob(f"cells/*/{part}")}
 
-    def when(self, condition: Callable[[], bool], then: Callable[[], object]) -> None:
-        """Calls ``then`` from another thread as soon as ``condition`` holds, or after two minutes."""
+    def when(self, condition: Callable[[], bool], then: Callable[[], None]) -> None:
+        """Calls ``then`` from another thread as soon as ``condition`` holds, within a minute."""
 
         def watch() -> None:
-            end = time.monotonic() + 120
-            while not condition() and time.monotonic() < end:
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                if condition():
+                    return then()
                 time.sleep(0.02)
-            then()
 
         threading.Thread(target=watch, daemon=True).start()
 
