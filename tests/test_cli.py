@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ import pytest
 import typer
 
 from duallora import cli, console, errors
+from duallora.config.load import load_recipe
+from duallora.store import adapters
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +35,18 @@ def wide_terminal(monkeypatch, tmp_path):
     console.use_json(False)
 
 
-def json_line(capsys) -> dict:
-    """The only line on stdout, as JSON."""
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1, out
-    return json.loads(out)
+@pytest.fixture
+def json_of(capsys):
+    """``json_of(*words)``: what the command prints with --json, the only line on stdout; it ends with ``code``."""
+
+    def run(*words: str | Path, code: int = 0) -> dict:
+        capsys.readouterr()
+        assert cli.run([*map(str, words), "--json"]) == code, words
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1, out
+        return json.loads(out)
+
+    return run
 
 
 def commands(group: Any, before: str = "") -> list[str]:
@@ -76,17 +87,6 @@ def test_help_and_option_errors_load_nothing_heavy():
         assert done.stderr.splitlines()[-1] == "[]"
 
 
-def test_help_is_quick():
-    """0.3 s on an idle machine. The processor's time is counted: others may be using it."""
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "duallora.cli", "--help"], capture_output=True, check=True)
-        after = os.times()
-        seconds.append(sum(after[2:4]) - sum(before[2:4]))
-    assert 0 < min(seconds) < 0.6
-
-
 def test_version(capsys):
     import duallora
 
@@ -105,16 +105,14 @@ def test_version(capsys):
         ("eval x --limit 0", ["--limit 0:", "1"]),
         ("eval x --dtype int8", ["--dtype int8:", "'int8'", "float32"]),
         ("train --seed two --task e2e", ["--seed two:", "integer"]),
+        ("train --data x.csv --learning-rate 1e-3", ["--set learning_rate=VALUE"]),
         ("train", ["--data", "--task"]),
-        ("train --data a.csv --task e2e", ["data.path", "data.task", "exclude each other"]),
         ("train --task e2e --set lerning_rate=1", ["did you mean train.learning_rate?"]),
-        ("train --task e2e --set r=0", ["adapter.r: 0", "from 1"]),
-        ("train --task e2e --set alpha=.nan", ["adapter.alpha: nan"]),
-        ("train -c none.yaml", ["none.yaml", "no such file", "config show"]),
+        ("train -c [bold]x[/bold].yaml", ["[bold]x[/bold].yaml: no such file", "config show"]),  # to rich a style
         ("config show --task e2e --set x=1", ["unknown key x"]),
     ],
 )
-def test_a_wrong_command_is_exit_code_2_and_says_what_is_right(line, fragments, capsys):
+def test_a_wrong_command_is_exit_code_2_and_says_what_is_right(line, fragments, capsys, json_of):
     assert cli.run(line.split()) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -122,27 +120,21 @@ def test_a_wrong_command_is_exit_code_2_and_says_what_is_right(line, fragments, 
     assert "Traceback" not in captured.err
     for fragment in fragments:
         assert fragment in captured.err
-    assert cli.run([*line.split(), "--json"]) == 2
-    payload = json_line(capsys)
+    payload = json_of(*line.split(), code=2)
     assert (payload["status"], payload["exit_code"]) == ("error", 2)
     assert payload["error"]
 
 
-def test_an_error_message_is_not_read_as_markup(capsys):
-    """A path with brackets must come out as it is: rich would take [bold] for a style and drop it."""
-    assert cli.run(["train", "-c", "[bold]x[/bold].yaml"]) == 2
-    assert "[bold]x[/bold].yaml: no such file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("how", ["--debug", "DUALLORA_DEBUG"])
-def test_debug_shows_the_traceback(how, capsys, monkeypatch):
-    arguments = ["train"]
-    if how == "--debug":
-        arguments.append(how)
-    else:
+@pytest.mark.parametrize("how", ["neither", "--debug", "DUALLORA_DEBUG"])
+def test_a_traceback_is_shown_to_who_asks_and_a_fault_of_the_program_says_how(how, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_invoke", lambda arguments: 1 / 0)
+    if how == "DUALLORA_DEBUG":
         monkeypatch.setenv(how, "1")
-    assert cli.run(arguments) == 2
-    assert "Traceback" in capsys.readouterr().err
+    assert cli.run(["doctor", *(["--debug"] if how == "--debug" else [])]) == 1
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError" in err
+    assert ("Traceback" in err) == (how != "neither")
+    assert how != "neither" or "--debug" in err
 
 
 FAILURES = [
@@ -171,28 +163,18 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("error", "code"), FAILURES, ids=[f"{type(e).__name__}-{c}" for e, c in FAILURES])
-def test_every_kind_of_failure_has_its_exit_code(error, code, capsys, monkeypatch):
+def test_every_kind_of_failure_has_its_exit_code(error, code, monkeypatch, json_of):
     def fail(arguments):
         raise error
 
     monkeypatch.setattr(cli, "_invoke", fail)
-    assert cli.run(["doctor", "--json"]) == code
-    payload = json_line(capsys)
+    payload = json_of("doctor", code=code)
     assert payload["exit_code"] == code
     assert payload["status"] == ("interrupted" if code in (130, 143) else "error")
 
 
-def test_a_fault_of_the_program_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_invoke", lambda arguments: 1 / 0)
-    assert cli.run(["doctor"]) == 1
-    err = capsys.readouterr().err
-    assert "ZeroDivisionError" in err
-    assert "--debug" in err
-    assert "Traceback" not in err
-
-
 @pytest.mark.parametrize("within_an_import", [False, True])
-def test_sigterm_unwinds_and_leaves_with_143(capsys, monkeypatch, within_an_import):
+def test_sigterm_unwinds_and_leaves_with_143(monkeypatch, json_of, within_an_import):
     """Locks and half-written files are let go in finally blocks, which the default action of SIGTERM would skip.
 
     A library that is being imported may make a missing module of it.
@@ -212,9 +194,8 @@ def test_sigterm_unwinds_and_leaves_with_143(capsys, monkeypatch, within_an_impo
 
     monkeypatch.setattr(cli, "_invoke", wait)
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.run(["doctor", "--json"]) == 143
+    assert json_of("doctor", code=143)["status"] == "interrupted"
     assert unwound
-    assert json_line(capsys)["status"] == "interrupted"
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -241,7 +222,7 @@ def test_a_reader_that_goes_away_is_no_failure(line):
 
 UNENCODABLE = "Übung 你好 “x” 🙂 …"
 
-PROGRAMS = """
+PROGRAM = """
 import json, sys
 from duallora import cli
 for line in json.loads(sys.argv[1]):
@@ -252,34 +233,24 @@ for line in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_what_the_output_cannot_encode_is_replaced_and_never_fatal(encoding, tiny_causal_folder):
-    from duallora.config.load import load_recipe
-
+def test_what_the_output_cannot_encode_is_replaced_and_never_fatal(tiny_causal_folder):
     rows = [{"prompt": UNENCODABLE, "completion": " a\tb\n½"}, {"prompt": "x", "completion": "y"}]
     Path("你 x.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    data = f"{UNENCODABLE}.csv"
+    data, encoding = f"{UNENCODABLE}.csv", "cp1252"
     lines = [
         ["data", "preview", "你 x.jsonl", "--model", str(tiny_causal_folder), "--rows", "1"],
         ["data", "preview", "你 y.jsonl"],
         ["convert", "--help"],  # |dW|² stands there
         ["config", "show", "--data", data],
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAMS, json.dumps(lines)],
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"},
-    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(lines)], capture_output=True, env=environment)
     parts = done.stdout.decode(encoding).split("\n=====")
     assert [int(part.split()[0]) for part in parts[1:]] == [0, 3, 0, 0], done.stderr.decode(encoding)
-    shown, recipe = parts[0], parts[3].split("\n", 1)[1]
-    assert {"ascii": "\\xdcbung", "cp1252": "Übung"}[encoding] in shown
-    assert "\\u4f60\\u597d" in shown
-    assert "\\U0001f642" in shown
-    assert "\\n line break  \\t tab" in shown  # signs of this program's own have likes
-    assert "+--" in shown
+    for words in ("Übung", "\\u4f60\\u597d", "\\U0001f642", "\\n line break  \\t tab", "+--"):
+        assert words in parts[0]  # signs of this program's own have likes
     assert b"no file \\u4f60 y.jsonl" in done.stderr
-    Path("recipe.yaml").write_text(recipe, encoding=encoding)  # as a shell's > writes it
+    Path("recipe.yaml").write_text(parts[3].split("\n", 1)[1], encoding=encoding)  # as a shell's > writes it
     assert load_recipe("recipe.yaml").data.path == data
 
 
@@ -292,24 +263,16 @@ def test_files_that_python_reads_as_ascii_are_said_with_the_remedy(monkeypatch, 
 
 def test_json_has_no_nan(capsys):
     console.print_json({"loss": float("nan"), "top": [float("inf"), 1.5], "path": Path("x"), "flag": True, 3: None})
-    assert json.loads(capsys.readouterr().out) == {
-        "loss": None,
-        "top": [None, 1.5],
-        "path": "x",
-        "flag": True,
-        "3": None,
-    }
+    expected = {"loss": None, "top": [None, 1.5], "path": "x", "flag": True, "3": None}
+    assert json.loads(capsys.readouterr().out) == expected
 
 
-def test_config_show_prints_a_recipe_that_can_be_trained(capsys):
-    from duallora.config.load import load_recipe
-
+def test_config_show_prints_a_recipe_that_can_be_trained(capsys, json_of):
     assert cli.run(["config", "show", "--data", "mine [1].jsonl", "--set", "r=8", "--set", "adapter.alpha=3"]) == 0
     Path("recipe.yaml").write_text(capsys.readouterr().out)
     recipe = load_recipe("recipe.yaml")
     assert (recipe.data.path, recipe.adapter.r, recipe.adapter.alpha) == ("mine [1].jsonl", 8, 3.0)
-    assert cli.run(["config", "show", "-c", "recipe.yaml", "--json"]) == 0
-    payload = json_line(capsys)
+    payload = json_of("config", "show", "-c", "recipe.yaml")
     assert payload["recipe"] == recipe.model_dump(mode="json")
     assert cli.run(["config", "show"]) == 0
     captured = capsys.readouterr()
@@ -317,17 +280,15 @@ def test_config_show_prints_a_recipe_that_can_be_trained(capsys):
     assert "builtin:docstrings" in captured.err
 
 
-def test_config_schema_is_json(capsys):
+def test_config_schema_is_json(capsys, json_of):
     assert cli.run(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema["title"] == "Recipe"
-    assert cli.run(["config", "schema", "--json"]) == 0
-    assert json_line(capsys)["schema"] == schema
+    assert json_of("config", "schema")["schema"] == schema
 
 
-def test_doctor_lists_versions_and_is_content_here(capsys):
-    assert cli.run(["doctor", "--json"]) == 0
-    payload = json_line(capsys)
+def test_doctor_lists_versions_and_is_content_here(capsys, json_of):
+    payload = json_of("doctor")
     checks = {check["name"]: check for check in payload["checks"]}
     assert payload["usable"] is True
     assert {"python", "duallora", "torch", "transformers", "peft", "method", "cpu", "memory", "run folder"} <= set(
@@ -337,7 +298,7 @@ def test_doctor_lists_versions_and_is_content_here(capsys):
     assert "ready" in capsys.readouterr().out
 
 
-def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
+def test_doctor_names_what_is_missing_and_the_fix(monkeypatch, json_of):
     from importlib import metadata
 
     real = metadata.version
@@ -349,8 +310,7 @@ def test_doctor_names_what_is_missing_and_the_fix(capsys, monkeypatch):
         return versions.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert cli.run(["doctor", "--json"]) == 2
-    missing = {check["name"]: check for check in json_line(capsys)["checks"] if check["status"] == "missing"}
+    missing = {check["name"]: check for check in json_of("doctor", code=2)["checks"] if check["status"] == "missing"}
     assert set(missing) == {"peft", "command line", "jinja2"}
     assert "CVE-2025-27516" in missing["jinja2"]["found"]
     assert missing["peft"]["fix"] == 'pip install -U "peft>=0.18"'
@@ -368,13 +328,6 @@ def test_a_base_install_says_what_it_lacks(capsys, monkeypatch):
         assert "pip install 'duallora[train]'" in said
     monkeypatch.setattr(cli, "_invoke", lambda _: importlib.import_module("duallora.not_there"))
     assert cli.run(["report", "runs/x"]) == 1
-
-
-def test_a_setting_given_as_an_option_is_told_how_it_is_given(capsys):
-    assert cli.run(["train", "--data", "x.csv", "--learning-rate", "1e-3"]) == 2
-    assert "--set learning_rate=VALUE" in capsys.readouterr().err
-    assert cli.run(["doctor", "--learning-rate", "1e-3"]) == 2
-    assert "--set" not in capsys.readouterr().err
 
 
 ROWS = "".join(f'"Count {i}:","{i + 1}, {i + 2}"\n' for i in range(20))
@@ -400,16 +353,13 @@ def trained(tmp_path_factory, tiny_causal_folder, own_data) -> tuple[Path, dict]
     """A finished run of one epoch, and the JSON line that told of it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     command = ["train", "--model", str(tiny_causal_folder), "--data", str(own_data), "-o", str(folder), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "duallora.cli", *command, *settings()], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout)
+    with redirect_stdout(io.StringIO()) as out:
+        assert cli.run([*command, *settings()]) == 0
+    console.use_json(False)
+    return folder, json.loads(out.getvalue())
 
 
 def test_train_ends_with_a_run_folder_and_its_metrics(trained):
-    from duallora.config.load import load_recipe
-
     folder, payload = trained
     assert payload["status"] == "done"
     assert payload["exit_code"] == 0
@@ -419,20 +369,17 @@ def test_train_ends_with_a_run_folder_and_its_metrics(trained):
     assert load_recipe(folder / "recipe.yaml").adapter.r == 2
 
 
-def test_a_dry_run_foretells_the_run_and_writes_nothing(trained, tiny_causal_folder, own_data, tmp_path, capsys):
-    command = ["train", "--model", str(tiny_causal_folder), "--data", str(own_data), "--dry-run", "--json"]
-    assert cli.run([*command, *settings()]) == 0
-    plan = json_line(capsys)
+def test_a_dry_run_foretells_the_run_and_writes_nothing(trained, tiny_causal_folder, own_data, tmp_path, json_of):
+    plan = json_of("train", "--model", tiny_causal_folder, "--data", own_data, "--dry-run", *settings())
     assert (plan["steps"], plan["trainable_parameters"]) == (trained[1]["steps"], trained[1]["trainable_parameters"])
     assert plan["rows"] == 19
     assert list(tmp_path.iterdir()) == []
 
 
-def test_eval_of_a_run_repeats_its_own_metrics(trained, capsys):
+def test_eval_of_a_run_repeats_its_own_metrics(trained, json_of):
     """The run's recipe gives data, split, lengths and generation, so the loss is the one training ended with."""
     folder, payload = trained
-    assert cli.run(["eval", str(folder), "--json"]) == 0
-    result = json_line(capsys)
+    result = json_of("eval", folder)
     assert result["metrics"]["loss"] == pytest.approx(payload["metrics"]["loss"], rel=1e-6)
     assert result["n"] == len(result["predictions"]) == 1
     assert result["split"] == "validation"
@@ -465,10 +412,9 @@ def test_eval_on_a_file_scores_every_row_and_writes_a_result(trained, own_data, 
     assert json.loads(Path("late.json").read_text())["n"] == 20
 
 
-def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(trained, capsys):
+def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(trained, capsys, json_of):
     """Blanks, quotes, dollar signs, and brackets that rich would read as a style."""
     import shlex
-    import shutil
 
     folder = Path("my runs/it's $HOME [bold] & co")
     shutil.copytree(trained[0], folder)
@@ -480,31 +426,24 @@ def test_printed_commands_can_be_pasted_whatever_the_folder_is_called(trained, c
     assert merge == ["duallora", "merge", str(folder), "-o", "MERGED"]
     assert cli.run(score[1:]) == 0
     shutil.rmtree(folder / "adapter")
-    capsys.readouterr()
-    assert cli.run(["eval", str(folder), "--json"]) == 2
-    again = json_line(capsys)["error"].partition("finish it with: ")[2]
+    again = json_of("eval", folder, code=2)["error"].partition("finish it with: ")[2]
     assert shlex.split(again) == ["duallora", "train", "-c", str(folder / "recipe.yaml"), "--resume", "auto"]
 
 
-@pytest.mark.parametrize("written", ["whole", "relative", "link", "adapter"])
-def test_eval_on_the_training_file_scores_the_held_out_rows_alone(written, trained, own_data, capsys):
-    """19 of its 20 rows were trained on; a score over them says nothing of new rows."""
-    folder = trained[0]
-    data = str(own_data)
-    if written == "relative":
-        data = os.path.relpath(own_data)
-    elif written == "link":
-        data = "link.csv"
-        Path(data).symlink_to(own_data)
-    elif written == "adapter":
-        folder = folder / "adapter"
-    assert cli.run(["eval", str(folder), "--json"]) == 0
-    own = json_line(capsys)
-    assert cli.run(["eval", str(folder), "--data", data, "--json"]) == 0
-    named = json.loads((captured := capsys.readouterr()).out)
-    assert f"{data} is what {folder} was trained on: scored on the run's own validation rows" in captured.err
-    assert named["n"] == 1
-    assert named == own
+def test_eval_on_the_training_file_scores_the_held_out_rows_alone(trained, own_data, capsys, json_of):
+    """19 of its 20 rows were trained on; a score over them says nothing of new rows. However the file is written."""
+    Path("link.csv").symlink_to(own_data)
+    for data, folder in [
+        (str(own_data), trained[0] / "adapter"),
+        (os.path.relpath(own_data), trained[0]),
+        ("link.csv", trained[0]),
+    ]:
+        own = json_of("eval", folder)
+        assert cli.run(["eval", str(folder), "--data", data, "--json"]) == 0
+        captured = capsys.readouterr()
+        assert f"{data} is what {folder} was trained on: scored on the run's own validation rows" in captured.err
+        assert json.loads(captured.out) == own
+        assert own["n"] == 1
 
 
 def test_rows_that_are_not_those_of_the_training_are_told(trained, tmp_path, capsys):
@@ -520,11 +459,8 @@ def test_rows_that_are_not_those_of_the_training_are_told(trained, tmp_path, cap
     assert told in capsys.readouterr().out
 
 
-def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, tmp_path, capsys):
+def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, tmp_path, json_of):
     """The recipe's bad_rows, form, lengths and beams, which the flags overrule, and not its eval_limit."""
-    import shutil
-
-    from duallora.config.load import load_recipe
     from duallora.config.recipe import recipe_yaml
 
     shutil.copytree(trained[0], "run")
@@ -537,8 +473,7 @@ def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, t
     rows = [{"prompt": "p", "completion": "c", "instruction": f"Count {i}", "output": "1"} for i in range(3)]
     Path("new.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "p"}])))
     command = ["eval", "run", "--data", "new.jsonl", "-o", "out.json"]
-    assert cli.run([*command, "--json"]) == 0
-    payload = json_line(capsys)
+    payload = json_of(*command)
     assert payload["n"] == 3
     assert payload["data"] == "new.jsonl"
     assert sum("1 bad row of 4" in note for note in payload["notes"]) == 1
@@ -551,137 +486,91 @@ def test_other_data_are_read_and_scored_as_the_recipe_of_the_run_says(trained, t
     assert {key: result["recipe"][key] for key in kept} == kept
 
 
-def test_data_of_another_kind_than_the_run_was_trained_for_are_refused(trained, capsys, monkeypatch):
-    from duallora.store import adapters
-
+def test_data_of_another_kind_than_the_run_was_trained_for_are_refused(trained, monkeypatch, json_of):
     monkeypatch.setattr(adapters, "load_adapter", None)  # refused before the model is loaded
     Path("two.csv").write_text("text,label\na,one\nb,two\n")
-    assert cli.run(["eval", str(trained[0]), "--data", "two.csv", "--json"]) == 2
-    error = json_line(capsys)["error"]
+    error = json_of("eval", trained[0], "--data", "two.csv", code=2)["error"]
     assert f"two.csv holds classes (rows with a label), but {trained[0]} was trained for text to generate" in error
 
 
-def test_eval_refuses_an_output_it_cannot_write_before_the_model_is_loaded(trained, capsys, monkeypatch):
-    from duallora.store import adapters
-
+def test_eval_refuses_an_output_it_cannot_write_before_the_model_is_loaded(trained, monkeypatch, json_of):
     monkeypatch.setattr(adapters, "load_adapter", None)
     Path("out").mkdir()
     Path("file").write_text("x")
-    command = ["eval", str(trained[0]), "--json", "-o"]
-    assert cli.run([*command, "out"]) == 2
-    assert "-o takes a file such as results.json" in json_line(capsys)["error"]
-    assert cli.run([*command, "file/deep/out.json"]) == 7
-    assert "file/deep/out.json cannot be written" in json_line(capsys)["error"]
+    assert "-o takes a file such as results.json" in json_of("eval", trained[0], "-o", "out", code=2)["error"]
+    error = json_of("eval", trained[0], "-o", "file/deep/out.json", code=7)["error"]
+    assert "file/deep/out.json cannot be written" in error
     if os.geteuid():  # to root no folder is closed
         Path("out").chmod(0o500)
-        assert cli.run([*command, "out/new/out.json"]) == 7
-        assert "Permission denied" in json_line(capsys)["error"]
+        assert "Permission denied" in json_of("eval", trained[0], "-o", "out/new/out.json", code=7)["error"]
     assert list(Path("out").iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("source", "nearest"), [("runs/mien", "runs/mine"), ("runs/mien/adapter", "runs/mine/adapter"), ("runs/x", "runs/")]
+    ("line", "words"),
+    [
+        ("eval runs/mien --task e2e", "runs has no mien; the nearest name there is runs/mine"),
+        ("merge runs/mien/adapter -o merged", "runs has no mien; the nearest name there is runs/mine/adapter"),
+        ("eval runs/x --task e2e", "runs has no x; the nearest name there is runs/"),
+    ],
 )
-@pytest.mark.parametrize("line", ["eval {} --task e2e", "merge {} -o merged"])
-def test_a_misspelt_run_is_not_looked_up_on_the_hub(line, source, nearest, capsys, monkeypatch):
-    from duallora.store import adapters
-
+def test_a_misspelt_run_is_not_looked_up_on_the_hub(line, words, monkeypatch, json_of):
     monkeypatch.setattr(adapters, "find", None)
     for name in ("other", "mine"):
         Path("runs", name).mkdir(parents=True)
-    assert cli.run([*line.format(source).split(), "--json"]) == 2
-    error = json_line(capsys)["error"]
-    assert f"runs has no {source.split('/')[1]}; the nearest name there is {nearest}" in error
+    assert words in json_of(*line.split(), code=2)["error"]
 
 
-def test_a_run_is_resumed_by_its_folder_alone(trained, tmp_path, capsys):
+def test_a_run_is_resumed_by_its_folder_alone(trained, tmp_path, json_of):
     """Also from a checkpoint, and where the folder was moved since: the recipe in it is the run's."""
-    import shutil
-
     shutil.copytree(trained[0], "moved")
     checkpoint = next(Path("moved/checkpoints").glob("checkpoint-*"))
     for path in ("moved", str(checkpoint)):
-        assert cli.run(["train", "--resume", path, "--json"]) == 0
-        payload = json_line(capsys)
+        payload = json_of("train", "--resume", path)
         assert payload["status"] == "done"
         assert payload["metrics"] == trained[1]["metrics"]
-    assert cli.run(["train", "--resume", "moved", "--set", "r=3", "--json"]) == 2
-    assert "adapter.r" in json_line(capsys)["error"]
+    assert "adapter.r" in json_of("train", "--resume", "moved", "--set", "r=3", code=2)["error"]
 
 
-def test_eval_takes_a_plain_model_and_a_limit(tiny_causal_folder, own_data, capsys):
-    command = [
-        "eval",
-        str(tiny_causal_folder),
-        "--data",
-        str(own_data),
-        *["--limit", "2", "--max-new-tokens", "2", "--json"],
-    ]
-    assert cli.run(command) == 0
-    assert json_line(capsys)["n"] == 2
+def test_eval_takes_a_plain_model_and_a_limit(tiny_causal_folder, own_data, json_of):
+    command = ["eval", str(tiny_causal_folder), "--data", str(own_data), "--limit", "2", "--max-new-tokens", "2"]
+    assert json_of(*command)["n"] == 2
 
 
-def test_a_merged_run_loads_with_plain_transformers(trained, tiny_causal_folder, tmp_path, capsys):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    assert cli.run(["merge", str(trained[0]), "-o", "merged", "--json"]) == 0
-    assert json_line(capsys)["max_logit_difference"] == 0
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(tiny_causal_folder)
-    weights = [model.model.layers[0].self_attn.q_proj.weight for model in (merged, base)]
-    assert not torch.equal(*weights)
-    assert cli.run(["merge", str(trained[0]), "-o", "merged"]) == 2
-    assert "not empty" in capsys.readouterr().err
-
-
-def test_data_preview_shows_tokens(tiny_causal_folder, own_data, capsys):
-    command = [
-        "data",
-        "preview",
-        str(own_data),
-        "--model",
-        str(tiny_causal_folder),
-        *["--rows", "2", "--max-length", "64"],
-    ]
+def test_data_preview_shows_tokens(tiny_causal_folder, own_data, capsys, json_of):
+    model = ["--model", str(tiny_causal_folder)]
+    command = ["data", "preview", str(own_data), *model, "--rows", "2", "--max-length", "64"]
     assert cli.run(command) == 0
     out = capsys.readouterr().out
     for words in ("Count 0:", "1, 2", "</s>", "prompt-completion", "mine.csv:2"):
         assert words in out
     assert "Count 3:" not in out
-    assert cli.run([*command, "--json"]) == 0
-    assert json_line(capsys)["format"] == "prompt-completion"
+    assert json_of(*command)["format"] == "prompt-completion"
     assert cli.run([*command, "--split", "tset"]) == 2
     assert "train, validation" in capsys.readouterr().err
 
 
-def test_rows_are_previewed_and_checked_as_the_recipe_of_a_run_reads_them(tiny_encoder_folder, capsys):
+def test_rows_are_previewed_and_checked_as_the_recipe_of_a_run_reads_them(tiny_encoder_folder, capsys, json_of):
     """The same settings tell a run and a look at its data what labels are."""
     Path("t.csv").write_text("text;label\n" + "".join(f"t{label};{label}.0\n" for label in (0, 10, 2)))
-    model = ["--model", str(tiny_encoder_folder), "--json"]
     for verb in ("preview", "check"):
-        assert cli.run(["data", verb, "t.csv", *model]) == 0
-        told = json_line(capsys)
+        command = ["data", verb, "t.csv", "--model", tiny_encoder_folder]
+        told = json_of(*command)
         assert told["kind"] == "classify"
         assert told["notes"] == [
             "classification, 3 classes 0, 2, 10 (whole-number labels; --set data.labels=numbers to regress)",
             "t.csv is separated by semicolons",
         ]
-        assert cli.run(["data", verb, "t.csv", *model, "--set", "data.labels=numbers"]) == 0
-        assert json_line(capsys)["kind"] == "regress"
-        assert cli.run(["data", verb, "t.csv", *model, "--set", "data.labels=number"]) == 2
-        assert "data.labels" in json_line(capsys)["error"]
+        assert json_of(*command, "--set", "data.labels=numbers")["kind"] == "regress"
+        assert "data.labels" in json_of(*command, "--set", "data.labels=number", code=2)["error"]
     command = ["train", "--data", "t.csv", "--model", str(tiny_encoder_folder), "--dry-run"]
     assert cli.run(command) == 0
     assert "3 classes 0, 2, 10 (whole-number labels" in " ".join(capsys.readouterr().out.split())
 
 
-def test_data_check_counts_rows_and_tokens(tiny_causal_folder, own_data, capsys):
-    assert (
-        cli.run(["data", "check", str(own_data), "--model", str(tiny_causal_folder), "--max-length", "12", "--json"])
-        == 0
-    )
-    payload = json_line(capsys)
+def test_data_check_counts_rows_and_tokens(tiny_causal_folder, own_data, json_of):
+    command = ["data", "check", str(own_data), "--model", str(tiny_causal_folder), "--max-length", "12"]
+    payload = json_of(*command)
     rows = [f"Count {i}:{i + 1}, {i + 2}" for i in range(20)]  # a byte is a token, and the end-of-text token follows
     parts = payload["splits"].values()
     assert sum(part["rows"] for part in parts) == 20
@@ -690,26 +579,24 @@ def test_data_check_counts_rows_and_tokens(tiny_causal_folder, own_data, capsys)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "fragment"),
+    ("verb", "name", "content", "fragment"),
     [
-        ("gone.jsonl", None, "gone.jsonl"),
-        ("bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion"\n', "bad.jsonl:2"),
-        ("bad.csv", "prompt,completion\na,b\nc\n", "bad.csv:3"),
-        ("empty.csv", "", "empty.csv"),
-        ("user.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "user.jsonl:1"),
-        ("odd.csv", "question,answer\na,b\n", "question, answer"),
+        ("train --data", "gone.jsonl", None, "gone.jsonl"),
+        ("train --data", "bad.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"', "bad.jsonl:2"),
+        ("data check", "bad.csv", "prompt,completion\na,b\nc\n", "bad.csv:3"),
+        ("data check", "empty.csv", "", "empty.csv"),
+        ("data preview", "user.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "user.jsonl:1"),
+        ("data preview", "odd.csv", "question,answer\na,b\n", "question, answer"),
     ],
 )
-@pytest.mark.parametrize("verb", ["train --data", "data check", "data preview"])
-def test_bad_data_is_exit_code_3_and_names_the_line(verb, name, content, fragment, tiny_causal_folder, capsys):
+def test_bad_data_is_exit_code_3_and_names_the_line(verb, name, content, fragment, tiny_causal_folder, json_of):
     if content is not None:
         Path(name).write_text(content)
-    assert cli.run([*verb.split(), name, "--model", str(tiny_causal_folder), "--json"]) == 3
-    assert fragment in json_line(capsys)["error"]
-    assert [path.name for path in Path().iterdir() if path.name not in (name, "runs")] == []
+    assert fragment in json_of(*verb.split(), name, "--model", tiny_causal_folder, code=3)["error"]
+    assert {path.name for path in Path().iterdir()} <= {name, "runs"}
 
 
-def test_other_names_that_lead_nowhere_are_exit_code_2(trained, own_data, capsys):
+def test_other_names_that_lead_nowhere_are_exit_code_2(trained, own_data, json_of):
     data = str(own_data)
     for line, fragment in [
         (["eval", "nowhere", "--data", data], "nowhere"),
@@ -722,95 +609,73 @@ def test_other_names_that_lead_nowhere_are_exit_code_2(trained, own_data, capsys
         (["train", "--data", data, "--resume", "auto"], "-o"),
         (["train", "--data", data, "--resume", "nowhere"], "nowhere"),
     ]:
-        assert cli.run([*line, "--json"]) == 2, line
-        assert fragment in json_line(capsys)["error"]
+        assert fragment in json_of(*line, code=2)["error"]
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_every_verb_takes_an_adapter_from_the_hubs_cache_by_its_id(links, trained, own_data, lay_in_cache, capsys):
-    lay_in_cache("org/mine", trained[0] / "adapter", links)
+def test_every_verb_takes_an_adapter_from_the_hubs_cache_by_its_id(trained, own_data, lay_in_cache, json_of):
+    lay_in_cache("org/mine", trained[0] / "adapter")
     data = ["--data", str(own_data), "--limit", "3", "--max-new-tokens", "2"]
-    assert cli.run(["eval", str(trained[0] / "adapter"), *data, "--split", "train", "--json"]) == 0
-    local = json_line(capsys)
-    assert cli.run(["eval", "org/mine", *data, "--json"]) == 0
-    assert json_line(capsys)["n"] == local["n"] == 3
-    assert cli.run(["check", "org/mine", "--json"]) == 0
-    assert json_line(capsys)["ok"]
-    assert cli.run(["merge", "org/mine", "-o", "merged", "--json"]) == 0
-    assert json_line(capsys)["max_logit_difference"] == 0.0
-    assert cli.run(["convert", "org/mine", "-o", "lora", "--rank", "4", "--json"]) == 0
-    assert json_line(capsys)["rank"] == 4
+    local = json_of("eval", trained[0] / "adapter", *data, "--split", "train")
+    assert json_of("eval", "org/mine", *data)["n"] == local["n"] == 3
+    assert json_of("check", "org/mine")["ok"]
+    assert json_of("merge", "org/mine", "-o", "merged")["max_logit_difference"] == 0.0
+    assert json_of("convert", "org/mine", "-o", "lora", "--rank", "4")["rank"] == 4
 
 
-def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, capsys):
+def test_a_classifier_trains_and_is_scored_by_class_name(tiny_encoder_folder, json_of):
     rows = [f"Count {i},{('zero', 'one', 'two')[i % 3]}\n" for i in range(24)]
     Path("three.csv").write_text("text,label\n" + "".join(rows))
-    command = ["train", "--model", str(tiny_encoder_folder), "--data", "three.csv", "-o", "run"]
-    assert cli.run([*command, *settings("max_steps=2")]) == 0
-    capsys.readouterr()
+    json_of("train", "--model", tiny_encoder_folder, "--data", "three.csv", "-o", "run", *settings("max_steps=2"))
     Path("copy.csv").write_text(Path("three.csv").read_text())
-    assert cli.run(["eval", "run", "--data", "copy.csv", "--json"]) == 0
-    whole = json_line(capsys)
+    whole = json_of("eval", "run", "--data", "copy.csv")
     assert whole["labels"] == ["one", "two", "zero"]
     # The rows of two classes alone: a reader of this file by itself would number them 0 and 1.
     Path("two.csv").write_text("text,label\n" + "".join(row for row in rows if "one" not in row))
-    assert cli.run(["eval", "run", "--data", "two.csv", "--json"]) == 0
-    part = json_line(capsys)
+    part = json_of("eval", "run", "--data", "two.csv")
     assert part["labels"] == ["one", "two", "zero"]
-    kept = [prediction for prediction, row in zip(whole["predictions"], rows, strict=True) if "one" not in row]
-    assert part["predictions"] == kept
-    right = sum(
-        part["labels"][guess] in row for guess, row in zip(kept, [r for r in rows if "one" not in r], strict=True)
-    )
+    kept = [(guess, row) for guess, row in zip(whole["predictions"], rows, strict=True) if "one" not in row]
+    assert part["predictions"] == [guess for guess, _ in kept]
+    right = sum(part["labels"][guess] in row for guess, row in kept)
     assert part["metrics"]["accuracy"] == pytest.approx(100 * right / len(kept))
     # One class alone, which by itself would be no classification at all, for whatever the run has left behind.
     Path("one.csv").write_text("text,label\n" + "".join(row for row in rows if "two" in row))
     kept = [prediction for prediction, row in zip(whole["predictions"], rows, strict=True) if "two" in row]
-    assert cli.run(["merge", "run", "-o", "merged", "--json"]) == 0
-    capsys.readouterr()
+    json_of("merge", "run", "-o", "merged")
     for source in ("run", "run/adapter", "run/checkpoints/checkpoint-2", "merged"):
-        assert cli.run(["eval", source, "--data", "one.csv", "--json"]) == 0
-        part = json_line(capsys)
+        part = json_of("eval", source, "--data", "one.csv")
         assert (part["labels"], part["predictions"]) == (["one", "two", "zero"], kept), source
         assert part["metrics"]["accuracy"] == pytest.approx(100 * kept.count(1) / 8)
     Path("other.csv").write_text("text,label\na,one\nb,nine\nc,ten\n")
-    assert cli.run(["eval", "run", "--data", "other.csv", "--json"]) == 2
-    assert (
-        "holds the classes nine, ten, which the model was not trained on; it knows one, two, zero"
-        in (json_line(capsys)["error"])
-    )
-    assert cli.run(["eval", str(tiny_encoder_folder), "--data", "three.csv", "--json"]) == 2
-    assert "no classification head" in json_line(capsys)["error"]
+    told = "holds the classes nine, ten, which the model was not trained on; it knows one, two, zero"
+    assert told in json_of("eval", "run", "--data", "other.csv", code=2)["error"]
+    assert "no classification head" in json_of("eval", tiny_encoder_folder, "--data", "three.csv", code=2)["error"]
 
 
-def test_a_regression_is_scored_on_whole_numbers_and_a_classifier_on_numbers_as_names(tiny_encoder_folder, capsys):
+def test_a_regression_is_scored_on_whole_numbers_and_a_classifier_on_numbers_as_names(tiny_encoder_folder, json_of):
     """1, 2 and 3 are classes where nobody says otherwise: here the run does."""
     texts = [f"Count {i}" for i in range(12)]
     Path("half.csv").write_text("text,label\n" + "".join(f"{text},{i / 2}\n" for i, text in enumerate(texts)))
     Path("whole.csv").write_text("text,label\n" + "".join(f"{text},{i}\n" for i, text in enumerate(texts[:4])))
     Path("named.csv").write_text("text,label\na,low\n")
     train = ["train", "--model", str(tiny_encoder_folder), *settings("max_steps=1"), "--data"]
-    assert cli.run([*train, "half.csv", "-o", "amounts", "--json"]) == 0
-    capsys.readouterr()
-    assert cli.run(["eval", "amounts", "--data", "whole.csv", "--json"]) == 0
-    scored = json_line(capsys)
+    json_of(*train, "half.csv", "-o", "amounts")
+    scored = json_of("eval", "amounts", "--data", "whole.csv")
     assert scored["labels"] == []
     errors = [guess - i for i, guess in enumerate(scored["predictions"])]
     assert scored["metrics"]["rmse"] == pytest.approx((sum(error**2 for error in errors) / 4) ** 0.5)
-    assert cli.run(["eval", "amounts", "--data", "named.csv", "--json"]) == 3
-    assert "expected a finite number, got text ('low')" in json_line(capsys)["error"]
+    assert (
+        "expected a finite number, got text ('low')"
+        in json_of("eval", "amounts", "--data", "named.csv", code=3)["error"]
+    )
     # And the other way round: what would be read as targets are classes by name, and these it has not.
     Path("three.csv").write_text("text,label\n" + "".join(f"{text},{i % 3}\n" for i, text in enumerate(texts)))
-    assert cli.run([*train, "three.csv", "-o", "classes", "--json"]) == 0
-    capsys.readouterr()
+    json_of(*train, "three.csv", "-o", "classes")
     Path("floats.jsonl").write_text('{"text": "a", "label": 2.0}\n{"text": "b", "label": "0"}\n')
-    assert cli.run(["eval", "classes", "--data", "floats.jsonl", "--json"]) == 0
-    assert json_line(capsys)["labels"] == ["0", "1", "2"]
-    assert cli.run(["eval", "classes", "--data", "half.csv", "--json"]) == 2
-    assert "holds the classes 0.5, 1.5, 2.5, " in json_line(capsys)["error"]
+    assert json_of("eval", "classes", "--data", "floats.jsonl")["labels"] == ["0", "1", "2"]
+    assert "holds the classes 0.5, 1.5, 2.5, " in json_of("eval", "classes", "--data", "half.csv", code=2)["error"]
 
 
-def test_a_run_at_chance_is_done_and_says_so_in_its_json(tiny_encoder_folder, capsys):
+def test_a_run_at_chance_is_done_and_says_so_in_its_json(tiny_encoder_folder, capsys, json_of):
     """Exit code 0, a warning for people, a field for programs; of `eval` on other rows too."""
     Path("three.csv").write_text("text,label\n" + "".join(f"Count {i},{'abc'[i % 3]}\n" for i in range(60)))
     command = ["train", "--model", str(tiny_encoder_folder), "--data", "three.csv", "-o", "run", "--json"]
@@ -821,21 +686,19 @@ def test_a_run_at_chance_is_done_and_says_so_in_its_json(tiny_encoder_folder, ca
     assert payload["at_chance"]["message"].startswith("at chance: ")
     assert payload["at_chance"]["message"] in " ".join(output.err.split())
     Path("fresh.csv").write_text(Path("three.csv").read_text())
-    assert cli.run(["eval", "run", "--data", "fresh.csv", "-o", "out.json", "--json"]) == 0
-    payload = json_line(capsys)
+    payload = json_of("eval", "run", "--data", "fresh.csv", "-o", "out.json")
     assert payload["at_chance"]["rows"] == "all rows"
     assert payload["at_chance"]["chance_loss"] == pytest.approx(math.log(3))
     assert json.loads(Path("out.json").read_text())["at_chance"] == payload["at_chance"]
 
 
 @pytest.mark.data
-def test_a_task_of_the_paper_is_previewed_from_its_folder(shared_data, tiny_causal_folder, capsys):
+def test_a_task_of_the_paper_is_previewed_from_its_folder(shared_data, tiny_causal_folder, json_of):
     command = ["data", "preview", "boolq", "--data-dir", str(shared_data), "--model", str(tiny_causal_folder)]
-    assert cli.run([*command, "--rows", "1", "--max-length", "4096", "--json"]) == 0
-    assert json_line(capsys)["kind"] == "generate"
+    assert json_of(*command, "--rows", "1", "--max-length", "4096")["kind"] == "generate"
 
 
-def test_demo_hands_its_options_on(monkeypatch, capsys):
+def test_demo_hands_its_options_on(monkeypatch, capsys, json_of):
     """The demonstration itself is tested beside its code; here: what the verb passes, prints and returns."""
     from duallora.paper import demo
 
@@ -849,6 +712,5 @@ def test_demo_hands_its_options_on(monkeypatch, capsys):
     monkeypatch.setattr(demo, "demo", show)
     assert cli.run(["demo"]) == 0
     assert "before and after" in capsys.readouterr().out
-    assert cli.run(["demo", "--quick", "-o", "here", "--json"]) == 0
-    assert json_line(capsys) == {"status": "done", "exit_code": 0, "output": "here", "loss": 1.5}
+    assert json_of("demo", "--quick", "-o", "here") == {"status": "done", "exit_code": 0, "output": "here", "loss": 1.5}
     assert calls == [(False, Path("runs/demo")), (True, Path("here"))]

@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -39,7 +39,6 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
         "train:\n  lerning_rate: 1",
         ["recipe.yaml:2: unknown key train.lerning_rate; did you mean train.learning_rate?"],
     ),
-    ("unknown section", "adaptor:\n  r: 8", ["recipe.yaml:1", "unknown key adaptor", "did you mean adapter?"]),
     ("leaf at the top level", "r: 8", ["recipe.yaml:1", "did you mean adapter.r?"]),
     ("ambiguous leaf at the top", "batch_size: 8", ["did you mean train.batch_size or eval.batch_size?"]),
     ("a name of PEFT", "adapter:\n  lora_alpha: 8", ["recipe.yaml:2", "did you mean adapter.alpha?"]),
@@ -58,15 +57,11 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("of another method", "adapter: {method: lora, exclude_modules: '*'}", ['adapter.exclude_modules holds "*"']),
     ("hopeless key", "zzzz: 1", ["recipe.yaml:1", "unknown key zzzz", "model, adapter, data"]),
     ("rank 0", "adapter:\n\n  r: 0", ["recipe.yaml:3", "adapter.r: 0", "integer from 1 to 65536"]),
-    ("rank 10^9", "adapter: {r: 1000000000}", ["adapter.r: 1000000000", "to 65536"]),
     ("fractional rank", "adapter: {r: 8.0}", ["adapter.r: 8.0", "integer"]),
     ("rank in quotes", 'adapter: {r: "8"}', ['adapter.r: "8"', "remove the quotes"]),
-    ("rank true", "adapter: {r: true}", ["adapter.r: true", "integer"]),
     ("alpha 0", "adapter: {alpha: 0}", ["adapter.alpha: 0", "finite number > 0 or null"]),
     ("alpha NaN", "adapter: {alpha: .nan}", ["adapter.alpha: nan", "finite"]),
-    ("number with a unit", "train: {learning_rate: 1e-4x}", ['"1e-4x"', "finite number"]),
     ("list for a number", "train: {batch_size: [8]}", ["train.batch_size: [8]", "integer >= 1"]),
-    ("max_length 7", "data: {task: e2e, max_length: 7}", ["data.max_length: 7", "from 8"]),
     ("yes for true", "train: {gradient_checkpointing: yes}", ['"yes"', "true or false", "YAML 1.2"]),
     ("unknown option", "adapter: {ste_clip: hard}", ['"hard"', '"chain", "update", "none" or "window"']),
     ("NUL in a path", 'output: "a\\0b"', ["output:", "text"]),
@@ -95,7 +90,6 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("key that is a list", "? [a]\n: 1", ["recipe.yaml:1", "not text"]),
     ("python tag", "seed: !!python/object/apply:os.system [ls]", ["recipe.yaml:1", "seed", "tag", "not accepted"]),
     ("open bracket", "seed: [1", ["recipe.yaml:1", "not valid YAML"]),
-    ("tab", "train:\n\tepochs: 1", ["recipe.yaml:2", "not valid YAML"]),
     ("alias", "seed: &x 1\noutput: *x", ["recipe.yaml:2", "aliases (*) are not accepted"]),
     ("not UTF-8", b"seed: 1\nmodel: {name: \xff}", ["recipe.yaml:2", "UTF-8", "0xff"]),
     ("an integer of 5000 digits", "seed: " + "9" * 5000, ["recipe.yaml:1", "seed", "cannot be read"]),
@@ -123,13 +117,10 @@ def test_a_bad_file_is_one_clear_config_error(tmp_path, text, fragments):
 BAD_OVERRIDES = [
     ("lerning_rate=1", ["--set lerning_rate=1", "did you mean train.learning_rate?"]),
     ("batch_size=8", ["ambiguous", "train.batch_size or eval.batch_size"]),
-    ("lr=2e-4", ["did you mean train.learning_rate?"]),
     ("learning_rate", ["expected KEY=VALUE"]),
     ("train=3", ["train is a section", "train.epochs"]),
     ("train.learning_rate=fast", ['train.learning_rate: "fast"', "finite number > 0"]),
-    ("r='8'", ["adapter.r", "remove the quotes"]),
     ("r=!!python/name:os.system", ["tag"]),
-    ("start=x", ["--set start=x: unknown key start; it is now adapter.init_from"]),
     ("adapter.warmup_steps=1e30", ["adapter.warmup_steps: 1e+30", 'integer >= 0 or "auto"']),
     ("alpha=" + "9" * 5000, ["--set alpha=999", "cannot be read as int of at most 4300 digits"]),
     ("alpha=" + "9" * 400, ["adapter.alpha", "finite number > 0"]),
@@ -303,7 +294,7 @@ RECIPES = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(RECIPES)
 def test_a_written_recipe_reads_back_equal(tmp_path_factory, recipe):
     """Any text (quotes, colons, emoji, line separators, words YAML takes for numbers) and any float survives."""
@@ -315,16 +306,32 @@ def test_a_written_recipe_reads_back_equal(tmp_path_factory, recipe):
     assert recipe_yaml(again) == recipe_yaml(recipe)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["8", "1e-4", "0x1f", "null", "True", "yes", "~", "a: b", "a #b", "- a", "'", '"', "\\", "a:", "é\u2028", "\U0001f600",
-     "\ufeffx", "!x", "*x", "{a}", " a ", "2026-01-01", ".nan", "<<", "=", "?", "C:\\models\\x"],
-)  # fmt: skip
-def test_awkward_text_survives_the_round_trip(tmp_path, name):
-    recipe = Recipe(model={"name": name}, data={"path": name, "chat_template_kwargs": {name: name}})
-    path = tmp_path / "r.yaml"
-    path.write_text(recipe_yaml(recipe), encoding="utf-8")
-    assert load_recipe(path) == recipe
+def test_awkward_text_survives_the_round_trip(tmp_path):
+    names = [
+        "8",
+        "1e-4",
+        "0x1f",
+        "null",
+        "True",
+        "yes",
+        "~",
+        "a: b",
+        "a #b",
+        "- a",
+        "'",
+        '"',
+        "\\",
+        "a:",
+        "é\u2028",
+        "<<",
+        "=",
+        "?",
+    ]
+    names += ["\U0001f600", "\ufeffx", "!x", "*x", "{a}", " a ", "2026-01-01", ".nan", "C:\\models\\x"]
+    recipe = Recipe(
+        model={"name": "8"}, data={"path": "a", "chat_template_kwargs": {name: name for name in names}}, plugins=names
+    )
+    assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
 
 
 SCALARS: st.SearchStrategy[Any] = st.one_of(
@@ -332,7 +339,7 @@ SCALARS: st.SearchStrategy[Any] = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(KEYS) | st.text(min_size=1, max_size=12), SCALARS, max_size=4))
 def test_any_override_gives_a_recipe_or_a_config_error(entries):
     """Nothing but ConfigError leaves the reader, and what it accepts is finite and in range."""
@@ -344,7 +351,7 @@ def test_any_override_gives_a_recipe_or_a_config_error(entries):
         assert (recipe.data.path is None) != (recipe.data.task is None)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60) | st.text(":-[]{}&*!|>'\"%@`,#? \n\tae1.", max_size=60).map(str.encode))
 def test_any_file_gives_a_recipe_or_a_config_error(tmp_path, content):
     path = write(tmp_path, content)
@@ -352,7 +359,7 @@ def test_any_file_gives_a_recipe_or_a_config_error(tmp_path, content):
         load_recipe(path, TASK)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.sampled_from([key for key in KEYS if "." in key]), st.data())
 def test_one_slip_in_a_long_key_still_finds_it(key, data):
     """Dropping any one letter of a name of six or more suggests the key itself."""
@@ -366,14 +373,11 @@ def test_one_slip_in_a_long_key_still_finds_it(key, data):
 
 
 def test_the_fingerprint_ignores_key_order_and_the_run_folder_only(tmp_path):
-    one = load_recipe(
-        write(tmp_path, "seed: 3\ndata: {task: e2e}\nadapter: {alpha: 4, r: 2, rank_pattern: {a: 1, b: 2}}")
-    )
-    two = load_recipe(
-        write(
-            tmp_path, "adapter: {rank_pattern: {b: 2, a: 1}, r: 2, alpha: 4.0}\noutput: x\ndata: {task: e2e}\nseed: 3"
-        )
-    )
+    texts = [
+        "seed: 3\ndata: {task: e2e}\nadapter: {alpha: 4, r: 2, rank_pattern: {a: 1, b: 2}}",
+        "adapter: {rank_pattern: {b: 2, a: 1}, r: 2, alpha: 4.0}\noutput: x\ndata: {task: e2e}\nseed: 3",
+    ]
+    one, two = (load_recipe(write(tmp_path, text)) for text in texts)
     assert fingerprint(one) == fingerprint(two)
     other = [load_recipe(None, [*TASK, change]) for change in ("seed=1", "r=8", "task=boolq", "eval.metrics=false")]
     assert len({fingerprint(recipe) for recipe in [one, load_recipe(None, TASK), *other]}) == 6
@@ -399,17 +403,14 @@ FINGERPRINT_OF_THE_DEFAULTS = "97023ac55e6c3a3c8b42c54de77bca4fc6fdfb2748ac47a6f
 
 
 def test_the_choices_are_those_that_are_implemented():
-    from typing import get_args
-
     from duallora.core import equation
     from duallora.core.settings import hints
     from duallora.ops import BACKENDS
 
-    found = {name: get_args(hints()[name]) for name in ("magnitude", "direction", "ste_clip", "backend")}
-    assert {*found["magnitude"]} == {*equation.MAGNITUDES}
-    assert {*found["direction"]} == {*equation.DIRECTIONS}
-    assert {*found["ste_clip"]} == {*equation.STE_CLIPS}
-    assert {*found["backend"]} == {*BACKENDS}
+    written = {
+        "magnitude": equation.MAGNITUDES, "direction": equation.DIRECTIONS, "ste_clip": equation.STE_CLIPS, "backend": BACKENDS,
+    }  # fmt: skip
+    assert {name: {*get_args(hints()[name])} for name in written} == {name: {*known} for name, known in written.items()}
 
 
 def test_a_setting_is_written_once():

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+from of_runs import equal
+from rich.console import Console
+from safetensors.torch import load_file
+
+from duallora.config.load import load_recipe
+from duallora.store import adapters
+from duallora.tasks import encode_split
+from duallora.train import evaluate, prepare, run
 
 
 @pytest.fixture(scope="session")
 def sums(tmp_path_factory) -> Path:
     """Prompt-completion rows of uneven length."""
-    return write_sums(tmp_path_factory.mktemp("data") / "sums.jsonl", count=26)
-
-
-def write_sums(path: Path, count: int, seed: int = 0) -> Path:
-    draw = random.Random(seed)
+    draw = random.Random(0)
     lines = []
-    for _ in range(count):
+    for _ in range(26):
         a, b = draw.randrange(500), draw.randrange(10 ** draw.randrange(1, 5))
         lines.append(json.dumps({"prompt": f"{a} plus {b} is", "completion": f" {a + b}"}))
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -40,12 +47,11 @@ def moods(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
+@pytest.fixture(scope="session")
+def recipe_at(tiny_causal_folder, tiny_encoder_folder, sums, moods):
     """A recipe for 10 steps with dropout, accumulation, a ramp of 6 steps and a checkpoint every 2; settings override."""
-    from duallora.config.load import load_recipe
 
-    def make(*settings: str, kind: str = "generate", output: Path | None = None, data: Path | None = None):
+    def make(output: Path, *settings: str, kind: str = "generate", data: Path | None = None):
         model, own = (tiny_causal_folder, sums) if kind == "generate" else (tiny_encoder_folder, moods)
         defaults = {
             "adapter.r": 4,
@@ -69,31 +75,28 @@ def make_recipe(tiny_causal_folder, tiny_encoder_folder, sums, moods, tmp_path):
         if any(setting.startswith("adapter.method=") for setting in settings):  # no setting of another method
             del defaults["adapter.init_std"]
         base = [f"{key}={value}" for key, value in defaults.items()]
-        return load_recipe(
-            None, [*base, *settings], model=str(model), data=str(data or own), output=output or tmp_path / "run"
-        )
+        return load_recipe(None, [*base, *settings], model=str(model), data=str(data or own), output=output)
 
     return make
 
 
-@pytest.fixture(scope="session")
-def _trained_folders():
-    return {}
-
-
 @pytest.fixture
-def trained(_trained_folders, make_recipe, console, tmp_path_factory):
+def make_recipe(recipe_at, tmp_path):
+    """`recipe_at`, in a folder of the test's own unless told otherwise."""
+    return lambda *settings, output=None, **options: recipe_at(output or tmp_path / "run", *settings, **options)
+
+
+@pytest.fixture(scope="session")
+def trained(recipe_at, tmp_path_factory):
     """``trained(kind)`` is the run folder of 8 steps, made once a session; copy it before damaging it."""
-    from duallora.train import run
 
-    def folder(kind: str = "generate") -> Path:
-        if kind not in _trained_folders:
-            output = tmp_path_factory.mktemp(kind) / "run"
-            run.train(make_recipe("train.max_steps=8", kind=kind, output=output), console=console)
-            _trained_folders[kind] = output
-        return _trained_folders[kind]
+    @functools.cache
+    def folder(kind: str) -> Path:
+        output = tmp_path_factory.mktemp(kind) / "run"
+        run.train(recipe_at(output, "train.max_steps=8", kind=kind), console=Console(quiet=True))
+        return output
 
-    return folder
+    return lambda kind="generate": folder(kind)
 
 
 @pytest.fixture
@@ -117,10 +120,6 @@ def interrupted():
 @pytest.fixture
 def resumes(make_recipe, console, tmp_path, interrupted):
     """``resumes(*settings)`` is (result, folder, that of the run stopped after checkpoint ``at``), resumed to the bit."""
-    from of_runs import equal
-    from safetensors.torch import load_file
-
-    from duallora.train import run
 
     def check(*settings: str, at: int = 2, name: str = "run", make=make_recipe, **options):
         folder = tmp_path / name
@@ -131,7 +130,8 @@ def resumes(make_recipe, console, tmp_path, interrupted):
         assert len(first) > 0
         assert equal(first, second)
         assert again["metrics"]["loss"] == whole["metrics"]["loss"] != whole["metrics"]["loss_before"]
-        assert again["metrics"].get("start_rows") == whole["metrics"].get("start_rows")
+        for name in ("start_rows", "forgetting"):
+            assert again["metrics"].get(name) == whole["metrics"].get(name)
         return whole, folder, stopped
 
     return check
@@ -140,9 +140,6 @@ def resumes(make_recipe, console, tmp_path, interrupted):
 @pytest.fixture
 def held_out_loss(console):
     """``held_out_loss(source, recipe, kind)``: of what is loaded from there, on the recipe's validation rows."""
-    from duallora.store import adapters
-    from duallora.tasks import encode_split
-    from duallora.train import evaluate, prepare
 
     def loss(source, recipe, kind: str = "generate") -> float:
         model, tokenizer = adapters.load_adapter(source, kind)
@@ -156,8 +153,4 @@ def held_out_loss(console):
 @pytest.fixture
 def console():
     """A console whose text the test can read: ``console.file.getvalue()``."""
-    import io
-
-    from rich.console import Console
-
     return Console(file=io.StringIO(), width=200)

@@ -1,9 +1,5 @@
 """Ways to damage a file."""
 
-from duallora.store import checkpoint
-
-FILES = ("adapter_config.json", checkpoint.WEIGHTS[0], *checkpoint.REQUIRED, *checkpoint.rng_files(1))
-
 
 def bit_flip(path):
     content = bytearray(path.read_bytes())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from of_runs import equal, weights
+from rich.console import Console
 from safetensors.torch import load_file
 
 from duallora.errors import ConfigError
@@ -19,8 +21,9 @@ from duallora.train import calibration, evaluate, prepare, run
 GRADIENT = ("adapter.init=gradient", "adapter.init_batches=2", "train.save_total_limit=null")
 
 
-def factors(folder, part: str = "checkpoints/init") -> dict[str, torch.Tensor]:
-    return load_file(folder / part / "adapter_model.safetensors")
+def factors(folder) -> dict[str, torch.Tensor]:
+    """Before the first step."""
+    return load_file(folder / "checkpoints" / "init" / "adapter_model.safetensors")
 
 
 def best_descent(W: torch.nn.Parameter, rank: int) -> np.ndarray:
@@ -32,21 +35,15 @@ def cosine(X: np.ndarray, Y: np.ndarray) -> float:
     return float((X * Y).sum() / np.linalg.norm(X) / np.linalg.norm(Y))
 
 
-@pytest.fixture(scope="session")
-def _started():
-    return {}
+@pytest.fixture(scope="module")
+def started(recipe_at, tmp_path_factory):
+    """``started(kind)`` is (recipe, folder, result) of a run of 4 steps from the gradient, made once."""
 
-
-@pytest.fixture
-def started(_started, make_recipe, console, tmp_path_factory):
-    """``started(kind)`` is (recipe, folder, result) of a run of 4 steps from the gradient, made once a session."""
-
-    def made(kind: str = "generate"):
-        if kind not in _started:
-            output = tmp_path_factory.mktemp(f"{kind}-gradient") / "run"
-            recipe = make_recipe(*GRADIENT, "train.max_steps=4", "eval.metrics=true", kind=kind, output=output)
-            _started[kind] = recipe, output, run.train(recipe, console=console)
-        return _started[kind]
+    @functools.cache
+    def made(kind: str):
+        output = tmp_path_factory.mktemp(f"{kind}-gradient") / "run"
+        recipe = recipe_at(output, *GRADIENT, "train.max_steps=4", "eval.metrics=true", kind=kind)
+        return recipe, output, run.train(recipe, console=Console(quiet=True))
 
     return made
 
@@ -74,35 +71,31 @@ def test_the_run_starts_down_the_gradient_of_its_own_loss_on_the_drawn_rows(star
     assert all((found[name] > 0).all() for name in found if ".duallora_A" in name or ".duallora_B" in name)
 
 
-def test_a_stopped_run_goes_on_without_a_second_start(started, make_recipe, console, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_without_a_second_start(
+    started, make_recipe, console, tmp_path, monkeypatch, interrupted
+):
     """The rest of the run after step 2, bit for bit; a start done twice would undo those steps."""
-    _, folder, whole = started()
-    stopped = tmp_path / "run"
-    shutil.copytree(folder, stopped)
-    shutil.rmtree(stopped / "adapter")
-    shutil.rmtree(stopped / "checkpoints" / "checkpoint-4")
-    facts = json.loads((stopped / "run.json").read_text())
-    (stopped / "run.json").write_text(json.dumps({**facts, "status": "interrupted"}))
+    _, folder, whole = started("generate")
+    stopped = interrupted(folder, tmp_path / "run", at=2)
     monkeypatch.setattr(calibration, "start_from_gradient", None)
     again = run.train(make_recipe(*GRADIENT, "train.max_steps=4", "eval.metrics=true"), resume="auto", console=console)
     assert again["metrics"]["loss"] == whole["metrics"]["loss"]
     assert again["metrics"]["start_rows"] == 8
-    first, second = factors(folder, "adapter"), factors(stopped, "adapter")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], start) for name, start in factors(folder).items())
+    assert equal(weights(folder), weights(stopped))
+    assert not equal(weights(folder), factors(folder))
 
 
-@pytest.mark.parametrize("init", ["gradient-signs", "gradient-magnitudes"])
-def test_half_a_start_leaves_the_other_half_as_the_seed_drew_it(started, make_recipe, console, tmp_path, init):
+def test_half_a_start_leaves_the_other_half_as_the_seed_drew_it(started, make_recipe, console, tmp_path):
     """Every start of one seed begins with the same draw, so a comparison of starts compares nothing else."""
-    folders = [tmp_path / name for name in ("half", "gaussian")]
-    for folder, start in zip(folders, (init, "gaussian"), strict=True):
-        settings = (f"adapter.init={start}", *GRADIENT[1:], "train.max_steps=1")
-        run.train(make_recipe(*settings, output=folder), console=console)
-    half, gaussian, whole = factors(folders[0]), factors(folders[1]), factors(started()[1])
-    for name in half:
-        group = "signs" if name[-1] in "CD" else "magnitudes"
-        assert torch.equal(half[name], whole[name] if init.endswith(group) else gaussian[name]), name
+    for init in ("gradient-signs", "gradient-magnitudes", "gaussian"):
+        settings = (f"adapter.init={init}", *GRADIENT[1:], "train.max_steps=1")
+        run.train(make_recipe(*settings, output=tmp_path / init), console=console)
+    gaussian, whole = factors(tmp_path / "gaussian"), factors(started("generate")[1])
+    signs, magnitudes = factors(tmp_path / "gradient-signs"), factors(tmp_path / "gradient-magnitudes")
+    for name in whole:
+        its_own, other = (signs, magnitudes) if name[-1] in "CD" else (magnitudes, signs)
+        assert torch.equal(its_own[name], whole[name]), name
+        assert torch.equal(other[name], gaussian[name]), name
         if name[-1] in "AB":
             assert torch.equal(whole[name], gaussian[name].abs())
 
@@ -117,22 +110,19 @@ def test_the_rows_are_drawn_by_the_seed_and_cut_to_the_same_start_anywhere(start
     cut = ("train.batch_size=1", "train.gradient_accumulation_steps=4", "train.gradient_checkpointing=true")
     recipe = make_recipe(*GRADIENT, *cut, "train.max_steps=1", output=tmp_path / "cut")
     run.train(recipe, console=console)
-    ours, theirs = factors(tmp_path / "cut"), factors(started()[1])
+    ours, theirs = factors(tmp_path / "cut"), factors(started("generate")[1])
     for name in (name for name in ours if name.endswith(".duallora_D")):
         pairs = [t[name] @ t[name[:-1] + "C"] for t in (ours, theirs)]
         assert cosine(*(pair.double().numpy() for pair in pairs)) > 1 - 1e-6, name
 
 
 @pytest.mark.parametrize("quantization", ["bnb-4bit", "torchao-int8"])
-def test_on_a_quantized_base_the_gradient_is_that_of_what_it_computes(make_recipe, console, tmp_path, quantization):
+def test_on_a_quantized_base_the_gradient_is_that_of_what_it_computes(started, make_recipe, console, quantization):
     """Signs from rounded weights, but mostly those of the plain ones."""
     pytest.importorskip(models.QUANTIZATIONS[quantization])
-    starts = []
-    for stored in ("null", quantization):
-        folder = tmp_path / stored
-        recipe = make_recipe(f"model.quantization={stored}", *GRADIENT, "train.max_steps=1", output=folder)
-        run.train(recipe, console=console)
-        starts.append(factors(folder))
+    recipe = make_recipe(f"model.quantization={quantization}", *GRADIENT, "train.max_steps=1")
+    run.train(recipe, console=console)
+    starts = [factors(started("generate")[1]), factors(Path(recipe.output))]
     for name in (name for name in starts[0] if name.endswith(".duallora_D")):
         plain, rounded = (start[name] @ start[name[:-1] + "C"] for start in starts)
         assert 0.6 < cosine(plain.numpy(), rounded.numpy()) < 1 - 1e-9, name

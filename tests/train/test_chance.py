@@ -171,10 +171,8 @@ def test_a_run_says_it(make_recipe, console, tmp_path):
     assert last[1].startswith("remedy   ")
 
 
-@pytest.mark.parametrize("method", ["duallora", "lora"])
-def test_a_run_that_learns_does_not(make_recipe, console, tmp_path, method):
-    own = ("adapter.method=lora", "adapter.r1=null", "adapter.warmup_steps=auto") if method == "lora" else ()
-    settings = (*own, "train.max_steps=60", "train.save_steps=100", "eval.metrics=true")
+def test_a_run_that_learns_does_not(make_recipe, console):
+    settings = ("train.max_steps=60", "train.save_steps=100", "eval.metrics=true")
     result = run.train(make_recipe(*settings, kind="classify"), console=console)
     assert result["metrics"]["train_loss"] < 0.3
     assert result["at_chance"] is None

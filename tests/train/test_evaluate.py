@@ -16,7 +16,7 @@ from duallora.errors import ConfigError, DataError, IntegrityError, NonFiniteErr
 from duallora.store import adapters, checkpoint, record
 from duallora.store.models import load_model
 from duallora.tasks import Example, Task, encode, encode_prompt, load_data
-from duallora.train import evaluate, run
+from duallora.train import evaluate
 from duallora.tuner import Linear
 
 SHORT = {"max_new_tokens": 1}
@@ -42,13 +42,11 @@ def loss_by_hand(model, tokenizer, examples):
     return total / count
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, task, batch_size):
+def test_the_loss_is_the_mean_over_trained_tokens_whatever_the_batch(trained, task):
     """Trainer's own loss is a mean of batch means, in which a token of a short answer weighs more."""
     model, tokenizer = adapters.load_adapter(trained(), "generate")
-    result = evaluate.evaluate(
-        model, tokenizer, task, split="validation", batch_size=batch_size, max_length=64, generation=SHORT
-    )
+    how = {"batch_size": 3, "max_length": 64, "generation": SHORT}
+    result = evaluate.evaluate(model, tokenizer, task, split="validation", **how)
     expected = loss_by_hand(model, tokenizer, task.splits["validation"])
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-6)
     assert result.metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
@@ -102,11 +100,10 @@ def test_the_answer_compared_is_the_extracted_one(trained, task):
     assert result.examples == examples == seen["examples"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_classes_come_back_in_order_with_the_mean_loss_over_rows(trained, moods, batch_size):
+def test_classes_come_back_in_order_with_the_mean_loss_over_rows(trained, moods):
     model, tokenizer = adapters.load_adapter(trained("classify"), "classify")
     task = load_data(str(moods), eval_fraction=0.5)
-    result = evaluate.evaluate(model, tokenizer, task, split="validation", batch_size=batch_size)
+    result = evaluate.evaluate(model, tokenizer, task, split="validation", batch_size=5)
     losses, classes = [], []
     for example in task.splits["validation"]:
         with torch.no_grad():
@@ -143,25 +140,11 @@ def test_an_absent_or_empty_split_is_named(trained, task):
 
 
 @pytest.mark.parametrize("kind", ["generate", "classify"])
-def test_a_loaded_adapter_gives_the_logits_it_was_saved_with(make_recipe, console, monkeypatch, kind, tmp_path):
-    held = {}
-    save = run._Run._save
-
-    def keep(self):
-        model = self.method.model.eval()
-        held["inputs"] = self.tokenizer("12 plus 3 is fine", return_tensors="pt", return_token_type_ids=False)
-        with torch.no_grad():
-            held["logits"] = model(**held["inputs"]).logits
-        return save(self)
-
-    monkeypatch.setattr(run._Run, "_save", keep)
-    recipe = make_recipe("train.max_steps=4", kind=kind)
-    run.train(recipe, console=console)
-    for source in (recipe.output, Path(recipe.output) / "adapter"):
-        model, _ = adapters.load_adapter(source, kind)
-        with torch.no_grad():
-            torch.testing.assert_close(model(**held["inputs"]).logits, held["logits"], rtol=0, atol=1e-6)
-    assert not model.training
+def test_a_loaded_adapter_has_the_loss_that_training_ended_with(trained, make_recipe, held_out_loss, kind):
+    """Whether the run is named or its adapter: the head and its classes come with it."""
+    expected = record.read_json(trained(kind) / "run.json")["result"]["metrics"]["loss"]
+    for source in (trained(kind), trained(kind) / "adapter"):
+        assert held_out_loss(source, make_recipe(kind=kind), kind) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.fixture
@@ -194,16 +177,12 @@ def without_record(adapter, name):
     record.write_json(adapter / "duallora.json", sidecar)
 
 
-@pytest.mark.parametrize("damage", [half, bit_flip])
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(("damage", "recorded"), [(half, False), (bit_flip, True)])
 def test_damaged_weights_are_refused_with_the_files_name(adapter, damage, recorded):
-    """Without the record only the format's own checks are left, and a flipped bit passes them."""
+    """Without the record only the format's own checks are left, which a flipped bit passes."""
     damage(adapter / "adapter_model.safetensors")
     if not recorded:
         (adapter / "duallora.json").unlink()
-        if damage is bit_flip:
-            adapters.load_adapter(adapter, "generate")
-            return
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
         adapters.load_adapter(adapter, "generate")
 

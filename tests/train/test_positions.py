@@ -21,14 +21,7 @@ SIZES = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 300,
     "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257,
 }  # fmt: skip
-LOW_PADDING = (
-    "xglm",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
-    "esm",
-    "ibert",
-)  # some count positions from behind the padding's id
+LOW_PADDING = ("xglm", "mpnet", "roberta", "xlm-roberta", "esm", "ibert")  # some count from behind the padding's id
 
 
 def config(kind: str, length: int, **more):
@@ -131,12 +124,7 @@ def test_virtual_tokens_take_their_places(adapter):
         (24, 20, 4, None),
         (25, 0, 0, "longest row has 25 tokens.*24 positions: set data.max_length .* at most 24"),
         (25, 20, 4, "longest row has 25 tokens"),
-        (
-            24,
-            20,
-            5,
-            "longest prompt has 20 tokens and eval.max_new_tokens .* is 5.*at most 4, or data.max_length .* 19",
-        ),
+        (24, 20, 5, "prompt has 20 tokens and eval.max_new_tokens .* is 5.*at most 4, or data.max_length .* 19"),
         (0, 24, 5, "both together may be at most 24"),
     ],
 )
@@ -196,26 +184,20 @@ def recipe_for(make_recipe, folder):
     return make
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+@pytest.mark.parametrize(
+    ("kind", "rows", "longest", "room"), [("gpt2", "texts", 47, 40), ("roberta", "labeled", 45, 38)]
+)
 def test_rows_beyond_the_table_are_refused_before_training_and_cut_where_asked(
-    kind, texts, recipe_for, console, tmp_path
+    kind, rows, longest, room, recipe_for, console, tmp_path, request
 ):
-    with pytest.raises(ConfigError, match=r"longest row has 47 tokens, but .* has 40 positions: set data\.max_length"):
-        run.train(recipe_for(kind, 40, data=texts), console=console)
-    assert not (tmp_path / "run").exists()
-    if kind == "gpt2":
-        run.train(recipe_for(kind, 40, "data.max_length=40", data=texts), console=console)
-        assert "rows cut to 40 tokens" in console.file.getvalue()
-
-
-def test_classifiers_too(labeled, recipe_for, console, tmp_path):
     """RoBERTa's 40 positions hold 38 tokens."""
-    with pytest.raises(ConfigError, match=r"longest row has 45 tokens, but .* has 38 positions"):
-        run.train(recipe_for("roberta", 40, "eval.metrics=true", data=labeled), console=console)
+    data = request.getfixturevalue(rows)
+    told = rf"longest row has {longest} tokens, but .* has {room} positions: set data\.max_length"
+    with pytest.raises(ConfigError, match=told):
+        run.train(recipe_for(kind, 40, data=data), console=console)
     assert not (tmp_path / "run").exists()
-    run.train(recipe_for("roberta", 40, "eval.metrics=true", "data.max_length=38", data=labeled), console=console)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert "accuracy" in metrics["metrics"]
+    run.train(recipe_for(kind, 40, f"data.max_length={room}", data=data), console=console)
+    assert f"rows cut to {room} tokens" in console.file.getvalue()
 
 
 def test_answers_beyond_the_table_are_refused_before_training(texts, recipe_for, console, tmp_path):

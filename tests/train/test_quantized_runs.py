@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import io
 import re
 import shutil
 
 import pytest
 import torch
+from of_runs import equal, weights, with_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -16,8 +17,7 @@ from duallora.config.load import load_recipe
 from duallora.errors import ConfigError, IntegrityError
 from duallora.export import merge
 from duallora.store import adapters, models, record
-from duallora.tasks import load_data
-from duallora.train import evaluate, run
+from duallora.train import run
 from duallora.tuner import quantized
 
 NAMES = list(models.QUANTIZATIONS)
@@ -26,63 +26,46 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def _quantized_runs():
-    return {}
+@pytest.fixture(scope="module")
+def quantized_run(recipe_at, tmp_path_factory):
+    """``quantized_run(name)`` is the folder of 8 steps on that base and what train returned, made once."""
 
-
-@pytest.fixture
-def quantized_run(_quantized_runs, make_recipe, tmp_path_factory):
-    """``quantized_run(name)`` is the folder of 8 steps on that base and what train returned, made once a session."""
-
+    @functools.cache
     def made(name: str):
         pytest.importorskip(models.QUANTIZATIONS[name], reason=f"{models.QUANTIZATIONS[name]} is not installed")
-        if name not in _quantized_runs:
-            output = tmp_path_factory.mktemp(name) / "run"
-            recipe = make_recipe(f"model.quantization={name}", "train.max_steps=8", output=output)
-            _quantized_runs[name] = output, run.train(recipe, console=Console(file=io.StringIO()))
-        return _quantized_runs[name]
+        output = tmp_path_factory.mktemp(name) / "run"
+        recipe = recipe_at(output, f"model.quantization={name}", "train.max_steps=8")
+        return output, run.train(recipe, console=Console(quiet=True))
 
     return made
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_run_says_what_it_was_trained_on_and_loads_the_same(quantized_run, sums, name):
+def test_the_run_says_what_it_was_trained_on_and_loads_the_same(quantized_run, make_recipe, held_out_loss, name):
     folder, result = quantized_run(name)
     assert result["metrics"]["loss"] < result["metrics"]["loss_before"]
     assert record.read_json(folder / "adapter" / "duallora.json")["base"]["quantization"] == name
-    model, tokenizer = adapters.load_adapter(folder, "generate")
-    stored = [module for module in model.modules() if quantized.storage(module)]
-    assert len(stored) == 14
-    task = load_data(str(sums), eval_fraction=0.2)
-    scores = evaluate.evaluate(
-        model, tokenizer, task, split="validation", max_length=64, generation={"max_new_tokens": 2}
-    )
-    assert scores.metrics["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+    model, _ = adapters.load_adapter(folder, "generate")
+    assert sum(bool(quantized.storage(module)) for module in model.modules()) == 14
+    assert held_out_loss(folder, make_recipe()) == pytest.approx(result["metrics"]["loss"], rel=1e-4)
 
 
 @needs_bitsandbytes
-def test_a_resumed_run_ends_on_the_bits_of_the_uninterrupted_one(quantized_run, make_recipe, console, tmp_path):
+def test_a_resumed_run_ends_on_the_bits_of_the_uninterrupted_one(
+    quantized_run, make_recipe, console, tmp_path, interrupted
+):
     folder, _ = quantized_run("bnb-4bit")
-    output = tmp_path / "again"
-    settings = ("model.quantization=bnb-4bit", "train.max_steps=8")
-    recipe = make_recipe(*settings, output=output)
-    (output / "checkpoints").mkdir(parents=True)
-    shutil.copytree(folder / "checkpoints" / "checkpoint-6", output / "checkpoints" / "checkpoint-6")
-    facts = record.read_json(folder / "run.json")
-    record.write_json(output / "run.json", {**facts, "status": "interrupted"})
-    run.train(recipe, resume="auto", console=console)
-    assert "from checkpoint-6" in console.file.getvalue()
-    weights = "adapter/adapter_model.safetensors"
-    assert (output / weights).read_bytes() == (folder / weights).read_bytes()
+    output = interrupted(folder, tmp_path / "again", at=6)
     other = make_recipe("model.quantization=bnb-8bit", "train.max_steps=8", output=output)
-    record.write_json(output / "run.json", {**facts, "status": "interrupted"})
     with pytest.raises(ConfigError, match=r'model.quantization: "bnb-4bit" -> "bnb-8bit"'):
         run.train(other, resume="auto", console=console)
+    recipe = make_recipe("model.quantization=bnb-4bit", "train.max_steps=8", output=output)
+    run.train(recipe, resume="auto", console=console)
+    assert "from checkpoint-6" in console.file.getvalue()
+    assert equal(weights(output), weights(folder))
 
 
-@pytest.mark.parametrize("into", ["auto", "dequantized"])
-@pytest.mark.parametrize("name", ["bnb-4bit", "torchao-int8"])
+@pytest.mark.parametrize(("name", "into"), [("bnb-4bit", "dequantized"), ("torchao-int8", "auto")])
 def test_merging_goes_into_plain_weights_and_says_how_far_they_are(quantized_run, console, tmp_path, name, into):
     """Never onto the grid: the original weights by default, or the values it was trained on, then with the same logits."""
     folder, _ = quantized_run(name)
@@ -112,10 +95,7 @@ def test_a_checkpoint_stored_quantized_is_merged_dequantized(tiny_causal_folder,
     stored, tokenizer = models.load_model(str(tiny_causal_folder), "generate", quantization="bnb-4bit")
     stored.save_pretrained(tmp_path / "stored")
     tokenizer.save_pretrained(tmp_path / "stored")
-    settings = ("train.max_steps=4", f"model.name={tmp_path / 'stored'}")
-    recipe = make_recipe(*settings, output=tmp_path / "run")
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": str(tmp_path / "stored")})})
-    run.train(recipe, console=console)
+    run.train(with_model(make_recipe("train.max_steps=4"), tmp_path / "stored"), console=console)
     result = merge.merge(tmp_path / "run", tmp_path / "merged", console=console)
     assert result["weights"] == "dequantized"
     assert result["quantized_logit_difference"] < 1e-5

@@ -39,14 +39,14 @@ def test_a_kill_inside_the_first_save_is_started_anew(make_recipe, console, trai
     assert not list(folder.path.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("found", "resume", "message"),
     [
-        ("holiday.jpg", r"is not empty \(it holds holiday.jpg\) and is no run"),
-        ("checkpoints/checkpoint-2/optimizer.pt", "holds checkpoints but no run.json"),
-        ("adapter/adapter_model.safetensors", "holds adapter but no run.json"),
-        ("log.jsonl", "holds log.jsonl but no run.json"),
+        ("holiday.jpg", "never", r"is not empty \(it holds holiday.jpg\) and is no run"),
+        ("holiday.jpg", "auto", r"is not empty \(it holds holiday.jpg\) and is no run"),
+        ("checkpoints/checkpoint-2/optimizer.pt", "auto", "holds checkpoints but no run.json"),
+        ("adapter/adapter_model.safetensors", "auto", "holds adapter but no run.json"),
+        ("log.jsonl", "never", "holds log.jsonl but no run.json"),
     ],
 )
 def test_what_is_no_run_is_never_taken_for_one(make_recipe, console, tmp_path, found, message, resume):

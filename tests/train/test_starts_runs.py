@@ -17,7 +17,7 @@ from duallora import methods
 from duallora.errors import ConfigError
 from duallora.export import merge
 from duallora.methods import MethodSpec
-from duallora.store import adapters, models
+from duallora.store import models
 from duallora.train import evaluate, prepare, run
 from duallora.train.adapter import put
 
@@ -42,18 +42,15 @@ def settings(start: str, *more: str) -> list[str]:
     return [f"adapter.method={method}", *plain, f"adapter.options={options}", "train.max_steps=4", *more]
 
 
-@pytest.mark.parametrize("start", [start for start in STARTS if start not in ("olora", "lora-ga")])
+@pytest.mark.parametrize("start", ["pissa", "corda-lora+", "eva", "lora-ga-paper"])
 def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
     start, make_recipe, console, tmp_path, resumes, held_out_loss
 ):
     """The factors alone belong to weights that are written nowhere; a second look at the data could differ."""
     whole, folder, stopped = resumes(*settings(start))
-    seen = None if start in ("pissa", "olora") else {"eva": 8, "lora-ga": 5, "lora-ga-paper": 5}.get(start, 6)
-    assert whole["metrics"].get("start_rows") == seen
-    for source in (
-        folder,
-        stopped / "checkpoints" / "checkpoint-4",
-    ):  # a checkpoint is an adapter of the untouched base too
+    seen = {"corda-lora+": 6, "eva": 8, "lora-ga-paper": 5}
+    assert whole["metrics"].get("start_rows") == seen.get(start)
+    for source in (folder, stopped / "checkpoints" / "checkpoint-4"):  # which is an adapter of the untouched base too
         found = held_out_loss(source, make_recipe(*settings(start)))
         assert found == pytest.approx(whole["metrics"]["loss"], abs=2e-6)
     assert merge.merge(folder, tmp_path / "merged", console=console)["max_logit_difference"] < 1e-5
@@ -63,18 +60,15 @@ def test_a_start_is_saved_for_the_untouched_base_and_resumed_to_the_bit(
 def test_a_run_begins_where_one_with_such_a_start_ended(start, make_recipe, console, tmp_path, held_out_loss):
     """The base that it moves is moved by the other run's start, without a look at this run's data."""
     first = run.train(make_recipe(*settings(start), output=tmp_path / "first"), console=console)
-    recipe = make_recipe(
-        *settings(start, f"adapter.init_from={tmp_path / 'first'}", "seed=3"), output=tmp_path / "again"
-    )
+    begun = settings(start, f"adapter.init_from={tmp_path / 'first'}")
+    recipe = make_recipe(*begun, "seed=3", output=tmp_path / "again")
     again = run.train(recipe, console=console)
     assert again["metrics"].get("start_rows") is None
     assert held_out_loss(tmp_path / "again", recipe) == pytest.approx(again["metrics"]["loss"], abs=2e-6)
     before = held_out_loss(tmp_path / "first", recipe)
     assert again["metrics"]["loss_before"] == pytest.approx(before, abs=2e-6)
     assert before != pytest.approx(first["metrics"]["loss_before"], abs=1e-4)
-    other = make_recipe(
-        *settings(start, f"adapter.init_from={tmp_path / 'first'}", "adapter.r=2"), output=tmp_path / "other"
-    )
+    other = make_recipe(*begun, "adapter.r=2", output=tmp_path / "other")
     with pytest.raises(ConfigError, match=r"expected the adapter of a run with the same|r=2|Set adapter.r as there"):
         run.train(other, console=console)
 
@@ -133,7 +127,7 @@ def test_lora_ga_of_the_paper_is_the_gradients_singular_vectors(make_recipe, con
     torch.testing.assert_close((U[:, 3:6].T @ B).abs(), eye, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "corda", "lora-ga"])
+@pytest.mark.parametrize("start", ["olora", "corda"])
 def test_a_classifier_with_such_a_start_resumes_to_the_bit_and_begins_from_another(
     start, make_recipe, tmp_path, resumes, held_out_loss
 ):
@@ -155,9 +149,8 @@ def test_kpm_looks_at_question_answering_rows_and_not_at_the_runs(make_recipe, c
     settings("corda")
     factors = {}
     for name in ("few", "many"):
-        asked = [
-            {"prompt": f"Who wrote {n}?", "completion": f"Author {n * 7}"} for n in range(4 if name == "few" else 30)
-        ]
+        count = 4 if name == "few" else 30
+        asked = [{"prompt": f"Who wrote {n}?", "completion": f"Author {n * 7}"} for n in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
         own = f"{{corda_method: kpm, calibration: 9, calibration_data: {tmp_path / name}.jsonl}}"
         made = settings("corda", f"adapter.options={own}", "adapter.modules_to_save=[pooler]")
@@ -173,17 +166,12 @@ def test_kpm_looks_at_question_answering_rows_and_not_at_the_runs(make_recipe, c
         run.train(make_recipe(*settings("corda", f"adapter.options={own}"), output=tmp_path / "no"), console=console)
 
 
-def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
+def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console, held_out_loss):
     """alpha / sqrt(r) at rank 2 r needs another alpha than alpha / r does."""
     own = "{init_lora_weights: pissa, use_rslora: true, rank_pattern: {q_proj: 2}, alpha_pattern: {v_proj: 5}}"
     recipe = make_recipe(*settings("pissa"), f"adapter.options={own}")
     result = run.train(recipe, console=console)
-    model, tokenizer = adapters.load_adapter(result["folder"], "generate")
-    task = prepare.load(recipe, console)
-    held_out, _ = run.encode_split(evaluate.select(task, "validation"), tokenizer, "generate", max_length=64)
-    assert evaluate.loss_on(model, tokenizer, held_out, "generate") == pytest.approx(
-        result["metrics"]["loss"], abs=2e-6
-    )
+    assert held_out_loss(result["folder"], recipe) == pytest.approx(result["metrics"]["loss"], abs=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +187,7 @@ def test_patterns_and_rank_stabilised_scales_survive_too(make_recipe, console):
         ("{init_lora_weights: lora_ga, rank_pattern: {v_proj: 9}}", r"takes 18 .*v_proj \[16, 32\] has 16"),
         ("{init_lora_weights: eva, eva_config: {gamma: 1}}", "gamma"),
         ("{init_lora_weights: pissa, corda_method: ipm}", "corda_method"),
-        (
-            "{init_lora_weights: corda, corda_method: kpm}",
-            "this run's own rows ask for its task: expected calibration_data",
-        ),
+        ("{init_lora_weights: corda, corda_method: kpm}", "own rows ask for its task: expected calibration_data"),
         ("{init_lora_weights: corda, corda_config: {corda_method: kpm}}", "expected calibration_data"),
         ("{init_lora_weights: corda, calibration_data: qa.jsonl}", "'qa.jsonl' is for corda_method: kpm"),
     ],
@@ -212,12 +197,11 @@ def test_a_start_that_cannot_be_is_said(options, message, make_recipe, console):
         run.train(make_recipe(*settings("pissa", f"adapter.options={options}")), console=console)
 
 
-@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit", "torchao-int8"])
-def test_a_start_that_moves_the_base_is_refused_where_its_weights_are_codes(quantization, make_recipe, console):
+@pytest.mark.parametrize(("start", "quantization"), [("pissa", "bnb-4bit"), ("olora", "torchao-int8")])
+def test_a_start_that_moves_the_base_is_refused_where_its_weights_are_codes(start, quantization, make_recipe, console):
     pytest.importorskip(models.QUANTIZATIONS[quantization])
-    for start in ("pissa", "olora"):
-        with pytest.raises(ConfigError, match=f"'{start}' takes its start off the weights, .* are quantized"):
-            run.train(make_recipe(*settings(start, f"model.quantization={quantization}")), console=console)
+    with pytest.raises(ConfigError, match=f"'{start}' takes its start off the weights, .* are quantized"):
+        run.train(make_recipe(*settings(start, f"model.quantization={quantization}")), console=console)
 
 
 @pytest.mark.parametrize("start", ["pissa", "corda", "lora-ga"])

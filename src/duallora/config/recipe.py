@@ -79,19 +79,14 @@ _MEANINGS = {field.name: field.metadata["help"] for field in dataclasses.fields(
 
 def _of_dual_lora() -> dict[str, Any]:
     """The settings of DualLoraConfig; two have defaults of a run's own."""
-    plain = {
-        field.name: {} if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(Settings)
-    }
-    return {name: (_checked(hints()[name]), setting(default, _MEANINGS[name])) for name, default in plain.items()} | {
-        "target_modules": (_checked(list[str] | str), setting("all-linear", _MEANINGS["target_modules"])),
-        "warmup_steps": (
-            _checked(hints()["warmup_steps"]),
-            setting(
-                "auto", "Optimizer steps until the gate is 1; auto is the learning rate's warm-up (paper: a warm-up)."
-            ),
-        ),
-    }
+    opens = "Optimizer steps until the gate is 1; auto is the learning rate's warm-up (paper: a warm-up)."
+    found = {}
+    for field in dataclasses.fields(Settings):
+        default = {} if field.default is dataclasses.MISSING else field.default
+        found[field.name] = (_checked(hints()[field.name]), setting(default, field.metadata["help"]))
+    found["target_modules"] = (_checked(list[str] | str), setting("all-linear", _MEANINGS["target_modules"]))
+    found["warmup_steps"] = (_checked(hints()["warmup_steps"]), setting("auto", opens))
+    return found
 
 
 def _of_others() -> dict[str, Any]:
@@ -333,10 +328,7 @@ class EvalSection(Section):
 
     def generation(self, max_new_tokens: int | None = None, num_beams: int | None = None) -> dict[str, int]:
         """What overrides a task's own settings for generating: the arguments, else this section's."""
-        chosen = {
-            "max_new_tokens": max_new_tokens or self.max_new_tokens,
-            "num_beams": num_beams or self.num_beams,
-        }
+        chosen = {"max_new_tokens": max_new_tokens or self.max_new_tokens, "num_beams": num_beams or self.num_beams}
         return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -438,8 +430,8 @@ def _options(schema: Mapping[str, Any]) -> list[str]:
     if kind == "boolean":
         return ["true", "false"]
     if kind == "array":
-        size = {(None, None): "", (1, None): "non-empty "}.get((schema.get("minItems"), schema.get("maxItems")))
-        size = f"{schema['minItems']}-item " if size is None else size
+        low, high = schema.get("minItems"), schema.get("maxItems")
+        size = f"{low}-item " if high is not None else "non-empty " if low else ""
         return [f"{size}list of {_words(schema['items'])}"]
     if kind == "object":
         values = schema.get("additionalProperties") or next(iter(schema["patternProperties"].values()))
@@ -482,15 +474,11 @@ def _field_lines(owner: type[Section], key: str, value: Any, indent: str) -> lis
 def fingerprint(recipe: Recipe) -> str:
     """sha256 (hex) of every value but the run folder: equal for the same recipe, whatever order it was written in."""
     values = recipe.model_dump(mode="json", exclude={"output"})
-    later = (
-        ("adapter", "target_parameters"),
-        ("adapter", "trainable_token_indices"),
-        ("data", "columns"),
-        ("eval", "forgetting"),
-    )
-    for section, key in later:
-        if values[section].get(key) is None:  # came later: runs that had no such setting keep theirs
-            values[section].pop(key, None)
+    # Came later: runs that had no such setting keep theirs.
+    for key in ("adapter.target_parameters", "adapter.trainable_token_indices", "data.columns", "eval.forgetting"):
+        section, _, leaf = key.partition(".")
+        if values[section].get(leaf) is None:
+            values[section].pop(leaf, None)
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
@@ -515,7 +503,7 @@ def default_output(recipe: Recipe, now: datetime | None = None) -> str:
     """``runs/<date-time>-<model>-<data>``: the run folder of a recipe whose ``output`` is None."""
     source = recipe.data.task or recipe.data.path or ""
     parts = [f"{now or datetime.now():%Y%m%d-%H%M%S}", _slug(recipe.model.name), _slug(source)]
-    return "runs/" + "-".join(part for part in parts if part)
+    return "runs/" + "-".join(filter(None, parts))
 
 
 def _slug(name: str) -> str:

@@ -1,7 +1,4 @@
-"""How good a model is on a task: the loss on its answers, and the task's own metrics on what it generates or predicts.
-
-Also the one place that loads an adapter for use, and refuses one that is damaged or belongs to another base model.
-"""
+"""How good a model is on a task: the loss on its answers, and the task's own metrics on what it generates or predicts."""
 
 from __future__ import annotations
 
@@ -99,35 +96,35 @@ def evaluate(
     if counts.truncated:
         notes.append(f"{counts.truncated:,} of {counts.rows:,} rows cut to {max_length:,} tokens")
     shared: dict[str, Any] = {"batch_size": batch_size, "console": console, "processes": processes}
-    predictions: list[Any]
+    predictions: list[Any] = [""] * len(examples)
+    values: dict[str, float] = {}
+    answers: list[Answer] = []
     with inference(model), _folded_on_cpu(model):
         if scoring == "likelihood":
             predictions, values, answers = choose(
                 model, tokenizer, task, examples, rows, max_length=max_length, **shared
             )
-            values |= _losses(answers, split)
-            return EvalResult(values, predictions, examples, _joined(notes), answers, counts.truncated)
-        answers = []
-        if task.kind == "generate":
-            answers = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
-            losses = _losses(answers, split)  # before the long part
-            answers = _by_example(answers, counts.examples)
-            settings = {**task.generation, **(generation or {})}
-            if task.loss_only:
-                return EvalResult(losses, [""] * len(examples), examples, _joined(notes), answers, counts.truncated)
-            texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
-            predictions = [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
+            losses = _losses(answers, split)
+        elif task.kind == "generate":
+            found = _answers(log_likelihoods(model, tokenizer, rows, **shared), rows)
+            losses = _losses(found, split)  # before the long part
+            answers = _by_example(found, counts.examples)
+            if not task.loss_only:
+                settings = {**task.generation, **(generation or {})}
+                texts = generate(model, tokenizer, examples, max_length=max_length, **shared, **settings)
+                predictions = [_answer(task, text, example) for text, example in zip(texts, examples, strict=True)]
         else:
             logits = classify(model, tokenizer, rows, **shared)
             losses = {"loss": _finite(_row_loss(logits, rows, task.kind), split)}
             predictions = logits.argmax(-1).tolist() if task.kind == "classify" else logits.squeeze(-1).tolist()
-    more: dict[str, float] = {}
-    if task.programs is not None:
-        programs = task.programs
-        more, note = processes.from_main(lambda: programs(predictions, examples))
-        notes.append(note)
-    values = {**task.metrics(predictions, examples), **more, **losses}
-    return EvalResult(values, predictions, examples, _joined(notes), answers, counts.truncated)
+    if scoring == "generation" and not (task.kind == "generate" and task.loss_only):
+        values = task.metrics(predictions, examples)
+        if (programs := task.programs) is not None:
+            more, note = processes.from_main(lambda: programs(predictions, examples))
+            values = {**values, **more}
+            notes.append(note)
+    note = "; ".join(filter(None, notes))
+    return EvalResult({**values, **losses}, predictions, examples, note, answers, counts.truncated)
 
 
 def check_lengths(
@@ -153,18 +150,13 @@ def check_lengths(
         examples = [replace(example, answer=option) for example in examples for option in task.options(example)]
     rows, _ = encode_split(examples, tokenizer, task.kind, max_length=max_length)
     prompts = [encode_prompt(example, tokenizer, max_length=max_length) for example in examples if new]
-    return check_room(
-        model, tokenizer, row=longest(rows), prompt=max((len(prompt) for prompt in prompts), default=0), new=new
-    )
+    prompt = max(map(len, prompts), default=0)
+    return check_room(model, tokenizer, row=longest(rows), prompt=prompt, new=new)
 
 
 def longest(rows: Sequence[Mapping[str, Any]]) -> int:
     """Tokens of the longest row."""
     return max(len(row["input_ids"]) for row in rows)
-
-
-def _joined(notes: Sequence[str]) -> str:
-    return "; ".join(filter(None, notes))
 
 
 def check_scoring(task: Task, scoring: Scoring) -> None:
@@ -198,7 +190,7 @@ def loss_on(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], kind: Kind
     """
     with inference(model), _folded_on_cpu(model):
         if kind == "generate":
-            return answer_loss(model, tokenizer, rows, **how)
+            return metrics.get("loss").value(_answers(log_likelihoods(model, tokenizer, rows, **how), rows), ())
         return _row_loss(classify(model, tokenizer, rows, **how), rows, kind)
 
 
@@ -222,11 +214,6 @@ def answers(model: Any, tokenizer, task: Task, examples: Sequence[Example], **ho
 def in_words(example: Example) -> str:
     """What a row asks."""
     return example.prompt or " | ".join(example.texts) or str(example.messages[0]["content"])
-
-
-def answer_loss(model: Any, tokenizer, rows: Sequence[Mapping[str, Any]], **how: Any) -> float:
-    """Mean cross entropy per trained token, in nats, every token of every row weighing the same."""
-    return metrics.get("loss").value(_answers(log_likelihoods(model, tokenizer, rows, **how), rows), ())
 
 
 def _answers(found: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> list[Answer]:

@@ -114,18 +114,22 @@ class RunTrainer(Trainer):
 
     def _by_parts(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
         """The summed loss of a micro-batch, of which ``rows_at_once`` rows at a time are in memory."""
-        rows = len(inputs["input_ids"])
+        step, rows = super().training_step, len(inputs["input_ids"])
         size = self.rows_at_once or rows
-        parts = [{key: value[at : at + size] for key, value in inputs.items()} for at in range(0, rows, size)]
-        if len(parts) == 1:
-            return super().training_step(model, inputs, num_items_in_batch)
-        return torch.stack(
-            [super(RunTrainer, self).training_step(model, part, num_items_in_batch) for part in parts]
-        ).sum()
+        parts = ({key: value[at : at + size] for key, value in inputs.items()} for at in range(0, rows, size))
+        return torch.stack([step(model, part, num_items_in_batch) for part in parts]).sum()
 
     def require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise self.non_finite(what, value)
+        """NonFiniteError for a NaN or infinite ``what`` in the step under way, which is also logged."""
+        if math.isfinite(value):
+            return
+        step = self.state.global_step + 1
+        self.log({what: value, "stopped_in_step": step})
+        raise NonFiniteError(
+            f"the {what.replace('_', ' ')} is {value} in step {step}; the step was not applied and nothing of it was "
+            f"saved. Lower train.learning_rate (it is {self.args.learning_rate:g}), look at the rows, or use "
+            "model.dtype=float32; earlier checkpoints are intact"
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         rows: Any = self.train_dataset
@@ -133,9 +137,8 @@ class RunTrainer(Trainer):
         # By optimizer step, so that a smaller batch with more accumulation or more processes is the same run.
         at_once = self.args.train_batch_size * self.processes.world_size
         step = at_once * self.args.gradient_accumulation_steps
-        self.sampler = LikeLengths(
-            lengths, step, self.args.seed, fill_to=at_once if self.processes.world_size > 1 else 1
-        )
+        fill_to = at_once if self.processes.world_size > 1 else 1
+        self.sampler = LikeLengths(lengths, step, self.args.seed, fill_to)
         return self.sampler
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -175,16 +178,6 @@ class RunTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:  # Trainer's own passes over what does not fit
             load_weights(method, Path(resume_from_checkpoint))
-
-    def non_finite(self, what: str, value: float) -> NonFiniteError:
-        """The error for a NaN or infinite ``what`` in the step under way, which is also logged."""
-        step = self.state.global_step + 1
-        self.log({what: value, "stopped_in_step": step})
-        return NonFiniteError(
-            f"the {what.replace('_', ' ')} is {value} in step {step}; the step was not applied and nothing of it was "
-            f"saved. Lower train.learning_rate (it is {self.args.learning_rate:g}), look at the rows, or use "
-            "model.dtype=float32; earlier checkpoints are intact"
-        )
 
 
 def nothing_to_learn(row: dict[str, Any], kind: Kind) -> dict[str, Any]:

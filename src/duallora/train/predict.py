@@ -81,13 +81,14 @@ def predict(
             say(console, "resume", f"behind row {part.rows:,} of {part.path.name}")
         model, tokenizer = adapters.load_adapter(source, kind, dtype=dtype, strict=strict)
         names = _class_names(model) if kind == "classify" else []
-        new = ["prediction", *(["probability", *map("p({})".format, names)] if names else [])]
-        new = new if output.suffix == ".csv" else ["prediction", *(["probability", "probabilities"] if names else [])]
+        new = ["prediction", *(["probability", "probabilities"] if names else [])]
+        if output.suffix == ".csv":
+            new[2:] = map("p({})".format, names)
         if taken := [name for name in new if name in questions.columns]:
             raise ConfigError(f"{file} has a column {taken[0]!r} already, which the answers would take: rename it")
-        lines = _Lines(output.suffix, [*questions.columns, *new])
+        columns = [*questions.columns, *new] if output.suffix == ".csv" else None
         if not part.rows:
-            part.write(lines.head(), 0)
+            part.write(_csv(columns) if columns else "", 0)
         truncated = 0
         size = settings["batch_size"] * BATCHES
         with progress_bar(console, "predict", questions.count, done=part.rows) as update, evaluate.inference(model):
@@ -100,7 +101,7 @@ def predict(
                     answers, cut = _scores(model, tokenizer, examples, kind, names, settings)
                 truncated += cut
                 rows = [{**row, **answer} for (row, _), answer in zip(chunk, answers, strict=True)]
-                part.write("".join(map(lines.line, rows)), len(rows))
+                part.write("".join(_line(row, columns) for row in rows), len(rows))
                 update(part.rows)
         if truncated:
             words = f"{truncated:,} rows cut to {settings['max_length']:,} tokens (data.max_length)"
@@ -172,26 +173,23 @@ def _scores(
     return found, counts.truncated
 
 
-class _Lines:
-    """Rows as the lines of a file of one kind."""
+def _line(row: Mapping[str, Any], columns: Sequence[str] | None) -> str:
+    """A row as a line of a .csv file with these columns; without columns, of a .jsonl file."""
+    if columns is None:
+        return _json(row) + "\n"
+    row = {**row, **{f"p({name})": share for name, share in row.get("probabilities", {}).items()}}
+    return _csv([row.get(column) for column in columns])
 
-    def __init__(self, suffix: str, columns: list[str]):
-        self.csv, self.columns = suffix == ".csv", columns
 
-    def head(self) -> str:
-        return self._csv(self.columns) if self.csv else ""
+def _csv(values: Sequence[Any]) -> str:
+    beside = io.StringIO()
+    nested = (_json(value) if isinstance(value, (list, dict)) else value for value in values)
+    csv.writer(beside, lineterminator="\n").writerow(nested)
+    return beside.getvalue()
 
-    def line(self, row: Mapping[str, Any]) -> str:
-        if not self.csv:
-            return json.dumps(row, ensure_ascii=False, default=str) + "\n"
-        row = {**row, **{f"p({name})": share for name, share in row.get("probabilities", {}).items()}}
-        return self._csv([row.get(column) for column in self.columns])
 
-    def _csv(self, values: Sequence[Any]) -> str:
-        beside = io.StringIO()
-        nested = (json.dumps(v, ensure_ascii=False, default=str) if isinstance(v, (list, dict)) else v for v in values)
-        csv.writer(beside, lineterminator="\n").writerow(nested)
-        return beside.getvalue()
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class _Part:

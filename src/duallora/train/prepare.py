@@ -134,6 +134,7 @@ def arguments(
 ) -> TrainingArguments:
     options = recipe.train
     batch_size, accumulation = shares(options.batch_size, options.gradient_accumulation_steps, processes.world_size)
+    whole = methods.get(recipe.adapter.method).whole
     try:
         found = TrainingArguments(
             output_dir=str(checkpoints),
@@ -142,8 +143,7 @@ def arguments(
             gradient_accumulation_steps=accumulation,
             average_tokens_across_devices=processes.world_size > 1,
             # Biases outside the adapted layers, and a model's own weights, may have no part in the loss (a pooler's).
-            ddp_find_unused_parameters=getattr(recipe.adapter, "bias", "") == "all"
-            or methods.get(recipe.adapter.method).whole,
+            ddp_find_unused_parameters=whole or getattr(recipe.adapter, "bias", "") == "all",
             ddp_broadcast_buffers=False,  # the gates count the same steps everywhere
             learning_rate=options.learning_rate,
             lr_scheduler_type=options.lr_scheduler,
@@ -166,8 +166,6 @@ def arguments(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-    except ConfigError:  # of our own settings
-        raise
     except ValueError as error:
         raise ConfigError(
             f"transformers does not accept train.optimizer={options.optimizer}, train.lr_scheduler={options.lr_scheduler} "

@@ -68,6 +68,8 @@ from duallora.train.loop import (
 MAX_LEFT_OUT = 5  # steps whose loss was a spike
 ANSWERS, ANSWER_LETTERS = 3, 400  # validation rows whose answers are kept before and after, and how much of each
 LAST_STEPS = 10  # whose training loss tells whether anything was learned
+# What the steps of a run have found that no line of its log has, where there was such a thing.
+OF_STEPS = ("train_peak_memory", "rows_at_once", "steps_without_gradient", "spikes", "left_out")
 
 
 def train(recipe: Recipe, *, resume: str = "never", console: Console | None = None) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class _Run:
         if self._answers_are_kept() and recipe.eval.before and self.facts.get("answers_before") is None:
             self._write_facts(answers_before=self._answers_before())
         if self.elsewhere and self.facts.get("forgetting_before") is None:
-            self._write_facts(forgetting_before=self._loss_elsewhere())
+            self._write_facts(forgetting_before=self._loss_of(self.elsewhere))
         if resume_from is None:
             self._start_values()
         trained = self._fit(resume_from, stopping)
@@ -215,15 +217,12 @@ class _Run:
 
     def _draw(self, loss: float | None) -> None:
         """The run's losses as loss.svg, and as a line of the console."""
-        lines, before = self.folder.log.lines(), self.facts.get("loss_before")
+        lines = self.folder.log.lines()
         training = [(line["step"], line["loss"]) for line in lines if "gate" in line]
         held = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-        ends = [
-            *([(0, before)] if before is not None else []),
-            *held,
-            *([(self.steps, loss)] if loss is not None else []),
-        ]
-        record.write_text(self.folder.curve, curve.svg(self.folder.path.name, training, ends))
+        points = [(0, self.facts.get("loss_before")), *held, (self.steps, loss)]
+        held = [(step, value) for step, value in points if value is not None]
+        record.write_text(self.folder.curve, curve.svg(self.folder.path.name, training, held))
         if self.console.is_terminal and (drawn := curve.line([value for _, value in training])):
             say(self.console, "curve", f"{drawn}  training loss; {shown(self.folder.curve)}")
 
@@ -273,7 +272,6 @@ class _Run:
         """Reads data, model and plug-ins, encodes the rows, and says what will be trained on what for how long."""
         recipe = self.recipe
         code = plugins.load(recipe.plugins)
-        methods.get(recipe.adapter.method)  # a name that leads nowhere is told before the data and the model are read
         prepare.check_settings(recipe, self.processes)
         self.task = task = prepare.load(recipe, self.console)
         set_seed(recipe.seed)  # a classification head and, where adapter.init_seed is unset, the factors are drawn
@@ -330,9 +328,12 @@ class _Run:
             message += f", [yellow]{counts.truncated:,} rows cut to {data.max_length} tokens[/]"
         say(self.console, "tokens", message)
 
+    def _warn(self, label: str, words: str) -> None:
+        say(self.console, label, f"[yellow]{words}[/]")
+
     def _check_lengths(self, model: Any) -> None:
         for note in prepare.check_lengths(self.recipe, model, self.tokenizer, self.task, self.rows):
-            say(self.console, "note", f"[yellow]{escape(note)}[/]")
+            self._warn("note", escape(note))
 
     def put(self, resume_from: Path | None, *, look: bool = True) -> None:
         """The adapter on the model; start values that come from data ``look`` at rows of the run."""
@@ -357,9 +358,8 @@ class _Run:
                 self.model, recipe, kind, self.lr_warmup, batches=batches if look else None, checkpoint=resume_from
             )
             if wanted:
-                self._note_init(
-                    f"from {wanted:,} {f'rows of {escape(source)}' if source else 'training rows'}", wanted, *began
-                )
+                whose = f"rows of {escape(source)}" if source else "training rows"
+                self._note_init(f"from {wanted:,} {whose}", wanted, *began)
         if positions(self.method.model) != positions(self.model):  # virtual tokens take some
             self._check_lengths(self.method.model)
         self._announce_adapter()
@@ -398,27 +398,29 @@ class _Run:
         if method.name == "duallora":
             config = cast(duallora.DualLoraConfig, model.peft_config["default"])
             layers = sum(hasattr(module, "duallora_A") for module in model.modules())
-            ranks = (
-                f"r1 {config.r1 or config.r}, r2 {config.r2 or config.r}" if config.r1 or config.r2 else f"r {config.r}"
-            )
+            r1, r2 = config.r1 or config.r, config.r2 or config.r
+            ranks = f"r1 {r1}, r2 {r2}" if config.r1 or config.r2 else f"r {config.r}"
             title = f"Dual LoRA, {ranks}, alpha {config.alpha:g} on {layers} layers"
-            opens = f"gate opens over {config.warmup_steps} of {self.steps} steps"
-            gate_opens = "; " + (opens if config.warmup == "ramp" else f"warm-up: {config.warmup}")
-            gate_opens = gate_opens if self.recipe.adapter.init_from is None else "; gate open"
+            if self.recipe.adapter.init_from is not None:
+                gate_opens = "; gate open"
+            elif config.warmup == "ramp":
+                gate_opens = f"; gate opens over {config.warmup_steps} of {self.steps} steps"
+            else:
+                gate_opens = f"; warm-up: {config.warmup}"
         share = f"{amount(trainable)} trainable parameters ({trainable / total:.2%})"
         say(self.console, "adapter", f"{title}: {share}{gate_opens}")
         if method.whole and model.dtype != torch.float32:
             note = (
                 f"the weights train in {_name(model.dtype)}, where a step below half a unit of the last place is lost"
             )
-            say(self.console, "note", f"[yellow]{note}; model.dtype=float32 keeps every step[/]")
-        need = 3 * sum(
+            self._warn("note", f"{note}; model.dtype=float32 keeps every step")
+        with_moments = 3 * sum(
             weight.numel() * weight.element_size() for weight in methods.trained(model)
-        )  # AdamW's two moments
+        )  # AdamW's two
         free = shutil.disk_usage(_existing(self.folder.path)).free
-        if free < 3 * need:
-            note = f"{size(free)} free at {shown(self.folder.path)}, and a checkpoint takes {size(need)}"
-            say(self.console, "disk", f"[yellow]{note}: free some, or lower train.save_total_limit[/]")
+        if free < 3 * with_moments:
+            note = f"{size(free)} free at {shown(self.folder.path)}, and a checkpoint takes {size(with_moments)}"
+            self._warn("disk", f"{note}: free some, or lower train.save_total_limit")
 
     def _start_values(self) -> None:
         """Start values from the gradient where the recipe asks for them; the start is kept, for `analyze`."""
@@ -441,16 +443,15 @@ class _Run:
         """Trains to the last step, from a checkpoint if given; the numbers of the training itself."""
         log, done = self.folder.log, checkpoint.step_of(resume_from) if resume_from else 0
         if self.processes.main and (aside := log.drop_after(done)):
-            say(
-                self.console,
-                "note",
-                f"[yellow]{log.path.name} was damaged: kept as {aside.name}, its whole lines go on[/]",
-            )
+            self._warn("note", f"{log.path.name} was damaged: kept as {aside.name}, its whole lines go on")
         if resume_from is not None and done >= self.steps:
             # Trainer would take one more step here if the last one was not the last of its epoch.
             load_weights(self.method, resume_from)
             return {**self._found_before(), **log.summary()}
-        self.began, spikes, rows_at_once = True, self._spikes(), 0
+        self.began, rows_at_once = True, 0
+        spikes = Spikes(
+            self.recipe.train.on_spike, (), self._leave_out, lambda said: self._warn("warning", escape(said))
+        )
         while True:
             trainer = self._trainer(stopping)
             show = ShowTraining(self.console, trainer)
@@ -468,11 +469,8 @@ class _Run:
                 done = checkpoint.step_of(resume_from) if resume_from else 0
                 if self.processes.main:
                     log.drop_after(done)
-                say(
-                    self.console,
-                    "rollback",
-                    f"to step {done}; the rows of step {self.facts['left_out'][-1]} are left out",
-                )
+                left_out = self.facts["left_out"][-1]
+                say(self.console, "rollback", f"to step {done}; the rows of step {left_out} are left out")
             finally:
                 show.bar.close()
                 stopping.noted = False
@@ -482,31 +480,29 @@ class _Run:
         require_finite(self.method.model, f"step {self.steps}")
         if finite.without > 1:
             words = f"the gradient was 0 in the last {finite.without} steps: nothing was learned in them"
-            say(self.console, "warning", f"[yellow]{words}; look at the rows, or lower train.learning_rate[/]")
-        found = self.processes.from_main(log.summary)
-        found |= {"train_peak_memory": _peak_memory()}
-        found |= {"rows_at_once": trainer.rows_at_once} if trainer.rows_at_once else {}
-        found |= {"steps_without_gradient": finite.without} if finite.without > 1 else {}
-        found |= {"spikes": spikes.found} if spikes.found else {}
-        found |= {"left_out": left_out} if (left_out := self.facts.get("left_out")) else {}
+            self._warn("warning", f"{words}; look at the rows, or lower train.learning_rate")
+        of_steps = {
+            "train_peak_memory": _peak_memory(),
+            "rows_at_once": trainer.rows_at_once,
+            "steps_without_gradient": finite.without if finite.without > 1 else 0,
+            "spikes": spikes.found,
+            "left_out": self.facts.get("left_out"),
+        }
+        found = {
+            **self.processes.from_main(log.summary),
+            **{name: of_steps[name] for name in OF_STEPS if of_steps[name]},
+        }
         seconds, loss = found.get("train_seconds", 0), found.get("train_loss", math.nan)
         opened = f", gate {gate(self.method.model):.2f}" if has_gate(self.method.model) else ""
         say(self.console, "trained", f"{self.steps:,} steps in {clock(seconds)}, last loss {loss:.3f}{opened}")
         return found
 
     def _found_before(self) -> dict[str, Any]:
-        """What the steps of a finished training found that no log line has, from its metrics.json, where that is whole."""
+        """`OF_STEPS` of a finished training, from its metrics.json, where that is whole."""
         found: dict[str, Any] = {}
         with suppress(IntegrityError):
             found = (self.folder.metrics() or {}).get("metrics", {})
-        of_steps = ("train_peak_memory", "rows_at_once", "steps_without_gradient", "spikes", "left_out")
-        return {name: found[name] for name in of_steps if name in found}
-
-    def _spikes(self) -> Spikes:
-        def tell(said: str) -> None:
-            say(self.console, "warning", f"[yellow]{escape(said)}[/]")
-
-        return Spikes(self.recipe.train.on_spike, (), self._leave_out, tell)
+        return {name: found[name] for name in OF_STEPS if name in found}
 
     def _leave_out(self, step: int) -> bool:
         """Notes that the rows of ``step`` are not learned from; whether there is a checkpoint to go back to.
@@ -560,18 +556,13 @@ class _Run:
         elif not trainer.model_accepts_loss_kwargs:  # its own loss is a mean over the rows at once, not over the step
             trainer.compute_loss_func = partial(token_loss, recipe.train.label_smoothing)
         if recipe.train.eval_steps and self.held_out:
-            trainer.add_callback(LossDuringTraining(trainer, self._held_out_loss, recipe.train.eval_steps))
+            held_out = partial(self._loss_of, self.held_out)
+            trainer.add_callback(LossDuringTraining(trainer, held_out, recipe.train.eval_steps))
         return trainer
 
     def _say_halved(self, rows: int) -> None:
         words = f"out of memory: {rows} {'row' if rows == 1 else 'rows'} at once from here; the rows of a step stay"
-        say(self.console, "memory", f"[yellow]{words}[/]")
-
-    def _held_out_loss(self, console: Console | None = None) -> float:
-        return self._loss_of(self.held_out, console)
-
-    def _loss_elsewhere(self) -> float:
-        return self._loss_of(self.elsewhere)
+        self._warn("memory", words)
 
     def _loss_of(self, rows: Sequence[dict[str, Any]], console: Console | None = None) -> float:
         return evaluate.loss_on(
@@ -660,7 +651,7 @@ class _Run:
         before = self.facts.get("forgetting_before")
         if not self.elsewhere or before is None:
             return {}
-        after = self._loss_elsewhere()
+        after = self._loss_of(self.elsewhere)
         words = f"loss on {escape(str(self.recipe.eval.forgetting))}, not trained on: {after:.4f} (was {before:.4f})"
         say(self.console, "forgetting", words)
         return {"forgetting": after - before}
@@ -730,7 +721,7 @@ class _Run:
             self.notes[split] = result.note
 
     def _loss(self, when: str) -> float:
-        loss = self._held_out_loss(self.console)
+        loss = self._loss_of(self.held_out, self.console)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"the loss on the {len(self.held_out):,} validation rows is {loss} {when} training: the model itself gives "
@@ -793,10 +784,9 @@ class _Run:
         else:
             found, passed_over = checkpoint.require_resumable(self.folder.checkpoints)
             for reason in passed_over:
-                say(self.console, "skipped", f"[yellow]{escape(reason)}[/]")
-        say(
-            self.console, "resume", f"from {found.name}" if found else "no checkpoint was finished: from the first step"
-        )
+                self._warn("skipped", escape(reason))
+        told = f"from {found.name}" if found else "no checkpoint was finished: from the first step"
+        say(self.console, "resume", told)
         return found
 
     def _record_failure(self, error: BaseException, previous: Facts | None) -> None:

@@ -21,13 +21,7 @@ from duallora.store.run_folder import FACTS, RunFolder
 from duallora.terminal import clock
 
 DEEP = 4  # folders below the one that is named
-PLACES = (
-    "output",
-    "data.data_dir",
-    "plugins",
-    "train.save_steps",
-    "train.report_to",
-)  # settings that say nothing of a run
+PLACES = ("output", "data.data_dir", "plugins", "train.save_steps", "train.report_to")  # they say nothing of a run
 REFRESH = 2.0  # seconds
 TAIL = 1 << 14  # bytes of a log that hold its last line
 
