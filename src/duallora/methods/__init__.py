@@ -125,6 +125,7 @@ class Adapted:
         if self.method.save is not None:
             self.method.save(self, Path(folder))
         elif isinstance(self.model, PeftModel):
+            # PEFT's own default asks the hub whether the vocabulary grew.
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
         else:
             self.model.save_pretrained(str(folder))

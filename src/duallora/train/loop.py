@@ -41,24 +41,30 @@ class RunTrainer(Trainer):
 
     model: Any
     lr_scheduler: Any
-    processes = ALONE
-    kind: Kind = "generate"
-    method: methods.Adapted | None = None
-    projected = ""  # one of `OPTIMIZERS`, over the method's factors
-    tokens = 0
-    step_tokens = 0
-    step_loss = 0.0
-    auto_batch = False
-    rows_at_once = 0  # of a micro-batch, where memory has run out; 0: all of them
-    halved: Callable[[int], None] = staticmethod(lambda rows: None)  # is told of each halving
-    logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        method: methods.Adapted,
+        kind: Kind,
+        processes: Processes,
+        *,
+        projected: str,
+        auto_batch: bool,
+        halved: Callable[[int], None],
+        **options: Any,
+    ):
+        """``projected``: one of `OPTIMIZERS`, over the method's factors, or "". ``halved`` hears of fewer rows at once."""
+        self.method, self.kind, self.processes = method, kind, processes
+        self.projected, self.auto_batch, self.halved = projected, auto_batch, halved
+        self.rows_at_once = 0  # of a micro-batch, where memory has run out; 0: all of them
         self.pending: list[dict[str, torch.Tensor]] = []  # the micro-batches of the step under way
-        super().__init__(*args, **kwargs)
+        self.tokens = self.step_tokens = 0
+        self.step_loss = 0.0
+        self.logged = (0, 0.0, 0.0)  # tokens, time and processor time at the last line of the log
+        super().__init__(model=method.model, **options)
 
     def create_optimizer(self, *args, **kwargs):
-        if self.optimizer is None and self.method is not None:
+        if self.optimizer is None:
             own, options = self.method.method, self.method.spec.options
             rates = self.args.learning_rate, self.args.weight_decay
             if self.projected:
@@ -161,23 +167,19 @@ class RunTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
-        if self.method is not None and self.method.method.save is not None:
+        if isinstance(self.model, PeftModel) or self.method.method.save is not None:
             self.method.save(folder)
-        elif isinstance(self.model, PeftModel):
-            # PEFT's own default asks the hub whether the vocabulary grew.
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
         else:  # as they are called here: from_pretrained may rename and restack
             folder.mkdir(parents=True, exist_ok=True)
             save_model_weights(self.model, str(folder / WHOLE_MODEL))
-        if self.method is not None and self.method.method.checkpoint is not None:
+        if self.method.method.checkpoint is not None:
             self.method.method.checkpoint(self.method, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        method = self.method
-        if method is None or (isinstance(self.model, PeftModel) and method.method.restore is None):
+        if isinstance(self.model, PeftModel) and self.method.method.restore is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:  # Trainer's own passes over what does not fit
-            load_weights(method, Path(resume_from_checkpoint))
+            load_weights(self.method, Path(resume_from_checkpoint))
 
 
 def nothing_to_learn(row: dict[str, Any], kind: Kind) -> dict[str, Any]:

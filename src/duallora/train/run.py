@@ -526,16 +526,18 @@ class _Run:
             SealedCheckpoints(self.fingerprints, check_gradients=False),  # FiniteGradients looks, with the loss
         ]
         trainer = RunTrainer(
-            model=model,
+            self.method,
+            kind,
+            processes,
+            projected=recipe.train.optimizer if recipe.train.optimizer in OPTIMIZERS else "",
+            auto_batch=recipe.train.auto_batch and processes.world_size == 1,
+            halved=self._say_halved,
             args=prepare.arguments(recipe, self.folder.checkpoints, self.steps, self.lr_warmup, processes),
             train_dataset=[*self.rows, nothing_to_learn(self.rows[0], kind)],
             data_collator=Collator(self.tokenizer),
             callbacks=[*callbacks, LogSteps(self.folder.log)] if processes.main else callbacks,
             compute_loss_func=training_loss(kind, recipe.train.label_smoothing),
         )
-        trainer.processes, trainer.kind, trainer.method = processes, kind, self.method
-        trainer.auto_batch, trainer.halved = recipe.train.auto_batch and processes.world_size == 1, self._say_halved
-        trainer.projected = recipe.train.optimizer if recipe.train.optimizer in OPTIMIZERS else ""
         if processes.world_size > 1:
             ignore_quantized(model)
         if processes.rank:  # each draws its own dropout and tokens
@@ -629,11 +631,10 @@ class _Run:
 
     def _answers_before(self) -> list[str]:
         """What the untrained model answers to the first validation rows."""
-        options = self.recipe.eval
         first = evaluate.select(self.task, "validation", ANSWERS)
         how: dict[str, Any] = {"max_length": self.recipe.data.max_length, "processes": self.processes}
-        model, tokenizer = self.method.model, self.tokenizer
-        return evaluate.answers(model, tokenizer, self.task, first, **how, **(options.generation() or {}))
+        how |= self.recipe.eval.generation()
+        return evaluate.answers(self.method.model, self.tokenizer, self.task, first, **how)
 
     def _keep_answers(self, result: evaluate.EvalResult) -> None:
         """The first rows' answers beside what is right, each cut, for metrics.json."""
