@@ -50,7 +50,7 @@ def test_it_is_the_change_of_the_loss_and_the_base_model_s_is_the_start(make_rec
 
 
 def test_a_resumed_run_compares_with_the_loss_before_its_first_step(resumes, tmp_path):
-    whole, _, _ = resumes(f"eval.forgetting={text(tmp_path)}", at=8)
+    whole, _, _ = resumes(f"eval.forgetting={text(tmp_path)}", "train.max_steps=4")
     assert whole["metrics"]["forgetting"] != 0
 
 
