@@ -52,7 +52,7 @@ def test_half_the_rows_at_once_is_the_same_run(error, kind, counts, make_recipe,
     if kind == "classify":
         recipe = without_model_dropout(recipe, tmp_path, 0.0)
     run.train(recipe.model_copy(update={"output": str(tmp_path / "straight")}), console=console)
-    hold(1, error, from_step=2)
+    hold(1, error, from_step=3)
     result = run.train(recipe, console=console)
     assert result["metrics"]["rows_at_once"] == 1
     assert "out of memory: 2 rows at once from here" in console.file.getvalue()

@@ -481,7 +481,7 @@ class _Run:
         if finite.without > 1:
             words = f"the gradient was 0 in the last {finite.without} steps: nothing was learned in them"
             self._warn("warning", f"{words}; look at the rows, or lower train.learning_rate")
-        of_steps = {
+        of_steps: dict[str, Any] = {
             "train_peak_memory": _peak_memory(),
             "rows_at_once": trainer.rows_at_once,
             "steps_without_gradient": finite.without if finite.without > 1 else 0,
