@@ -71,13 +71,14 @@ def test_help_names_the_options_and_shows_an_example(verb, capsys):
         assert "--debug" in out
 
 
-def test_help_and_option_errors_load_nothing_heavy():
+def test_help_and_the_errors_of_options_and_recipes_load_nothing_heavy():
     """`--help` answers in 0.5 s because of this; a module-top import of torch anywhere on the way would break it."""
     heavy = ["torch", "transformers", "peft", "datasets", "numpy", "ruamel.yaml"]
     for lines, names in [
         (["--help"], [*heavy, "pydantic"]),
         # From 0.29 typer itself checks options by pydantic once a verb is named.
         (["train --help", "data preview --help", "--version", "train --nope", "eval x --limit 0", "trian"], heavy),
+        (["train --task e2e --set r=0"], heavy[:-1]),
     ]:
         code = (
             f"import sys\nfrom duallora import cli\nfor line in {lines}: cli.run(line.split())\n"

@@ -469,15 +469,3 @@ def test_the_default_run_folder_names_model_and_data():
     ]:
         recipe = Recipe(model={"name": model}, data=source)
         assert recipes.default_output(recipe, now) == "runs/" + "-".join(filter(None, ["20260304-050607", expected]))
-
-
-def test_reading_a_recipe_imports_nothing_heavy():
-    code = (
-        "import sys\n"
-        "from duallora.config.load import load_recipe\n"
-        "try: load_recipe(None, ['x=1'])\n"
-        "except ValueError: pass\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'datasets', 'numpy') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -38,14 +38,6 @@ def test_fresh_heads_follow_the_global_seed_and_do_not_speak(tiny_encoder_folder
     assert capfd.readouterr() == ("", "")
 
 
-def test_regression_has_one_output_and_mean_square_loss(tiny_encoder_folder):
-    model, tokenizer = models.load_model(str(tiny_encoder_folder), "regress")
-    assert model.config.num_labels == 1
-    row = tokenizer("ab", return_tensors="pt")
-    out = model(**row, labels=torch.tensor([2.5]))
-    assert out.loss.item() == pytest.approx((out.logits.item() - 2.5) ** 2, rel=1e-5)
-
-
 def test_a_trained_head_is_kept_and_one_of_another_size_is_drawn_anew(tiny_encoder_folder, tmp_path):
     model, tokenizer = models.load_model(str(tiny_encoder_folder), "classify", num_labels=3)
     model.save_pretrained(tmp_path)

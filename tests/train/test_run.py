@@ -216,21 +216,6 @@ def test_a_non_finite_step_stops_the_run_and_saves_nothing_of_it(make_recipe, co
     assert record.read_json(folder / "run.json")["status"] == "failed"
 
 
-def test_weights_that_went_bad_are_never_sealed(make_recipe, console):
-    """Between a good gradient and the save lies the optimizer; a NaN from there shows in the weights alone."""
-
-    def poison(trainer):
-        def after(optimizer, args, kwargs):
-            optimizer.param_groups[0]["params"][0].data.fill_(torch.nan)
-
-        trainer.optimizer.optimizer.register_step_post_hook(after)
-
-    recipe = make_recipe()
-    with at(4, 1, poison), pytest.raises(NonFiniteError, match="holds NaN or infinite values at step 4"):
-        run.train(recipe, console=console)
-    assert [step for step, _ in checkpoint.checkpoints(Path(recipe.output) / "checkpoints")] == [2]
-
-
 def hold(folder, ready, release):
     with lock.locked(Path(folder)):
         ready.set()
@@ -418,11 +403,8 @@ def test_a_bfloat16_base_keeps_float32_factors(make_recipe, console):
         (96, [], (108, 11)),  # 12: nine
         (48, [], (60, 10)),  # 6: ten passes, no more
         (3, [], (10, 3)),  # warm for a third of a short run
-        (800, [], (100, 10)),
         (801, [], (101, 11)),  # one pass from 100 steps on
-        (42_061, [], (5_258, 526)),
         (96, ["train.batch_size=4", "train.gradient_accumulation_steps=3"], (80, 10)),  # 24 batches, 8 steps a pass
-        (96, ["train.epochs=1"], (12, 4)),
         (96, ["train.epochs=1", "train.lr_warmup_ratio=0.03"], (12, 1)),
         (96, ["train.lr_warmup_steps=0"], (108, 0)),
         (96, ["train.max_steps=30"], (30, 10)),
