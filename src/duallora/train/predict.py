@@ -86,9 +86,9 @@ def predict(
             new[2:] = map("p({})".format, names)
         if taken := [name for name in new if name in questions.columns]:
             raise ConfigError(f"{file} has a column {taken[0]!r} already, which the answers would take: rename it")
-        columns = [*questions.columns, *new] if output.suffix == ".csv" else None
+        headings = [*questions.columns, *new] if output.suffix == ".csv" else None
         if not part.rows:
-            part.write(_csv(columns) if columns else "", 0)
+            part.write(_csv(headings) if headings else "", 0)
         truncated = 0
         size = settings["batch_size"] * BATCHES
         with progress_bar(console, "predict", questions.count, done=part.rows) as update, evaluate.inference(model):
@@ -101,7 +101,7 @@ def predict(
                     answers, cut = _scores(model, tokenizer, examples, kind, names, settings)
                 truncated += cut
                 rows = [{**row, **answer} for (row, _), answer in zip(chunk, answers, strict=True)]
-                part.write("".join(_line(row, columns) for row in rows), len(rows))
+                part.write("".join(_line(row, headings) for row in rows), len(rows))
                 update(part.rows)
         if truncated:
             words = f"{truncated:,} rows cut to {settings['max_length']:,} tokens (data.max_length)"
