@@ -11,6 +11,7 @@ the loop knows it took says where the gate ought to stand.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
@@ -24,7 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import duallora
@@ -166,12 +167,6 @@ class Task:
         self.train(optimizer or self.optimizer(), steps, **how)
         return [self.judge(steps)]
 
-    def plainly_trained(self, steps: int = STEPS) -> nn.Module:
-        """The model of a fresh task after so many steps of :meth:`train`."""
-        fresh = Task(self.method, self.ramp)
-        fresh.train(fresh.optimizer(), steps)
-        return fresh.model
-
     @torch.no_grad()
     def judge(self, steps: float, model: nn.Module | None = None, twin: nn.Module | None = None) -> dict[str, Any]:
         """What became of ``model`` (the task's own), whose layers had ``steps`` optimizer steps on the mean.
@@ -234,9 +229,24 @@ def plain(task: Task) -> Judgements:
     return task.run()
 
 
+@loop("gradients", slow=True)
+def plain_to_an_open_gate(task: Task) -> Judgements:
+    return task.run(2 * STEPS)
+
+
 @loop("gradients")
 def accumulation_of_four(task: Task) -> Judgements:
     return task.run(backward=lambda: [(task.loss(slice(k, None, 4)) / 4).backward() for k in range(4)])
+
+
+@loop("gradients", slow=True)
+def gradients_kept_as_zeros(task: Task) -> Judgements:
+    optimizer = task.optimizer()
+    for _ in range(STEPS):
+        optimizer.zero_grad(set_to_none=False)
+        task.loss().backward()
+        optimizer.step()
+    return [task.judge(STEPS)]
 
 
 @loop("gradients", learns=False)
@@ -250,12 +260,41 @@ def gradients_dropped_before_the_step(task: Task) -> Judgements:
     return [task.judge(0)]
 
 
+@loop("gradients", slow=True)
+def clipped_gradients_and_a_schedule(task: Task) -> Judgements:
+    optimizer = task.optimizer()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2 * task.lr, total_steps=STEPS)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        task.loss().backward()
+        nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return [task.judge(STEPS)]
+
+
+@loop("gradients", slow=True)
+def gradient_hooks(task: Task) -> Judgements:
+    for p in task.trained():
+        p.register_hook(lambda g: g.clamp(-0.1, 0.1))
+    return task.run()
+
+
 @loop("gradients")
 def two_losses_of_one_graph(task: Task) -> Judgements:
     def backward() -> None:
         out = task.model(task.ids)
         F.mse_loss(out[:, :3], task.targets[:, :3]).backward(retain_graph=True)
         F.mse_loss(out[:, 3:], task.targets[:, 3:]).backward()
+
+    return task.run(backward=backward)
+
+
+@loop("gradients", slow=True)
+def gradients_by_autograd_grad(task: Task) -> Judgements:
+    def backward() -> None:
+        for p, g in zip(task.trained(), torch.autograd.grad(task.loss(), task.trained()), strict=True):
+            p.grad = g
 
     return task.run(backward=backward)
 
@@ -277,14 +316,21 @@ def gradient_penalty(task: Task) -> Judgements:
 @loop("gradients")
 def evaluation_in_between(task: Task) -> Judgements:
     """Evaluation, in inference mode too, neither counts nor leaves anything behind: as without it, bit for bit."""
-    optimizer = task.optimizer()
+    optimizer, plain = task.optimizer(), Task(task.method, task.ramp)
     for n in range(STEPS):
         task.train(optimizer, 1)
         task.model.eval()
         with torch.inference_mode() if n % 2 else torch.no_grad():
             task.loss()
         task.model.train()
-    return [task.judge(STEPS, twin=task.plainly_trained())]
+    plain.train(plain.optimizer(), STEPS)
+    return [task.judge(STEPS, twin=plain.model)]
+
+
+@loop("gradients", slow=True)
+def training_in_evaluation_mode(task: Task) -> Judgements:
+    task.model.eval()
+    return task.run()
 
 
 @loop("gradients")
@@ -303,17 +349,57 @@ def step_in_another_thread(task: Task) -> Judgements:
 def checkpointed(task: Task, reentrant: bool) -> Judgements:
     task.net.reentrant = reentrant
     task.train(task.optimizer(), STEPS)
-    return [task.judge(STEPS, twin=task.plainly_trained())]
+    plain = Task(task.method, task.ramp)
+    plain.train(plain.optimizer(), STEPS)
+    return [task.judge(STEPS, twin=plain.model)]
 
 
-LOOPS["checkpointing"] = Loop(functools.partial(checkpointed, reentrant=False), "memory")
-LOOPS["reentrant_checkpointing"] = Loop(functools.partial(checkpointed, reentrant=True), "memory")
+@loop("memory")
+def checkpointing(task: Task) -> Judgements:
+    return checkpointed(task, reentrant=False)
+
+
+@loop("memory")
+def reentrant_checkpointing(task: Task) -> Judgements:
+    return checkpointed(task, reentrant=True)
+
+
+@loop("memory", slow=True)
+def checkpointing_with_accumulation(task: Task) -> Judgements:
+    task.net.reentrant = False
+    return accumulation_of_four(task)
 
 
 @loop("memory")
 def activations_offloaded(task: Task) -> Judgements:
     with torch.autograd.graph.save_on_cpu():
         return task.run()
+
+
+def step_in_backward(task: Task) -> None:
+    """One optimizer per parameter, which steps as soon as its gradient is complete."""
+    for p in task.trained():
+        optimizer = task.optimizer(parameters=[p])
+
+        def step(_: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        p.register_post_accumulate_grad_hook(step)
+
+
+@loop("memory", slow=True)
+def optimizer_in_backward(task: Task) -> Judgements:
+    step_in_backward(task)
+    for _ in range(STEPS):
+        task.loss().backward()
+    return [task.judge(STEPS)]
+
+
+@loop("memory", slow=True)
+def optimizer_in_backward_with_checkpointing(task: Task) -> Judgements:
+    task.net.reentrant = False
+    return optimizer_in_backward(task)
 
 
 @loop("memory")
@@ -352,8 +438,22 @@ def scaled(task: Task, **options: Any) -> Judgements:
     return [task.judge(STEPS)]
 
 
-LOOPS["grad_scaler_that_skips"] = Loop(scaled, "precision")
-LOOPS["grad_scaler_that_skips_with_a_fused_optimizer"] = Loop(functools.partial(scaled, fused=True), "precision")
+@loop("precision")
+def grad_scaler_that_skips(task: Task) -> Judgements:
+    return scaled(task)
+
+
+@loop("precision")
+def grad_scaler_that_skips_with_a_fused_optimizer(task: Task) -> Judgements:
+    return scaled(task, fused=True)
+
+
+@loop("precision", slow=True)
+def cast_to_bf16_in_mid_run(task: Task) -> Judgements:
+    task.train(task.optimizer(), STEPS // 2)
+    task.model.to(torch.bfloat16)
+    task.train(task.optimizer(), STEPS // 2)
+    return [task.judge(STEPS)]
 
 
 @loop("precision", ramp=1024)
@@ -393,19 +493,32 @@ def compiled_optimizer(task: Task) -> Judgements:
     return [task.judge(STEPS)]
 
 
+@loop("compilers", slow=True)
+def compiled_train_step(task: Task) -> Judgements:
+    """Forward, loss and backward in one compiled function."""
+    forward_and_loss = torch.compile(task.loss, backend="aot_eager")
+    return task.run(backward=lambda: forward_and_loss().backward())
+
+
 # -- optimizers ----------------------------------------------------------------------------------------------------------
 
 
-@loop("optimizers", ramp=SHORT)
-def lbfgs(task: Task) -> Judgements:
-    """Several closures, one step. The ramp is short: what is solved at a half-open gate is none of the final problem's."""
-    optimizer = task.optimizer(of=torch.optim.LBFGS, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+def closed(task: Task, optimizer: Any) -> Callable[[], Tensor]:
+    """What an optimizer calls that evaluates the loss by itself."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         (loss := task.loss()).backward()
         return loss
 
+    return closure
+
+
+@loop("optimizers", ramp=SHORT)
+def lbfgs(task: Task) -> Judgements:
+    """Several closures, one step. The ramp is short: what is solved at a half-open gate is none of the final problem's."""
+    optimizer = task.optimizer(of=torch.optim.LBFGS, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
+    closure = closed(task, optimizer)
     for _ in range(SHORT // 2):
         optimizer.step(closure)
     half_way = task.judge(SHORT // 2)
@@ -417,22 +530,35 @@ def lbfgs(task: Task) -> Judgements:
 
 
 @loop("optimizers", slow=True)
+def closure_of_adam(task: Task) -> Judgements:
+    optimizer = task.optimizer()
+    for _ in range(STEPS):
+        optimizer.step(closed(task, optimizer))
+    return [task.judge(STEPS)]
+
+
+def each_anew(task: Task, *options: dict[str, Any]) -> Judgements:
+    """A training for each of the optimizers."""
+    tasks = [Task(task.method, task.ramp) for _ in options]
+    return [one for each, own in zip(tasks, options, strict=True) for one in each.run(optimizer=each.optimizer(**own))]
+
+
+@loop("optimizers", slow=True)
 def every_optimizer_of_torch(task: Task) -> Judgements:
-    kinds: list[tuple[str, dict[str, float]]] = [
-        ("Adam", {"foreach": True}), ("Adam", {"fused": True}), ("Adamax", {}), ("NAdam", {}), ("RAdam", {"lr": 0.1}),
-        ("Adafactor", {"lr": 0.3}), ("RMSprop", {"lr": 0.01}), ("Rprop", {}), ("SGD", {"lr": 0.2, "momentum": 0.9}),
-    ]  # fmt: skip
-    found = []
-    for kind, options in kinds:
-        each = Task(task.method, task.ramp)
-        found += each.run(optimizer=each.optimizer(of=getattr(torch.optim, kind), **options))
-    return found
+    kinds: dict[str, dict[str, float]] = {
+        "Adam": {}, "Adamax": {}, "NAdam": {}, "RAdam": {"lr": 0.1}, "Adafactor": {"lr": 0.3}, "RMSprop": {"lr": 0.01},
+        "Rprop": {}, "SGD": {"lr": 0.2, "momentum": 0.9},
+    }  # fmt: skip
+    return each_anew(task, *({"of": getattr(torch.optim, kind), **options} for kind, options in kinds.items()))
 
 
-@loop("optimizers")
-def an_optimizer_for_each_parameter(task: Task) -> Judgements:
-    """The last factor of a layer first."""
-    optimizers = [task.optimizer(parameters=[p]) for p in reversed(task.trained())]
+@loop("optimizers", slow=True)
+def foreach_and_fused(task: Task) -> Judgements:
+    return each_anew(task, {"foreach": True}, {"fused": True})
+
+
+def interleaved(task: Task, groups: Iterable[list[nn.Parameter]]) -> Judgements:
+    optimizers = [task.optimizer(parameters=group) for group in groups]
     for _ in range(STEPS):
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -440,6 +566,27 @@ def an_optimizer_for_each_parameter(task: Task) -> Judgements:
         for optimizer in optimizers:
             optimizer.step()
     return [task.judge(STEPS)]
+
+
+@loop("optimizers", slow=True)
+def an_optimizer_for_each_group(task: Task) -> Judgements:
+    return interleaved(task, [task.trained("A", "C"), task.trained("B", "D")])
+
+
+@loop("optimizers", slow=True)
+def an_optimizer_for_each_group_the_last_first(task: Task) -> Judgements:
+    return interleaved(task, [task.trained("B", "D"), task.trained("A", "C")])
+
+
+@loop("optimizers")
+def an_optimizer_for_each_parameter(task: Task) -> Judgements:
+    return interleaved(task, [[p] for p in reversed(task.trained())])
+
+
+@loop("optimizers", slow=True)
+def parameter_groups(task: Task) -> Judgements:
+    groups = [{"params": [p], "lr": task.lr * (1 + n % 2)} for n, p in enumerate(task.trained())]
+    return task.run(optimizer=torch.optim.AdamW(groups, lr=task.lr))
 
 
 @loop("optimizers")
@@ -480,6 +627,19 @@ def the_magnitude_group_then_the_direction_group(task: Task) -> Judgements:
     return [task.judge(STEPS)]
 
 
+@loop("optimizers", slow=True)
+def only_b_is_trained(task: Task) -> Judgements:
+    for name, p in task.model.named_parameters():
+        if p.requires_grad and factor(name) != "B":
+            p.requires_grad_(False)
+    return task.run()
+
+
+@loop("optimizers", slow=True)
+def an_optimizer_that_holds_the_frozen_parameters_too(task: Task) -> Judgements:
+    return task.run(optimizer=task.optimizer(parameters=task.model.parameters()))
+
+
 @loop("optimizers")
 def two_models_one_optimizer(task: Task) -> Judgements:
     """The second model takes part in every other step, so it counts half as many."""
@@ -489,6 +649,17 @@ def two_models_one_optimizer(task: Task) -> Judgements:
         optimizer.zero_grad()
         (task.loss() + other.loss() if n % 2 else task.loss()).backward()
         optimizer.step()
+    return [task.judge(2 * STEPS), other.judge(STEPS)]
+
+
+@loop("optimizers", slow=True)
+def two_models_with_an_optimizer_each(task: Task) -> Judgements:
+    other = Task(task.method, task.ramp)
+    optimizers = task.optimizer(), other.optimizer()
+    for n in range(2 * STEPS):
+        task.train(optimizers[0], 1)
+        if n % 2:
+            other.train(optimizers[1], 1)
     return [task.judge(2 * STEPS), other.judge(STEPS)]
 
 
@@ -525,12 +696,63 @@ class Sam(torch.optim.Optimizer):
         self.descend()
 
 
+@loop("optimizers", slow=True)
+def sharpness_aware_in_two_calls(task: Task) -> Judgements:
+    optimizer = task.optimizer(of=Sam)
+    for _ in range(STEPS):
+        task.loss().backward()
+        optimizer.climb()
+        task.loss().backward()
+        optimizer.descend()
+    return [task.judge(STEPS)]
+
+
 @loop("optimizers")
 def sharpness_aware_in_one_call(task: Task) -> Judgements:
     optimizer = task.optimizer(of=Sam)
     for _ in range(STEPS):
         task.loss().backward()
         optimizer.step(task.loss)
+    return [task.judge(STEPS)]
+
+
+class Lookahead:
+    """No Optimizer of torch's, but around one (arXiv 1907.08610): every fifth step half-way back."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self.inner = torch.optim.AdamW(parameters, lr=lr)
+        self.slow, self.n = [p.detach().clone() for p in parameters], 0
+        self.zero_grad = self.inner.zero_grad
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.inner.step()
+        self.n += 1
+        if self.n % 5 == 0:
+            for slow, p in zip(self.slow, self.inner.param_groups[0]["params"], strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+@loop("optimizers", slow=True)
+def lookahead(task: Task) -> Judgements:
+    return task.run(optimizer=task.optimizer(of=Lookahead))
+
+
+@loop("optimizers", slow=True)
+def masters_unseen_by_torch_and_a_call(task: Task) -> Judgements:
+    """Steps on float32 copies, as DeepSpeed's: torch cannot see whose; ``advance_gate`` says it."""
+    masters = [nn.Parameter(p.detach().clone()) for p in task.trained()]
+    optimizer = task.optimizer(parameters=masters)
+    for _ in range(STEPS):
+        task.loss().backward()
+        for master, p in zip(masters, task.trained(), strict=True):
+            master.grad, p.grad = p.grad, None
+        optimizer.step()
+        with torch.no_grad():
+            for master, p in zip(masters, task.trained(), strict=True):
+                p.copy_(master)
+        if task.method != "lora":
+            duallora.advance_gate(task.model)
     return [task.judge(STEPS)]
 
 
@@ -586,10 +808,34 @@ def ema_by_lerp_of_the_floats(task: Task) -> Judgements:
     return averaged_pairwise(task, lambda mine, its: mine.is_floating_point() and mine.lerp_(its, 1 - DECAY))
 
 
+@loop("averages", ramp=SHORT, slow=True)
+def ema_by_a_new_state_dict(task: Task) -> Judgements:
+    """The average of the floats and the first value of the others, kept beside and loaded at the end."""
+    kept = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    ema = copy.deepcopy(task.model)
+
+    @torch.no_grad()
+    def update(model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            if tensor.dtype.is_floating_point:
+                kept[name] = DECAY * kept[name] + (1 - DECAY) * tensor
+        ema.load_state_dict(kept)
+
+    return averaged(task, ema, update)
+
+
 @loop("averages", ramp=SHORT)
 def ema_in_place_over_everything(task: Task) -> Judgements:
     """As timm's ModelEmaV2: deepcopy, then ``copy_`` of the mean into every entry of the state, integers too."""
     return averaged_pairwise(task, lambda mine, its: mine.copy_(DECAY * mine + (1 - DECAY) * its))
+
+
+@loop("averages", ramp=SHORT, slow=True)
+def ema_by_lerp_or_copy(task: Task) -> Judgements:
+    """As timm's ModelEmaV3: floats by lerp, the others copied."""
+    return averaged_pairwise(
+        task, lambda mine, its: mine.lerp_(its, 1 - DECAY) if mine.is_floating_point() else mine.copy_(its)
+    )
 
 
 @loop("averages", ramp=SHORT, says="average state_dict() or buffers() too")
@@ -598,41 +844,91 @@ def ema_of_parameters_alone(task: Task) -> Judgements:
     return averaged_pairwise(task, lambda mine, its: mine.lerp_(its, 1 - DECAY), nn.Module.parameters)
 
 
-@loop("averages", ramp=SHORT)
-def ema_by_torch_with_buffers(task: Task) -> Judgements:
-    ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
+@loop("averages", ramp=SHORT, slow=True)
+def ema_of_shadows_put_into_the_model(task: Task) -> Judgements:
+    """As diffusers' EMAModel: shadow parameters, copied into the live model at the end."""
+    shadows, last = [p.detach().clone() for p in task.model.parameters()], copy.deepcopy(task.model)
+
+    @torch.no_grad()
+    def update(model: nn.Module) -> None:
+        last.load_state_dict(model.state_dict())
+        for shadow, p, out in zip(shadows, model.parameters(), last.parameters(), strict=True):
+            shadow.sub_((1 - DECAY) * (shadow - p))
+            out.copy_(shadow)
+
+    return averaged(task, last, update)
+
+
+def averaged_by_torch(task: Task, **options: Any) -> Judgements:
+    ema = AveragedModel(task.model, **options)
     return averaged(task, ema, ema.update_parameters, start=1)
 
 
 @loop("averages", ramp=SHORT)
-def swa(task: Task) -> Judgements:
+def ema_by_torch_with_buffers(task: Task) -> Judgements:
+    return averaged_by_torch(task, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
+
+
+@loop("averages", ramp=SHORT, slow=True)
+def ema_by_torch_without_buffers(task: Task) -> Judgements:
+    return averaged_by_torch(task, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+
+
+@loop("averages", ramp=SHORT, slow=True)
+def ema_by_torch_one_by_one_with_buffers(task: Task) -> Judgements:
+    return averaged_by_torch(task, avg_fn=get_ema_avg_fn(DECAY), use_buffers=True)
+
+
+def stochastic(task: Task, use_buffers: bool) -> Judgements:
     """SWA over the second half of the run, with its learning rate: the plain mean of the factors."""
     optimizer = task.optimizer()
-    mean, schedule = AveragedModel(task.model), SWALR(optimizer, swa_lr=task.lr / 2)
+    swa, schedule = AveragedModel(task.model, use_buffers=use_buffers), SWALR(optimizer, swa_lr=task.lr / 2)
     kept = []
     for n in range(STEPS):
         task.train(optimizer, 1)
         if n >= STEPS // 2:
-            mean.update_parameters(task.model)
+            swa.update_parameters(task.model)
             schedule.step()
             kept.append([p.detach().clone() for p in task.trained()])
     wanted = copy.deepcopy(task.model)
     with torch.no_grad():
         for p, *values in zip(task.trained(model=wanted), *kept, strict=True):
             p.copy_(torch.stack(values).mean(0))
-    return [task.judge(STEPS), task.judge(STEPS, mean, twin=wanted)]
+    return [task.judge(STEPS), task.judge(STEPS, swa, twin=wanted)]
+
+
+@loop("averages", ramp=SHORT)
+def swa(task: Task) -> Judgements:
+    return stochastic(task, use_buffers=False)
+
+
+@loop("averages", ramp=SHORT, slow=True)
+def swa_with_buffers(task: Task) -> Judgements:
+    return stochastic(task, use_buffers=True)
 
 
 # -- threads and processes -----------------------------------------------------------------------------------------------
 
-CROWD = 40  # steps of each training beside another
+CROWD = 80  # steps of each training beside another
 
 
 def together(*works: Callable[[], Any]) -> None:
     """Run all at once, each in a thread; the first exception is raised."""
-    with ThreadPoolExecutor(len(works)) as pool:
-        for future in [pool.submit(work) for work in works]:
-            future.result()
+    errors: list[BaseException] = []
+
+    def guarded(work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager
@@ -650,15 +946,17 @@ def eager_switching() -> Iterator[None]:
 def two_trainings_in_threads(task: Task) -> Judgements:
     """Each comes out as it does alone, bit for bit."""
     tasks = [task, Task(task.method, task.ramp)]
-    alone = task.plainly_trained(CROWD)
+    alone = Task(task.method, task.ramp)
+    alone.train(alone.optimizer(), CROWD)
     with eager_switching():
         together(*(lambda t=t: t.train(t.optimizer(), CROWD) for t in tasks))
-    return [t.judge(CROWD, twin=alone) for t in tasks]
+    return [t.judge(CROWD, twin=alone.model) for t in tasks]
 
 
 def beside(task: Task, other: Callable[[], Any]) -> Judgements:
     """Train while another thread does its own over and over; the training comes out as alone, bit for bit."""
-    alone, done = task.plainly_trained(CROWD), threading.Event()
+    alone, done = Task(task.method, task.ramp), threading.Event()
+    alone.train(alone.optimizer(), CROWD)
 
     def train() -> None:
         try:
@@ -672,7 +970,7 @@ def beside(task: Task, other: Callable[[], Any]) -> Judgements:
 
     with eager_switching():
         together(train, repeat)
-    return [task.judge(CROWD, twin=alone)]
+    return [task.judge(CROWD, twin=alone.model)]
 
 
 @loop("threads and processes", apart=True, ramp=2 * CROWD)
@@ -706,6 +1004,17 @@ def adding_and_deleting_adapters_in_a_thread(task: Task) -> Judgements:
 
 
 @loop("threads and processes", apart=True, slow=True, ramp=2 * CROWD)
+def copying_and_saving_in_a_thread(task: Task) -> Judgements:
+    """A checkpoint writer: what it reads meanwhile is no matter here, the training is."""
+
+    def save() -> None:
+        torch.save(task.model.state_dict(), io.BytesIO())
+        copy.deepcopy(task.model)
+
+    return beside(task, save)
+
+
+@loop("threads and processes", apart=True, slow=True, ramp=2 * CROWD)
 def four_trainings_with_wrapped_optimizers_in_threads(task: Task) -> Judgements:
     tasks = [task, *(Task(task.method, task.ramp) for _ in range(3))]
 
@@ -720,19 +1029,23 @@ def four_trainings_with_wrapped_optimizers_in_threads(task: Task) -> Judgements:
     return [t.judge(CROWD // 2) for t in tasks]
 
 
-def in_a_process(task: Task, shared: bool) -> Judgements:
-    """Half the steps here, half in a forked child; its judgement, then what lies here: a copy, unless shared before."""
+def in_a_process(task: Task, how: str) -> Judgements:
+    """Half the steps here, half in a child that is given the model; the child's judgement, then what lies here.
+
+    A model sent to another process has its memory shared, so its training is seen here as well; a forked one is a copy
+    unless it was shared before.
+    """
     task.train(task.optimizer(), STEPS // 2)
-    if shared:
+    if how == "shared":
         task.model.share_memory()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if how == "spawn" else "fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=_half, args=(task, theirs))
     child.start()
     theirs.close()
     found = ours.recv()
     child.join()
-    return [found, task.judge(STEPS if shared else STEPS // 2)]
+    return [found, task.judge(STEPS // 2 if how == "fork" else STEPS)]
 
 
 def _half(task: Task, pipe: Any) -> None:
@@ -741,19 +1054,53 @@ def _half(task: Task, pipe: Any) -> None:
     pipe.send(task.judge(STEPS))
 
 
-LOOPS["fork"] = Loop(functools.partial(in_a_process, shared=False), "threads and processes", apart=True)
-LOOPS["shared_memory"] = Loop(functools.partial(in_a_process, shared=True), "threads and processes", apart=True)
+@loop("threads and processes", apart=True)
+def fork(task: Task) -> Judgements:
+    return in_a_process(task, "fork")
+
+
+@loop("threads and processes", apart=True, slow=True)
+def spawn(task: Task) -> Judgements:
+    return in_a_process(task, "spawn")
+
+
+@loop("threads and processes", apart=True)
+def shared_memory(task: Task) -> Judgements:
+    """Hogwild's way: the child's steps are steps on the model that lies here."""
+    return in_a_process(task, "shared")
+
+
+@contextlib.contextmanager
+def one_process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@loop("threads and processes", apart=True, slow=True)
+def data_parallel_with_no_sync(task: Task) -> Judgements:
+    with one_process_group():
+        model = nn.parallel.DistributedDataParallel(task.model)
+        optimizer = task.optimizer()
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with model.no_sync():
+                (task.loss(slice(0, None, 2), model) / 2).backward()
+            (task.loss(slice(1, None, 2), model) / 2).backward()
+            optimizer.step()
+        del model  # or its reducer takes the group down with it, which can wait for ever
+    return [task.judge(STEPS)]
 
 
 @loop("threads and processes", apart=True)
 def zero_redundancy(task: Task) -> Judgements:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with one_process_group():
         return task.run(optimizer=ZeroRedundancyOptimizer(task.trained(), torch.optim.AdamW, lr=task.lr))
-    finally:
-        dist.destroy_process_group()
 
 
 # -- copies and checkpoints ----------------------------------------------------------------------------------------------
@@ -761,12 +1108,14 @@ def zero_redundancy(task: Task) -> Judgements:
 
 def continued(task: Task, carry: Callable[[nn.Module, Any], tuple[nn.Module, Any]]) -> Judgements:
     """Half the run, then with what ``carry`` makes of model and optimizer: the same bits as without it."""
+    whole = Task(task.method, task.ramp)
+    whole.train(whole.optimizer(), STEPS)
     optimizer = task.optimizer()
     task.train(optimizer, STEPS // 2)
     before, held = task.model, task.judge(STEPS // 2)
     model, optimizer = carry(task.model.train(), optimizer)
     task.train(optimizer, STEPS // 2, model)
-    found = [held, task.judge(STEPS, model, twin=task.plainly_trained())]
+    found = [held, task.judge(STEPS, model, twin=whole.model)]
     if model is not before:
         found.append(task.judge(STEPS // 2, before))
     return found
@@ -785,6 +1134,16 @@ def pickle_in_mid_run(task: Task) -> Judgements:
     return continued(task, carry)
 
 
+@loop("copies and checkpoints", slow=True)
+def saved_whole_in_mid_run(task: Task) -> Judgements:
+    def carry(model: nn.Module, optimizer: Any) -> Any:
+        torch.save((model, optimizer), file := io.BytesIO())
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+    return continued(task, carry)
+
+
 @loop("copies and checkpoints")
 def state_dict_in_mid_run(task: Task) -> Judgements:
     """Plain torch, strict, into a model built anew."""
@@ -796,6 +1155,20 @@ def state_dict_in_mid_run(task: Task) -> Judgements:
         again.load_state_dict(state["model"], strict=True)
         optimizer = task.optimizer(parameters=task.trained(model=again))
         optimizer.load_state_dict(state["optimizer"])
+        return again, optimizer
+
+    return continued(task, carry)
+
+
+@loop("copies and checkpoints", slow=True)
+def state_dict_assigned_in_mid_run(task: Task) -> Judgements:
+    def carry(model: nn.Module, optimizer: Any) -> Any:
+        again = task.build()
+        again.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        for p, its in zip(again.parameters(), model.parameters(), strict=True):
+            p.requires_grad_(its.requires_grad)
+        state, optimizer = optimizer.state_dict(), task.optimizer(parameters=task.trained(model=again))
+        optimizer.load_state_dict(state)
         return again, optimizer
 
     return continued(task, carry)
@@ -841,6 +1214,20 @@ def copy_trained_beside_the_original(task: Task) -> Judgements:
 
 
 # -- adapters (PEFT) -----------------------------------------------------------------------------------------------------
+
+
+@loop("several adapters", methods=WITH_PEFT, slow=True)
+def adapters_switched_in_mid_run(task: Task) -> Judgements:
+    """10, 20 and 30 steps, the middle ones on another adapter."""
+    task.model.add_adapter("other", task.model.peft_config["default"])
+    found = []
+    for adapter, steps in (("default", 10), ("other", STEPS // 2), ("default", 30)):
+        task.model.set_adapter(adapter)
+        task.train(task.optimizer(), steps)
+        if adapter == "other":
+            found.append(task.judge(STEPS // 2))
+            task.model.train()
+    return [*found, task.judge(STEPS)]
 
 
 @loop("several adapters", methods=WITH_PEFT)
@@ -942,6 +1329,11 @@ def functional_call_and_autograd(task: Task) -> Judgements:
     return functional(task, gradients)
 
 
+@loop("functional", slow=True)
+def func_grad(task: Task) -> Judgements:
+    return functional(task, lambda loss, parameters: grad(loss)(parameters, task.ids, task.targets))
+
+
 @loop("functional")
 def per_sample_gradients_by_vmap(task: Task) -> Judgements:
     """As differential privacy needs them."""
@@ -995,22 +1387,39 @@ class Rows(torch.utils.data.Dataset):
         return {"ids": self.task.ids[n], "labels": self.task.targets[n]}
 
 
-@loop("libraries")
-def trainer_with_accumulation_and_bf16(task: Task) -> Judgements:
+def by_trainer(task: Task, **options: Any) -> Judgements:
     from transformers import Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=STEPS, learning_rate=task.lr, lr_scheduler_type="constant", bf16=True, use_cpu=True,
-            per_device_train_batch_size=16, gradient_accumulation_steps=2, report_to=[], save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-        )  # fmt: skip
-        Trainer(task.model, arguments, train_dataset=Rows(task)).train()
+        arguments = {
+            "output_dir": folder, "max_steps": STEPS, "learning_rate": task.lr, "per_device_train_batch_size": 32,
+            "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no",
+            "remove_unused_columns": False, "lr_scheduler_type": "constant", **options,
+        }  # fmt: skip
+        Trainer(task.model, TrainingArguments(**arguments), train_dataset=Rows(task)).train()
     return [task.judge(STEPS)]
 
 
+@loop("libraries", slow=True)
+def trainer(task: Task) -> Judgements:
+    return by_trainer(task)
+
+
 @loop("libraries")
-def accelerate_that_saves_and_loads_its_state(task: Task) -> Judgements:
+def trainer_with_accumulation_and_bf16(task: Task) -> Judgements:
+    return by_trainer(task, gradient_accumulation_steps=2, per_device_train_batch_size=16, bf16=True)
+
+
+@loop("libraries", slow=True)
+def trainer_with_each_optimizer(task: Task) -> Judgements:
+    found = []
+    for name, rate in {"adamw_torch_fused": 0.03, "adafactor": 0.03, "rmsprop": 0.01}.items():
+        task = Task(task.method, task.ramp)
+        found += by_trainer(task, optim=name, learning_rate=rate)
+    return found
+
+
+def by_accelerate(task: Task, save: bool) -> Judgements:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -1024,12 +1433,22 @@ def accelerate_that_saves_and_loads_its_state(task: Task) -> Judgements:
                 steps += accelerator.sync_gradients
                 optimizer.step()
                 optimizer.zero_grad()
-        if steps == STEPS // 2:
+        if save and steps == STEPS // 2:
             with tempfile.TemporaryDirectory() as folder:
                 accelerator.save_state(folder)
                 task.train(optimizer, 5)  # to be undone
                 accelerator.load_state(folder)
     return [task.judge(steps)]
+
+
+@loop("libraries", slow=True)
+def accelerate_with_accumulation(task: Task) -> Judgements:
+    return by_accelerate(task, save=False)
+
+
+@loop("libraries")
+def accelerate_that_saves_and_loads_its_state(task: Task) -> Judgements:
+    return by_accelerate(task, save=True)
 
 
 # -- running -------------------------------------------------------------------------------------------------------------
@@ -1038,6 +1457,7 @@ def accelerate_that_saves_and_loads_its_state(task: Task) -> Judgements:
 @functools.cache
 def pool() -> ProcessPoolExecutor:
     """The other process."""
+    atexit.register(pool.cache_clear)  # before the modules that its end needs are gone
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
