@@ -124,6 +124,25 @@ def test_bad_options_name_the_value(options, message):
         DualLoraLinear(nn.Linear(3, 4), **options)
 
 
+def test_bad_options_leave_the_model_as_it_was_and_excess_rank_warns():
+    net = network()
+    with pytest.raises(ValueError, match="r=0"):
+        adapt(net, r=0)
+    assert type(net[0]) is nn.Linear
+    assert all(p.requires_grad for p in net.parameters())
+    with pytest.warns(UserWarning, match=r"rank 5 is above min\(in, out\) = 3"):
+        DualLoraLinear(nn.Linear(4, 3), r=5)
+
+
+def test_averaged_options_are_saved_as_they_are():
+    """A copy that averages its tensors averages the bytes of the options too."""
+    net = adapt(network(), r=2)
+    with torch.no_grad():
+        for buffer in net.buffers():
+            buffer.copy_(buffer * 0.999 + buffer * 0.001)
+    load_adapter_state_dict(adapt(network(), r=2), adapter_state_dict(net))
+
+
 def test_an_adapter_of_another_rank_or_with_other_options_is_refused():
     """Shapes alone cannot tell alpha 10 from alpha 20."""
     state = adapter_state_dict(adapt(network(), r=4, alpha=10))

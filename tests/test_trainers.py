@@ -140,12 +140,13 @@ def test_sft_trains_every_layer_and_counts_its_steps(tiny_tokenizer, tmp_path, o
     data = Dataset.from_list([{"text": f"{n} and {n + 1} make {2 * n + 1}."} for n in range(24)])
     settings = arguments(trl.SFTConfig, tmp_path, max_length=64, max_steps=3, **options)
     trainer = trl.SFTTrainer(
-        base(), settings, train_dataset=data, processing_class=tiny_tokenizer, peft_config=config()
+        base(), settings, train_dataset=data, processing_class=tiny_tokenizer, peft_config=config(warmup_steps="auto")
     )
     before = state(trainer.model)
     trainer.train()
     after = state(trainer.model)
     assert steps(trainer.model) == {3}
+    assert trainer.model.peft_config["default"].warmup_steps == 1
     assert before.keys() == after.keys()
     assert [n for n in before if torch.equal(before[n], after[n])] == []  # every factor and counter moved
     assert all(value.dtype == torch.float32 for name, value in after.items() if "duallora_step" not in name)

@@ -214,6 +214,20 @@ def test_identical_predictions_differ_by_exactly_nothing():
     assert verdict(found.mean, found.p) == "cannot be said"
 
 
+def test_a_metric_without_sums_is_resampled_as_one_with_them():
+    """The slow way and the fast one agree in distribution."""
+    random = np.random.default_rng(4)
+    gold = random.integers(0, 2, 90).tolist()
+    runs = [[value if random.random() < 0.8 else 1 - value for value in gold] for _ in range(2)]
+    anew = metrics.Metric(
+        "anew", compute=lambda guess, there: 100 * np.mean([g == r.label for g, r in zip(guess, there)])
+    )  # noqa: B905
+    slow, fast = (resample(metric, runs, rows(gold), rounds=600) for metric in (anew, ACCURACY))
+    assert slow.values == pytest.approx(fast.values)
+    assert slow.resampled.mean(axis=0) == pytest.approx(fast.resampled.mean(axis=0), abs=0.7)  # 4 sd of a mean of 600
+    assert slow.resampled.std(axis=0) == pytest.approx(fast.resampled.std(axis=0), rel=0.15)
+
+
 def test_pairing_takes_away_what_both_methods_share():
     """Nearly the same errors: the difference is known far better than either value."""
     random = np.random.default_rng(5)

@@ -52,7 +52,7 @@ def item(gold: str, instruction: str = "Pick {one}.") -> dict[str, str]:
 def test_first_match_is_case_sensitive_and_empty_where_nothing_matches(tmp_path, name, text, answer):
     task, row = load_task(name, data_dir=tmp_path), Example(references=("x",), group=name)
     assert task.extract(text, row) == answer
-    assert task.metrics([answer], [row]) == {"accuracy": 0.0, "parse_failure_rate": 0.0 if answer else 100.0}
+    assert task.metrics([answer, "x"], [row, row]) == {"accuracy": 50.0, "parse_failure_rate": 0.0 if answer else 50.0}
 
 
 def a_mixture(root):

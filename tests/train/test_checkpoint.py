@@ -12,10 +12,10 @@ from duallora.store import checkpoint, record, sealed
 FILES = ("adapter_config.json", checkpoint.WEIGHTS[0], *checkpoint.REQUIRED, *checkpoint.rng_files(1))
 
 
-def make(folder, step):
+def make(folder, step, names=FILES):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    for name in FILES:
+    for name in names:
         (path / name).write_bytes(f"{name} at {step}".encode() * 50)
     checkpoint.commit(path, step=step, fingerprints={"recipe": "r", "data": {"train": "d"}, "base": "b"})
     return path
@@ -37,7 +37,7 @@ def test_any_damage_to_any_file_is_found_and_the_previous_checkpoint_taken(tmp_p
     assert "checkpoint-10" in reasons[0]
 
 
-def test_the_generators_of_every_process_belong_to_a_checkpoint(tmp_path):
+def test_the_optimizer_and_the_generators_of_every_process_belong_to_a_checkpoint(tmp_path):
     for count, present in ((2, 2), (3, 2)):
         path = tmp_path / f"checkpoint-{count}"
         path.mkdir()
@@ -46,6 +46,8 @@ def test_the_generators_of_every_process_belong_to_a_checkpoint(tmp_path):
         checkpoint.commit(path, step=count, fingerprints={"processes": count})
     assert checkpoint.verify(tmp_path / "checkpoint-2") is None
     assert checkpoint.verify(tmp_path / "checkpoint-3").startswith("rng_state_2.pth was not saved")
+    without = make(tmp_path, 4, [name for name in FILES if name != "optimizer.pt"])
+    assert checkpoint.verify(without).startswith("optimizer.pt was not saved")
 
 
 def test_none_left_is_an_error_that_deletes_nothing(tmp_path):

@@ -151,6 +151,15 @@ def test_merged_output_has_the_bits_of_the_unmerged(dtype, options):
     assert torch.equal(model.merge_and_unload()(X), want)
 
 
+def test_hooks_of_every_kind_of_base_layer_run():
+    model, seen = two(), []
+    want = model(X)
+    for layer in layers(model):
+        layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
+    assert len(seen) == len(TARGETS)
+
+
 def test_every_kind_of_layer_compiles_whole():
     model = peft.get_peft_model(base(), config(init_seed=1))
     factors = [p for p in model.parameters() if p.requires_grad]

@@ -21,9 +21,10 @@ SCALING = 0.75 * 10 / 12**0.5
 
 
 def test_layer_agrees_with_the_oracle():
-    """As a linear layer on the patches that the kernel sees: y, dx and the factors' gradients."""
+    """As a linear layer on the patches that the kernel sees: y, dx and the factors' gradients, which are never sampled."""
     geometry = {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 3)}
-    _, layer = one_layer(nn.Conv2d(3, 5, (2, 3), **geometry))
+    _, layer = one_layer(nn.Conv2d(3, 5, (2, 3), **geometry), gradient_tokens=0.1)
+    assert layer.training
     x = torch.randn(2, 3, 6, 7, requires_grad=True)
     y = layer(x)
     dY = torch.randn_like(y)

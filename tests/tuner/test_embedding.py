@@ -26,8 +26,12 @@ IDS = torch.tensor([[3, 3, 3, 99, 5], [0, 7, 3, 5, 98]])  # 3 four times, 5 twic
 
 @pytest.mark.parametrize("ste_clip", ["chain", "update"])
 def test_layer_agrees_with_the_oracle_where_the_clip_acts_on_the_sum_over_occurrences(ste_clip):
-    """One-hot rows times W' in float64 loops. Clipping each occurrence on its own would give id 3 four times too much."""
-    _, layer = one_layer(nn.Embedding(V, D), ste_clip=ste_clip)
+    """One-hot rows times W' in float64 loops. Clipping each occurrence on its own would give id 3 four times too much.
+
+    In training, too, where dropout leaves ids alone and no tokens are sampled.
+    """
+    _, layer = one_layer(nn.Embedding(V, D), ste_clip=ste_clip, duallora_dropout=0.9, gradient_tokens=0.1)
+    assert layer.training
     y = layer(IDS)
     dY = torch.randn_like(y)
     A, B, C, D_ = (f.detach() for f in factors(layer))

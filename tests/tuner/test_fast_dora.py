@@ -16,6 +16,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from duallora.errors import ConfigError
@@ -271,6 +272,21 @@ def test_one_output_is_kept_for_the_magnitude():
     assert kept(ours, x) <= 512 * 5 * 4 + few
 
 
+def test_products_are_lora_s_and_those_of_the_norm():
+    """The largest product of the norm is A W0^T, r / tokens of the base layer's."""
+    lora = peft.get_peft_model(nn.Sequential(BASES["without bias"]()), peft.LoraConfig(r=5, target_modules=["0"]))
+    counts = []
+    for model in (fast_dora(one_layer("without bias")), lora):
+        model(torch.randn(4, 63))
+        x = torch.randn(128, 63, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    norm = 2 * 5 * (63 * 100 + 5 * 63 + 5 * 100)
+    not_counted = 2 * 128 * 5 * (100 + 63)  # addmm_, in place: s u B^T and du A
+    assert counts[0] + not_counted == counts[1] + norm
+
+
 # -- |w|^2 is computed once and never stale -----------------------------------------------------------------------
 
 
@@ -403,6 +419,15 @@ def test_several_adapters_come_and_go():
         model.delete_adapter("default")
         model.base_model.set_adapter(["second"])
     assert_same(results(ours, x), results(theirs, x))
+
+
+@pytest.mark.skipif(PEFT < (0, 20), reason="transformers asks for PEFT 0.20")
+def test_transformers_own_adapter_calls(llama, ids):
+    model = llama()
+    model.add_adapter(peft.LoraConfig(r=5, use_dora=True, target_modules=["q_proj"]))
+    theirs, ours = pair(trained(model))
+    assert all(type(v) is FastDoraVariant for layer in layers(ours) for v in layer.lora_variant.values())
+    assert_same(results(ours, ids), results(theirs, ids))
 
 
 def test_copies_and_pickles(llama, ids):

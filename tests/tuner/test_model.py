@@ -227,6 +227,14 @@ def test_one_head_and_one_beam_per_row(llama, ids):
     model.generate(input_ids=ids, adapter_names=names, num_beams=2, max_new_tokens=3, pad_token_id=0)
 
 
+def test_the_saved_counter_decides_the_gate(llama, ids):
+    """An adapter made with its gate open acts in full when loaded into one made with its gate shut."""
+    model, other = adapted(llama(), init_weights=False), adapted(llama())
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
+    assert duallora.gate(other) == 1.0
+    assert torch.equal(other(ids).logits, model(ids).logits)
+
+
 def test_weights_without_their_counter_say_so(llama, ids):
     """Savers that walk named_parameters() lose the buffer, and the adapter would act as nothing."""
     model = adapted(llama())

@@ -50,7 +50,7 @@ def test_registering_twice_is_harmless_and_a_rival_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "code",
     [
-        "import duallora; from peft.tuners.lora import LoraConfig; import peft",
+        "import duallora, importlib.util; importlib.util.find_spec('peft'); from peft.tuners.lora import LoraConfig; import peft",
         "import peft, duallora.methods.rule",
     ],
 )
