@@ -70,6 +70,9 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
         "| seed | 0 |",
         "`lora-r2/` | 2 |",
         'subfolder="lora-r2"',
+        "pip install duallora",
+        "One training run",
+        "arXiv:2512.03402",
     ):
         assert words in text
     for local in (str(run), str(Path.home()), "spikes", recipe["model"]["name"], recipe["data"]["path"]):

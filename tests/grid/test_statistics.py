@@ -219,9 +219,11 @@ def test_a_metric_without_sums_is_resampled_as_one_with_them():
     random = np.random.default_rng(4)
     gold = random.integers(0, 2, 90).tolist()
     runs = [[value if random.random() < 0.8 else 1 - value for value in gold] for _ in range(2)]
-    anew = metrics.Metric(
-        "anew", compute=lambda guess, there: 100 * np.mean([g == r.label for g, r in zip(guess, there)])
-    )  # noqa: B905
+
+    def accuracy(guess, there):
+        return 100 * np.mean([g == row.label for g, row in zip(guess, there, strict=True)])
+
+    anew = metrics.Metric("anew", compute=accuracy)
     slow, fast = (resample(metric, runs, rows(gold), rounds=600) for metric in (anew, ACCURACY))
     assert slow.values == pytest.approx(fast.values)
     assert slow.resampled.mean(axis=0) == pytest.approx(fast.resampled.mean(axis=0), abs=0.7)  # 4 sd of a mean of 600

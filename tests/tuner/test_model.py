@@ -227,6 +227,16 @@ def test_one_head_and_one_beam_per_row(llama, ids):
     model.generate(input_ids=ids, adapter_names=names, num_beams=2, max_new_tokens=3, pad_token_id=0)
 
 
+def test_init_seed_reproduces_the_adapter_whatever_the_generators_state(llama):
+    def values(state: int) -> torch.Tensor:
+        base = llama()
+        torch.manual_seed(state)
+        model = peft.get_peft_model(base, DualLoraConfig(**AWKWARD, init_seed=3))
+        return torch.cat([p.flatten() for name, p in model.named_parameters() if "duallora_" in name])
+
+    assert torch.equal(values(1), values(2))
+
+
 def test_the_saved_counter_decides_the_gate(llama, ids):
     """An adapter made with its gate open acts in full when loaded into one made with its gate shut."""
     model, other = adapted(llama(), init_weights=False), adapted(llama())
