@@ -95,6 +95,10 @@ def test_cells_that_began_where_their_study_would_no_longer_begin_are_refused(fa
     more = fakes.study(tasks=tasks, search={"learning_rate": [1e-3, 2e-3, 4e-3]})
     with pytest.raises(ConfigError, match=r'"mnli-lora-lr0.002-seed0" -> "mnli-lora-lr0.001-seed0"'):
         fakes.run(more)
+    one = {"tasks": {"own": {}}, "search": {}}
+    fakes.run(fakes.study(base={"task": "cola", "adapter.init_from": "runs/a"}, **one))
+    with pytest.raises(ConfigError, match=r'adapter.init_from: "runs/a" -> "runs/b"'):
+        fakes.run(fakes.study(base={"task": "cola", "adapter.init_from": "runs/b"}, **one))
 
 
 def test_a_search_that_was_decided_on_test_rows_is_said_to_be(fakes):
