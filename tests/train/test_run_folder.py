@@ -168,3 +168,10 @@ def test_a_path_belongs_to_the_run_around_it(done, tmp_path):
     for inside in ("", "adapter", "checkpoints/checkpoint-8"):
         assert RunFolder.around(done.path / inside).path == done.path
     assert RunFolder.around(tmp_path) is RunFolder.around(done.path / "absent") is None
+
+
+def test_every_file_of_a_run_has_the_mode_of_any_new_file(trained, tmp_path):
+    """safetensors writes 0600 whatever the umask, which locks others out of a shared folder."""
+    (tmp_path / "any").touch()
+    usual = (tmp_path / "any").stat().st_mode
+    assert [path for path in trained().rglob("*") if path.is_file() and path.stat().st_mode != usual] == []

@@ -436,6 +436,7 @@ class _Run:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Saving a Dual LoRA adapter whose gate is not open")
                 self.method.save(self.folder.init)
+            record.follow_umask(self.folder.init)
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
