@@ -108,10 +108,11 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> tuple[int, s
         return error.code if isinstance(error.code, int) else int(error.code is not None), nothing, ""
     first = first_line(error)
     if is_out_of_memory(error):
-        lower = (
+        remedy = (
             "Lower train.batch_size (and raise train.gradient_accumulation_steps), eval.batch_size or data.max_length, "
+            "or set train.gradient_checkpointing=true."
         )
-        return 8, f"out of memory: {first}", lower + "or set train.gradient_checkpointing=true."
+        return 8, f"out of memory: {first}", remedy
     if isinstance(error, OSError) and error.filename is not None:
         first = f"{error.filename}: {error.strerror}"
     if is_disk_failure(error):

@@ -170,8 +170,9 @@ def test_a_path_belongs_to_the_run_around_it(done, tmp_path):
     assert RunFolder.around(tmp_path) is RunFolder.around(done.path / "absent") is None
 
 
-def test_every_file_of_a_run_has_the_mode_of_any_new_file(trained, tmp_path):
+@pytest.mark.parametrize("kind", ["generate", "classify"])
+def test_every_file_of_a_run_has_the_mode_of_any_new_file(trained, tmp_path, kind):
     """safetensors writes 0600 whatever the umask, which locks others out of a shared folder."""
     (tmp_path / "any").touch()
     usual = (tmp_path / "any").stat().st_mode
-    assert [path for path in trained().rglob("*") if path.is_file() and path.stat().st_mode != usual] == []
+    assert [path for path in trained(kind).rglob("*") if path.is_file() and path.stat().st_mode != usual] == []
