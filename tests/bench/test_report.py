@@ -53,7 +53,9 @@ def verdict_of(results: dict, words: str):
     ],
 )
 def test_a_target_is_judged_by_its_worst_cell(results, words, benchmark, name, over, where):
-    key = {"width": 2048} if benchmark == "layer" else {"pass": "forward"} if benchmark == "host" else {}
+    key = (
+        {"width": 2048, "tokens": 2048} if benchmark == "layer" else {"pass": "forward"} if benchmark == "host" else {}
+    )
     before = verdict_of(results, words)
     cell = slowed(results, benchmark, name, dtype="bfloat16" if "bf16" in where else "float32", **key)["methods"]
     after = verdict_of(results, words)
@@ -63,10 +65,12 @@ def test_a_target_is_judged_by_its_worst_cell(results, words, benchmark, name, o
 
 
 def test_layers_too_small_or_of_another_rank_do_not_count_for_the_floor_but_do_against_rivals(results):
+    wide = cell_of(results, "layer", width=1024, tokens=2048, dtype="float32")
+    of_rivals = results["layer"]["cells"] = [wide]
     for key in ({"width": 576}, {"tokens": 512}, {"rank": 32}):
-        cell = json.loads(json.dumps(cell_of(results, "layer", width=1024, dtype="float32")))
+        cell = json.loads(json.dumps(wide))
         cell["cell"] |= key
-        results["layer"]["cells"].append(cell)
+        of_rivals.append(cell)
     before, rival = verdict_of(results, "layer, fp32"), verdict_of(results, "PEFT DoRA, equal")
     cell = slowed(results, "layer", tokens=512)
     assert verdict_of(results, "layer, fp32") == before

@@ -20,13 +20,17 @@ def checkout(tmp_path):
     folder = tmp_path / "checkout" / "src"
     folder.mkdir(parents=True)
     (folder / "a.py").write_text("1\n")
+    (results := folder.parent / "results" / "bench").mkdir(parents=True)
+    (results / "host.json").write_text("{}")
     git(folder.parent, "init", "-q")
-    git(folder.parent, "add", "src/a.py")
+    git(folder.parent, "add", ".")
     git(folder.parent, "commit", "-q", "-m", "first")
     return folder
 
 
 def test_commit_is_that_of_the_checkout_and_an_edit_makes_it_dirty(checkout):
+    """An edit of what is measured: what the measurement before this one wrote is none."""
+    (checkout.parent / "results" / "bench" / "host.json").write_text("[]")
     assert record.git_state(checkout) == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": False}
     (checkout / "a.py").write_text("2\n")
     assert record.git_state(checkout)["dirty"] is True

@@ -215,6 +215,7 @@ def test_scaled_adapters_give_the_exact_weighted_sum(options):
     """What stands in for add_weighted_adapter: forward, merge and get_delta_weight follow, negative weights too."""
     model = two(**options)
     plain = [layer.get_delta_weight("a") for layer in layers(model)]
+    assert all(delta.any() for delta in plain)
     want = summed(model, a=0.7, b=-0.4)
     with torch.no_grad():
         model(X)  # kept weights must notice

@@ -364,6 +364,23 @@ def test_merging_quantizes_the_sum_says_what_is_lost_and_comes_back(base, folder
     assert torch.equal(logits(model, ids), unmerged)
 
 
+@pytest.mark.filterwarnings("ignore:Merged into quantized weights")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_under_way_uses_the_weight_of_its_forward(base, ids, kind):
+    """8-bit layers multiply by what their state holds when the backward runs."""
+    grads = []
+    for merged in (False, True):
+        model = adapted(base(kind)).train()
+        loss = model(input_ids=ids, labels=ids).loss
+        if merged:
+            model.merge_adapter()
+            logits(model, ids)
+            model.unmerge_adapter()
+        loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grads[0][name], grad) for name, grad in grads[1].items())
+
+
 def named_layers(model):
     return [(name, module) for name, module in model.base_model.model.named_modules() if isinstance(module, Linear)]
 

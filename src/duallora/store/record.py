@@ -35,7 +35,8 @@ def git_state(folder: Path) -> dict[str, Any]:
     """``{"commit": sha, "dirty": bool}`` of the checkout that tracks ``folder``, else None for both.
 
     A package installed into a virtual environment that lies inside some other project's checkout is not tracked by
-    it, and that project's commit says nothing about the package.
+    it, and that project's commit says nothing about the package. Edits below ``results/`` and ``docs/`` are not meant by
+    ``dirty``: they are what measuring writes, not what is measured.
     """
 
     def git(*arguments: str) -> str:
@@ -45,7 +46,9 @@ def git_state(folder: Path) -> dict[str, Any]:
     try:
         if not git("ls-files", "."):
             return {"commit": None, "dirty": None}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        written = (":(top,exclude)results", ":(top,exclude)docs")
+        edits = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(edits)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
 
