@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from duallora import cli
 from duallora.errors import ConfigError, IntegrityError
 from duallora.export import card, convert
-from duallora.tasks import load_data, load_task
+from duallora.tasks import TASKS, load_data, load_task, made_up
 
 BASE = "org/tiny-llama"
 
@@ -40,11 +40,12 @@ def test_the_form_that_peft_leaves_is_written_over_until_somebody_fills_it_in(na
         card.card(adapter, base_model=BASE, console=console)
 
 
-def test_the_hubs_own_library_reads_what_was_meant(run, console):
+def test_the_hubs_own_library_reads_what_was_meant(run, tmp_path, console):
     convert.convert(run, run / "lora-r2", rank=2)
     facts = json.loads((run / "run.json").read_text())
     own, recipe = facts["result"]["metrics"], facts["recipe"]
-    own["spikes"] = [13, 21]  # steps, which are no metric
+    own |= {"spikes": [13, 21], "start_rows": 512, "rows_at_once": 2, "steps_without_gradient": 1}  # no metrics
+    (run / "stray.json").write_text(json.dumps({"kind": "eval", "source": str(tmp_path), "metrics": {}}))
     (run / "run.json").write_text(json.dumps(facts))
     named = {"license": "mit", "language": "en", "datasets": ["me/sums"]}
     result = card.card(run, base_model=BASE, repo="me/sums", console=console, **named)
@@ -59,7 +60,9 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
     values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
     assert values
     assert values == {name: pytest.approx(own[name], abs=1e-4) for name in values}
-    assert not {"loss", "perplexity", "train_seconds", "spikes"} & set(values)
+    assert not {"loss", "perplexity", "train_seconds", "start_rows", "rows_at_once", "steps_without_gradient"} & set(
+        values
+    )
     text = ModelCard.load(path).text
     assert text.index("import duallora") < text.index('PeftModel.from_pretrained(base, "me/sums")')
     for words in (
@@ -79,6 +82,12 @@ def test_the_hubs_own_library_reads_what_was_meant(run, console):
         assert local not in path.read_text()
     (run / "adapter" / "tokenizer_config.json").unlink()
     assert f'AutoTokenizer.from_pretrained("{BASE}")' in card.build(run / "adapter", base_model=BASE, repo="me/sums")[0]
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in made_up.NAMES])
+def test_every_task_of_the_papers_names_its_data(task, monkeypatch):
+    monkeypatch.delenv("DUALLORA_DATA", raising=False)
+    assert card._datasets(task, {})
 
 
 def test_the_same_files_give_the_same_bytes_and_an_edit_is_spared(run, console):

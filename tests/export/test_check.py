@@ -164,6 +164,7 @@ HOSTILE = {
     "code": ({"auto_mapping": {"base_model_class": "X", "parent_library": "canary_module"}}, "canary_module"),
     "pattern key": ({"alpha_pattern": {"(.*.*)*!": 3}}, "take more than"),
     "no regular expression": ({"target_modules": "(q_proj"}, "no regular expression"),
+    "flags that PEFT puts in the middle": ({"rank_pattern": {"(?i)Q_proj": 4}}, "no regular expression"),
     "long pattern": ({"exclude_modules": "q" * 10**5}, "100,000 characters"),
     "many patterns": ({"rank_pattern": {f"layer{i}": 2 for i in range(10**4)}}, "patterns, expected at most 5,000"),
 }
@@ -184,6 +185,12 @@ def test_a_hostile_configuration_is_refused_at_once(mine, case, monkeypatch, tmp
     assert findings(report)["config"] == ("failed", report["exit_code"]) == ("failed", 2)
     assert words in message(report, "config")
     assert "canary_module" not in sys.modules
+
+
+def test_a_pattern_with_flags_is_as_sound_as_peft_finds_it(mine):
+    names = {name.rpartition(".")[2].upper() for name in settings_of(mine)["target_modules"]}
+    change_config(mine, target_modules=rf"(?i).*\.({'|'.join(names)})")
+    assert checking.check(mine)["ok"]
 
 
 def test_deep_and_huge_json_is_refused(mine):

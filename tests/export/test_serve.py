@@ -220,6 +220,11 @@ def test_what_cannot_be_served_is_said_before_anything_is_made(
     moved = Path(shutil.copytree(run_folder / "adapter", tmp_path / "moved"))
     weights = moved / adapters.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (tmp_path / "runs").mkdir()
+    nameless = Path(shutil.copytree(other, tmp_path / "nameless"))
+    settings = {**settings_of(nameless), "base_model_name_or_path": None}
+    (nameless / "adapter_config.json").write_text(json.dumps(settings))
+    (nameless / adapters.SIDECAR).unlink(missing_ok=True)  # which knows it too
     foreign = Path(shutil.copytree(other, tmp_path / "foreign"))
     settings = {**settings_of(foreign), "base_model_name_or_path": str(another_base)}
     (foreign / "adapter_config.json").write_text(json.dumps(settings))
@@ -230,6 +235,8 @@ def test_what_cannot_be_served_is_said_before_anything_is_made(
         (2, "not adapters of one base model", [native, another_base]),
         (2, "are both called 'adapter'", [native, native]),
         (2, "has no nowhere", [tmp_path / "nowhere"]),
+        (2, "runs/lr=0.1: no such folder", [f"a={tmp_path / 'runs' / 'lr=0.1'}"]),
+        (2, "names no base model: set base_model_name_or_path", [nameless, native]),
         (2, "vLLM, which alone serves several", ["--engine", "transformers", native, other]),
     ]:
         assert cli.run(["serve", *map(str, line)]) == code, words

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from duallora.errors import (
     OutOfMemoryError,
 )
 from duallora.store import checkpoint, lock, record
+from duallora.store.run_folder import RunFolder
 from duallora.train import loop, prepare, run
 
 
@@ -277,8 +279,12 @@ def fails(error):
     ],
 )
 def test_a_full_disk_and_too_little_memory_are_said_in_words(make_recipe, console, cause, error, words):
+    recipe = make_recipe()
     with at(3, 1, fails(cause)), pytest.raises(error, match=words):
-        run.train(make_recipe(), console=console)
+        run.train(recipe, console=console)
+    facts = RunFolder(recipe.output).facts()
+    assert (facts["status"], facts["kind"]) == ("failed", error.kind)
+    assert re.match(rf"{error.__name__}: .*{words}", facts["error"])
 
 
 def test_a_run_of_another_version_or_with_other_settings_is_not_taken_up(trained, make_recipe, console, tmp_path):

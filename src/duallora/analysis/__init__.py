@@ -1,1 +1,1 @@
-"""What finished runs show: statistics of studies, summaries, the report."""
+"""What training did to adapters: signs, ranks, how far weights turned and stretched."""

@@ -234,7 +234,7 @@ def _datasets(task: str, run: dict[str, Any]) -> list[str]:
     if task in TASKS:
         if task in made_up.NAMES:
             return []
-        loader = e2e if task == "e2e" else commonsense if task in commonsense.NAMES else glue
+        loader = e2e if task in e2e.FORMS else commonsense if task in commonsense.NAMES else glue
         return re.findall(r"(?:^hub|,) ([\w.-]+/[\w.-]+)", loader.load(task, None).source)
     path = run.get("recipe", {}).get("data", {}).get("path")
     return [path] if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else []
@@ -245,9 +245,8 @@ def _datasets(task: str, run: dict[str, Any]) -> list[str]:
 
 def _validation(run: dict[str, Any], sidecar: dict[str, Any]) -> list[dict[str, Any]]:
     """The run's own metrics on its held-out rows."""
-    left_out = ("train_", "tokens_")
     every = run.get("result", {}).get("metrics", {})
-    chosen = {name: v for name, v in every.items() if is_number(v) and not name.startswith(left_out)}
+    chosen = {name: v for name, v in every.items() if is_number(v) and metrics.is_score(name)}
     if not chosen:
         return []
     rows = run.get("data", {}).get("validation")
@@ -268,8 +267,7 @@ def _results(folder: Path, files: Sequence[str | Path], task: str, data_dir: str
             if path in named:
                 raise ConfigError(f"{path} is no result of duallora eval -o; expected JSON whose kind is 'eval'")
             continue
-        source = adapters.find(result["source"]) if Path(str(result.get("source"))).is_dir() else None
-        if path not in named and (source is None or source.resolve() != folder.resolve()):
+        if path not in named and not _is_of(result.get("source"), folder):
             continue
         intervals = {}
         if (known := _examples(result, data_dir)) is not None:
@@ -278,6 +276,15 @@ def _results(folder: Path, files: Sequence[str | Path], task: str, data_dir: str
         facts = {key: result.get(key) for key in ("task", "split", "n", "metrics", "recipe")}
         found.append({**facts, "intervals": intervals})
     return found
+
+
+def _is_of(source: Any, folder: Path) -> bool:
+    """Whether what was scored, a run or an adapter, is the adapter in ``folder``."""
+    try:
+        found = adapters.find(source) if Path(str(source)).is_dir() else None
+    except ConfigError:  # a folder whose adapter is gone
+        return False
+    return found is not None and found.resolve() == folder.resolve()
 
 
 def _examples(result: dict[str, Any], data_dir: str | Path | None) -> tuple[Task, list[Example]] | None:

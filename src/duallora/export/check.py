@@ -379,9 +379,12 @@ def _not_a_lora(config: Mapping[str, Any]) -> str | None:
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the base's head is its embeddings; also where its configuration cannot be read."""
+    name = config.get("base_model_name_or_path")
     try:
-        base = models.load_config(str(config.get("base_model_name_or_path")), revision=config.get("revision"))
+        base = models.load_config(name, revision=config.get("revision")) if name else None
     except DualLoraError:
+        base = None
+    if base is None:
         return True
     return bool(base.get_text_config().tie_word_embeddings)
 

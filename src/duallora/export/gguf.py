@@ -41,7 +41,7 @@ def write(folder: Path) -> Path:
     config = untrusted.read(folder)
     if reasons := check.llamacpp(config, adapters.check_adapter(folder)).reasons:
         raise ConfigError(f"llama.cpp does not take this adapter: {'; '.join(reasons)}. Use duallora merge")
-    base = models.load_config(str(config["base_model_name_or_path"]), revision=config.get("revision"))
+    base = models.load_config(adapters.base_name(folder), revision=config.get("revision"))
     architecture = ARCHITECTURES.get(base.model_type)
     if architecture is None:
         raise ConfigError(

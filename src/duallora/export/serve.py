@@ -50,7 +50,9 @@ def prepare(
     console = console or Console()
     named: dict[str, str] = {}
     for item in sources:
-        name, _, source = ("", "", item) if Path(item).exists() else item.rpartition("=")
+        name, equals, source = item.partition("=")
+        if Path(item).exists() or not equals:
+            name, source = "", item
         name = name or Path(source).absolute().name
         if name in named:
             raise ConfigError(f"{named[name]} and {source} are both called {name!r}: write other={source}")

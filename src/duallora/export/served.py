@@ -100,8 +100,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def base(folder: Path) -> dict[str, Any]:
     """The base of an adapter: where it is, and its content."""
-    config, told = untrusted.read(folder), adapters.read_sidecar(folder).get("base", {})
-    name, revision = str(config.get("base_model_name_or_path") or told.get("name")), config.get("revision")
+    name, revision = adapters.base_name(folder), untrusted.read(folder).get("revision")
     return {"place": models.resolve(name), "revision": revision, "content": _content(name, revision)}
 
 

@@ -31,7 +31,6 @@ MARK = re.compile(
     r"(<!-- study:(?P<name>[\w.+-]+):(?P<part>[\w-]+) -->\n).*?(<!-- /study:(?P=name):(?P=part) -->)", re.DOTALL
 )
 NONE = "-"  # nothing measured
-BOOKKEEPING = ("train_", "tokens_", "start_", "rows_", "steps_", "spikes", "left_out")
 PLOTLY = "the plots need plotly: pip install 'duallora[report]'"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"  # of the page
 
@@ -148,10 +147,8 @@ class _Tables:
             self.columns = [_Column(main, tasks[0])]
             for name in dict.fromkeys(name for row in summary["rows"] for name in row["every"]):
                 metric = metrics.find(name)
-                if metric.higher_is_better is None and name.startswith(BOOKKEEPING):  # no score, though beside them
-                    continue
                 failures = bool(metric.group) and not metric.higher_is_better  # answers of a group that say nothing
-                if name != main and not metric.likelihood and not failures:
+                if name != main and metrics.is_score(name) and not metric.likelihood and not failures:
                     self.columns.append(_Column(metric.group or name, tasks[0], name))
 
     def metrics(self) -> Table:

@@ -124,6 +124,14 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     return told
 
 
+def base_name(folder: Path) -> str:
+    """The base model that an adapter names, or that was noted beside it; ConfigError where neither is."""
+    noted = read_sidecar(folder).get("base", {}).get("name")
+    if name := untrusted.read(folder).get("base_model_name_or_path") or noted:
+        return str(name)
+    raise ConfigError(f"{folder / 'adapter_config.json'} names no base model: set base_model_name_or_path")
+
+
 def seal(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the sidecar of a result: ``facts``, and `file_record` of every file by name, which it returns."""
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
@@ -194,9 +202,7 @@ def _load_adapter(
     if config.task_type not in (None, wanted):
         raise ConfigError(f"{folder} was trained for {config.task_type}, this task needs {wanted} ({kind})")
     base = sidecar.get("base", {})
-    name = other or config.base_model_name_or_path or base.get("name")
-    if not name:
-        raise ConfigError(f"{folder / 'adapter_config.json'} names no base model: set base_model_name_or_path")
+    name = other or base_name(folder)
     num_labels = None
     if kind != "generate":
         num_labels = len(sidecar.get("labels", ())) or _labels_of_head(shapes, kind)

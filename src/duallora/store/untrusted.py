@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -34,14 +35,22 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_
 MAX_LABELS = 1 << 20  # each is given a name before anyone asks for it
 MAX_PATTERNS = 5000
 MAX_PATTERN = 2000  # characters
-SECONDS = 2.0  # for all patterns on all modules
+SECONDS = 2.0  # of the processor, for all patterns on all modules
 
+_FORMS = {  # the regular expressions that PEFT makes of patterns
+    "target_modules": "{}",  # these two if they are no lists
+    "exclude_modules": "{}",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
 _MATCH = (
-    "import json, re, sys\n"
-    "patterns, names = json.load(sys.stdin)\n"
+    "import json, re, signal, sys\n"
+    "seconds, patterns, names = json.load(sys.stdin)\n"
+    "signal.setitimer(signal.ITIMER_VIRTUAL, seconds)\n"
     "for pattern in patterns:\n"
-    "    for form in (pattern, r'(.*\\.)?(' + pattern + ')$'):\n"  # PEFT's form for rank_pattern and alpha_pattern
-    "        for name in names: re.fullmatch(form, name)\n"
+    "    for name in names: re.match(pattern, name), re.fullmatch(pattern, name)\n"
 )
 
 
@@ -221,7 +230,7 @@ def check(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], wher
         number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
         if alpha is not None and not (number and alpha > 0):
             raise ConfigError(f"{where}: {name}={str(alpha)[:40]}: expected a finite number > 0")
-    patterns = _patterns(config)
+    patterns = [pattern for pattern, _ in _patterns(config)]
     if len(patterns) > MAX_PATTERNS:
         raise ConfigError(f"{where} holds {len(patterns):,} module patterns, expected at most {MAX_PATTERNS:,}")
     longest = max(patterns, key=len, default="")
@@ -236,32 +245,37 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: Path)
 
     Python's own ``re`` has no time limit, and ``(a+)+$`` takes one that doubles with each letter.
     """
-    patterns = [pattern for pattern in _patterns(config) if not re.fullmatch(r"[\w.-]*", pattern)]
+    patterns = [
+        (pattern, form) for pattern, form in _patterns(config) if form and not re.fullmatch(r"[\w.-]*", pattern)
+    ]
     if not patterns:
         return
-    for pattern in patterns:
+    for pattern, form in patterns:
         try:
-            re.compile(pattern)
+            re.compile(form)
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
                 f"{where}: the module pattern {pattern[:80]!r} is no regular expression: {error}"
             ) from None
-    command, work = [sys.executable, "-I", "-S", "-c", _MATCH], json.dumps([patterns, list(names)])
-    try:
-        subprocess.run(command, input=work, text=True, capture_output=True, timeout=SECONDS, check=True)
-    except subprocess.TimeoutExpired:
+    command, work = (
+        [sys.executable, "-I", "-S", "-c", _MATCH],
+        json.dumps([SECONDS, [form for _, form in patterns], [*names]]),
+    )
+    done = subprocess.run(command, input=work, text=True, capture_output=True, check=False)
+    if done.returncode == -signal.SIGVTALRM:
         raise ConfigError(
-            f"{where}: the module patterns (first: {patterns[0][:80]!r}) take more than {SECONDS:g} s to match the "
+            f"{where}: the module patterns (first: {patterns[0][0][:80]!r}) take more than {SECONDS:g} s to match the "
             "model's modules; name the modules instead"
-        ) from None
+        )
+    done.check_returncode()
 
 
-def _patterns(config: Mapping[str, Any]) -> list[str]:
-    """Every string that PEFT reads as a regular expression, and every module name in a list."""
-    found: list[str] = []
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
+def _patterns(config: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Every pattern and every module name in a list, with what PEFT matches for it; None where it compares names."""
+    found: list[tuple[str, str | None]] = []
+    for name in (*_FORMS, "target_parameters"):
         value = config.get(name) or []
-        found += [value] if isinstance(value, str) else value
-    for name in ("rank_pattern", "alpha_pattern"):
-        found += config.get(name) or {}
+        names = isinstance(value, list) and name in ("target_modules", "exclude_modules")
+        form = None if names else _FORMS.get(name)
+        found += [(each, form and form.format(each)) for each in ([value] if isinstance(value, str) else value)]
     return found

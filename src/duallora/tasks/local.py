@@ -1,4 +1,4 @@
-"""Where a task's files lie on this machine, and how to read them with their faults named."""
+"""Where a task's files lie on this machine."""
 
 from __future__ import annotations
 

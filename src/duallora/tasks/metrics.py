@@ -116,6 +116,7 @@ class Metrics:
 
 _OWN: dict[tuple[str, str], Metric] = {}  # by task ("" for any) and name
 _added: dict[tuple[str, str], Metric] = {}
+_BOOKKEEPING = ("train_", "tokens_", "start_", "rows_", "steps_", "spikes", "left_out")  # what runs record besides
 
 
 def add(metric: Metric, task: str = "") -> Metric:
@@ -141,6 +142,11 @@ def find(name: str | None, task: str | None = None) -> Metric:
         return found
     head = max((own for of, own in every if of in ("", task) and name.startswith(f"{own}_")), key=len, default=None)
     return find(head, task).of_group(name[len(head) + 1 :]) if head else Metric(name, higher_is_better=None)
+
+
+def is_score(name: str, task: str | None = None) -> bool:
+    """Whether ``name`` says how good a run is: the seconds, tokens and counts of steps beside its metrics do not."""
+    return find(name, task).higher_is_better is not None or not name.startswith(_BOOKKEEPING)
 
 
 def get(name: str, task: str | None = None) -> Metric:

@@ -70,22 +70,24 @@ def process_group() -> Iterator[Processes]:
         assert state.num_processes == world_size
         yield Processes(state.process_index, state.num_processes)
     except RuntimeError as error:
-        if not _is_lost(error):
+        if (gone := lost(error)) is None:
             raise
-        raise LostProcessError(
-            "another process of this run has ended, so it cannot go on; what it said stands above, or it was killed "
-            "(out of memory, perhaps). Continue with --resume auto"
-        ) from error
+        raise gone from error
     else:
         if not met and dist.is_initialized():
             dist.destroy_process_group()
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _is_lost(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because a peer is gone (gloo's and NCCL's words for it)."""
+def lost(error: BaseException) -> LostProcessError | None:
+    """What to say where a collective operation failed because a peer is gone (gloo's and NCCL's words for it), else None."""
     words = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "timeout", "Timed out")
-    return any(word in str(error) for word in words)
+    if not isinstance(error, RuntimeError) or not any(word in str(error) for word in words):
+        return None
+    return LostProcessError(
+        "another process of this run has ended, so it cannot go on; what it said stands above, or it was killed "
+        "(out of memory, perhaps). Continue with --resume auto"
+    )
 
 
 def refuse_sharding(environment: Mapping[str, str]) -> None:

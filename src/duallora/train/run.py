@@ -49,7 +49,7 @@ from duallora.tasks import Collator, Task, encode_split, metrics
 from duallora.terminal import amount, clock, command, quiet_libraries, say, shown, size
 from duallora.train import begin, calibration, chance, curve, evaluate, plugins, prepare
 from duallora.train.adapter import check_method, gate, has_gate, load_weights, parameter_counts, put
-from duallora.train.launch import end_with_parent, ignore_quantized, process_group
+from duallora.train.launch import end_with_parent, ignore_quantized, lost, process_group
 from duallora.train.loop import (
     FiniteGradients,
     LogSteps,
@@ -94,7 +94,7 @@ def train(recipe: Recipe, *, resume: str = "never", console: Console | None = No
         console = (console or Console()) if processes.main else Console(quiet=True)
         folder, source = processes.from_main(lambda: _folder_and_source(recipe, resume))
         recipe = recipe.model_copy(update={"output": str(folder), "plugins": plugins.resolved(recipe.plugins)})
-        with _plain_errors(recipe, folder), ExitStack() as held, quiet_libraries():
+        with _plain_errors(recipe, folder, processes), ExitStack() as held, quiet_libraries():
             processes.from_main(lambda: held.enter_context(locked(folder)))
             stopping = held.enter_context(StopTraining(processes))
             return _Run(recipe, folder, console, processes).go(source, stopping)
@@ -151,7 +151,8 @@ class _Run:
             say(self.console, "done", f"this run is finished already: [bold]{shown(self.folder.path)}[/]")
             return finished
         try:
-            return self._train(previous, source, stopping)
+            with _plain_errors(self.recipe, self.folder.path, self.processes):  # so that the record has their kind
+                return self._train(previous, source, stopping)
         except BaseException as error:
             if self.processes.main:
                 self._record_failure(error, previous)
@@ -844,8 +845,8 @@ def _folder_and_source(recipe: Recipe, resume: str) -> tuple[Path, str | Path]:
 
 
 @contextmanager
-def _plain_errors(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Failures of the machine as `DiskError` and `OutOfMemoryError`, with what to do about them."""
+def _plain_errors(recipe: Recipe, folder: Path, processes: Processes) -> Iterator[None]:
+    """Failures of the machine as `DiskError`, `OutOfMemoryError` and `LostProcessError`, with what to do about them."""
     try:
         yield
     except DualLoraError:
@@ -860,6 +861,8 @@ def _plain_errors(recipe: Recipe, folder: Path) -> Iterator[None]:
                 f"and set train.gradient_accumulation_steps={2 * options.gradient_accumulation_steps} (the same run; train.auto_batch=true does so by itself), "
                 "shorten data.max_length, or set train.gradient_checkpointing=true"
             ) from error
+        if processes.world_size > 1 and (gone := lost(error)):
+            raise gone from error
         if is_disk_failure(error):
             place, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, said)
             free = f"{size(shutil.disk_usage(_existing(folder)).free)} are free there"
