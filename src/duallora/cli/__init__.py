@@ -1,9 +1,9 @@
 """The command line: verbs only. Each reads its options, calls one function elsewhere and shows what came back.
 
 Exit codes: 0 done, 1 a fault in the program, 2 configuration or usage, 3 data, 4 integrity, 5 non-finite, 6 locked, 7 disk,
-8 memory, 9 a process of several is gone, 130 and 143 interrupted by SIGINT and SIGTERM. With ``--json`` the only line on
-stdout is a JSON object, also on failure. Torch and its kin are imported inside the verbs: help and errors in options must
-not wait for them.
+8 memory, 9 a process of several is gone, 10 cells of a grid failed, 130 and 143 interrupted by SIGINT and SIGTERM. With
+``--json`` the only line on stdout is a JSON object, also on failure. Torch and its kin are imported inside the verbs: help
+and errors in options must not wait for them.
 """
 
 from __future__ import annotations
