@@ -30,8 +30,7 @@ constexpr int VL = 4;
 #endif
 typedef float vf __attribute__((vector_size(VL * sizeof(float))));
 typedef float vf_u __attribute__((vector_size(VL * sizeof(float)), aligned(4), may_alias));
-typedef float v8 __attribute__((vector_size(32)));
-typedef float v8_u __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int WIDE = VL < 8 ? 8 : VL;  // columns of dL at once
 
 constexpr int PANEL = 4 * VL;  // columns of a panel
 constexpr int ROWS = 32;       // rows of a block
@@ -188,27 +187,30 @@ void add_left_transposed(float* part, const float* L, int r4, const float* X, in
     }
 }
 
-// dL [8][r8] (columns l .. l + 8 NV) += X R^T, for X [8][PANEL] and R^T [PANEL][r8]
-template <int NV>
+// dL [8][r8] (columns l .. l + WIDTH NV) += X R^T, for X [8][PANEL] and R^T [PANEL][r8]
+template <int WIDTH, int NV>
 inline void add_right_transposed(float* dL, int r8, const float* X, const float* Rt) {
-    v8 acc[8][NV] = {};
+    typedef float vec __attribute__((vector_size(WIDTH * sizeof(float))));
+    typedef float vec_u __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
+    vec acc[8][NV] = {};
     for (int j = 0; j < PANEL; ++j) {
-        v8 r[NV];
-        for (int v = 0; v < NV; ++v) r[v] = *(const v8_u*)(Rt + j * r8 + v * 8);
+        vec r[NV];
+        for (int v = 0; v < NV; ++v) r[v] = *(const vec_u*)(Rt + j * r8 + v * WIDTH);
         for (int i = 0; i < 8; ++i) {
-            v8 s = v8{} + X[i * PANEL + j];
+            const vec s = vec{} + X[i * PANEL + j];
             for (int v = 0; v < NV; ++v) acc[i][v] += s * r[v];
         }
     }
     for (int i = 0; i < 8; ++i)
-        for (int v = 0; v < NV; ++v) *(v8_u*)(dL + i * r8 + v * 8) += acc[i][v];
+        for (int v = 0; v < NV; ++v) *(vec_u*)(dL + i * r8 + v * WIDTH) += acc[i][v];
 }
 
 void add_right_transposed(float* dL, int r8, const float* X, const float* Rt, int n) {
     for (int i = 0; i < n; i += 8) {  // dL and X have whole blocks of rows
         int l = 0;
-        for (; l + 16 <= r8; l += 16) add_right_transposed<2>(dL + i * r8 + l, r8, X + i * PANEL, Rt + l);
-        if (l < r8) add_right_transposed<1>(dL + i * r8 + l, r8, X + i * PANEL, Rt + l);
+        for (; l + 2 * WIDE <= r8; l += 2 * WIDE) add_right_transposed<WIDE, 2>(dL + i * r8 + l, r8, X + i * PANEL, Rt + l);
+        for (; l + WIDE <= r8; l += WIDE) add_right_transposed<WIDE, 1>(dL + i * r8 + l, r8, X + i * PANEL, Rt + l);
+        if (l < r8) add_right_transposed<8, 1>(dL + i * r8 + l, r8, X + i * PANEL, Rt + l);
     }
 }
 
