@@ -533,6 +533,19 @@ def test_a_run_is_resumed_by_its_folder_alone(trained, tmp_path, json_of):
     assert "adapter.r" in json_of("train", "--resume", "moved", "--set", "r=3", code=2)["error"]
 
 
+def test_the_recipe_in_a_runs_folder_resumes_that_run_wherever_it_lies(trained, monkeypatch, json_of):
+    """By the place that the recipe names, that of before the move, it would be trained anew, and there."""
+    shutil.copytree(trained[0], "moved")
+    for here, recipe in ((".", "moved/recipe.yaml"), ("moved", "recipe.yaml")):
+        with monkeypatch.context() as inside:
+            inside.chdir(here)
+            payload = json_of("train", "-c", recipe, "--resume", "auto")
+            assert Path(payload["folder"]).resolve() == Path(recipe).resolve().parent
+        assert payload["metrics"] == trained[1]["metrics"]
+    words = ("train", "-c", "moved/recipe.yaml", "--resume", "auto", "--set", "output=new", "--set", "data.path=no.csv")
+    json_of(*words, code=3)  # it is begun there, as it is said
+
+
 def test_eval_takes_a_plain_model_and_a_limit(tiny_causal_folder, own_data, json_of):
     command = ["eval", str(tiny_causal_folder), "--data", str(own_data), "--limit", "2", "--max-new-tokens", "2"]
     assert json_of(*command)["n"] == 2

@@ -111,6 +111,8 @@ def train(
         config = recipe_file(resume)
         if config is not None:
             output = output or config.parent  # the recipe's own may name the place before the folder was moved
+    elif config is not None and resume == "auto" and output is None:
+        output = _run_of(config, overrides or ())
     chosen = [*(overrides or ()), *([f"adapter.method={method}"] if method else ())]
     recipe = load_recipe(
         config,
@@ -406,6 +408,16 @@ def config_show(
     recipe = load_recipe(config, overrides or (), model=model, data=data, task=task)
     console.print_text(recipe_yaml(recipe))
     return {"recipe": recipe.model_dump(mode="json"), "fingerprint": fingerprint(recipe)}
+
+
+def _run_of(config: Path, overrides: Sequence[str]) -> Path | None:
+    """The run whose own recipe that is, unless another output is set: the recipe may name the place before the folder was
+    moved, or one below another working folder."""
+    from duallora.store.run_folder import RunFolder
+
+    run = RunFolder(config.parent)
+    told = any(one.partition("=")[0].strip() == "output" for one in overrides)
+    return run.path if run.exists() and config == run.recipe_file and not told else None
 
 
 def _named(name: str, data_dir: Path | None, overrides: list[str] | None, columns: str | None) -> tuple[Any, Any]:
