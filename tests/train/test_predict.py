@@ -14,6 +14,7 @@ from duallora import cli, console
 from duallora.errors import ConfigError, DataError
 from duallora.tasks.files import Questions
 from duallora.train import evaluate
+from duallora.train import predict as prediction
 
 FEW = ["r=2", "train.batch_size=4", "data.max_length=48", "report_to=[]", "max_steps=2", "eval.batch_size=1"]
 QUICK = [word for setting in FEW for word in ("--set", setting)]
@@ -167,6 +168,19 @@ def test_a_generator_answers_as_it_is_scored_and_each_run_is_told_what_it_is_goo
     assert "gate" not in said
 
 
+def test_a_column_of_the_users_stays_as_it_is_whatever_it_is_called(classifier):
+    """The answers of a .jsonl file have an object "probabilities", those of a .csv file a column for each class."""
+    Path("new.csv").write_text("review,probabilities\nCount 1,x\n")
+    assert cli.run(["predict", str(classifier), "new.csv", "-o", "out.csv"]) == 0
+    with Path("out.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["review"], row["probabilities"]) == ("Count 1", "x")
+    assert float(row["p(yes)"]) > 0
+    for columns in (["probabilities", "prediction"], None):  # of a model without classes
+        line = prediction._line({"probabilities": "x"}, {"prediction": 0.5}, columns)
+        assert line == ("x,0.5\n" if columns else '{"probabilities": "x", "prediction": 0.5}\n')
+
+
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
 
 
@@ -194,6 +208,24 @@ def test_every_form_can_be_asked_without_its_answers(rows, kind, form, prompt, r
     assert prompt is None or example.prompt == prompt
     if form == "alpaca":
         assert example.prompt.endswith("### Instruction:\ndo\n\n### Response:\n")
+
+
+@pytest.mark.parametrize("said", ["", " \n", None, 5, ["x"]])
+def test_an_answer_that_stands_in_the_row_is_not_looked_at(said, tmp_path):
+    """A column or a turn that is to be filled in is often there already, and empty."""
+    gpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": said}]
+    rows = [
+        {"prompt": "p", "completion": said},
+        {"instruction": "do", "output": said},
+        {"messages": [CHAT[0], {"role": "assistant", "content": said}]},
+        {"conversations": gpt},
+        {"messages": json.dumps([CHAT[0], {"role": "assistant", "content": said}])},
+    ]
+    for row in rows:
+        (tmp_path / "new.jsonl").write_text(json.dumps(row))
+        ((_, example),) = Questions(str(tmp_path / "new.jsonl"), "generate")
+        assert example.references == ()
+        assert len(example.messages) == ("messages" in row or "conversations" in row)
 
 
 def test_a_file_is_read_a_row_at_a_time(tmp_path):

@@ -75,9 +75,12 @@ def question(
 ) -> Example:
     """A chat to be gone on with, in ``column`` or where `from_messages` finds it; a last turn of the assistant is left out."""
     column = column or ("messages" if row.get("messages") is not None else "conversations")
+    messages = _parsed(row, column)
+    answered = isinstance(messages, list) and bool(messages) and _is_answer(messages[-1])
+    if answered and len(messages) > 1:  # it may be empty: it is not looked at
+        row = {**row, column: messages[:-1]}
     turns = _turns(row, column, ignore)
-    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-    if not turns:
+    if answered and len(messages) == 1:
         raise BadRow("nothing is asked: the chat is a turn of the assistant alone", column)
     silent = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
     return _example(silent, row, where, column, options, answered=False)
@@ -160,6 +163,14 @@ def _parsed(row: Mapping[str, Any], column: str) -> Any:
     return value
 
 
+def _is_answer(message: Any) -> bool:
+    """Whether a message, in either convention, is a turn of the assistant."""
+    if not isinstance(message, dict):
+        return False
+    role = message.get("role", message.get("from"))
+    return role == "assistant" or ("role" not in message and role == "gpt")
+
+
 def _turns(row: Mapping[str, Any], column: str, ignore: Set[str]) -> list[dict[str, Any]]:
     messages = _parsed(row, column)
     if messages is None:
@@ -175,7 +186,10 @@ def _turn(message: Any, at: str, ignore: Set[str]) -> dict[str, Any]:
         raise BadRow(f'expected {{"role", "content"}}, got {shown(message)}', at)
     more = {key: value for key, value in message.items() if key not in ignore}
     if "role" not in more and "from" in more:
-        role, content = _sharegpt_role(more.pop("from"), at), more.pop("value", None)
+        role, content, value = _sharegpt_role(more.pop("from"), at), more.pop("content", None), more.pop("value", None)
+        if None not in (content, value) and content != value:
+            raise BadRow("value and content name the same thing and differ: keep one", at)
+        content = content if value is None else value
     else:
         role, content = more.pop("role", None), more.pop("content", None)
     if role == "function":  # OpenAI's older name for the answer of a tool
@@ -212,7 +226,7 @@ def _turn(message: Any, at: str, ignore: Set[str]) -> dict[str, Any]:
 
 
 def _sharegpt_role(name: Any, at: str) -> str:
-    if name not in SHAREGPT:
+    if not isinstance(name, str) or name not in SHAREGPT:
         raise BadRow(f"unknown speaker {name!r}; expected one of {', '.join(SHAREGPT)}", f"{at}.from")
     return SHAREGPT[name]
 

@@ -375,7 +375,8 @@ def _question(
     if not _text(row, column).strip():
         raise BadRow("empty", column)
     if format == "alpaca":
-        return replace(_alpaca({**row, "output": row.get("output") or "-"}, where), answer="", references=())
+        told = row["output"] if _is_commonsense(row) else "-"
+        return replace(_alpaca({**row, "output": told}, where), answer="", references=())
     return Example(prompt=row[column], where=where)
 
 

@@ -100,8 +100,8 @@ def predict(
                 else:
                     answers, cut = _scores(model, tokenizer, examples, kind, names, settings)
                 truncated += cut
-                rows = [{**row, **answer} for (row, _), answer in zip(chunk, answers, strict=True)]
-                part.write("".join(_line(row, headings) for row in rows), len(rows))
+                lines = [_line(row, answer, headings) for (row, _), answer in zip(chunk, answers, strict=True)]
+                part.write("".join(lines), len(lines))
                 update(part.rows)
         if truncated:
             words = f"{truncated:,} rows cut to {settings['max_length']:,} tokens (data.max_length)"
@@ -173,12 +173,13 @@ def _scores(
     return found, counts.truncated
 
 
-def _line(row: Mapping[str, Any], columns: Sequence[str] | None) -> str:
-    """A row as a line of a .csv file with these columns; without columns, of a .jsonl file."""
+def _line(row: Mapping[str, Any], answer: Mapping[str, Any], columns: Sequence[str] | None) -> str:
+    """A row and its answer as a line of a .csv file with these columns; without columns, of a .jsonl file."""
     if columns is None:
-        return _json(row) + "\n"
-    row = {**row, **{f"p({name})": share for name, share in row.get("probabilities", {}).items()}}
-    return _csv([row.get(column) for column in columns])
+        return _json({**row, **answer}) + "\n"
+    own = {name: value for name, value in answer.items() if name != "probabilities"}
+    own |= {f"p({name})": share for name, share in answer.get("probabilities", {}).items()}
+    return _csv([{**row, **own}.get(column) for column in columns])
 
 
 def _csv(values: Sequence[Any]) -> str:
