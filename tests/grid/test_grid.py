@@ -16,11 +16,13 @@ import pytest
 from rich.console import Console
 
 from duallora import cli
+from duallora.config.load import assemble
 from duallora.errors import ConfigError, GridError, Interrupted, LockedError
 from duallora.grid import live, pools
 from duallora.grid import run as engine
 from duallora.grid.study import Outcome, Study, cell_folder, outcomes
 from duallora.store import lock, record
+from duallora.train import plugins
 
 TWO = {"lora": {"method": "lora"}, "own": {}}
 
@@ -83,6 +85,16 @@ def test_a_finished_grid_starts_nothing_and_other_settings_under_its_names_are_r
     grown = fakes.run(fakes.study(seeds=[0, 1]))
     assert {name for name in fakes.starts() if name not in before} == {n for n in grown if n.endswith("seed1")}
     assert set(fakes.starts().values()) == {1}
+
+
+def test_a_cell_names_its_plugins_as_its_run_records_them(fakes, monkeypatch, tmp_path):
+    """By another name the grid would refuse its own cells as soon as the first one is done."""
+    monkeypatch.chdir(tmp_path)
+    (cell,) = fakes.study(base={"task": "cola", "plugins": ["mine.py", "a.module"]}, search={}).wanted({})
+    named = assemble([{key: (value, "") for key, value in cell.settings.items()}]).model_dump(mode="json")
+    recorded = {**named, "plugins": plugins.resolved(named["plugins"])}
+    assert recorded["plugins"] == [str(tmp_path / "mine.py"), "a.module"]
+    engine.refuse_drift([cell], {cell.name: Outcome(cell.name, "done", recipe=recorded)})
 
 
 def test_cells_that_began_where_their_study_would_no_longer_begin_are_refused(fakes):

@@ -24,6 +24,7 @@ from duallora.config.yaml import Placed, read_yaml, yaml_value
 from duallora.errors import ConfigError, is_number
 from duallora.store.run_folder import Metrics, RunFolder
 from duallora.tasks import metrics
+from duallora.train import plugins
 
 EXTENSIONS = 3  # steps by which a grid may grow towards a best value at its edge
 RESERVED = ("after", "search")  # names beside the settings of a task or variant
@@ -52,7 +53,8 @@ class Cell:
         settings = dict(self.settings)
         if self.after and folder is not None:
             settings["adapter.init_from"] = str(Path(folder) / CELLS / self.after)
-        return assemble([{key: (value, self.name) for key, value in settings.items()}])
+        recipe = assemble([{key: (value, self.name) for key, value in settings.items()}])
+        return recipe.model_copy(update={"plugins": plugins.resolved(recipe.plugins)})  # as its run records them
 
 
 @dataclass(frozen=True)
