@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from study_cells import made_up, run_all, study_of
 
-from duallora import cli
+from duallora import cli, plots
 from duallora.errors import ConfigError
-from duallora.grid import figures, report
+from duallora.grid import figures, report, study_plots
 from duallora.grid import summary as studies
 
 pytest.importorskip("matplotlib")
@@ -164,6 +164,106 @@ def test_a_window_leaves_out_outliers_alone():
     (low, high), outside = figures.window([0.5, 0.52, 0.49, 0.51, 0.5, 0.48, 900.0])
     assert (low < 0.48 < 0.52 < high < 1, outside) == (True, 1)
     assert figures.window([1.0, 2.0, 3.0, 4.0, 5.0]) is figures.window([1.0, 1.0, 1.0, 1.0, 1.0, 2.0]) is None
+
+
+def drawn(summary):
+    """By part, the axes of a picture."""
+    with plots.figures() as Figure:
+        return {plot.name: plot.figure.axes for plot in study_plots.draw(summary, Figure)}
+
+
+def on(axes, read):
+    """What ``read`` finds in the lines of all axes."""
+    return {found for one in axes for line in one.get_lines() for found in read(line)}
+
+
+def coordinates(line):
+    return zip(map(float, line.get_xdata()), line.get_ydata(), strict=True)
+
+
+def test_a_picture_draws_every_value_that_the_page_does(summary):
+    """Two renderers of one description; equal parameters stand side by side in a picture, at their own heights."""
+    pictures = drawn(summary)
+    for view in (view for plot in figures.figures(summary) for view in plot["views"]):
+        lines = [line for line in view["lines"] if line["mode"] in ("lines", "markers")]
+        points = {point for line in lines for point in zip(line["x"], line["y"], strict=True)}
+        assert len(points) > 1
+        if view["part"] == "parameters":
+            assert {y for _, y in points} <= on(pictures[view["part"]], lambda line: line.get_ydata())
+        else:
+            assert points <= on(pictures[view["part"]], coordinates)
+
+
+def test_points_are_the_means_with_their_intervals_and_hollow_where_no_sign_can_be_told(summary):
+    """Means and ends of both intervals, from the summary's pairs."""
+    summary = copy.deepcopy(summary)
+    summary["pairs"][0]["better"] = "cannot be said"
+    assert {pair["better"] for pair in summary["pairs"]} == {"yes", "cannot be said"}
+    views = {plot["name"]: plot["views"] for plot in figures.figures(summary)}["differences"]
+    for view, task in zip(views, ("cola", "stsb", studies.AVERAGE), strict=True):
+        for pair in (pair for pair in summary["pairs"] if pair["task"] == task):
+            inner, point = (line for line in view["lines"] if line["variant"] == pair["other"])
+            (less, more), (x,) = point["spread"], point["x"]
+            assert (x, point["filled"]) == (pair["mean"], pair["better"] == "yes")
+            assert [x - less, x + more] == pytest.approx(pair["interval"], abs=1e-12)
+            assert inner["x"] == pair["interval_of_models"]
+    hollow = on(drawn(summary)["differences"], lambda line: coordinates(line) if line.get_mfc() == plots.GROUND else ())
+    assert hollow == {(pair["mean"], pair["other"]) for pair in summary["pairs"] if pair["better"] == "cannot be said"}
+
+
+def test_sensitivity_has_every_cell_once_with_the_mean_of_the_seeds_that_chose_and_their_choice(summary):
+    """Validation rows filled, test rows hollow, and the diverged cell at its rate; later seeds are elsewhere and out of the mean."""
+    summary = copy.deepcopy(summary)
+    for cell in summary["cells"]:
+        cell["metrics"] = {name: value - cell["tags"]["seed"] for name, value in cell.get("metrics", {}).items()}
+    for number, row in enumerate(row for row in summary["rows"] if "values" in row):
+        row["values"]["train.learning_rate"] = (1e-3, 3e-3)[number % 2]
+    views = {plot["name"]: plot["views"] for plot in figures.figures(summary)}["sensitivity"]
+    assert [view["part"] for view in views] == ["sensitivity-cola", "sensitivity-stsb"]
+    key, metrics = "train.learning_rate", {"cola": "matthews", "stsb": "pearson"}
+    for view, (task, metric) in zip(views, metrics.items(), strict=True):
+        for variant in summary["study"]["variants"]:
+            cells = [c for c in summary["cells"] if (c["tags"]["task"], c["tags"]["variant"]) == (task, variant)]
+            own = [line for line in view["lines"] if line["variant"] == variant]
+            for filled, split in ((True, "metrics"), (False, "test")):
+                (line,) = (line for line in own if line.get("filled") is filled)
+                there = [(c["tags"][key], c[split][metric]) for c in cells if c["status"] == "done"]
+                assert [*zip(line["x"], line["y"], strict=True)] == there
+            searched = {c["tags"][key]: c["metrics"][metric] for c in cells if c["tags"]["seed"] == 0 and c["metrics"]}
+            (line,) = (line for line in own if line["mode"] == "lines")
+            assert dict(zip(line["x"], line["y"], strict=True)) == pytest.approx(searched)
+            (line,) = (line for line in own if line["mode"] == "chosen")
+            (row,) = (r for r in summary["rows"] if (r["task"], r["variant"]) == (task, variant))
+            assert line["x"] == [row["values"][key]]
+            lost = [c["tags"][key] for c in cells if c["status"] == "diverged"]
+            assert [line["x"] for line in own if line["mode"] == "lost"] == ([lost] if lost else [])
+
+
+@pytest.mark.parametrize("reference", ["r-2", "lora"])
+def test_a_varied_number_is_the_axis_and_others_are_dashed_at_their_means(tmp_path, reference):
+    variants = {f"r-{r}": {"adapter.r": r} for r in (8, 2, 4)} | {"lora": {"adapter.method": "lora", "adapter.r": 4}}
+    study = study_of("cola", variants=variants, search={}, seeds=(0,), reference=reference)
+    found = studies.summarize(run_all(tmp_path, study, lambda cell: 0.7 + 0.02 * len(cell.name)), rounds=200)
+    means = {row["variant"]: row["mean"] for row in found["rows"]}
+    (view,) = {plot["name"]: plot["views"] for plot in figures.figures(found)}["settings"]
+    mean, *points, other = view["lines"]
+    assert (mean["x"], mean["y"]) == ([2, 4, 8], [means[f"r-{r}"] for r in (2, 4, 8)])
+    assert [(line["x"], line["y"]) for line in points] == [([r], [means[f"r-{r}"]]) for r in (2, 4, 8)]
+    assert (other["variant"], other["dash"], other["y"]) == ("lora", True, [means["lora"]] * 2)
+    assert {*zip(mean["x"], mean["y"], strict=True)} <= on(drawn(found)["settings"], coordinates)
+
+
+def test_two_searched_keys_have_a_view_and_an_axis_each(summary):
+    """A rate and a scale on one axis would say nothing."""
+    found = copy.deepcopy(summary)
+    found["study"]["variants"]["lora"]["search"] = {"adapter.alpha": [4, 8]}
+    for number, cell in enumerate(cell for cell in found["cells"] if cell["tags"]["variant"] == "lora"):
+        cell["tags"]["adapter.alpha"] = 4 + 4 * (number % 2)
+    views = {plot["name"]: plot["views"] for plot in figures.figures(found)}["sensitivity"]
+    by_key = {(view["part"], view["x"]): {line["variant"] for line in view["lines"]} for view in views}
+    both = {"alpha": {"lora"}, "learning rate": {"duallora", "dora"}}
+    assert by_key == {(f"sensitivity-{task}", key): own for task in ("cola", "stsb") for key, own in both.items()}
+    assert len(drawn(found)["sensitivity-cola"]) == 3
 
 
 def test_labels_cannot_leave_their_element(small):

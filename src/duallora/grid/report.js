@@ -13,8 +13,11 @@
     const found = {
       type: "scatter", mode: lost ? "markers" : line.mode, name: line.name || line.variant, x: line.x,
       y: lost ? line.x.map(() => floor) : line.y, visible: !line.variant || !state.hidden.has(line.variant),
-      line: { color, width: ink ? 2 : 1.5, dash: line.dash ? "dash" : "solid" },
-      marker: { color: lost ? css("--bad") : color, symbol: lost ? "x" : ink ? ink.symbol : "circle", size: 9 },
+      line: { color, width: line.wide ? 6 : ink ? ink.width : 1.5, dash: line.dash ? "dash" : "solid" }, opacity: line.wide ? 0.55 : 1,
+      marker: {
+        color: lost ? css("--bad") : color, size: 9,
+        symbol: lost ? "x" : `${ink ? ink.symbol : "circle"}${line.filled === false ? "-open" : ""}`,
+      },
     };
     if (lost) found.text = line.x.map((x) => `${line.variant} at ${x}: diverged`);
     else if (line.text) found.text = line.text;
@@ -37,16 +40,18 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: soft, size: 12 }, showlegend: false,
       margin: { l: 10, r: 14, t: 10, b: 10 }, hovermode: "closest", hoverlabel: { bgcolor: css("--card"), font: { color: css("--ink") } },
       xaxis: axis(view.x, plot.state.logx), yaxis: axis(view.y, plot.state.logy),
-      height: view.y ? 360 : Math.max(220, 90 + 30 * view.lines.length), autosize: true,
+      height: view.y ? 360 : Math.max(220, 90 + 30 * new Set(view.lines.map((line) => line.variant)).size), autosize: true,
     };
     if (view.range && !plot.state.all) {
       layout.yaxis.range = plot.state.logy ? view.range.map((y) => Math.log10(Math.max(y, 1e-12))) : view.range;
     }
     if (view.turned) layout.xaxis.autorange = "reversed";
-    if (view.zero) {
-      layout.shapes = [{ type: "line", x0: 0, x1: 0, yref: "paper", y0: 0, y1: 1, line: { color: soft, width: 1 } }];
-    }
-    const traces = view.lines.map((line) => trace(line, inks[line.variant], plot.state, view));
+    const upright = (x, color, dash) => ({ type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, line: { color, width: 1, dash } });
+    const chosen = view.lines.filter((line) => line.mode === "chosen" && !plot.state.hidden.has(line.variant));
+    layout.shapes = chosen.map((line) => upright(line.x[0], inks[line.variant].color, "dot"));
+    if (view.zero) layout.shapes.push(upright(0, soft, "solid"));
+    const lines = view.lines.filter((line) => line.mode !== "chosen");
+    const traces = lines.map((line) => trace(line, inks[line.variant], plot.state, view));
     const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"], displayModeBar: "hover" };
     Plotly.react(plot.element, traces, layout, config);
     plot.element.setAttribute("aria-label", view.alt);
