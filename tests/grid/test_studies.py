@@ -258,6 +258,9 @@ def test_a_study_by_loss_reports_the_loss_of_answers_and_the_lower_is_better(tmp
     assert pair["mean"] == pytest.approx(-0.2, abs=0.03)  # 0.9 and 0.7 of skill
     assert (pair["interval"][1] < 0, pair["better"]) == (True, "yes")
     assert "duallora is better than lora (-0.2" in "\n".join(summary["statement"])
+    bleu = studies.summarize(folder, rounds=500, main=True)
+    assert (bleu["tasks"]["e2e"]["metric"], bleu["tasks"]["e2e"]["chosen_by"]) == ("bleu", "loss")
+    assert [row["values"] for row in bleu["rows"]] == [row["values"] for row in summary["rows"]]
     for path in folder.glob("cells/*/predictions.jsonl"):  # as of runs that did not keep the answers
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         kept = [{name: line[name] for name in ("prediction", "references")} for line in lines]

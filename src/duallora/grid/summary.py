@@ -32,11 +32,13 @@ CLOSE: dict[str, float] = {"rel_tol": 1e-6, "abs_tol": 1e-6}  # a recorded value
 PROVENANCE = ("commit", "dirty", "versions", "device", "threads", "platform")
 
 
-def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
+def summarize(
+    folder: Path | str, *, scale: str | None = None, rounds: int = ROUNDS, main: bool = False
+) -> dict[str, Any]:
     """What `duallora report` shows of a grid's folder, whether it is finished or not.
 
     ``rounds`` is the number of resamples behind the intervals, at most `statistics.slow_rounds` of metrics that need a
-    call for each.
+    call for each. ``main`` compares each task's main metric, also where another one decides on values.
 
     Raises:
         ConfigError: the folder holds no study.
@@ -48,7 +50,8 @@ def summarize(folder: Path | str, *, scale: str | None = None, rounds: int = ROU
     study, found = Study.read(folder), outcomes(folder)
     wanted = study.wanted(found)
     tasks = {
-        task: _Task(folder, study, found, task, rounds=rounds, seed=number) for number, task in enumerate(study.tasks)
+        task: _Task(folder, study, found, task, rounds=rounds, seed=number, main=main)
+        for number, task in enumerate(study.tasks)
     }
     every = list(tasks.values())
     rows = [task.row(variant) for task in every for variant in task.runs]
@@ -178,8 +181,8 @@ class _Task:
     ``pool`` and ``pool_between`` are the spreads over seeds that the variants share; those ``apart`` have their own.
     """
 
-    def __init__(self, folder: Path, study: Study, found: Outcomes, name: str, *, rounds: int, seed: int):
-        self.folder, self.study, self.name = folder, study, name
+    def __init__(self, folder: Path, study: Study, found: Outcomes, name: str, *, rounds: int, seed: int, main: bool):
+        self.folder, self.study, self.name, self.main = folder, study, name, main
         self.best = {variant: study.best(found, name, variant) for variant in study.variants}
         self.runs: dict[str, dict[int, Outcome]] = {}
         for variant, point in self.best.items():
@@ -239,8 +242,10 @@ class _Task:
         return {**facts, "rounds": rounds}
 
     def _reported(self, outcome: Outcome, split: str) -> str | None:
-        """What the tables show: the study's metric where rows tell it, else the task's main one."""
+        """What the tables show: the study's metric where rows tell it, else (or if so asked) the task's main one."""
         values, name = outcome.test if split == "test" else outcome.metrics, self.study.metric
+        if self.main and outcome.main_metric in values:
+            return outcome.main_metric
         if _metric(outcome, name).likelihood:
             there = split == "test" and "tokens" in self._lines(outcome)[0]
         else:
