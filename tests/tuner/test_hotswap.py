@@ -62,6 +62,21 @@ def test_adapters_of_other_ranks_and_scales_are_swapped_without_a_new_graph(llam
     assert close(model.merge_and_unload()(ids).logits, y_wide)
 
 
+def test_a_scale_that_was_set_is_neither_saved_nor_made_the_unit_by_preparing(llama, ids, saved, tmp_path):
+    narrow, y = saved("narrow", 1, **NARROW)
+    model = peft.PeftModel.from_pretrained(llama(num_hidden_layers=1), narrow).eval()
+    model.set_scale("default", 0.5)
+    half = model(ids).logits
+    duallora.prepare_hotswap(model, rank=7)
+    assert close(model(ids).logits, half)
+    model.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(llama(num_hidden_layers=1), tmp_path / "again").eval()
+    assert close(again(ids).logits, y)
+    model.set_scale("default", 1.0)
+    assert close(model(ids).logits, y)
+    assert not close(half, y)
+
+
 def test_without_preparation_the_adapter_grows_and_the_other_one_stays(llama, ids, saved):
     narrow, y_narrow = saved("narrow", 1, **NARROW, use_dora=True)
     wide, y_wide = saved("wide", 2, **WIDE, use_dora=True)

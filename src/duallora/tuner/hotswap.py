@@ -50,8 +50,9 @@ def prepare_hotswap(model: nn.Module, rank: int) -> nn.Module:
         for adapter, scaling in layer.scaling.items():
             for letter, factor in zip("ABCD", layer._factors(adapter), strict=True):
                 factor.data = _widened(factor.data, letter, rank)
+            own = dual_scaling(layer.alpha[adapter], layer.r1[adapter], layer.r2[adapter])
             layer.scaling[adapter] = torch.tensor(float(scaling), device=layer.duallora_A[adapter].device)
-            _set_ranks(layer, adapter, rank, rank)
+            _set_ranks(layer, adapter, rank, rank, own)
     for adapter, config in _unwrapped(model).peft_config.items():
         _describe(config, layers, adapter)
     return model
@@ -103,6 +104,8 @@ def hotswap(model: nn.Module, folder: str, adapter_name: str = "default", **hub:
     for name, layer in layers.items():
         A, C = layer.duallora_A[adapter_name], layer.duallora_C[adapter_name]
         _set_ranks(layer, adapter_name, A.shape[-2], C.shape[-2], scales[name])
+        if float(layer.scaling[adapter_name]) != scales[name]:
+            layer._scale(adapter_name, scales[name])
     _describe(peft_model.peft_config[adapter_name], layers, adapter_name)
 
 
@@ -194,13 +197,10 @@ def _widened(factor: Tensor, letter: str, rank: int) -> Tensor:
     return F.pad(factor, (0, 0, 0, more) if letter in "AC" else (0, more)) if more > 0 else factor
 
 
-def _set_ranks(layer: DualLoraLayer, adapter: str, r1: int, r2: int, scaling: float | None = None) -> None:
-    """What the padded layer says of itself: the alpha with which its scaling follows from the ranks it has."""
-    scaling = float(layer.scaling[adapter]) if scaling is None else scaling
+def _set_ranks(layer: DualLoraLayer, adapter: str, r1: int, r2: int, scaling: float) -> None:
+    """What the padded layer says of itself: the alpha with which its scaling, before set_scale, follows from the ranks."""
     layer.r1[adapter], layer.r2[adapter] = r1, r2
     layer.alpha[adapter] = scaling * (r1 * r2) ** 0.5
-    if float(layer.scaling[adapter]) != scaling:
-        layer._scale(adapter, scaling)
 
 
 def _describe(config: Any, layers: dict[str, DualLoraLayer], adapter: str) -> None:
