@@ -17,7 +17,7 @@ from duallora.config.load import load_recipe
 from duallora.config.recipe import recipe_yaml
 from duallora.errors import ConfigError
 from duallora.methods import Method, MethodSpec, apply
-from duallora.methods.rule import Rule, attach
+from duallora.methods.rule import Rule, RuleConfig, attach
 from duallora.train.adapter import check_method
 from duallora.train.adapter import put as train_put
 
@@ -114,6 +114,47 @@ def test_two_rules_live_on_one_model(name, llama, batch, tmp_path):
         assert torch.equal(adapted(**batch).logits, second)
         again = PeftModel.from_pretrained(llama(), tmp_path / "other").eval()
         assert torch.equal(again(**batch).logits, second)
+
+
+LAYERS = r"model\.layers\.\d+"
+
+
+def test_a_rule_beside_another_kind_of_rule_is_what_it_is_alone(llama, batch, tmp_path):
+    """Only LoReFT asks where the prompt is, and the layer was made for one that does not."""
+    with torch.no_grad():
+        alone = put(llama(), "loreft", batch, options={"first": 1, "last": 1})
+        expected = alone.model(**batch).logits
+        alone.save(tmp_path / "loreft")
+        model = put(llama(), "adapter-l", batch).model
+        model.load_adapter(tmp_path / "loreft", "edit")
+        model.set_adapter("edit")
+        assert torch.equal(model.eval()(**batch).logits, expected)
+        with pytest.raises(ConfigError, match=r"'model\.layers\.0' is a LlamaDecoderLayer; MoRA goes onto"):
+            model.add_adapter("third", RuleConfig(rule="mora", target_modules=LAYERS))
+
+
+class Elsewhere(torch.nn.Parameter):
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("name", "target"), [("adapter-l", LAYERS), ("mora", ["q_proj"])])
+def test_a_rule_goes_to_the_device_of_what_it_is_put_on(name, target, llama, monkeypatch):
+    """A decoder layer has no ``weight`` to ask: the second adapter that is loaded on a GPU would stay on the CPU."""
+    model, moved = llama(), []
+    for layer in model.model.layers:
+        for module in layer.modules():
+            module._parameters.update({key: Elsewhere(p) for key, p in module._parameters.items() if p is not None})
+    monkeypatch.setattr(
+        torch.nn.Module, "to", lambda self, device=None, **_: moved.append((type(self), device)) or self
+    )
+    adapted = peft.get_peft_model(model, RuleConfig(rule=name, r=2, target_modules=target))
+    for again in (False, True):
+        if again:
+            moved.clear()
+            adapted.add_adapter("second", RuleConfig(rule=name, r=2, target_modules=target))
+        devices = [device for kind, device in moved if issubclass(kind, Rule)]
+        assert len(devices) >= len(model.model.layers)
+        assert set(devices) == {Elsewhere.device}
 
 
 def test_a_checkpointed_rule_has_the_same_gradients(llama, batch):

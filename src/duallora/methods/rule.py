@@ -163,6 +163,13 @@ class RuleLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's goes by base_layer.weight, which a whole decoder layer has not.
+        base = self.get_base_layer()
+        if device is None and getattr(base, "weight", None) is None:
+            device = next((p.device for p in base.parameters() if not p.is_meta), None)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output plus the active rules' additions, in its dtype."""
         if self.disable_adapters and self.merged:
@@ -277,19 +284,20 @@ class RuleModel(BaseTuner):
         method = methods.get(peft_config.rule)
         if method.rule is None:
             raise ConfigError(f"rule={peft_config.rule!r} is no rule: it is applied by duallora.methods.apply alone.")
-        if isinstance(target, RuleLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if not isinstance(base, (nn.Linear, Conv1D)) and not method.rule.any_module:  # type: ignore[attr-defined]
             raise ConfigError(
-                f"target module {current_key!r} is a {type(target).__name__}; {method.title} goes onto torch.nn.Linear and "
+                f"target module {current_key!r} is a {type(base).__name__}; {method.title} goes onto torch.nn.Linear and "
                 "transformers' Conv1D. Narrow target_modules, or name it in exclude_modules."
             )
-        prompt = self._watch_prompts() if method.rule.reads_prompt else Prompt()  # type: ignore[attr-defined]
+        prompt = self._watch_prompts() if method.rule.reads_prompt else None  # type: ignore[attr-defined]
+        if isinstance(target, RuleLayer):
+            target.prompt = prompt or target.prompt
+            target.update_layer(adapter_name, peft_config)
+            return
         config = getattr(self.model, "config", None)
         width = peft_config.options.get("width", getattr(config, "hidden_size", None))
-        layer = RuleLayer(target, adapter_name, peft_config, width, prompt)
+        layer = RuleLayer(target, adapter_name, peft_config, width, prompt or Prompt())
         if isinstance(parent, nn.TransformerEncoderLayer):  # whose fused path would read W0; a hook keeps it off
             layer.register_forward_pre_hook(_nothing)
         if adapter_name not in self.active_adapters:
