@@ -106,6 +106,30 @@ def test_an_automatic_warm_up_is_a_third_of_a_short_run_and_a_tenth_of_a_long_on
     assert model.peft_config["default"].warmup_steps == 20
 
 
+def test_one_config_of_several_models_warms_each_up_by_its_own_run(tmp_path):
+    """A short trial first, then the run proper, both with the notebook's one config: each has a tenth of its own steps.
+
+    And the model of the trial, which is still there, keeps the ramp that its counters were trained with.
+    """
+    shared, trainers = config(warmup_steps="auto"), []
+    for max_steps, ramp in ((9, 3), (200, 20), (9, 3)):
+        model = peft.get_peft_model(base(), shared)
+        row = torch.arange(9)
+        trainer = Trainer(
+            model,
+            arguments(TrainingArguments, tmp_path, max_steps=max_steps),
+            train_dataset=[{"input_ids": row, "labels": row}] * 8,
+            callbacks=[] if not trainers else [StopAtOnce()],
+        )
+        trainer.train()
+        trainers.append(trainer)
+        assert model.peft_config["default"].warmup_steps == ramp
+        assert {layer.duallora_config["default"].ramp_steps for layer in layers(model)} == {ramp}
+        model.save_pretrained(tmp_path / "saved")
+        assert peft.PeftConfig.from_pretrained(tmp_path / "saved").warmup_steps == ramp
+    assert [duallora.gate(trainer.model) for trainer in trainers] == pytest.approx([1, 1 / 20, 1 / 3])
+
+
 class StopAtOnce(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = True

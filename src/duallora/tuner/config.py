@@ -40,6 +40,7 @@ class DualLoraConfig(PeftConfig, Settings):
 
     def __post_init__(self, gradient_tokens_by: str) -> None:
         super().__post_init__()
+        self.resolved: int | None = None  # what "auto" has become
         if gradient_tokens_by != "uniform":
             warnings.warn(
                 f"gradient_tokens_by={gradient_tokens_by!r} is gone: every layer takes the same share, gradient_tokens="
@@ -86,7 +87,7 @@ class DualLoraConfig(PeftConfig, Settings):
         if self.warmup_steps == "auto" and any(
             not (step := layer.duallora_step[adapter]).is_meta and step > 0 for layer, adapter in mine
         ):
-            self.warmup_steps = AUTO_STEPS  # which is what it has been trained with
+            self.warmup_steps = self.resolved = AUTO_STEPS  # which is what it has been trained with
         super().save_pretrained(save_directory, **kwargs)
         for adapter in sorted({adapter for _, adapter in mine}):
             layers = [layer for layer, name in mine if name == adapter]

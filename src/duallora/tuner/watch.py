@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Iterable
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from duallora.core.equation import Update, clip_direction_gradient, sign
-from duallora.core.gate import gate, named
+from duallora.core.gate import gate, named, tracked_layers
 from duallora.core.settings import share_of
+from duallora.tuner.config import DualLoraConfig
 from duallora.tuner.layer import DualLoraLayer, is_ordinary
 from duallora.tuner.linear import Linear
 
@@ -69,9 +71,41 @@ class RampOfTheRun(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         layers = [layer for layer in model.modules() if isinstance(layer, DualLoraLayer)] if model is not None else []
         for config in {id(config): config for layer in layers for config in layer.duallora_config.values()}.values():
-            if config.warmup_steps == "auto" and state.max_steps > 0:
-                config.warmup_steps = share_of(state.max_steps)
-                logger.info("warmup_steps is %d of this run's %d steps", config.warmup_steps, state.max_steps)
+            mine = _holders(layers, config)
+            # Of an earlier model's run, where one object configures several: nothing of this one has been trained with it.
+            is_stale = config.warmup_steps == getattr(config, "resolved", None) and not any(
+                float(layer.duallora_step[adapter]) for layer, adapter in mine
+            )
+            if state.max_steps <= 0 or not (config.warmup_steps == "auto" or is_stale):
+                continue
+            steps = share_of(state.max_steps)
+            if len(_holders(tracked_layers(), config)) > len(mine):  # another model is using it
+                config = _own_copy(config, model, mine)
+            config.warmup_steps = config.resolved = steps
+            logger.info("warmup_steps is %d of this run's %d steps", steps, state.max_steps)
+
+
+def _holders(layers: Iterable[Any], config: DualLoraConfig) -> list[tuple[Any, str]]:
+    """(layer, adapter) that this very object configures."""
+    return [
+        (layer, adapter)
+        for layer in layers
+        for adapter, held in list(getattr(layer, "duallora_config", {}).items())
+        if held is config
+    ]
+
+
+def _own_copy(config: DualLoraConfig, model: Any, mine: Iterable[tuple[Any, str]]) -> DualLoraConfig:
+    """A copy in the place of ``config`` in ``model``, whose layers are ``mine``."""
+    own = copy.copy(config)
+    for layer, adapter in mine:
+        layer.duallora_config[adapter] = own
+    for module in model.modules():
+        known: Any = getattr(module, "peft_config", None)
+        for adapter, held in list(known.items()) if isinstance(known, dict) else ():
+            if held is config:
+                known[adapter] = own
+    return own
 
 
 class Watcher(TrainerCallback):
