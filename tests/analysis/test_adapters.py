@@ -23,7 +23,7 @@ import duallora
 from duallora import cli, methods
 from duallora.analysis import adapter_plots, analyze, dynamics, flips, rank, states
 from duallora.core.equation import Update
-from duallora.errors import ConfigError, IntegrityError
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.plots import figures
 
 ABCD = [[[1.0, -2.0, 0.0]], [[1.0], [3.0]], [[1.0, 0.0, -1.0]], [[-1.0], [2.0]]]
@@ -441,6 +441,27 @@ def test_what_cannot_be_analysed_is_said_and_flips_and_ranks_need_no_base_model(
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(IntegrityError, match="cannot be read"):
         analyze.analyze([run], out, only=["flips"])
+
+
+@pytest.mark.parametrize("kind", ["duallora", "lora", "whole"])
+@pytest.mark.parametrize("part", analyze.PARTS)
+def test_a_state_whose_training_diverged_is_named(kind, part, tiny_causal_folder, tmp_path):
+    """The singular values of NaN are an error of LAPACK's, its signs are all down, and its angles NaN."""
+    if part == "flips" and kind != "duallora":
+        pytest.skip("has no signs")
+    base = LlamaForCausalLM.from_pretrained(tiny_causal_folder)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = {"duallora": adapted, "lora": lambda base: peft.get_peft_model(base, lora), "whole": lambda base: base}[
+        kind
+    ](base)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "q_proj" in name and p.requires_grad)[1, 2] = float("nan")
+    folder = tmp_path / "model"
+    model.save_pretrained(str(folder))
+    sidecar = {"kind": "generate", "base": {"name": str(tiny_causal_folder)}} if kind == "whole" else {}
+    (folder / "duallora.json").write_text(json.dumps({**sidecar, "steps": 7}))
+    with pytest.raises(NonFiniteError, match=r"q_proj.* holds NaN or infinite values"):
+        analyze.analyze([folder], tmp_path / "out", only=[part], draw=False)
 
 
 def test_plots_are_drawn_under_a_notebooks_backend_that_is_not_installed_here(tmp_path):

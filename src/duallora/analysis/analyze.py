@@ -49,6 +49,7 @@ def analyze(
         ConfigError: an unknown part or axis, no adapter there, two sources of one name, or a part of ``only`` (or every
             part) that none of the sources allows.
         IntegrityError: an adapter cannot be read.
+        NonFiniteError: one holds NaN or infinite values.
     """
     chosen = PARTS if only is None else only
     if unknown := sorted({*chosen} - {*PARTS}):

@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from duallora.analysis.states import MODEL, State, module, short
+from duallora.analysis.states import MODEL, State, module, require_finite, short
 from duallora.errors import ConfigError
 from duallora.store import adapters
 from duallora.store.models import load_model
@@ -86,6 +86,7 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
     Raises:
         ConfigError: the base model or the method does not allow it; a checkpoint has other tensors than the result.
         IntegrityError: see `duallora.store.adapters.load_adapter`.
+        NonFiniteError: a weight of a state is NaN or infinite.
     """
     if states[-1].whole:
         return [
@@ -105,7 +106,9 @@ def course(source: Path | str, states: Sequence[State], axis: Axis = "out") -> l
                 ) from error
         for name, layer in linear_layers(model):
             where = {"step": state.step, "layer": short(name), "module": module(name)}
-            rows.append({**where, **change(*weights(layer), axis)})
+            W0, W = weights(layer)
+            require_finite(W, state.folder, short(name))
+            rows.append({**where, **change(W0, W, axis)})
     return rows
 
 
@@ -132,6 +135,7 @@ def whole_layers(states: Sequence[State]) -> Iterator[tuple[State, str, Tensor, 
                         f"{state.folder} has no {name}.weight: {base['name']} is not what it was trained from"
                     )
                 pair = (layer.weight.detach(), file.get_tensor(f"{name}.weight"))
+                require_finite(pair[1], state.folder, f"{name}.weight")
                 W0, W = (X.T if isinstance(layer, Conv1D) else X for X in pair)
                 yield state, name, W0, W
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duallora.core.equation import Update
 from duallora.core.init import draw_factors, draw_signs, layer_seed
-from duallora.errors import ConfigError, IntegrityError
+from duallora.errors import ConfigError, IntegrityError, NonFiniteError
 from duallora.store import checkpoint
 from duallora.store.adapters import read_sidecar
 from duallora.store.run_folder import RunFolder
@@ -95,8 +96,13 @@ class Adapter:
         return [name.removesuffix(".lora_A.weight") for name in self._names if name.endswith(".lora_A.weight")]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor of the file, floating-point ones in float64."""
+        """One tensor of the file, floating-point ones in float64.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinite values.
+        """
         value: Tensor = self._file.get_tensor(name)
+        require_finite(value, self.state.folder, name)
         return value.double() if value.is_floating_point() else value
 
     def update(self, layer: str) -> Update:
@@ -123,6 +129,14 @@ class Adapter:
     def low_rank(self, layer: str) -> tuple[Tensor, Tensor]:
         """(B [out, r], A [r, in]) of a plain LoRA layer."""
         return self.tensor(f"{layer}.lora_B.weight"), self.tensor(f"{layer}.lora_A.weight")
+
+
+def require_finite(value: Tensor, folder: Path, name: str) -> None:
+    """Raise NonFiniteError where there is no rank, sign or angle to tell of."""
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(
+            f"{folder}: {name} holds NaN or infinite values; leave this state out, its training diverged"
+        )
 
 
 def short(layer: str) -> str:
