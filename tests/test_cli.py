@@ -221,6 +221,33 @@ def test_a_reader_that_goes_away_is_no_failure(line):
     assert done.stderr == ""
 
 
+def test_what_cannot_be_said_changes_no_exit_code():
+    """A closed stdout is how daemons start programs; a full one fails twice, by the result and by the line that tells so."""
+    for line, code in (("config show --json >&-", 0), ("config show >&-", 0), ("train --data none.csv --json >&-", 3)):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m duallora.cli {line}"], capture_output=True, text=True
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    line = f"{sys.executable} -m duallora.cli config show --json > /dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 7
+    assert done.stderr.splitlines()[-2:] == [
+        "error: [Errno 28] No space left on device",
+        "Free space or permissions are needed there; choose another folder with -o.",
+    ]
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    """Libraries in C write to streams by their number: into a checkpoint, that way."""
+    code = (
+        "from duallora import console; console.open_closed(); print(open('x', 'w').fileno(), file=open('found', 'w'))"
+    )
+    subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], check=True)
+    assert int(Path("found").read_text()) > 2
+
+
 UNENCODABLE = "Übung 你好 “x” 🙂 …"
 
 PROGRAM = """

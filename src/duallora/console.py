@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import errno
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -54,6 +55,21 @@ def _stand_in(error: UnicodeError) -> tuple[str, int]:
         raise error
     letters = error.object[error.start : error.end]
     return "".join(SIGNS.get(a) or a.encode("ascii", "backslashreplace").decode() for a in letters), error.end
+
+
+def open_closed() -> None:
+    """Opens those of this process's streams that the caller has closed (``>&-``), so that what is written there is lost.
+
+    Else the next file to be opened, such as a checkpoint's, would have their number, and libraries in C would write into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+
+
+def discard() -> None:
+    """Drops what stdout still holds and will be given: Python must not complain while it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def use_json(on: bool) -> None:

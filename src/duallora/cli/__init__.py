@@ -34,6 +34,7 @@ for theme in THEMES:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``duallora`` program; leaves with the exit codes above."""
+    console.open_closed()
     console.replace_unencodable()
     if "_DUALLORA_COMPLETE" in os.environ:
         app(prog_name="duallora")  # the shell asks for completions
@@ -61,8 +62,7 @@ def run(arguments: list[str]) -> int:
         return code
     except BaseException as error:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # rich's SystemExit
-            # The reader (head, less) has gone: nothing is wrong, and Python must not complain while it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            console.discard()  # the reader (head, less) has gone: nothing is wrong
             return 0
         if isinstance(error, typer.Exit):  # --help and --version have done their work
             return error.exit_code
@@ -75,7 +75,10 @@ def run(arguments: list[str]) -> int:
         if message and not (rank and code in TOLD_BY_FIRST):
             console.print_error(message, hint, label=f"{status} in process {rank}" if rank else status)
         if as_json:
-            console.print_json({"status": status, "exit_code": code, "error": message})
+            try:
+                console.print_json({"status": status, "exit_code": code, "error": message})
+            except OSError:  # nobody can read it: the exit code is what is left to tell
+                console.discard()
         return code
 
 
