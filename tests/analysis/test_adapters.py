@@ -332,6 +332,14 @@ def test_where_the_base_of_a_whole_model_is_gone_nothing_is_left_to_tell(tmp_pat
         analyze.analyze([tmp_path], tmp_path / "out", draw=False)
 
 
+def test_a_runs_name_is_no_markup(run_folder, tmp_path, capsys):
+    """Rich would take [red] for a color, and show no name."""
+    shutil.copytree(run_folder, tmp_path / "[red]")
+    words = ["analyze", str(tmp_path / "[red]"), "-o", str(tmp_path / "out"), "--only", "flips", "--no-plots"]
+    assert cli.run(words) == 0
+    assert "[red], step" in capsys.readouterr().out
+
+
 def test_cells_of_a_grid_are_called_by_what_tells_them_apart():
     names = ["cola-lora-lr0.001-seed0", "cola-dual-lora-lr0.003-seed0"]
     assert [*analyze.labels(names)] == ["lr0.001", "dual-lr0.003"]

@@ -143,7 +143,8 @@ def test_what_another_study_has_run_is_copied_and_everything_else_is_run(fakes, 
     """Equal recipes under other names, a diverged one among them; another seed and a failed one are not taken."""
     fakes.end({"cola-lora-lr0.001-seed0": ["diverged"], "cola-own-lr0.001-seed0": ["bad data"]})
     fakes.run(fakes.study(variants=TWO))
-    first, fakes.folder = fakes.folder, tmp_path / "second"
+    (tmp_path / "a [").mkdir()
+    first, fakes.folder = fakes.folder.rename(tmp_path / "a [" / "b]"), tmp_path / "second"  # rich: an end of a style
     fakes.end({})
     study = fakes.study(tasks={"again": {}}, variants={"lora": {"method": "lora"}, "dual": {}}, seeds=[0, 5])
     found = fakes.run(study, reuse=[first])

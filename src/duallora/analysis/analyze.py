@@ -106,7 +106,7 @@ def _flips(console: Console, label: str, course: Sequence[State]) -> tuple[list[
     rows = flips.course(course)
     summary = flips.overall(rows)
     first, last = summary[0], summary[-1]
-    text = f"{label}, step {last['step']}: {last['open']:.1%} open, {last['positive']:.1%} positive"
+    text = f"{escape(label)}, step {last['step']}: {last['open']:.1%} open, {last['positive']:.1%} positive"
     if "flipped" in last:
         text += f", {last['flipped']:.1%} of the signs flipped since step {first['step']}"
     say(console, "flips", text)
@@ -125,7 +125,7 @@ def _rank(console: Console, label: str, course: Sequence[State]) -> tuple[list[R
         summary.append({"step": step, "matrix": matrix, **means, "largest": largest, "layers": len(of)})
         ranks = f"{matrix} {means['rank_float32']:.0f} (float32's tolerance), {means['rank']:.0f} (float64's), "
         ranks += f"effective {means['effective_rank']:.0f} of {largest:.0f}"
-        say(console, "rank", f"{label}, step {step}: {ranks}")
+        say(console, "rank", f"{escape(label)}, step {step}: {ranks}")
     return rows, summary
 
 
@@ -139,7 +139,7 @@ def _dynamics(
     for row in (row for row in summary if row["step"] is None):
         low, high = row["interval"]
         text = f"Pearson {row['pearson']:+.2f} ({low:+.2f} to {high:+.2f} over other layers), Spearman {row['spearman']:+.2f} over {row['points']} points"
-        say(console, "dynamics", f"{label}, {row['module']}: {text}")
+        say(console, "dynamics", f"{escape(label)}, {row['module']}: {text}")
     return rows, summary
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from rich.console import Console
+from rich.markup import escape
 
 from duallora.config.recipe import fingerprint
 from duallora.errors import ConfigError, GridError, Interrupted, LockedError, LostProcessError, OutOfMemoryError
@@ -194,7 +195,7 @@ class _Grid:
         beside.rename(place)
         if found := outcome(self.folder, cell.name):
             self.outcomes[cell.name] = found
-        self.show.say("reused", f"{cell.name}: {source}")
+        self.show.say("reused", f"{cell.name}: {escape(str(source))}")
         return True
 
     def _may_run(self, cell: Cell) -> bool:
