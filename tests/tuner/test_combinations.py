@@ -327,6 +327,31 @@ def test_biases_are_trained_saved_and_kept_on_merging_as_in_lora(tmp_path, bias)
     assert torch.equal(model.merge_and_unload()(X), want)
 
 
+@pytest.mark.parametrize(
+    "put", [peft.get_peft_model, lambda model, config: peft.inject_adapter_in_model(config, model)]
+)
+def test_on_a_model_that_has_a_lora_the_two_add_up(put):
+    """The LoRA layer holds the base layer itself: given ours in its place, each would be inside of the other."""
+    lora = peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    with torch.no_grad():
+        one = put(base(), lora)
+        before = one(X)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(peft_config|second time)")
+            both = put(one, DualLoraConfig(r=2, target_modules=["lin", "out"], warmup_steps=1, init_std=0.3))
+        assert torch.equal(both(X), before)
+        duallora.advance_gate(both)
+        found = both(X)
+        assert not torch.allclose(found, before)
+        assert len(layers(both)) == 2
+        for layer in layers(both):
+            layer.merge()
+        torch.testing.assert_close(both(X), found)
+        for layer in layers(both):
+            layer.unmerge()
+        assert torch.equal(both(X), found)
+
+
 def test_merged_adapters_cannot_be_deleted_behind_the_models_back():
     model = two()
     model.merge_adapter(["a"])

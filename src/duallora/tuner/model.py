@@ -75,7 +75,10 @@ class DualLoraModel(BaseTuner):
         """A module that stands in several places of the model, be it in a list, is one layer in all of them."""
         layers: dict[nn.Module, DualLoraLayer] = {}
         for layer in self._layers():  # of layers around each other the outer one first
-            layers.setdefault(layer.get_base_layer(), layer)
+            inner = layer.base_layer  # may be a LoRA layer, which holds the base layer itself and is to go on doing so
+            while isinstance(inner, DualLoraLayer):
+                inner = inner.base_layer
+            layers.setdefault(inner, layer)
         for module in list(self.model.modules()):
             if isinstance(module, DualLoraLayer):
                 continue
