@@ -194,8 +194,8 @@ class _Task:
             self.facts = self._take_samples(rounds, seed)
         else:  # nothing is chosen yet, but the curves of what has run can be shown
             ran = [found[cell.name] for cell in study.wanted(found) if cell.tags["task"] == name and cell.name in found]
-            main = next((outcome.main_metric for outcome in ran if outcome.main_metric), None)
-            self.facts = {"metric": study.metric, "chosen_by": study.metric or main}
+            own = next((outcome.main_metric for outcome in ran if outcome.main_metric), None)
+            self.facts = {"metric": study.metric, "chosen_by": study.metric or own}
         whole = {one: own.values for one, own in self.samples.items() if len(own.values) == len(study.seeds)}
         apart = [list(whole)[index] for index in statistics.outlying(np.stack([*whole.values()]))] if whole else []
         alike = np.array([values for one, values in whole.items() if one not in apart])
