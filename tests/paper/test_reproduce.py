@@ -237,8 +237,10 @@ def test_the_70b_row_fits_cards_of_80_gb_by_one_setting(capsys):
 
 
 def test_only_that_leaves_nothing_names_what_there_is():
-    with pytest.raises(ConfigError, match=r"leaves nothing of table3.*variant: dorefa, ste, xnor"):
-        reproduce.parts("table3", "mini", ["variant=lora-r8"])
+    with pytest.raises(ConfigError, match=r"names what is not in table3.*variant: dorefa, ste, xnor"):
+        reproduce.parts("table3", "mini", ["variant=lora-r8", "variant=ste"])
+    with pytest.raises(ConfigError, match=r"leaves nothing of binding.*task: arithmetic, "):
+        reproduce.parts("binding", "mini", ["study=binding-glue", "task=facts"])
     with pytest.raises(ConfigError, match="expected task=NAME"):
         reproduce.parts("table3", "mini", ["cola"])
     with pytest.raises(ConfigError, match="after: 'mnli'"):  # an adapter it would start from

@@ -12,6 +12,7 @@ import torch
 
 from duallora import cli, console
 from duallora.errors import ConfigError, DataError
+from duallora.folders import cache_folder
 from duallora.tasks.files import Questions
 from duallora.train import evaluate
 from duallora.train import predict as prediction
@@ -168,10 +169,12 @@ def test_a_generator_answers_as_it_is_scored_and_each_run_is_told_what_it_is_goo
     assert "gate" not in said
 
 
-def test_a_column_of_the_users_stays_as_it_is_whatever_it_is_called(classifier):
+def test_a_column_of_the_users_stays_as_it_is_whatever_it_is_called(classifier, monkeypatch):
     """The answers of a .jsonl file have an object "probabilities", those of a .csv file a column for each class."""
     Path("new.csv").write_text("review,probabilities\nCount 1,x\n")
-    assert cli.run(["predict", str(classifier), "new.csv", "-o", "out.csv"]) == 0
+    monkeypatch.setenv("DUALLORA_CACHE", str(cache_folder()))
+    monkeypatch.setenv("HOME", str(Path.cwd()))  # quoted, the shell leaves ~ to us
+    assert cli.run(["predict", str(classifier), "~/new.csv", "-o", "out.csv"]) == 0
     with Path("out.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["review"], row["probabilities"]) == ("Count 1", "x")

@@ -50,7 +50,7 @@ def parts(
     ``settings`` of every run changed (``model.quantization=bnb-4bit``).
 
     Raises:
-        ConfigError: no such table, scale or setting, or nothing is left.
+        ConfigError: no such table, scale, setting or part, or nothing is left.
     """
     wanted, changed = _read_only(only), _read_settings(settings)
     found = studies(name, scale)
@@ -72,14 +72,16 @@ def parts(
         base = {**study.base, **changed}
         reduced = replace(study, base=base, tasks=tasks, variants=variants, reference=reference)
         chosen.append(Part(reduced, folder if len(found) == 1 else folder / study.name))
-    if not chosen:
-        have = {
-            "study": [study.name for study in found],
-            "task": sorted({task for study in found for task in study.tasks}),
-            "variant": sorted({variant for study in found for variant in study.variants}),
-        }
+    have = {
+        "study": [study.name for study in found],
+        "task": sorted({task for study in found for task in study.tasks}),
+        "variant": sorted({variant for study in found for variant in study.variants}),
+    }
+    unknown = any(one not in have[kind] for kind, names in wanted.items() for one in names)
+    if unknown or not chosen:
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in have.items())
-        raise ConfigError(f"--only {' '.join(only)} leaves nothing of {name}. It has {listed}")
+        fault = "names what is not in" if unknown else "leaves nothing of"
+        raise ConfigError(f"--only {' '.join(only)} {fault} {name}. It has {listed}")
     return chosen
 
 

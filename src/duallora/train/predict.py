@@ -74,7 +74,11 @@ def predict(
         "max_length": recipe.data.max_length,
         **({"generation": _generation(source, recipe)} if kind == "generate" else {}),
     }
-    about = {"rows": checkpoint.file_record(Path(file))["sha256"], "model": _weights(source), "settings": settings}
+    about = {
+        "rows": checkpoint.file_record(Path(file).expanduser())["sha256"],
+        "model": _weights(source),
+        "settings": settings,
+    }
     about |= {"reading": prepare.reading(recipe.data), "dtype": dtype}
     with _Part(output, about).open() as part:
         if part.rows:
