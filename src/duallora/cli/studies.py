@@ -154,9 +154,8 @@ def reproduce(
     summaries, outcomes = {}, []
     for part in chosen:
         found, more = _run_part(name, part, workers, {"ray": ray, "keep": keep, "reuse": reuse or ()})
-        summary = (
-            studies.summarize(part.folder, scale=scale, main=name == "binding") | more
-        )  # whose rule compares those
+        by_rule = name == "binding"  # whose rule compares main metrics
+        summary = studies.summarize(part.folder, scale=scale, main=by_rule) | more
         whole = SUMMARIES / f"{part.study.name}-{scale}.json"
         file = result or (
             part.folder / "summary.json" if only or settings else whole

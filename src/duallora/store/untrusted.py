@@ -257,10 +257,8 @@ def check_patterns(config: Mapping[str, Any], names: Iterable[str], where: Path)
             raise ConfigError(
                 f"{where}: the module pattern {pattern[:80]!r} is no regular expression: {error}"
             ) from None
-    command, work = (
-        [sys.executable, "-I", "-S", "-c", _MATCH],
-        json.dumps([SECONDS, [form for _, form in patterns], [*names]]),
-    )
+    work = json.dumps([SECONDS, [form for _, form in patterns], [*names]])
+    command = [sys.executable, "-I", "-S", "-c", _MATCH]
     done = subprocess.run(command, input=work, text=True, capture_output=True, check=False)
     if done.returncode == -signal.SIGVTALRM:
         raise ConfigError(
