@@ -16,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duallora" / "compat"
-OLDEST = ["transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "datasets==4.4.1"]
+OLDEST = [
+    "transformers==4.56.2", "huggingface_hub==0.36.2", "tokenizers==0.22.2", "datasets==4.4.1", "httpx==0.28.1", "httpcore==1.0.9",
+]  # fmt: skip
 SETS = {
     "peft-0.18.1": ["peft==0.18.1"],  # the lower bound; LLaMA-Factory pins it
     "peft-0.19.1": ["peft==0.19.1"],  # axolotl pins it

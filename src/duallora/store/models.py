@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from filelock import FileLock
 from rich.console import Console
 from safetensors import SafetensorError
@@ -74,7 +75,8 @@ _PACKAGES = {
 }
 BUILTIN = tuple(_PACKAGES)
 
-_CONVERTED = "smollm2-135m-instruct-bf16-v1"  # a new number whenever the conversion changes
+# A new number whenever the conversion changes; transformers 4 cannot read the tokenizer that 5 writes.
+_CONVERTED = f"smollm2-135m-instruct-bf16-v1{'-transformers4' * transformers.__version__.startswith('4.')}"
 _CONVERTED_BYTES = 272_000_000  # needed free on the disk
 _SLACK = 1 << 25  # values of buffers and of a head that a checkpoint need not hold
 _MANIFEST = "duallora-manifest.json"
@@ -405,7 +407,8 @@ def _write_converted(gguf: Path, folder: Path) -> None:
         )
     model.to(dtype=torch.bfloat16)
     # save_pretrained refuses a model it takes for quantized; the values are plain numbers by now.
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # transformers 4.56 sets none
+        del model.config.quantization_config
     del model.config._model_name_or_path  # a label of the GGUF file that no other config has
     model.hf_quantizer = None
     model.is_quantized = False
