@@ -204,7 +204,8 @@ def test_stopped_then_killed_then_finished_equals_the_straight_run_bit_for_bit(m
     assert victim is None
     assert survivor["code"] == LostProcessError.exit_code, survivor
     assert survivor["ended"] - began < 60
-    assert record.read_json(folder / "run.json")["kind"] == "lost"
+    facts = record.read_json(folder / "run.json")
+    assert (facts["status"], facts["kind"]) == ("failed", "lost")
 
     outcomes = pair(recipe, resume="auto")
     assert [outcome["code"] for outcome in outcomes] == [0, 0], outcomes

@@ -383,10 +383,8 @@ def _is_tied(config: Mapping[str, Any]) -> bool:
     try:
         base = models.load_config(name, revision=config.get("revision")) if name else None
     except DualLoraError:
-        base = None
-    if base is None:
         return True
-    return bool(base.get_text_config().tie_word_embeddings)
+    return base is None or bool(base.get_text_config().tie_word_embeddings)
 
 
 def vllm_rank(config: Mapping[str, Any]) -> int:

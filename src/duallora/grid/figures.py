@@ -86,12 +86,12 @@ def _view(part: str, title: str, x: str, y: str, lines: Sequence[Mapping[str, An
     return found
 
 
-def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def tasks_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Of rows, pairs or curves, in their order."""
     return list(dict.fromkeys(row["task"] for row in rows))
 
 
-def _of(rows: Sequence[Mapping[str, Any]], task: str) -> list[Any]:
+def of_task(rows: Sequence[Mapping[str, Any]], task: str) -> list[Any]:
     """The rows, pairs or curves of a task."""
     return [row for row in rows if row["task"] == task]
 
@@ -121,8 +121,8 @@ def _said(row: Mapping[str, Any]) -> str:
 def _differences(summary: Summary) -> Iterator[View]:
     reference, variants = summary["reference"], list(summary["study"]["variants"])
     words = {"yes": f"{reference} is better", "no": f"{reference} is worse"}
-    for task in _tasks(summary["pairs"]):
-        pairs = sorted(_of(summary["pairs"], task), key=lambda pair: -variants.index(pair["other"]))
+    for task in tasks_of(summary["pairs"]):
+        pairs = sorted(of_task(summary["pairs"], task), key=lambda pair: -variants.index(pair["other"]))
         lines, told = [], []
         for pair in pairs:
             low, high = pair["interval"]
@@ -143,8 +143,8 @@ def _differences(summary: Summary) -> Iterator[View]:
 def _tradeoff(summary: Summary) -> Iterator[View]:
     ratio = any("cpu_ratio" in row for row in summary["rows"])
     time = ("cpu_ratio", "training time / LoRA's") if ratio else ("cpu_seconds", "processor seconds of training")
-    for task in _tasks(summary["rows"]):
-        rows = [row for row in _of(summary["rows"], task) if row["mean"] is not None]
+    for task in tasks_of(summary["rows"]):
+        rows = [row for row in of_task(summary["rows"], task) if row["mean"] is not None]
         for part, cost, read in (
             ("parameters", "trained parameters", lambda row: row.get("parameters", {}).get("trainable")),
             ("time", time[1], lambda row: row.get(time[0])),
@@ -185,12 +185,12 @@ def _front(points: Sequence[tuple[float, Mapping[str, Any]]], higher: bool) -> l
 def _by_setting(summary: Summary) -> Iterator[View]:
     key, values = _varied(summary["study"]["variants"])
     rows = [row for row in summary["rows"] if row["mean"] is not None]
-    for task in _tasks([row for row in rows if row["variant"] in values]):
-        own = sorted((r for r in _of(rows, task) if r["variant"] in values), key=lambda row: values[row["variant"]])
+    for task in tasks_of([row for row in rows if row["variant"] in values]):
+        own = sorted((r for r in of_task(rows, task) if r["variant"] in values), key=lambda row: values[row["variant"]])
         xs, means = [values[row["variant"]] for row in own], [row["mean"] for row in own]
         lines: list[dict[str, Any]] = [{"variant": None, "name": "mean", "x": xs, "y": means, "mode": "lines"}]
         lines += [{**_point(x, row["mean"], row, _said(row)), "along": "y"} for x, row in zip(xs, own, strict=True)]
-        others = [row for row in _of(rows, task) if row["variant"] not in values]
+        others = [row for row in of_task(rows, task) if row["variant"] not in values]
         if len(others) > 4:  # too many lines to tell apart
             others = [row for row in others if row["variant"] == summary.get("reference")]
         ends = {"x": [xs[0], xs[-1]], "mode": "lines", "dash": True}
@@ -215,8 +215,8 @@ def _varied(variants: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, dict
 
 def _losses(summary: Summary) -> Iterator[View]:
     curves = [curve for curve in summary["curves"] if len(curve["steps"]) > 2]
-    for task in _tasks(curves):
-        own = _of(curves, task)
+    for task in tasks_of(curves):
+        own = of_task(curves, task)
         lines = [{"variant": c["variant"], "x": c["steps"], "y": c["loss"], "mode": "lines"} for c in own]
         alt = f"{task}: training loss by step. " + "; ".join(
             f"{c['variant']} from {c['loss'][0]:.4g} to {c['loss'][-1]:.4g}" for c in own
@@ -227,7 +227,7 @@ def _losses(summary: Summary) -> Iterator[View]:
 def _sensitivity(summary: Summary) -> Iterator[View]:
     for task in summary["study"]["tasks"]:
         metric = summary["tasks"].get(task, {}).get("chosen_by")
-        values = {row["variant"]: row.get("values", {}) for row in _of(summary["rows"], task)}
+        values = {row["variant"]: row.get("values", {}) for row in of_task(summary["rows"], task)}
         for key, searched in (_searches(summary, task) if metric else {}).items():
             lines: list[dict[str, Any]] = []
             for variant, cells in searched.items():

@@ -172,9 +172,9 @@ def _ground(axes: Any, along: str = "both", **labels: Any) -> None:
 
 
 def _ranks(figure: Any, rows: Sequence[Mapping[str, Any]], inks: Inks) -> None:
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = figures.tasks_of(rows)
     for axes, task in zip(_panels(figure, len(tasks), height=2.6), tasks, strict=True):
-        own = [row for row in rows if row["task"] == task]
+        own = figures.of_task(rows, task)
         places = range(len(own), 0, -1)
         axes.barh(
             places,
